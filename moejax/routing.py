@@ -55,20 +55,19 @@ class Routing(NamedTuple):
 
 
 def per_expert(
-    value: Float[Array, "G A"], expert: Int[Array, "G A"], num_experts: int
+  value: Float[Array, "G A"], expert: Int[Array, "G A"], num_experts: int
 ) -> Float[Array, "G E"]:
-  """Sums a value of the edges over the edges of each expert."""
+  """Sums a value of the edges over the edges of each expert.
 
-  def one_group(value, expert):
-    return jnp.zeros(num_experts, value.dtype).at[expert].add(
-        value, mode="drop"
-    )
-
-  return jax.vmap(one_group)(value, expert)
+  A comparison with every expert, which fuses into the sum, costs less than the
+  router's own product and, unlike a scatter, adds in a fixed order everywhere.
+  """
+  chosen = jax.nn.one_hot(expert, num_experts, dtype=value.dtype)
+  return (chosen * value[..., None]).sum(axis=1)
 
 
 def from_choices(
-    expert: Int[Array, "G S K"], gate: Float[Array, "G S K"]
+  expert: Int[Array, "G S K"], gate: Float[Array, "G S K"]
 ) -> Assignment:
   """Tokens choose: all first choices come before all second choices."""
 

@@ -7,7 +7,7 @@ The rest of moejax speaks of logical axes ("batch", "group", "expert", ...); a
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -37,41 +37,41 @@ class Layout:
 # so batch and groups are split over both axes. "group_away" is the group axis
 # of tokens that have travelled to their experts.
 _SHARED = (
-    ("batch", ("data", "expert")),
-    ("group", ("data", "expert")),
-    ("embed", None),
-    ("hidden", "model"),
-    ("mlp", "model"),
-    ("vocab", "model"),
+  ("batch", ("data", "expert")),
+  ("group", ("data", "expert")),
+  ("embed", None),
+  ("hidden", "model"),
+  ("mlp", "model"),
+  ("vocab", "model"),
 )
 
 LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        # Pure data parallelism: every device holds every expert.
-        Layout(
-            "replicated",
-            (-1, 1, 1),
-            (*_SHARED, ("expert", None), ("group_away", ("data", "expert"))),
-        ),
-        # The paper's (sec. 3.1): one copy of each expert over all devices.
-        Layout(
-            "expert",
-            (1, -1, 1),
-            (*_SHARED, ("expert", "expert"), ("group_away", "data")),
-        ),
-        # Two replicas of the expert set, each split over half the devices.
-        Layout(
-            "data_expert",
-            (2, -1, 1),
-            (*_SHARED, ("expert", "expert"), ("group_away", "data")),
-        ),
-    )
+  layout.name: layout
+  for layout in (
+    # Pure data parallelism: every device holds every expert.
+    Layout(
+      "replicated",
+      (-1, 1, 1),
+      (*_SHARED, ("expert", None), ("group_away", ("data", "expert"))),
+    ),
+    # The paper's (sec. 3.1): one copy of each expert over all devices.
+    Layout(
+      "expert",
+      (1, -1, 1),
+      (*_SHARED, ("expert", "expert"), ("group_away", "data")),
+    ),
+    # Two replicas of the expert set, each split over half the devices.
+    Layout(
+      "data_expert",
+      (2, -1, 1),
+      (*_SHARED, ("expert", "expert"), ("group_away", "data")),
+    ),
+  )
 }
 
 
 def make_mesh(
-    layout: Layout, devices: Sequence[jax.Device] | None = None
+  layout: Layout, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
   """Arranges the devices (all of them by default) as the layout asks.
 
@@ -87,16 +87,16 @@ def make_mesh(
     known = -math.prod(shape)
     if devices.size % known:
       raise ValueError(
-          f"layout {layout.name!r} splits the devices by {known}, which does"
-          f" not divide the {devices.size} at hand; choose another layout"
-          f" ({', '.join(LAYOUTS)}) or a multiple of {known} devices."
+        f"layout {layout.name!r} splits the devices by {known}, which does"
+        f" not divide the {devices.size} at hand; choose another layout"
+        f" ({', '.join(LAYOUTS)}) or a multiple of {known} devices."
       )
     shape[shape.index(-1)] = devices.size // known
   if math.prod(shape) != devices.size:
     raise ValueError(
-        f"layout {layout.name!r} wants {math.prod(shape)} devices as"
-        f" {tuple(shape)} over {MESH_AXES}, but there are {devices.size};"
-        " put -1 for the axis that may grow."
+      f"layout {layout.name!r} wants {math.prod(shape)} devices as"
+      f" {tuple(shape)} over {MESH_AXES}, but there are {devices.size};"
+      " put -1 for the axis that may grow."
     )
   return jax.sharding.Mesh(devices.reshape(shape), MESH_AXES)
 
@@ -123,23 +123,46 @@ def constrain(x: Array, *axes: str | None) -> Array:
     parts = math.prod(mesh.shape[name] for name in names)
     if size % parts:
       raise ValueError(
-          f"the {axis!r} axis has {size} entries, which do not divide over"
-          f" {parts} devices; choose a multiple of {parts} or fewer devices."
+        f"the {axis!r} axis has {size} entries, which do not divide over"
+        f" {parts} devices; choose a multiple of {parts} or fewer devices."
       )
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def shardings(
-    boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh
-) -> Any:
+def manual(
+  fn: Callable[..., Any], in_axes: Any, out_axes: Any
+) -> Callable[..., Any]:
+  """`jax.shard_map` in logical axis names; `fn` itself off the mesh.
+
+  Args:
+    fn: works on one device's part of its arguments.
+    in_axes: a tuple of logical axes per argument.
+    out_axes: the same for the result, or a tree of such tuples.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return fn
+
+  def is_axes(axes):
+    return all(axis is None or isinstance(axis, str) for axis in axes)
+
+  def specs(tree):
+    return jax.tree.map(nn.logical_to_mesh_axes, tree, is_leaf=is_axes)
+
+  return jax.shard_map(
+    fn, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes)
+  )
+
+
+def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
   """Returns the sharding of every leaf of a tree with logical axis names."""
   return nn.logical_to_mesh_sharding(
-      nn.get_partition_spec(boxed_tree), mesh, layout.rules
+    nn.get_partition_spec(boxed_tree), mesh, layout.rules
   )
 
 
 def batch_sharding(
-    layout: Layout, mesh: jax.sharding.Mesh
+  layout: Layout, mesh: jax.sharding.Mesh
 ) -> jax.sharding.NamedSharding:
   """Returns how a batch lies: its first axis over every data replica."""
   spec = nn.logical_to_mesh_axes(("batch",), layout.rules)
