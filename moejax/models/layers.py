@@ -1,0 +1,236 @@
+"""Layers around the mixture: word embedding and LSTM (app. C.1).
+
+JAX's own derivative of a scanned LSTM adds one step's share at a time to the
+gradient of the weights. Here the loop over time holds only what depends on
+the step before: the input product comes before it, and the backward loop
+emits the gradients of the pre-activations, from which each weight's gradient
+is one matrix product over all steps.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def lstm(
+  x: Float[Array, "B L D"],
+  start: Bool[Array, "B L"],
+  w_in: Float[Array, "D gates"],
+  w_rec: Float[Array, "H gates"],
+  bias: Float[Array, " gates"],
+) -> Float[Array, "B L H"]:
+  """Runs an LSTM without peepholes over packed rows, from zero state.
+
+  With (i, f, g, o) = x_t w_in + y_{t-1} w_rec + bias, four blocks of width H
+  each ("gates" is 4H):
+
+    c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
+    y_t = sigmoid(o) tanh(c_t)
+
+  Matrix products take operands in the dtype of `x`; the state and every sum
+  are float32. Differentiable once, in reverse mode.
+
+  Args:
+    x: inputs.
+    start: True at the first token of each sentence: y_{t-1} and c_{t-1} are
+      zero there.
+    w_in: input weights.
+    w_rec: recurrent weights.
+    bias: biases.
+
+  Returns:
+    y, in the dtype of `x`.
+
+  Raises:
+    ValueError: the weights do not hold four gates per unit.
+  """
+  width, gates = w_rec.shape
+  if gates != 4 * width:
+    raise ValueError(
+      f"w_rec has {gates} columns for {width} units; an LSTM has four gates"
+      f" per unit, so give it {4 * width} columns."
+    )
+  keep = 1 - start.T.astype(jnp.float32)
+  y = _lstm(x.swapaxes(0, 1), keep[:, :, None], w_in, w_rec, bias)
+  return y.swapaxes(0, 1)
+
+
+@jax.custom_vjp
+def _lstm(x, keep, w_in, w_rec, bias):
+  """Time-major LSTM: x [L B D]; keep [L B 1] is zero where a sentence starts."""
+
+  def step(state, inputs):
+    y, c = state
+    z, keep = inputs
+    z = z + _dot(y * keep, w_rec, x.dtype) + bias[None]
+    i, f, g, o = _gates(z)
+    c = f * (c * keep) + i * g
+    y = o * jnp.tanh(c)
+    return (y, c), y
+
+  zero = jnp.zeros((x.shape[1], w_rec.shape[0]), jnp.float32)
+  _, y = jax.lax.scan(step, (zero, zero), (_dot(x, w_in, x.dtype), keep))
+  return y.astype(x.dtype)
+
+
+def _forward(x, keep, w_in, w_rec, bias):
+  """Is `_lstm`, saving the local derivatives of each step.
+
+  slope is d(c, c, c, y)/d(i, f, g, o): what each pre-activation does to the
+  state it acts through. y_by_c is dy_t/dc_t and c_by_c is dc_t/dc_{t-1}.
+  Taken here, where the gates are at hand, they leave the backward loop little
+  more than its matrix product.
+  """
+
+  def step(t, carry):
+    y, c, slope, ys, y_by_c, c_by_c = carry
+    # The slopes replace the pre-activations they come from. The barrier ends
+    # the reading before the writing; without it XLA copies the whole array.
+    z = jax.lax.optimization_barrier(_at(slope, t))
+    keep_t = _at(keep, t)
+    z = z + _dot(y * keep_t, w_rec, x.dtype) + bias[None]
+    i, f, g, o = _gates(z)
+    c_before = c * keep_t
+    c = f * c_before + i * g
+    tanh_c = jnp.tanh(c)
+    y = o * tanh_c
+    slope_t = (
+      g * i * (1 - i),
+      c_before * f * (1 - f),
+      i * (1 - g * g),
+      y * (1 - o),
+    )
+    return (
+      y,
+      c,
+      _put(slope, t, jnp.concatenate(slope_t, -1)),
+      _put(ys, t, y),
+      _put(y_by_c, t, o * (1 - tanh_c * tanh_c)),
+      _put(c_by_c, t, f * keep_t),
+    )
+
+  length, batch, _ = x.shape
+  zero = jnp.zeros((batch, w_rec.shape[0]), jnp.float32)
+  zeros = jnp.zeros((length, *zero.shape), jnp.float32)
+  carry = zero, zero, _dot(x, w_in, x.dtype), zeros, zeros, zeros
+  _, _, slope, y, y_by_c, c_by_c = jax.lax.fori_loop(0, length, step, carry)
+  saved = x, keep, w_in, w_rec, bias, y, slope, y_by_c, c_by_c
+  return y.astype(x.dtype), saved
+
+
+def _backward(saved, dy):
+  """Carries dy and dc back in time; weights get theirs from all steps at once."""
+  x, keep, w_in, w_rec, bias, y, slope, y_by_c, c_by_c = saved
+  length = x.shape[0]
+  keep_next = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
+  dy = dy.astype(jnp.float32)
+
+  def step(step_back, carry):
+    dy_rec, dc, dz = carry
+    t = length - 1 - step_back
+    dy_t = _at(dy, t) + dy_rec * _at(keep_next, t)
+    dc = dc + dy_t * _at(y_by_c, t)
+    slope_t = jax.lax.optimization_barrier(_at(dz, t))
+    dz_t = jnp.concatenate([dc, dc, dc, dy_t], -1) * slope_t
+    dy_rec = _dot(dz_t, w_rec.T, x.dtype)
+    return dy_rec, dc * _at(c_by_c, t), _put(dz, t, dz_t)
+
+  zero = jnp.zeros_like(y[0])
+  _, _, dz = jax.lax.fori_loop(0, length, step, (zero, zero, slope))
+
+  y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]) * keep
+  dz = dz.reshape(-1, dz.shape[-1])
+  dx = _dot(dz, w_in.T, x.dtype).reshape(x.shape)
+  dw_in = _dot(x.reshape(len(dz), -1).T, dz, x.dtype)
+  dw_rec = _dot(y_before.reshape(len(dz), -1).T, dz, x.dtype)
+  return (
+    dx.astype(x.dtype),
+    None,
+    dw_in.astype(w_in.dtype),
+    dw_rec.astype(w_rec.dtype),
+    dz.sum(0).astype(bias.dtype),
+  )
+
+
+_lstm.defvjp(_forward, _backward)
+
+
+def _gates(z):
+  i, f, g, o = jnp.split(z, 4, -1)
+  return nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+
+
+def _dot(a, b, dtype):
+  """Multiplies in `dtype`, sums in float32."""
+  a, b = a.astype(dtype), b.astype(dtype)
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _at(array, t):
+  return jax.lax.dynamic_index_in_dim(array, t, keepdims=False)
+
+
+def _put(array, t, value):
+  return jax.lax.dynamic_update_index_in_dim(array, value, t, 0)
+
+
+# Uniform of variance 1 / fan-in: gates of unit variance for unit inputs.
+_FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+# Uniform of variance 1 / width: a word starts as a vector of length one, short
+# enough for the few updates that a rare word sees to turn it around.
+_UNIT_ROWS = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
+
+
+def _forget_one(key, shape, dtype):
+  """Zero biases, but one for the forget gates: at first the cells remember."""
+  del key
+  width = shape[0] // 4
+  return jnp.zeros(shape, dtype).at[width : 2 * width].set(1)
+
+
+class LSTM(nn.Module):
+  """One LSTM layer over packed rows (app. C.1).
+
+  Attributes:
+    width: units H, the width of the output.
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B L D"], start: Bool[Array, "B L"]
+  ) -> Float[Array, "B L H"]:
+    """Runs the layer; `start` is True at the first token of each sentence."""
+    gates = 4 * self.width
+
+    def param(name, init, axes, shape):
+      init = nn.with_logical_partitioning(init, axes)
+      return self.param(name, init, shape, jnp.float32)
+
+    w_in = param("w_in", _FAN_IN, ("embed", "hidden"), (x.shape[-1], gates))
+    w_rec = param("w_rec", _FAN_IN, (None, "hidden"), (self.width, gates))
+    bias = param("bias", _forget_one, ("hidden",), (gates,))
+    return lstm(x, start, w_in, w_rec, bias)
+
+
+class Embed(nn.Module):
+  """A table of word vectors (app. C.1).
+
+  Attributes:
+    vocab_size: rows of the table, V.
+    width: entries of a word's vector, D.
+  """
+
+  vocab_size: int
+  width: int
+
+  @nn.compact
+  def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Looks words up; an id outside [0, vocab_size) gives NaN."""
+    init = nn.with_logical_partitioning(_UNIT_ROWS, ("vocab", "embed"))
+    shape = (self.vocab_size, self.width)
+    table = self.param("table", init, shape, jnp.float32)
+    return jnp.take(table, ids, axis=0)

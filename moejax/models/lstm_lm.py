@@ -1,0 +1,59 @@
+"""The paper's language model (sec. 5.1, app. C.1): LSTM, MoE, LSTM."""
+
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moejax.models.layers import LSTM, Embed
+from moejax.models.softmax import Softmax
+
+# inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/text.py.
+Batch = Mapping[str, Array]
+
+
+class LSTMLM(nn.Module):
+  """Embedding, layers of one width, softmax over the next word.
+
+  Every layer's output is dropped out, then the layer's input added; mixtures
+  go through a sigmoid before that, so that a token all of whose experts were
+  full adds the constant 0.5 (app. C.1). LSTMs forget at sentence starts.
+
+  Attributes:
+    vocab_size: V.
+    width: D of the embedding and of every layer.
+    layers: LSTMs, and modules called as MoE is.
+    dropout: chance of zeroing an output; the rng stream is "dropout".
+    num_samples: classes of the sampled softmax; 0 is the full one.
+  """
+
+  vocab_size: int
+  width: int
+  layers: Sequence[nn.Module]
+  dropout: float = 0.0
+  num_samples: int = 0
+
+  def setup(self) -> None:
+    self.embed = Embed(self.vocab_size, self.width)
+    self.drop = nn.Dropout(self.dropout)
+    self.head = Softmax(self.vocab_size, self.width, self.num_samples)
+
+  def __call__(
+    self, batch: Batch, *, train: bool = False
+  ) -> Float[Array, "B L D"]:
+    """Returns the state h from which `head` reads the next word."""
+    x = self.drop(self.embed(batch["inputs"]), deterministic=not train)
+    for layer in self.layers:
+      if isinstance(layer, LSTM):
+        y = layer(x, batch["start"])
+      else:
+        y = nn.sigmoid(layer(x, train=train, mask=batch["mask"]))
+      x = x + self.drop(y, deterministic=not train)
+    return x
+
+  def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
+    """Returns nats per target word, 0 at padding."""
+    h = self(batch, train=train)
+    loss = self.head.loss(h, batch["targets"], train=train)
+    return jnp.where(batch["mask"], loss, 0)

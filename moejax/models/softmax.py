@@ -1,0 +1,116 @@
+"""The output layer: full and sampled softmax over the vocabulary."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def log_uniform(
+  rng: PRNGKeyArray, num_samples: int, vocab_size: int
+) -> tuple[Int[Array, "P"], Bool[Array, "P"]]:
+  """Draws class ids with p(id) = log(1 + 1/(id+1)) / log(V+1).
+
+  Zipf's law for ids sorted by falling frequency.
+
+  Returns:
+    The ids of all draws, sorted, and which of them are the first of their id:
+    a class counts once however often it was drawn.
+  """
+  uniform = jax.random.uniform(rng, (num_samples,))
+  ids = jnp.exp(uniform * math.log(vocab_size + 1)).astype(jnp.int32) - 1
+  ids = jnp.sort(jnp.clip(ids, 0, vocab_size - 1))
+  return ids, jnp.append(True, ids[1:] != ids[:-1])
+
+
+def log_expected_count(
+  ids: Int[Array, "..."], num_samples: int, vocab_size: int
+) -> Float[Array, "..."]:
+  """Log of the chance that a class is among the draws: 1 - (1 - p)^P.
+
+  Not log(P p): that exceeds 0 for frequent classes, which would then weigh
+  less as targets than they do in the full softmax.
+  """
+  chance = jnp.log1p(1 / (ids.astype(jnp.float32) + 1))
+  chance = chance / math.log(vocab_size + 1)
+  return jnp.log(-jnp.expm1(num_samples * jnp.log1p(-chance)))
+
+
+class Softmax(nn.Module):
+  """p(word | h) = softmax(h W^T), without bias (app. C.1).
+
+  Attributes:
+    vocab_size: V; ids must be sorted by falling frequency for the sampler.
+    width: D.
+    num_samples: draws of classes to compare with in training instead of all V
+      (sampled softmax as in Jozefowicz et al. 2016: one set a batch, logits
+      less log expected count, for target and samples alike); 0 trains with the
+      full softmax. The rng stream is "softmax". Evaluation is always full.
+  """
+
+  vocab_size: int
+  width: int
+  num_samples: int = 0
+
+  def setup(self) -> None:
+    init = nn.initializers.variance_scaling(
+      1.0, "fan_in", "normal", in_axis=1, out_axis=0
+    )
+    self.table = self.param(
+      "table",
+      nn.with_logical_partitioning(init, ("vocab", "embed")),
+      (self.vocab_size, self.width),
+      jnp.float32,
+    )
+
+  def loss(
+    self,
+    h: Float[Array, "B L D"],
+    targets: Int[Array, "B L"],
+    *,
+    train: bool,
+  ) -> Float[Array, "B L"]:
+    """Returns -log p(target) in nats, or its sampled stand-in in training."""
+    if train and self.num_samples:
+      return self._sampled(h, targets, self.make_rng("softmax"))
+    return self._full(h, targets)
+
+  def logits(self, h: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    """Returns the score of every word."""
+    return jnp.einsum("BLD,VD->BLV", h, self.table.astype(h.dtype)).astype(
+      jnp.float32
+    )
+
+  def _full(
+    self, h: Float[Array, "B L D"], targets: Int[Array, "B L"]
+  ) -> Float[Array, "B L"]:
+    # One time step at a time, recomputed in the backward pass: all B*L*V
+    # logits at once would outgrow the rest of the model.
+    @jax.checkpoint
+    def at_step(step):
+      h, target = step
+      logits = self.logits(h[:, None])[:, 0]
+      chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+      return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    return jax.lax.map(at_step, (h.swapaxes(0, 1), targets.T)).T
+
+  def _sampled(
+    self,
+    h: Float[Array, "B L D"],
+    targets: Int[Array, "B L"],
+    rng: PRNGKeyArray,
+  ) -> Float[Array, "B L"]:
+    size = (self.num_samples, self.vocab_size)
+    sampled, first = log_uniform(rng, *size)
+    rows = self.table[sampled].astype(h.dtype)
+    others = jnp.einsum("BLD,PD->BLP", h, rows).astype(jnp.float32)
+    others = others - log_expected_count(sampled, *size)[None, None]
+    # A sample that is the target, or drawn before, would count it twice.
+    other = first[None, None] & (sampled[None, None] != targets[..., None])
+    others = jnp.where(other, others, -jnp.inf)
+    own = (h * self.table[targets].astype(h.dtype)).sum(axis=-1)
+    own = own.astype(jnp.float32) - log_expected_count(targets, *size)
+    return jnp.logaddexp(jax.nn.logsumexp(others, axis=-1), own) - own

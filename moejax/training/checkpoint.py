@@ -1,0 +1,140 @@
+"""Checkpoints: the last few and the best, restored onto any mesh."""
+
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from moejax.training.state import TrainState
+
+
+class Restored(NamedTuple):
+  """A checkpoint's content; `progress` is what `save` was given."""
+
+  state: TrainState
+  progress: dict[str, Any]
+
+
+class Checkpoints:
+  """Saves in the background; finds what can be read again.
+
+  Args:
+    directory: where they lie, one folder a step.
+    keep: how many of the last to keep, besides the one with the lowest
+      validation perplexity.
+  """
+
+  def __init__(self, directory: pathlib.Path, keep: int = 2):
+    policies = checkpoint_managers
+    best = policies.BestN(
+      get_metric_fn=lambda metrics: -metrics["perplexity"],
+      n=1,
+      keep_checkpoints_without_metrics=False,
+    )
+    self._manager = ocp.CheckpointManager(
+      directory.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(
+          [policies.LatestN(keep), best]
+        ),
+        best_fn=lambda metrics: metrics["perplexity"],
+        best_mode="min",
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def save(
+    self,
+    state: TrainState,
+    step: int,
+    progress: dict[str, Any],
+    perplexity: float | None = None,
+  ) -> None:
+    """Begins to save; returns once the state may be changed.
+
+    Args:
+      state: parameters, optimiser state and step.
+      step: the same step, known to the host.
+      progress: plain values, such as the position in the data.
+      perplexity: of the validation set, where it was measured at this step.
+    """
+    metrics = None if perplexity is None else {"perplexity": perplexity}
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+    )
+    self._manager.save(step, args=items, metrics=metrics, force=True)
+
+  def latest(self, target: TrainState) -> Restored | None:
+    """Restores the newest checkpoint that can be read; None without any.
+
+    One that cannot, cut short by a crash or a full disk, is reported, deleted
+    and passed over for the one before.
+
+    Args:
+      target: shapes, types and shardings to restore into (`state.abstract`).
+
+    Raises:
+      ValueError: there are checkpoints, but none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        restored = self._restore(step, target)
+      except Exception as error:  # Orbax raises many kinds on damage.
+        first_line = (str(error).splitlines() or [""])[0]
+        print(
+          f"the checkpoint of step {step} cannot be read"
+          f" ({type(error).__name__}: {first_line:.200}); falling back to the"
+          " one before.",
+          file=sys.stderr,
+        )
+        continue
+      for damaged in steps[: steps.index(step)]:
+        self._manager.delete(damaged)
+      return restored
+    if steps:
+      raise ValueError(
+        f"none of the {len(steps)} checkpoints in {self._manager.directory}"
+        f" (steps {steps[::-1]}) can be read; restore them from a copy, or"
+        " delete that folder to begin again."
+      )
+    return None
+
+  def best(self, target: TrainState) -> Restored | None:
+    """Restores the checkpoint of lowest validation perplexity.
+
+    The newest that can be read where none was validated or the best is
+    damaged; None without any.
+    """
+    self.wait()
+    step = self._manager.best_step()
+    if step is not None:
+      try:
+        return self._restore(step, target)
+      except Exception as error:
+        print(
+          f"the best checkpoint, of step {step}, cannot be read"
+          f" ({type(error).__name__}); taking the newest instead.",
+          file=sys.stderr,
+        )
+    return self.latest(target)
+
+  def wait(self) -> None:
+    """Waits until what was saved is on the disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then lets go of the directory."""
+    self._manager.close()
+
+  def _restore(self, step: int, target: TrainState) -> Restored:
+    items = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(target),
+        progress=ocp.args.JsonRestore(),
+      ),
+    )
+    return Restored(TrainState(*items.state), items.progress)

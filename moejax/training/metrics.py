@@ -1,0 +1,141 @@
+"""Where numbers go: JSON lines, TensorBoard, and the person who waits."""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+import tensorboardX
+import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Writer:
+  """Writes one JSON line and one TensorBoard event per step and split.
+
+  Opened again at `step`, it first drops the lines after that step: a resumed
+  run writes them again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    path = workdir / METRICS_FILE
+    kept = [line for line in read(path) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    # Replaced in one move: a crash here must not lose the curve.
+    draft = path.with_suffix(".draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+    self._file = path.open("a", encoding="utf-8")
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=step + 1
+    )
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    """Writes the values of a split ("train", "validation", ...) at a step."""
+    line = {"step": step, "split": split, **values}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(f"{split}/{name}", value, step)
+
+  def close(self) -> None:
+    """Flushes and closes both."""
+    self._file.close()
+    self._board.close()
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """Reads a run's metrics, but for a last line that a crash cut short."""
+  if not path.exists():
+    return []
+  lines = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return lines
+
+
+class Progress:
+  """A live bar on a terminal, plain lines elsewhere; time left on both."""
+
+  def __init__(self, step: int, steps: int):
+    self._steps = steps
+    self._live = sys.stderr.isatty()
+    self._bar = tqdm.tqdm(
+      initial=step,
+      total=steps,
+      unit="step",
+      disable=not self._live,
+      dynamic_ncols=True,
+    )
+    self._begin: tuple[float, int] | None = None
+
+  def advance(self, step: int) -> None:
+    """Tells that a step is done."""
+    # The first step compiles: the time left must not count it.
+    if self._begin is None:
+      self._begin = (time.monotonic(), step)
+    self._bar.update(step - self._bar.n)
+
+  def report(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows a step's loss, perplexity and speed."""
+    text = (
+      f"loss {values['loss']:.3f}  perplexity {values['perplexity']:,.1f}"
+      f"  {values['words_per_second']:,.0f} words/s"
+    )
+    if self._live:
+      self._bar.set_postfix_str(text)
+    else:
+      self.say(f"step {step}/{self._steps}  {text}  {self._left(step)}")
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    self._bar.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    self._bar.close()
+
+  def _left(self, step: int) -> str:
+    begin, first = self._begin or (0.0, step)
+    if step <= first:
+      return "time left unknown yet"
+    seconds = (time.monotonic() - begin) / (step - first)
+    return f"{clock((self._steps - step) * seconds)} left"
+
+
+class Speed:
+  """Words per second; the first step, which compiles, is left out."""
+
+  def __init__(self):
+    self._words = 0.0
+    self._since: float | None = None
+
+  def add(self, words: float) -> None:
+    """Counts the words of a step that has just ended."""
+    if self._since is None:
+      self._since = time.monotonic()
+    else:
+      self._words += words
+
+  def read(self) -> float:
+    """Returns the speed since the last reading, 0 before there is one."""
+    if self._since is None or not self._words:
+      return 0.0
+    speed = self._words / (time.monotonic() - self._since)
+    self._words, self._since = 0.0, time.monotonic()
+    return speed
+
+  def restart(self) -> None:
+    """Forgets the time that something else has taken."""
+    self._words, self._since = 0.0, None
+
+
+def clock(seconds: float) -> str:
+  """Returns seconds as [hours:]minutes:seconds."""
+  return tqdm.tqdm.format_interval(seconds)

@@ -1,0 +1,104 @@
+"""One step of training, one of evaluation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from moejax import losses
+from moejax.moe import ROUTING
+from moejax.training.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+Batch = Mapping[str, Array]
+
+# The random streams of the models, in a fixed order: a stream's key is folded
+# from its place.
+_STREAMS = ("dropout", "router", "softmax")
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  aux_weights: Mapping[str, float],
+  seed: int,
+  microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+  """Updates the state by one batch.
+
+  The loss is the mean over the batch's words plus the balance losses. With
+  microbatches the gradient is accumulated over equal parts of the batch: the
+  task's is the same as without, up to rounding; balance losses are taken per
+  microbatch and averaged.
+
+  Raises:
+    ValueError: the microbatches do not divide the rows of the batch.
+  """
+  rows = batch["mask"].shape[0]
+  if rows % microbatches:
+    raise ValueError(
+      f"{microbatches} microbatches do not divide the {rows} rows of a"
+      " batch; choose a number that does."
+    )
+  words = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+  def loss_fn(params, part, index):
+    part_key = jax.random.fold_in(key, index)
+    rngs = {s: jax.random.fold_in(part_key, i) for i, s in enumerate(_STREAMS)}
+    loss, sown = model.apply(
+      {"params": params},
+      part,
+      train=True,
+      rngs=rngs,
+      mutable=[ROUTING],
+      method="loss",
+    )
+    task = loss.sum() / words
+    auxiliary, _ = losses.auxiliary(sown, aux_weights)
+    metrics = {"loss": task, "auxiliary": auxiliary / microbatches}
+    balance = losses.balance(sown)
+    metrics |= {name: v / microbatches for name, v in balance.items()}
+    return metrics["loss"] + metrics["auxiliary"], metrics
+
+  def part_of(index):
+    # Every microbatch takes rows from all over the batch, so that it lies over
+    # the same devices as the batch.
+    return {
+      name: value.reshape(-1, microbatches, *value.shape[1:])[:, index]
+      for name, value in batch.items()
+    }
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  if microbatches == 1:
+    grads, metrics = grad_fn(state.params, batch, 0)
+  else:
+
+    def add(total, index):
+      new = grad_fn(state.params, part_of(index), index)
+      return jax.tree.map(jnp.add, total, new), None
+
+    shapes = jax.eval_shape(lambda: grad_fn(state.params, part_of(0), 0))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    (grads, metrics), _ = jax.lax.scan(add, zeros, jnp.arange(microbatches))
+
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  metrics |= {"grad_norm": optax.global_norm(grads), "words": words}
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
+  """Returns the summed loss in nats and the words it is over."""
+  loss = model.apply({"params": params}, batch, train=False, method="loss")
+  return {
+    "loss": loss.sum(),
+    "words": batch["mask"].sum().astype(jnp.float32),
+  }
