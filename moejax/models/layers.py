@@ -18,7 +18,7 @@ def lstm(
   start: Bool[Array, "B L"],
   w_in: Float[Array, "D gates"],
   w_rec: Float[Array, "H gates"],
-  bias: Float[Array, " gates"],
+  bias: Float[Array, "gates"],
 ) -> Float[Array, "B L H"]:
   """Runs an LSTM without peepholes over packed rows, from zero state.
 
@@ -58,7 +58,7 @@ def lstm(
 
 @jax.custom_vjp
 def _lstm(x, keep, w_in, w_rec, bias):
-  """Time-major LSTM: x [L B D]; keep [L B 1] is zero where a sentence starts."""
+  """Runs time-major: x [L B D], keep [L B 1] zero where a sentence starts."""
 
   def step(state, inputs):
     y, c = state
@@ -120,7 +120,7 @@ def _forward(x, keep, w_in, w_rec, bias):
 
 
 def _backward(saved, dy):
-  """Carries dy and dc back in time; weights get theirs from all steps at once."""
+  """Takes dy and dc back in time, then the weights' gradients all at once."""
   x, keep, w_in, w_rec, bias, y, slope, y_by_c, c_by_c = saved
   length = x.shape[0]
   keep_next = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
@@ -140,16 +140,15 @@ def _backward(saved, dy):
   _, _, dz = jax.lax.fori_loop(0, length, step, (zero, zero, slope))
 
   y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]) * keep
-  dz = dz.reshape(-1, dz.shape[-1])
-  dx = _dot(dz, w_in.T, x.dtype).reshape(x.shape)
-  dw_in = _dot(x.reshape(len(dz), -1).T, dz, x.dtype)
-  dw_rec = _dot(y_before.reshape(len(dz), -1).T, dz, x.dtype)
+  dx = _dot(dz, w_in.T, x.dtype)
+  dw_in = _sum_outer(x, dz, x.dtype)
+  dw_rec = _sum_outer(y_before, dz, x.dtype)
   return (
     dx.astype(x.dtype),
     None,
     dw_in.astype(w_in.dtype),
     dw_rec.astype(w_rec.dtype),
-    dz.sum(0).astype(bias.dtype),
+    dz.sum((0, 1)).astype(bias.dtype),
   )
 
 
@@ -165,6 +164,17 @@ def _dot(a, b, dtype):
   """Multiplies in `dtype`, sums in float32."""
   a, b = a.astype(dtype), b.astype(dtype)
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _sum_outer(a, b, dtype):
+  """Contracts length and batch: [L B M], [L B N] -> [M N]."""
+  # No reshape to [L*B]: it would gather a batch that is split over devices.
+  return jax.lax.dot_general(
+    a.astype(dtype),
+    b.astype(dtype),
+    (((0, 1), (0, 1)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _at(array, t):

@@ -15,13 +15,17 @@ METRICS_FILE = "metrics.jsonl"
 class Writer:
   """Writes one JSON line and one TensorBoard event per step and split.
 
-  Opened again at `step`, it first drops the lines after that step: a resumed
-  run writes them again.
+  Opened again at `step`, it first drops what a run resumed there writes again:
+  the lines after that step, and the test, which comes last of all.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int):
     path = workdir / METRICS_FILE
-    kept = [line for line in read(path) if line["step"] <= step]
+    kept = [
+      line
+      for line in read(path)
+      if line["step"] <= step and line["split"] != "test"
+    ]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     # Replaced in one move: a crash here must not lose the curve.
     draft = path.with_suffix(".draft")

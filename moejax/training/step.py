@@ -90,7 +90,7 @@ def train_step(
     (grads, metrics), _ = jax.lax.scan(add, zeros, jnp.arange(microbatches))
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  metrics |= {"grad_norm": optax.global_norm(grads), "words": words}
+  metrics |= {"grad_norm": optax.tree.norm(grads), "words": words}
   params = optax.apply_updates(state.params, updates)
   return TrainState(state.step + 1, params, opt_state), metrics
 

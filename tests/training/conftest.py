@@ -1,10 +1,8 @@
-"""optax raises a float to an integer step count: strict promotion cannot be."""
+"""Everything in training goes through optax."""
 
-import jax
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
-  with jax.numpy_dtype_promotion("standard"):
-    yield
+def _standard(standard_promotion):
+  del standard_promotion

@@ -33,6 +33,14 @@ def test_resuming_drops_the_lines_after_its_step(tmp_path):
   ]
 
 
+def test_the_test_is_written_again(tmp_path):
+  for _ in range(2):
+    writer = metrics.Writer(tmp_path, 2)
+    writer.write(2, "test", {"loss": 0.5})
+    writer.close()
+  assert len(metrics.read(tmp_path / metrics.METRICS_FILE)) == 1
+
+
 def test_a_line_cut_short_is_left_out(tmp_path):
   write(tmp_path, 0, [(1, 0.5), (2, 0.25)])
   path = tmp_path / metrics.METRICS_FILE

@@ -1,0 +1,112 @@
+"""Checkpoints come back whole, on any mesh, or are passed over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moejax.training import state
+from moejax.training.checkpoint import Checkpoints
+
+
+def on(devices):
+  mesh = Mesh(np.array(jax.devices()[:devices]), ("x",))
+  return NamedSharding(mesh, PartitionSpec("x"))
+
+
+def make(step, devices=8):
+  def put(array):
+    return jax.device_put(array, on(devices))
+
+  return state.TrainState(
+    jnp.int32(step),
+    {"w": put(jnp.arange(16.0) * step)},
+    ({"m": put(jnp.arange(8.0) - step)},),
+  )
+
+
+def target(devices=8):
+  tree = make(0, devices)
+  where = jax.tree.map(lambda leaf: leaf.sharding, tree)
+  return state.abstract(tree, where)
+
+
+def fill(directory, steps, keep=2):
+  """Saves steps of (step, perplexity)."""
+  checkpoints = Checkpoints(directory, keep)
+  for step, perplexity in steps:
+    checkpoints.save(make(step), step, {"data": {"at": step}}, perplexity)
+  checkpoints.close()
+  return Checkpoints(directory, keep)
+
+
+def assert_is(restored, step):
+  assert restored.progress == {"data": {"at": step}}
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a, b), restored.state, make(step)
+  )
+
+
+def cut(directory, step):
+  """Cuts the largest file of a checkpoint in half."""
+  files = [f for f in (directory / str(step)).rglob("*") if f.is_file()]
+  largest = max(files, key=lambda file: file.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_nothing_saved_is_nothing_restored(tmp_path):
+  assert Checkpoints(tmp_path).latest(target()) is None
+  assert Checkpoints(tmp_path).best(target()) is None
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_latest_comes_back_on_any_mesh(tmp_path, devices):
+  restored = fill(tmp_path, [(1, None), (2, None)]).latest(target(devices))
+  assert_is(restored, 2)
+  assert restored.state.params["w"].sharding == on(devices)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+  steps = [(1, 9.0), (2, 3.0), (3, 5.0), (4, None), (5, 7.0), (6, None)]
+  checkpoints = fill(tmp_path, steps)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "5", "6"]
+  assert_is(checkpoints.best(target()), 2)
+  assert_is(checkpoints.latest(target()), 6)
+
+
+def test_best_is_the_newest_where_none_was_validated(tmp_path):
+  assert_is(fill(tmp_path, [(1, None), (2, None)]).best(target()), 2)
+
+
+def test_one_cut_short_falls_back_and_says_so(tmp_path, capfd):
+  checkpoints = fill(tmp_path, [(1, None), (2, None)])
+  cut(tmp_path, 2)
+  assert_is(checkpoints.latest(target()), 1)
+  assert "checkpoint of step 2 cannot be read" in capfd.readouterr().err
+  # The step can be saved again.
+  checkpoints.save(make(2), 2, {"data": {"at": 2}})
+  checkpoints.wait()
+  assert_is(checkpoints.latest(target()), 2)
+
+
+def test_a_damaged_best_gives_the_newest(tmp_path, capfd):
+  checkpoints = fill(tmp_path, [(1, 1.0), (2, 2.0)])
+  cut(tmp_path, 1)
+  assert_is(checkpoints.best(target()), 2)
+  assert "best checkpoint, of step 1" in capfd.readouterr().err
+
+
+def test_all_damaged_is_an_error(tmp_path):
+  checkpoints = fill(tmp_path, [(1, None), (2, None)])
+  cut(tmp_path, 1)
+  cut(tmp_path, 2)
+  with pytest.raises(ValueError, match=r"none of the 2 checkpoints .*\[1, 2\]"):
+    checkpoints.latest(target())
+  assert (tmp_path / "2").exists()  # nothing is deleted where nothing is left
+
+
+def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path):
+  fill(tmp_path, [(1, None)]).close()
+  (tmp_path / "2.orbax-checkpoint-tmp-1").mkdir()
+  assert_is(Checkpoints(tmp_path).latest(target()), 1)

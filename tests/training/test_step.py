@@ -1,0 +1,198 @@
+"""One step: its loss, its gradient, its microbatches, on every layout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moejax import experts, moe, router, sharding
+from moejax.models import layers, lstm_lm
+from moejax.training import evaluate, state, step
+
+B, L, D, V = 8, 4, 4, 20
+LAYOUT = sharding.LAYOUTS["replicated"]
+SGD = optax.sgd(1.0)
+IMPORTANCE = (("importance", 1.0),)
+
+
+def model(noisy=False, dropout=0.0, num_samples=0, capacity=None):
+  chooser = router.NoisyTopK(8, 2) if noisy else router.TopK(8, 2)
+  mixture = moe.MoE(
+    chooser, experts.FeedForward(8, 6), group_size=L, capacity_factor=capacity
+  )
+  stack = (layers.LSTM(D), mixture, layers.LSTM(D))
+  return lstm_lm.LSTMLM(V, D, stack, dropout, num_samples)
+
+
+def make_batch():
+  random = np.random.default_rng(0)
+  words = np.array([4, 3, 4, 1, 4, 2, 4, 4])
+  mask = np.arange(L) < words[:, None]
+  start = random.random((B, L)) < 0.3
+  start[:, 0] = True
+  return {
+    "inputs": random.integers(0, V, (B, L)).astype(np.int32) * mask,
+    "targets": random.integers(0, V, (B, L)).astype(np.int32) * mask,
+    "mask": mask,
+    "start": start,
+  }
+
+
+BATCH = make_batch()
+
+
+@functools.cache
+def make(net, layout=LAYOUT, devices=1, tx=SGD, rows=B):
+  mesh = sharding.make_mesh(layout, jax.devices()[:devices])
+  shapes = {
+    name: jax.ShapeDtypeStruct((rows, L), value.dtype)
+    for name, value in BATCH.items()
+  }
+  return *state.create(net, tx, shapes, 0, layout, mesh), mesh
+
+
+@functools.cache
+def step_fn(net, layout=LAYOUT, devices=1, tx=SGD, rows=B, aux=(), parts=1):
+  _, shardings, _ = make(net, layout, devices, tx, rows)
+  fn = functools.partial(
+    step.train_step,
+    model=net,
+    tx=tx,
+    aux_weights=dict(aux),
+    seed=0,
+    microbatches=parts,
+  )
+  return jax.jit(fn, out_shardings=(shardings, None))
+
+
+def run(net, batch=BATCH, steps=1, aux=(), parts=1, **where):
+  """Trains from the same start; compiles once for the same settings."""
+  rows = len(batch["mask"])
+  current, _, mesh = make(net, rows=rows, **where)
+  fn = step_fn(net, rows=rows, aux=aux, parts=parts, **where)
+  layout = where.get("layout", LAYOUT)
+  with sharding.use(layout, mesh):
+    for _ in range(steps):
+      current, metrics = fn(current, evaluate.place(batch, layout, mesh))
+  return jax.device_get((current, metrics))
+
+
+def assert_close(got, want, rtol=1e-4, atol=1e-5):
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, rtol=rtol, atol=atol),
+    got,
+    want,
+  )
+
+
+def test_loss_is_the_mean_over_real_words():
+  net = model()
+  params = {"params": make(net)[0].params}
+  batch = jax.tree.map(jnp.asarray, BATCH)
+  _, metrics = run(net)
+  h = net.apply(params, batch)
+  logits = net.apply(params, h, method=lambda net, h: net.head.logits(h))
+  nats = -np.asarray(jax.nn.log_softmax(logits))
+  picked = np.take_along_axis(nats, BATCH["targets"][..., None], 2)[..., 0]
+  np.testing.assert_allclose(
+    metrics["loss"], picked[BATCH["mask"]].mean(), rtol=1e-5
+  )
+  assert metrics["words"] == BATCH["mask"].sum()
+  part = step.eval_step(params["params"], batch, model=net)
+  np.testing.assert_allclose(part["loss"], picked[BATCH["mask"]].sum(), 1e-5)
+  assert part["words"] == BATCH["mask"].sum()
+
+
+def test_update_is_the_gradient_of_loss_and_balance():
+  net = model(noisy=True)
+  aux = (("importance", 0.5), ("load", 0.25))
+  before = make(net)[0].params
+  plain, _ = run(net)
+  balanced, metrics = run(net, aux=aux)
+  assert metrics["auxiliary"] > 0
+  assert int(plain.step) == 1
+
+  def gate(tree):
+    return tree["layers_1"]["router"]["gate"]["kernel"]
+
+  # Balance reaches the router.
+  assert np.abs(gate(plain.params) - gate(balanced.params)).max() > 1e-4
+  norm = optax.tree.norm(jax.tree.map(jnp.subtract, before, balanced.params))
+  np.testing.assert_allclose(norm, metrics["grad_norm"], rtol=1e-5)
+
+
+def test_padding_changes_nothing():
+  padding = ~BATCH["mask"]
+  other = dict(BATCH)
+  other["inputs"] = np.where(padding, 7, BATCH["inputs"]).astype(np.int32)
+  other["targets"] = np.where(padding, 3, BATCH["targets"]).astype(np.int32)
+  want = run(model(), aux=IMPORTANCE)
+  got = run(model(), other, aux=IMPORTANCE)
+  assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_microbatches_have_the_same_task_gradient():
+  want, metrics = run(model())
+  got, part_metrics = run(model(), parts=4)
+  assert_close(got, want)
+  for name in ("loss", "grad_norm", "words"):
+    np.testing.assert_allclose(part_metrics[name], metrics[name], rtol=1e-5)
+
+
+def test_microbatches_average_the_balance_losses_of_their_own():
+  net = model()
+  _, metrics = run(net, aux=IMPORTANCE, parts=2)
+  parts = [
+    run(net, {n: v[i::2] for n, v in BATCH.items()}, aux=IMPORTANCE)[1]
+    for i in range(2)
+  ]
+  want = np.mean([part["auxiliary"] for part in parts])
+  np.testing.assert_allclose(metrics["auxiliary"], want, rtol=1e-5)
+  _, whole = run(net, aux=IMPORTANCE)
+  assert abs(whole["auxiliary"] - want) > 1e-3  # CV^2 is not linear
+
+
+def test_microbatches_must_divide():
+  with pytest.raises(ValueError, match="3 microbatches do not divide the 8"):
+    run(model(), parts=3)
+
+
+NOISY = {"noisy": True, "dropout": 0.2, "num_samples": 8, "capacity": 1.25}
+CLIPPED_ADAM = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2))
+BOTH = (("importance", 0.1), ("load", 0.1))
+
+
+@pytest.mark.parametrize("name", sharding.LAYOUTS)
+def test_layouts_train_alike(name):
+  net = model(**NOISY)
+  want = run(net, steps=3, aux=BOTH, tx=CLIPPED_ADAM)
+  got = run(
+    net,
+    steps=3,
+    aux=BOTH,
+    tx=CLIPPED_ADAM,
+    layout=sharding.LAYOUTS[name],
+    devices=8,
+  )
+  assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_state_lies_as_the_layout_says():
+  layout = sharding.LAYOUTS["expert"]
+  current, _, _ = make(model(**NOISY), layout, 8, CLIPPED_ADAM, B)
+  moments = current.opt_state[1][0]
+  for tree in (current.params, moments.mu, moments.nu):
+    weight = tree["layers_1"]["experts"]["w_in"]
+    assert weight.addressable_shards[0].data.shape == (1, D, 6)
+    assert tree["embed"]["table"].is_fully_replicated
+
+
+def test_every_step_draws_anew():
+  net = model(**NOISY)
+  frozen = {"tx": optax.sgd(0.0)}
+  _, first = run(net, **frozen)
+  _, second = run(net, steps=2, **frozen)
+  assert first["loss"] != second["loss"]
