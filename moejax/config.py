@@ -88,17 +88,17 @@ def check(config: ConfigDict) -> None:
     ValueError: names the section and the nearest that exists.
   """
   known = ("seed", "layout", "data", "model", "aux", "optimizer", "train")
-  _refuse_unknown(config, known, "config")
+  _refuse_unknown(config.to_dict(), known, "config")
   for name in known:
     if name not in config:
       raise ValueError(f"config.{name} is missing; give it a value.")
-  losses.auxiliary([], config.aux)
+  losses.auxiliary([], config.aux.to_dict())
   train(config), optimizer(config), layout(config)
 
 
 def train(config: ConfigDict) -> Train:
   """Reads the section `train`."""
-  values = _make(Train, config.train, "config.train")
+  values = _make(Train, config.train.to_dict(), "config.train")
   for name, value in values._asdict().items():
     if value < 1:
       raise ValueError(f"config.train.{name} is {value}; give 1 or more.")
@@ -108,14 +108,20 @@ def train(config: ConfigDict) -> Train:
 def data(
   config: ConfigDict, workdir: pathlib.Path, files: Sequence[str] = ()
 ) -> Data:
-  """Opens the corpus; the vocabulary is the workdir's own once it has one.
+  """Opens the corpus; the vocabulary is the run's own once there is a run.
 
   Args:
     config: the whole config.
-    workdir: where the vocabulary is kept.
+    workdir: of the run.
     files: text files to read, as the only split "data", in place of the corpus.
   """
-  return _make(_data, config.data, "config.data", workdir=workdir, files=files)
+  return _make(
+    _data,
+    config.data.to_dict(),
+    "config.data",
+    workdir=workdir,
+    files=files,
+  )
 
 
 def _data(
@@ -135,12 +141,10 @@ def _data(
   else:
     own = _files(kind, train=train, validation=validation, test=test)
     texts = corpora.open_corpus(kind, data_dir or None, **own)
-  path = workdir / VOCABULARY_FILE
-  if path.exists():
-    vocabulary = vocab.Vocabulary.load(path)
+  if (workdir / CONFIG_FILE).exists():
+    vocabulary = vocab.Vocabulary.load(workdir / VOCABULARY_FILE)
   else:
     vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
-    vocabulary.save(path)
   return Data(vocabulary, texts, row_length, batch_size)
 
 
@@ -163,7 +167,9 @@ def _files(kind: str, **splits: str) -> dict[str, list[str]]:
 
 def model(config: ConfigDict, vocab_size: int) -> nn.Module:
   """Builds the model for a vocabulary."""
-  return _choose(MODELS, config.model, "config.model", vocab_size=vocab_size)
+  return _choose(
+    MODELS, config.model.to_dict(), "config.model", vocab_size=vocab_size
+  )
 
 
 def _lstm_lm(
@@ -221,7 +227,7 @@ def optimizer(
   config: ConfigDict,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Builds the learning rate's schedule and the update rule."""
-  return _choose(OPTIMIZERS, config.optimizer, "config.optimizer")
+  return _choose(OPTIMIZERS, config.optimizer.to_dict(), "config.optimizer")
 
 
 def _adam(
@@ -250,25 +256,20 @@ def layout(config: ConfigDict) -> sharding.Layout:
 # -- what a workdir remembers -------------------------------------------------
 
 
-def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes the config into a new workdir; in an old one it must be the same.
+def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Refuses to go on in a workdir with another config than it was made with.
 
   Raises:
-    ValueError: the workdir was made with another config; shows where the two
-      differ.
+    ValueError: shows where the two differ.
   """
-  path = workdir / CONFIG_FILE
-  new = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-  if not path.exists():
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(new + "\n", encoding="utf-8")
+  if not (workdir / CONFIG_FILE).exists():
     return
-  old_values = _flat(json.loads(path.read_text(encoding="utf-8")))
-  new_values = _flat(json.loads(new))
+  old = _flat(recall(workdir).to_dict())
+  new = _flat(json.loads(_as_json(config)))
   lines = [
-    f"  {name}: {old_values.get(name)!r} there, {new_values.get(name)!r} now"
-    for name in sorted(old_values | new_values)
-    if old_values.get(name) != new_values.get(name)
+    f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
+    for name in sorted(old | new)
+    if old.get(name) != new.get(name)
   ]
   if lines:
     raise ValueError(
@@ -276,6 +277,21 @@ def remember(config: ConfigDict, workdir: pathlib.Path) -> None:
       + "\n".join(lines)
       + "\nGive a new --workdir, or the config it was made with."
     )
+
+
+def remember(
+  config: ConfigDict, vocabulary: vocab.Vocabulary, workdir: pathlib.Path
+) -> None:
+  """Makes a workdir that of a run: writes its config and vocabulary.
+
+  To be called when all else has shown to be sound, so that a mistake in a
+  config does not stay in the way of its correction.
+  """
+  if not (workdir / CONFIG_FILE).exists():
+    vocabulary.save(workdir / VOCABULARY_FILE)
+    draft = workdir / (CONFIG_FILE + ".draft")
+    draft.write_text(_as_json(config) + "\n", encoding="utf-8")
+    draft.replace(workdir / CONFIG_FILE)
 
 
 def recall(workdir: pathlib.Path) -> ConfigDict:
@@ -291,6 +307,10 @@ def recall(workdir: pathlib.Path) -> ConfigDict:
       " --workdir of a `moejax train`."
     )
   return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _as_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
 def _flat(values: Any, name: str = "config") -> dict[str, Any]:

@@ -4,7 +4,8 @@ import difflib
 import pathlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     values = _parse(argv)
     if values["help"].value:
-      print(values.get_help())
+      print(_help(values))
       return 0
     if not values.workdir:
       raise UsageError("give --workdir=DIR, where the run lives.")
@@ -91,20 +92,15 @@ COMMANDS = {"train": _train, "eval": _eval}
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
   command = argv[1]
   if command not in COMMANDS:
-    nearest = difflib.get_close_matches(command, COMMANDS, 1, 0)[0]
     raise UsageError(
-      f"unknown command {command!r}; the nearest is {nearest!r}.\n{USAGE}"
+      f"unknown command {command!r}; the nearest is"
+      f" {_nearest(command, COMMANDS)!r}.\n{USAGE}"
     )
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
   flags.DEFINE_bool("help", False, "show the flags", flag_values=values)
   if command == "train":
-    config_flags.DEFINE_config_file(
-      "config",
-      help_string="a file of configs/, or your own",
-      flag_values=values,
-      sys_argv=list(argv),
-    )
+    _define_config(values, argv)
   else:
     flags.DEFINE_enum(
       "split",
@@ -118,22 +114,78 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     )
   try:
     rest = values(argv[1:])
-    if command == "train" and not values["help"].value:
-      # Reading it fails where its file could not be loaded.
-      _ = values.config
   except AttributeError as error:
     # Raised for an override of a field that the config does not have.
-    raise UsageError(f"no such config field: {_sentence(error)}.") from error
-  except OSError as error:
-    path = values["config"].config_filename
-    raise UsageError(f"cannot load --config={path}: {_sentence(error)}") from (
-      error
-    )
+    raise UsageError(_unknown_field(argv)) from error
   if rest[1:]:
     raise UsageError(
       f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
     )
   return values
+
+
+def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
+  for path in _given(argv, "config"):
+    if not pathlib.Path(path).is_file():
+      raise UsageError(
+        f"--config={path}: there is no such file; give one of configs/ or"
+        " your own."
+      )
+  config_flags.DEFINE_config_file(
+    "config",
+    help_string="a file of configs/, or your own; any field FIELD of it is"
+    " changed by --config.FIELD=VALUE",
+    flag_values=values,
+    sys_argv=list(argv),
+  )
+
+
+def _given(argv: Sequence[str], name: str) -> list[str]:
+  """Finds the values of a flag, written --name=value or --name value."""
+  follows = zip(argv, [*argv[1:], ""], strict=True)
+  return [
+    next_one if flag == f"--{name}" else flag.removeprefix(f"--{name}=")
+    for flag, next_one in follows
+    if flag.split("=")[0] == f"--{name}"
+  ]
+
+
+def _unknown_field(argv: Sequence[str]) -> str:
+  alone = flags.FlagValues()
+  path = _given(argv, "config")[-1]
+  plain = ["moejax", f"--config={path}"]
+  config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
+  alone(plain)
+  known = _fields(alone.config.to_dict(), "config")
+  overrides = [
+    flag.split("=")[0].removeprefix("--")
+    for flag in argv
+    if flag.startswith("--config.")
+  ]
+  unknown = next(name for name in overrides if name not in known)
+  return (
+    f"the config has no field {unknown}; the nearest is"
+    f" {_nearest(unknown, known)}."
+  )
+
+
+def _fields(values: Mapping[str, Any], name: str) -> list[str]:
+  names = []
+  for key, value in values.items():
+    names.append(f"{name}.{key}")
+    if isinstance(value, Mapping):
+      names += _fields(value, names[-1])
+  return names
+
+
+def _help(values: flags.FlagValues) -> str:
+  ours = [n for n in values if n not in ("flagfile", "undefok", "help")]
+  lines = [f"  --{name}: {values[name].help}" for name in sorted(ours)]
+  return "\n".join([USAGE, "", *lines])
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+  return difflib.get_close_matches(name, list(known), 1, 0)[0]
 
 
 def _sentence(error: Exception) -> str:

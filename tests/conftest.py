@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("moejax")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def standard_promotion():
   """optax raises a float to an integer step count: strict cannot be."""
   with jax.numpy_dtype_promotion("standard"):

@@ -43,7 +43,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     FloatingPointError: the loss became NaN or infinite; names the step.
   """
   config_lib.check(config)
-  config_lib.remember(config, workdir)
+  config_lib.check_same(config, workdir)
   options = config_lib.train(config)
   data = config_lib.data(config, workdir)
   rows = {split: data.rows(data.tokens(split)) for split in data.texts}
@@ -59,6 +59,31 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     model, tx, data.batch_shapes(), config.seed, layout, mesh
   )
   target = state.abstract(current, shardings)
+  for line in _introduction(current.params, rows, layout, mesh):
+    print(line, flush=True)
+  print("compiling the training step", flush=True)
+  step_fn = jax.jit(
+    functools.partial(
+      step.train_step,
+      model=model,
+      tx=tx,
+      aux_weights=config.aux.to_dict(),
+      seed=config.seed,
+      microbatches=options.microbatches,
+    ),
+    out_shardings=(shardings, None),
+    donate_argnums=0,
+  )
+  where = sharding.batch_sharding(layout, mesh)
+  batch_target = {
+    name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+    for name, a in data.batch_shapes().items()
+  }
+  with sharding.use(layout, mesh):
+    step_fn = step_fn.lower(target, batch_target).compile()
+  # From here on there is a run; what is wrong with it would have shown above.
+  workdir.mkdir(parents=True, exist_ok=True)
+  config_lib.remember(config, data.vocabulary, workdir)
   checkpoints = Checkpoints(workdir / CHECKPOINTS, options.keep)
   seconds = 0.0
   if restored := checkpoints.latest(target):
@@ -70,18 +95,6 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   writer = metrics.Writer(workdir, done)
   progress = metrics.Progress(done, options.steps)
   speed = metrics.Speed()
-  step_fn = jax.jit(
-    functools.partial(
-      step.train_step,
-      model=model,
-      tx=tx,
-      aux_weights=dict(config.aux),
-      seed=config.seed,
-      microbatches=options.microbatches,
-    ),
-    out_shardings=(shardings, None),
-    donate_argnums=0,
-  )
   evaluate_on = evaluate.evaluator(model, data.batch_size, layout, mesh)
   pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
@@ -95,11 +108,15 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     values = {name: float(v) for name, v in jax.device_get(measured).items()}
     for name in ("loss", "grad_norm"):
       if not math.isfinite(values[name]):
+        kept = (
+          f"checkpoint {saved} is the last good one"
+          if saved
+          else "no checkpoint is kept"
+        )
         raise FloatingPointError(
-          f"{name} became {values[name]} at step {at}; the last good"
-          f" checkpoint is that of step {saved} in {workdir / CHECKPOINTS}."
-          " Train in a new workdir with a lower config.optimizer.peak, or with"
-          " config.optimizer.clip_norm."
+          f"{name} became {values[name]} at step {at}; {kept} in"
+          f" {workdir / CHECKPOINTS}. Train in a new workdir with a lower"
+          " config.optimizer.peak, or with config.optimizer.clip_norm."
         )
     speed.add(values.pop("words"))
     if at % options.log_every == 0:
@@ -132,12 +149,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     sharding.use(layout, mesh),
     _signals() as stopped,
   ):
-    for line in _introduction(current.params, rows, layout, mesh):
-      progress.say(line)
     if done:
       progress.say(f"resuming {workdir} at step {done} of {options.steps}")
-    else:
-      progress.say("compiling the training step")
     while done < options.steps and not stopped():
       batch = evaluate.place(next(batches), layout, mesh)
       current, measured = step_fn(current, batch)

@@ -166,6 +166,6 @@ def test_a_loss_that_is_no_number_stops(start, tmp_path):
   assert process.returncode == 1
   message = output.splitlines()[-1]
   assert "became nan at step" in message or "became inf at step" in message
-  step = int(message.split("that of step ")[1].split()[0])
+  step = int(message.split("checkpoint ")[1].split()[0])
   kept = {int(path.name) for path in (workdir / loop.CHECKPOINTS).iterdir()}
   assert step == max(kept)

@@ -1,0 +1,165 @@
+"""The command line: what it refuses, in one sentence, and what stays."""
+
+import json
+
+import pytest
+
+from moejax.main import main
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def fails(capsys, small_flags, tmp_path):
+  """Runs `moejax train` with changed flags; returns what it complains of."""
+  workdir = tmp_path / "run"
+
+  def fails(*flags, status=1):
+    argv = ["moejax", "train", *small_flags, f"--workdir={workdir}", *flags]
+    assert main(argv) == status
+    errors = capsys.readouterr().err.splitlines()
+    complaints = [line for line in errors if line.startswith("moejax: ")]
+    assert len(complaints) == 1
+    assert not any("Traceback" in line for line in errors)
+    # What was wrong is not in the way of the next try.
+    assert not (workdir / "config.json").exists()
+    return complaints[0]
+
+  return fails
+
+
+def test_no_command_prints_usage(capsys):
+  assert main(["moejax"]) == 2
+  assert "usage: moejax COMMAND" in capsys.readouterr().out
+  assert main(["moejax", "--help"]) == 0
+
+
+def test_unknown_command_names_the_nearest(capsys):
+  assert main(["moejax", "trian"]) == 2
+  assert "nearest is 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_lists_the_flags(command, capsys):
+  assert main(["moejax", command, "--help"]) == 0
+  assert "--workdir" in capsys.readouterr().out
+
+
+def test_workdir_and_config_are_needed(capsys, tmp_path):
+  assert main(["moejax", "train"]) == 2
+  assert "give --workdir" in capsys.readouterr().err
+  assert main(["moejax", "train", f"--workdir={tmp_path}"]) == 2
+  assert "give --config" in capsys.readouterr().err
+
+
+def test_misspelled_flags(fails):
+  said = fails("--config.model.moe.num_exprts=4", status=2)
+  assert "config.model.moe.num_exprts; the nearest is" in said
+  assert said.endswith("config.model.moe.num_experts.")
+  assert "workdri" in fails("--workdri=x", status=2)
+  assert "what is 'extra'" in fails("extra", status=2)
+  assert "steps=ten" in fails("--config.train.steps=ten", status=2)
+
+
+def test_a_config_that_is_not_there(capsys):
+  argv = ["moejax", "train", "--config=no/such.py", "--workdir=x"]
+  assert main(argv) == 2
+  assert "no/such.py: there is no such file" in capsys.readouterr().err
+
+
+def test_a_field_that_no_builder_reads(capsys, tmp_path):
+  path = tmp_path / "own.py"
+  path.write_text(
+    "from ml_collections import ConfigDict\n"
+    "def get_config():\n"
+    "  return ConfigDict({'seed': 0, 'train': {'stesp': 3}})\n"
+  )
+  argv = ["moejax", "train", f"--config={path}", f"--workdir={tmp_path}/run"]
+  assert main(argv) == 1
+  assert "is missing; give it a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "flags, complaint",
+  [
+    (["data.train=no.txt"], "no.txt does not exist"),
+    (["data.kind=sotu"], "set config.data.kind=text"),
+    (["data.kind=prose", "data.train="], "prose"),
+    (["data.batch_size=100000"], "a batch of 100000 rows is more than"),
+    (["data.row_length=0"], "row_length must be 1 or more, got 0"),
+    (["model.moe.group_size=100"], "group size 100 does not divide the 128"),
+    (["model.moe.router.k=9"], "k = 9 experts per token, but there are 8"),
+    (["model.moe.router.kind=top"], "nearest is 'top_k'"),
+    (["model.moe.dispatch=gathr"], "choose one of einsum, gather"),
+    (["model.moe.capacity_factor=-1.0"], "capacity factor -1.0"),
+    (["model.moe.num_experts=6"], "which do not divide over 8 devices"),
+    (["layout=exprt"], "choose one of 'replicated', 'expert', 'data_expert'"),
+    (["optimizer.kind=adma"], "nearest is 'adam'"),
+    (["optimizer.warmup_steps=0"], "warmup_steps = 0"),
+    (["train.steps=0"], "config.train.steps is 0"),
+    (["train.microbatches=3"], "3 microbatches do not divide the 8 rows"),
+    (["data.batch_size=6"], "6 entries, which do not divide over 8 devices"),
+  ],
+)
+def test_values_that_cannot_be(fails, flags, complaint):
+  said = fails(*[f"--config.{flag}" for flag in flags])
+  assert complaint in said
+
+
+def test_files_that_cannot_be_read(fails, tmp_path):
+  empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+  empty.touch()
+  latin.write_bytes(b"un caf\xe9\n" * 100)
+  assert "holds no words" in fails(f"--config.data.train={empty}")
+  assert "is not UTF-8: byte 7 of line 1" in fails(
+    f"--config.data.train={latin}"
+  )
+
+
+@pytest.fixture(scope="module")
+def trained(standard_promotion, small_flags, tmp_path_factory):
+  """A run of this process, on its 8 devices."""
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  assert main(["moejax", "train", *small_flags, f"--workdir={workdir}"]) == 0
+  return workdir
+
+
+def test_another_config_is_refused_and_shown(trained, small_flags, capsys):
+  before = (trained / "config.json").read_text()
+  argv = ["moejax", "train", *small_flags, f"--workdir={trained}"]
+  assert main([*argv, "--config.model.width=16", "--config.seed=3"]) == 1
+  said = capsys.readouterr().err
+  assert "config.model.width: 8 there, 16 now" in said
+  assert "config.seed: 0 there, 3 now" in said
+  assert "steps" not in said
+  assert (trained / "config.json").read_text() == before
+
+
+def test_eval_repeats_the_test(trained, capsys):
+  want = json.loads((trained / "result.json").read_text())
+  assert main(["moejax", "eval", f"--workdir={trained}"]) == 0
+  said = capsys.readouterr().out
+  assert f"perplexity {want['test']['perplexity']:,.2f} per word" in said
+  assert f"(checkpoint of step {want['best_step']})" in said
+
+
+def test_eval_reads_other_text(trained, tmp_path, capsys):
+  path = tmp_path / "own.txt"
+  path.write_text("The zyzzyva of the Congress .\nFellow citizens\n")
+  argv = ["moejax", "eval", f"--workdir={trained}", f"--data={path}"]
+  assert main(argv) == 0
+  said = capsys.readouterr().out
+  assert " 10 words, " in said  # six, two, and two </S>
+  assert "20.0% of them unknown" in said
+
+
+def test_eval_without_a_run(tmp_path, capsys):
+  assert main(["moejax", "eval", f"--workdir={tmp_path}"]) == 1
+  assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_eval_without_a_checkpoint(trained, tmp_path, capsys):
+  for name in ("config.json", "vocab.txt"):
+    (tmp_path / name).write_bytes((trained / name).read_bytes())
+  assert main(["moejax", "eval", f"--workdir={tmp_path}"]) == 1
+  assert "has no checkpoint yet" in capsys.readouterr().err
