@@ -17,6 +17,14 @@ Weights = Mapping[str, Float[Array, "E I O"]]
 _INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
+def _partitioned(
+  num_experts: int, *axes: str | None
+) -> nn.initializers.Initializer:
+  # A lone expert has no axis to be split along: every device keeps a copy.
+  expert = "expert" if num_experts > 1 else None
+  return nn.with_logical_partitioning(_INIT, (expert, *axes))
+
+
 def expert_dot(
   rows: Float[Array, "E N I"], matrices: Float[Array, "E I O"]
 ) -> Float[Array, "E N O"]:
@@ -40,8 +48,8 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, width: int) -> Weights:
     E, D, F = self.num_experts, width, self.hidden
-    w_in = nn.with_logical_partitioning(_INIT, ("expert", "embed", "mlp"))
-    w_out = nn.with_logical_partitioning(_INIT, ("expert", "mlp", "embed"))
+    w_in = _partitioned(E, "embed", "mlp")
+    w_out = _partitioned(E, "mlp", "embed")
     return {
       "w_in": self.param("w_in", w_in, (E, D, F), jnp.float32),
       "w_out": self.param("w_out", w_out, (E, F, D), jnp.float32),
@@ -62,7 +70,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> Weights:
-    init = nn.with_logical_partitioning(_INIT, ("expert", "embed", None))
+    init = _partitioned(self.num_experts, "embed", None)
     shape = (self.num_experts, width, width)
     return {"w": self.param("w", init, shape, jnp.float32)}
 

@@ -1,0 +1,102 @@
+"""Question: does a mixture beat a dense layer of the same ops/timestep?
+
+Method: configs/sotu/moe_32.py and its twin moe_1_wide.py, the same steps on
+the same batches, once per seed. Perplexity per word, `</S>` counted, by the
+full softmax; the test is that of the checkpoint of lowest validation
+perplexity. Runs lie under runs/sparse_against_dense and are resumed there.
+
+Result: TODO
+"""
+
+import importlib.util
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import matplotlib.figure
+
+from experiments import harness
+from moejax import config as config_lib
+from moejax.training import loop, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+RUNS = ROOT / "runs" / "sparse_against_dense"
+CONFIGS = ("moe_32", "moe_1_wide")
+SEEDS = (0, 1)
+QUICK = {
+  "data.row_length": 16,
+  "data.batch_size": 256,
+  "data.min_count": 100,
+  "model.width": 16,
+  "model.num_samples": 64,
+  "train.steps": 10,
+  "train.eval_every": 5,
+}
+
+
+def rows(quick: bool) -> Iterator[harness.Row]:
+  """Yields a row per validation, and one per test."""
+  seeds, runs = (SEEDS, RUNS) if not quick else (SEEDS[:1], None)
+  with tempfile.TemporaryDirectory() as scratch:
+    for seed in seeds:
+      for name in CONFIGS:
+        config = load(name)
+        config.seed = seed
+        if quick:
+          config.update_from_flattened_dict(QUICK)
+        workdir = (runs or pathlib.Path(scratch)) / f"{name}_{seed}"
+        yield from run(name, seed, config, workdir)
+
+
+def load(name: str) -> config_lib.Config:
+  """Reads a config of configs/sotu."""
+  path = ROOT / "configs" / "sotu" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def run(
+  name: str, seed: int, config: config_lib.Config, workdir: pathlib.Path
+) -> Iterator[harness.Row]:
+  """Trains one model; yields its validations and its test."""
+  result = loop.train(config, workdir)
+  if not result:
+    raise KeyboardInterrupt("stopped; the same command goes on from there")
+  lines = metrics.read(workdir / metrics.METRICS_FILE)
+  speeds = [ln["words_per_second"] for ln in lines if ln["split"] == "train"]
+  for line in lines:
+    if line["split"] != "train":
+      yield {
+        "config": name,
+        "seed": seed,
+        "split": line["split"],
+        "step": line["step"],
+        "perplexity": round(line["perplexity"], 2),
+        "seconds": round(result["seconds"]),
+        "words_per_second": round(sorted(speeds)[len(speeds) // 2]),
+      }
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws the validation curves."""
+  axes = figure.subplots()
+  for place, name in enumerate(CONFIGS):
+    for seed in sorted({row["seed"] for row in table}):
+      curve = [
+        (row["step"], row["perplexity"])
+        for row in table
+        if (row["config"], row["seed"]) == (name, seed)
+        and row["split"] == "validation"
+      ]
+      label = name if seed == 0 else None
+      axes.plot(*zip(*curve, strict=True), color=f"C{place}", label=label)
+  axes.set_xlabel("step")
+  axes.set_ylabel("validation perplexity per word")
+  axes.set_yscale("log")
+  axes.legend(title="one line a seed")
+
+
+if __name__ == "__main__":
+  harness.main("sparse_against_dense", rows, draw)
