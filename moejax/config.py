@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import optax
 from ml_collections import ConfigDict
 
 from moejax import losses, sharding
@@ -225,7 +224,7 @@ MODELS = {"lstm_lm": _lstm_lm}
 
 def optimizer(
   config: ConfigDict,
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
+) -> tuple[optim.Schedule, optim.Update]:
   """Builds the learning rate's schedule and the update rule."""
   return _choose(OPTIMIZERS, config.optimizer.to_dict(), "config.optimizer")
 
@@ -238,7 +237,7 @@ def _adam(
   b2: float = 0.999,
   eps: float = 1e-8,
   clip_norm: float | None = None,
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
+) -> tuple[optim.Schedule, optim.Update]:
   schedule = optim.warmup_rsqrt(peak, warmup_steps, hold_steps)
   return schedule, optim.adam(schedule, b1, b2, eps, clip_norm)
 

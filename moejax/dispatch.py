@@ -47,12 +47,14 @@ def capacity(
   """
   if factor is None:
     return tokens
-  if not factor > 0:
+  if not 0 < factor < math.inf:
     raise ValueError(
-      f"capacity factor {factor} leaves the {num_experts} experts no slot;"
-      " choose one above 0 (1.25 is usual), or None to drop nothing."
+      f"capacity factor {factor} is no size for the {num_experts} experts;"
+      " choose a number above 0 (1.25 is usual), or None to drop nothing."
     )
-  return min(tokens, max(minimum, math.ceil(edges * factor / num_experts)))
+  # Rounded first, or 100 * 1.1 / 10 would need a twelfth slot.
+  slots = math.ceil(round(edges * factor / num_experts, 6))
+  return min(tokens, max(minimum, slots))
 
 
 class _Seats(NamedTuple):
@@ -224,7 +226,7 @@ def einsum(
     edge = _seat(expert, num_experts, capacity).edge
     empty = edge == expert.size
     edge = jnp.where(empty, 0, edge)
-    return jnp.where(empty, S, token[edge]), jnp.where(empty, 0, gate[edge])
+    return jnp.where(empty, S, token[edge]), gate[edge]
 
   token, gate = jax.vmap(one_group)(
     assignment.expert, assignment.gate, assignment.tokens(S)

@@ -60,8 +60,8 @@ def noisy_top_k(
 
   Args:
     logits: x W_g.
-    noise_std: Softplus(x W_noise), not negative. Where it is 0 an expert is
-      in or out for certain, and the load is that 0 or 1.
+    noise_std: Softplus(x W_noise), not negative. Where it is 0 the load is 1
+      for an expert above its threshold and 0 for one at or below it.
     k: experts per token.
     rng: key of the noise.
     mask: real tokens.
@@ -113,8 +113,9 @@ def _chance_above(
   margin: Float[Array, "G S E"], noise_std: Float[Array, "G S E"]
 ) -> Float[Array, "G S E"]:
   """Phi(margin / noise_std) (eq. 9), and its limit where noise_std is 0."""
-  noisy = noise_std > 0
-  # The inner `where` keeps 0/0 out of the gradient as well.
+  # The gradient divides by noise_std^2, which must not underflow; the inner
+  # `where` keeps 0/0 out of it as well.
+  noisy = noise_std > 1e-12
   smooth = jax.scipy.stats.norm.cdf(margin / jnp.where(noisy, noise_std, 1))
   return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
 

@@ -55,8 +55,11 @@ class MoE(nn.Module):
     Raises:
       ValueError: sizes that do not divide, or experts that do not match.
     """
-    num_experts = self._check(x.shape[0] * x.shape[1])
+    num_experts = self._check(x, mask)
     group_size = self.group_size or x.shape[0] * x.shape[1]
+    if mask is not None:
+      # Whatever stands in padding, NaN included, must not reach a product.
+      x = jnp.where(mask[..., None], x, 0)
     grouped = x.reshape(-1, group_size, x.shape[-1])
     grouped = sharding.constrain(grouped, "group", None, None)
     if mask is not None:
@@ -69,7 +72,9 @@ class MoE(nn.Module):
       self.capacity_factor if train else self.eval_capacity_factor,
     )
     dropped = jnp.maximum(routing.count - slots, 0)
-    self.sow(ROUTING, "routing", routing._replace(dropped=dropped))
+    # What init leaves behind would be counted a second time by apply.
+    if not self.is_initializing():
+      self.sow(ROUTING, "routing", routing._replace(dropped=dropped))
     y = dispatch_lib.DISPATCH[self.dispatch](
       self.experts.run,
       self.experts(x.shape[-1]),
@@ -80,17 +85,26 @@ class MoE(nn.Module):
     )
     return y.reshape(*x.shape[:2], -1)
 
-  def _check(self, tokens: int) -> int:
+  def _check(
+    self, x: Float[Array, "B L D"], mask: Bool[Array, "..."] | None
+  ) -> int:
+    tokens = x.shape[0] * x.shape[1]
     num_experts = self.router.num_experts
     if self.experts.num_experts != num_experts:
       raise ValueError(
         f"the router chooses among {num_experts} experts, but there are"
         f" {self.experts.num_experts}; give both the same num_experts."
       )
-    if self.group_size is not None and tokens % self.group_size:
+    size = self.group_size
+    if size is not None and (size < 1 or tokens % size):
       raise ValueError(
-        f"group size {self.group_size} does not divide the {tokens} tokens"
-        " of a batch (rows times row length); choose one that does."
+        f"group size {size} does not divide the {tokens} tokens of a batch"
+        " (rows times row length); choose one that does."
+      )
+    if mask is not None and mask.shape != x.shape[:2]:
+      raise ValueError(
+        f"the mask is {mask.shape}, but the tokens are {x.shape[:2]}; give one"
+        " entry per token."
       )
     if self.dispatch not in dispatch_lib.DISPATCH:
       raise ValueError(
@@ -116,7 +130,8 @@ class OneExpert(nn.Module):
     train: bool = False,
     mask: Bool[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """Applies the expert to every token."""
-    del train, mask
+    """Applies the expert to every token; padding gives zero, as in MoE."""
+    del train
     rows = x.reshape(1, -1, x.shape[-1])
-    return self.experts.run(self.experts(x.shape[-1]), rows).reshape(x.shape)
+    y = self.experts.run(self.experts(x.shape[-1]), rows).reshape(x.shape)
+    return y if mask is None else jnp.where(mask[..., None], y, 0)

@@ -122,6 +122,14 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+# What a user sets to change the size of a logical axis.
+_SET_BY = {
+  "batch": "batch_size",
+  "group": "group_size",
+  "expert": "num_experts",
+}
+
+
 def _check_divides(
   axes: Sequence[str | None],
   shape: Sequence[int],
@@ -134,7 +142,8 @@ def _check_divides(
     if size % parts:
       raise ValueError(
         f"the {axis!r} axis has {size} entries, which do not divide over"
-        f" {parts} devices; choose a multiple of {parts}, another layout"
+        f" {parts} devices; change {_SET_BY.get(axis, 'its size')} to make it a"
+        f" multiple of {parts}, or choose another layout"
         f" ({', '.join(LAYOUTS)}) or fewer devices."
       )
 

@@ -5,10 +5,13 @@ import math
 import jax.numpy as jnp
 import optax
 
+Schedule = optax.Schedule
+Update = optax.GradientTransformation
+
 
 def warmup_rsqrt(
   peak: float, warmup_steps: int, hold_steps: int = 0
-) -> optax.Schedule:
+) -> Schedule:
   r"""Linear for w steps, constant for h, then 1/sqrt; continuous (app. C, E).
 
   .. math:: lr(t) = peak \cdot \min(t / w,\; 1,\; \sqrt{(w + h) / t})
@@ -38,12 +41,12 @@ def warmup_rsqrt(
 
 
 def adam(
-  schedule: optax.Schedule,
+  schedule: Schedule,
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
   clip_norm: float | None = None,
-) -> optax.GradientTransformation:
+) -> Update:
   """Adam, after clipping the whole gradient's norm if `clip_norm` is given.
 
   The norm is over the logical arrays, wherever their parts lie: experts and
