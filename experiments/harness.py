@@ -1,0 +1,172 @@
+"""What every experiment shares: the command line, the table, the files.
+
+An experiment is one file: a docstring (Question, Method, Result), a generator
+`rows(quick)` of dicts, a function that draws them, and
+
+  if __name__ == "__main__":
+    harness.main("its_name", rows, draw)
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib.figure
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+class Milliseconds(NamedTuple):
+  """Times of one candidate.
+
+  Attributes:
+    median: of all repeats.
+    fastest: least disturbed by whatever else the machine does.
+  """
+
+  median: float
+  fastest: float
+
+
+def interleaved(
+  candidates: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, Milliseconds]:
+  """Times candidates in turn (A B C A B C ...), so that all see one machine.
+
+  Each runs once before, untimed, and is waited for.
+  """
+  for run in candidates.values():
+    jax.block_until_ready(run())
+  times = {name: [] for name in candidates}
+  for _ in range(repeats):
+    for name, run in candidates.items():
+      begin = time.perf_counter()
+      jax.block_until_ready(run())
+      times[name].append(1e3 * (time.perf_counter() - begin))
+  return {
+    name: Milliseconds(statistics.median(each), min(each))
+    for name, each in times.items()
+  }
+
+
+def main(
+  name: str,
+  rows: Callable[[bool], Iterable[Row]],
+  draw: Callable[[matplotlib.figure.Figure, list[Row]], None],
+  seed: int = 0,
+  argv: Sequence[str] | None = None,
+) -> list[Row]:
+  """Runs an experiment: prints its table and writes `<name>.csv/.json/.png`.
+
+  A quick run writes only where --out says, so that it never replaces the
+  results of a full one.
+
+  Args:
+    name: the experiment's module, and the stem of its files.
+    rows: given whether to be quick, yields the rows of the table.
+    draw: draws the rows on an empty figure.
+    seed: recorded with the results.
+    argv: the arguments; those of the command line by default.
+
+  Returns:
+    The rows.
+  """
+  argv = sys.argv[1:] if argv is None else argv
+  parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
+  parser.add_argument("--quick", action="store_true", help="small and rough")
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    help=f"folder for the files (full runs: {RESULTS.parent.name}/results)",
+  )
+  args = parser.parse_args(argv)
+  begin = time.perf_counter()
+  table = list(rows(args.quick))
+  seconds = time.perf_counter() - begin
+  print(aligned(table))
+  out = args.out or (None if args.quick else RESULTS)
+  if out is None:
+    print("quick run: no file written; --out writes them")
+    return table
+  about = {
+    "command": shlex.join(["python", "-m", f"experiments.{name}", *argv]),
+    "seed": seed,
+    "machine": machine(),
+    "jax": jax.__version__,
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "seconds": round(seconds, 1),
+  }
+  write(out / name, table, about, draw)
+  return table
+
+
+def write(
+  stem: pathlib.Path,
+  table: list[Row],
+  about: Row,
+  draw: Callable[[matplotlib.figure.Figure, list[Row]], None],
+) -> None:
+  """Writes the table, what made it, and its figure."""
+  stem.parent.mkdir(parents=True, exist_ok=True)
+  with stem.with_suffix(".csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, columns(table), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+  stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+  # Not by pyplot: without its global state a figure is always drawn by Agg.
+  figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+  draw(figure, table)
+  figure.savefig(stem.with_suffix(".png"), dpi=120)
+  print(f"wrote {stem}.csv, .json and .png")
+
+
+def machine() -> Row:
+  """Returns the accelerator, or the CPU's model, cores and present load."""
+  device = jax.devices()[0]
+  if device.platform != "cpu":
+    return {"accelerator": device.device_kind, "devices": jax.device_count()}
+  model = platform.processor()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    lines = (line.partition(":") for line in info.read_text().splitlines())
+    names = [value.strip() for key, _, value in lines if "model name" in key]
+    model = names[0] if names else model
+  return {
+    "cpu": model,
+    "cores": os.cpu_count(),
+    "load_average_1_min": round(os.getloadavg()[0], 2),
+  }
+
+
+def columns(table: list[Row]) -> list[str]:
+  """Returns the keys of all rows, in the order they first appear."""
+  return list(dict.fromkeys(key for row in table for key in row))
+
+
+def aligned(table: list[Row]) -> str:
+  """Formats rows as text: one line each, columns right-aligned."""
+
+  def cell(value):
+    if value is None:
+      return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+  names = columns(table)
+  lines = [names, *([cell(row.get(name)) for name in names] for row in table)]
+  widths = [max(map(len, each)) for each in zip(*lines, strict=True)]
+  return "\n".join(
+    "  ".join(map(str.rjust, line, widths)).rstrip() for line in lines
+  )
