@@ -2,31 +2,38 @@
 # makes the environment in .venv that it needs, then does its job.
 
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/bin/python
 WORKDIR ?= runs/moe_32
 
 .PHONY: train test clean
 
 train: .venv/installed
-	$(BIN)/moejax train --config=configs/sotu/moe_32.py --workdir=$(WORKDIR)
+	$(BIN) -m moejax train --config=configs/sotu/moe_32.py \
+	  --workdir="$(WORKDIR)"
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN) -m pytest -n auto
 
-# pip installs into the environment from outside: a plain machine's Python may
-# lack what it takes to put pip inside.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "moejax needs Python 3.11 or newer, but $(PYTHON) is older or" \
 	    "missing; try: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear --without-pip .venv
+
+# A plain machine's Python may lack what it takes to put pip inside the
+# environment; its own pip then installs from outside.
+install = if $(BIN) -m pip --version >/dev/null 2>&1; \
+  then $(BIN) -m pip install --quiet --editable $(1); \
+  else $(PYTHON) -m pip --python $(BIN) install --quiet --editable $(1); fi
 
 .venv/installed: setup.py .venv/bin/python
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable .
+	@echo "installing moejax into .venv (once)"
+	@$(call install,.)
 	@touch $@
 
 .venv/installed-test: setup.py .venv/installed
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[test]'
+	@echo "installing what the tests need into .venv (once)"
+	@$(call install,'.[test]')
 	@touch $@
 
 clean:

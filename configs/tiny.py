@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         "num_samples": 256,
         "moe": {
           "num_experts": 8,
-          "router": {"kind": "noisy_top_k", "k": 2, "noise_epsilon": 1e-2},
+          "router": {"kind": "noisy_top_k", "k": 2},
           "experts": {"kind": "feed_forward", "hidden": 64},
           "group_size": 128,
           "capacity_factor": 1.25,

@@ -92,7 +92,11 @@ def check(config: ConfigDict) -> None:
     if name not in config:
       raise ValueError(f"config.{name} is missing; give it a value.")
   losses.auxiliary([], config.aux.to_dict())
-  train(config), optimizer(config), layout(config)
+  if config.seed < 0:
+    raise ValueError(f"config.seed is {config.seed}; give 0 or more.")
+  train(config)
+  optimizer(config)
+  layout(config)
 
 
 def train(config: ConfigDict) -> Train:
@@ -180,6 +184,15 @@ def _lstm_lm(
   moe: Mapping[str, Any] | None = None,
   one_expert: Mapping[str, Any] | None = None,
 ) -> LSTMLM:
+  if not 0 <= dropout < 1:
+    raise ValueError(
+      f"config.model.dropout is {dropout}; give 0 or more, and less than 1."
+    )
+  if num_samples < 0:
+    raise ValueError(
+      f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
+      " the full softmax."
+    )
   builders = {
     "lstm": lambda: LSTM(width),
     "moe": lambda: _make(_moe, moe or {}, "config.model.moe"),

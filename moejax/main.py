@@ -1,10 +1,11 @@
 """The command line: moejax train | eval."""
 
+import contextlib
 import difflib
 import pathlib
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -52,10 +53,13 @@ def main(argv: Sequence[str]) -> int:
   except (UsageError, flags.Error) as error:
     print(f"moejax: {error}", file=sys.stderr)
     return 2
-  except (ArithmeticError, LookupError, OSError, ValueError) as error:
+  except (FloatingPointError, OSError, ValueError) as error:
     print(f"moejax: {_sentence(error)}", file=sys.stderr)
     _keep_traceback(workdir)
     return 1
+  except KeyboardInterrupt:
+    print("moejax: interrupted", file=sys.stderr)
+    return 130
   return 0
 
 
@@ -68,14 +72,14 @@ def _train(values: flags.FlagValues) -> None:
   # Imported late: jax takes seconds, a misspelled flag should not.
   from moejax.training import loop
 
-  if values.config is None:
-    raise UsageError("give --config=FILE, one of configs/ or your own.")
   loop.train(values.config, pathlib.Path(values.workdir))
 
 
 def _eval(values: flags.FlagValues) -> None:
   from moejax.training import loop
 
+  if values.data and values["split"].present:
+    raise UsageError("--split and --data exclude each other; give one.")
   result = loop.evaluate_run(
     pathlib.Path(values.workdir), values.split, values.data
   )
@@ -92,9 +96,9 @@ COMMANDS = {"train": _train, "eval": _eval}
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
   command = argv[1]
   if command not in COMMANDS:
+    nearest = difflib.get_close_matches(command, COMMANDS, 1, 0)[0]
     raise UsageError(
-      f"unknown command {command!r}; the nearest is"
-      f" {_nearest(command, COMMANDS)!r}.\n{USAGE}"
+      f"unknown command {command!r}; the nearest is {nearest!r}.\n{USAGE}"
     )
   values = flags.FlagValues()
   flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
@@ -112,11 +116,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_list(
       "data", [], "text files to read instead", flag_values=values
     )
-  try:
-    rest = values(argv[1:])
-  except AttributeError as error:
-    # Raised for an override of a field that the config does not have.
-    raise UsageError(_unknown_field(argv)) from error
+  rest = values(argv[1:])
   if rest[1:]:
     raise UsageError(
       f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
@@ -125,12 +125,23 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
-  for path in _given(argv, "config"):
-    if not pathlib.Path(path).is_file():
-      raise UsageError(
-        f"--config={path}: there is no such file; give one of configs/ or"
-        " your own."
-      )
+  """Defines --config and its overrides, once the file and they are sound."""
+  given = [
+    flag.split("=")[0].lstrip("-")
+    for flag in argv
+    if flag.startswith(("--config.", "-config."))
+  ]
+  paths = _given(argv, "config")
+  if "--help" not in argv:
+    if not paths:
+      raise UsageError("give --config=FILE, one of configs/ or your own.")
+    known = _fields(_load(paths[-1]), "config")
+    for name in given:
+      if name not in known:
+        nearest = difflib.get_close_matches(name, known, 1, 0)[0]
+        raise UsageError(
+          f"the config has no field {name}; the nearest is {nearest}."
+        )
   config_flags.DEFINE_config_file(
     "config",
     help_string="a file of configs/, or your own; any field FIELD of it is"
@@ -140,33 +151,35 @@ def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
   )
 
 
+def _load(path: str) -> dict[str, Any]:
+  """Reads a config file without overrides."""
+  file, _, _ = path.partition(":")
+  if not pathlib.Path(file).is_file():
+    raise UsageError(
+      f"--config={path}: there is no such file; give one of configs/ or your"
+      " own."
+    )
+  alone = flags.FlagValues()
+  plain = ["moejax", f"--config={path}"]
+  config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
+  try:
+    alone(plain)
+    return alone.config.to_dict()
+  except Exception as error:  # Whatever the file's own code raises.
+    raise UsageError(
+      f"--config={path} cannot be read ({type(error).__name__}:"
+      f" {_sentence(error)}); it must define get_config() -> ConfigDict."
+    ) from error
+
+
 def _given(argv: Sequence[str], name: str) -> list[str]:
   """Finds the values of a flag, written --name=value or --name value."""
   follows = zip(argv, [*argv[1:], ""], strict=True)
   return [
-    next_one if flag == f"--{name}" else flag.removeprefix(f"--{name}=")
+    next_one if flag.lstrip("-") == name else flag.partition("=")[2]
     for flag, next_one in follows
-    if flag.split("=")[0] == f"--{name}"
+    if flag.startswith("-") and flag.lstrip("-").split("=")[0] == name
   ]
-
-
-def _unknown_field(argv: Sequence[str]) -> str:
-  alone = flags.FlagValues()
-  path = _given(argv, "config")[-1]
-  plain = ["moejax", f"--config={path}"]
-  config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
-  alone(plain)
-  known = _fields(alone.config.to_dict(), "config")
-  overrides = [
-    flag.split("=")[0].removeprefix("--")
-    for flag in argv
-    if flag.startswith("--config.")
-  ]
-  unknown = next(name for name in overrides if name not in known)
-  return (
-    f"the config has no field {unknown}; the nearest is"
-    f" {_nearest(unknown, known)}."
-  )
 
 
 def _fields(values: Mapping[str, Any], name: str) -> list[str]:
@@ -184,10 +197,6 @@ def _help(values: flags.FlagValues) -> str:
   return "\n".join([USAGE, "", *lines])
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-  return difflib.get_close_matches(name, list(known), 1, 0)[0]
-
-
 def _sentence(error: Exception) -> str:
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return "\n".join(lines) or type(error).__name__
@@ -195,5 +204,6 @@ def _sentence(error: Exception) -> str:
 
 def _keep_traceback(workdir: pathlib.Path | None) -> None:
   """Leaves the details where a developer finds them, off the screen."""
-  if workdir is not None and workdir.is_dir():
-    (workdir / "traceback.txt").write_text(traceback.format_exc())
+  if workdir is not None and (workdir / "config.json").exists():
+    with contextlib.suppress(OSError):
+      (workdir / "traceback.txt").write_text(traceback.format_exc())

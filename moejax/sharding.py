@@ -122,11 +122,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-# What a user sets to change the size of a logical axis.
+# How a user changes the size of a logical axis.
 _SET_BY = {
-  "batch": "batch_size",
-  "group": "group_size",
-  "expert": "num_experts",
+  "batch": "choose batch_size",
+  "group": "choose group_size, and the batch, so that the number of groups is",
+  "expert": "choose num_experts",
 }
 
 
@@ -142,9 +142,8 @@ def _check_divides(
     if size % parts:
       raise ValueError(
         f"the {axis!r} axis has {size} entries, which do not divide over"
-        f" {parts} devices; change {_SET_BY.get(axis, 'its size')} to make it a"
-        f" multiple of {parts}, or choose another layout"
-        f" ({', '.join(LAYOUTS)}) or fewer devices."
+        f" {parts} devices; {_SET_BY.get(axis, 'make it')} a multiple of"
+        f" {parts}, or another layout ({', '.join(LAYOUTS)}), or fewer devices."
       )
 
 
@@ -193,8 +192,13 @@ def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
 
 
 def batch_sharding(
-  layout: Layout, mesh: jax.sharding.Mesh
+  layout: Layout, mesh: jax.sharding.Mesh, batch_size: int
 ) -> jax.sharding.NamedSharding:
-  """Returns how a batch lies: its first axis over every data replica."""
+  """Returns how a batch lies: its first axis over every data replica.
+
+  Raises:
+    ValueError: the rows do not divide over the replicas.
+  """
   spec = nn.logical_to_mesh_axes(("batch",), layout.rules)
+  _check_divides(("batch",), (batch_size,), spec, mesh)
   return jax.sharding.NamedSharding(mesh, spec)

@@ -58,8 +58,8 @@ def test_the_twins_have_the_same_ops_per_timestep():
   dense_layer = parameters(dense)["layers_1"]
   moe = sparse.model.moe
   active = size(sparse_layer["experts"]) * moe.router.k // moe.num_experts
-  assert active == size(dense_layer) == 262_144
-  assert size(sparse_layer["router"]) == 8_192
+  assert active == size(dense_layer) == 65_536
+  assert size(sparse_layer["router"]) == 4_096
   for section in ("data", "optimizer", "train", "aux"):
     assert sparse[section].to_dict() == dense[section].to_dict()
 

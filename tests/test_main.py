@@ -1,11 +1,13 @@
 """The command line: what it refuses, in one sentence, and what stays."""
 
 import json
+import pathlib
 
 import pytest
 
 from moejax.main import main
 
+ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -53,6 +55,8 @@ def test_workdir_and_config_are_needed(capsys, tmp_path):
 
 
 def test_misspelled_flags(fails):
+  said = fails("--config.model.moe.experts.foo.bar=3", status=2)
+  assert "experts.foo.bar; the nearest is" in said
   said = fails("--config.model.moe.num_exprts=4", status=2)
   assert "config.model.moe.num_exprts; the nearest is" in said
   assert said.endswith("config.model.moe.num_experts.")
@@ -67,16 +71,24 @@ def test_a_config_that_is_not_there(capsys):
   assert "no/such.py: there is no such file" in capsys.readouterr().err
 
 
+def test_configs_that_are_none(capsys, tmp_path):
+  path = tmp_path / "own.py"
+  for text in ("", "def get_config(:", "def get_config():\n  return 3\n"):
+    path.write_text(text)
+    argv = ["moejax", "train", f"--config={path}", f"--workdir={tmp_path}/run"]
+    assert main(argv) == 2
+    assert "must define get_config()" in capsys.readouterr().err
+
+
 def test_a_field_that_no_builder_reads(capsys, tmp_path):
   path = tmp_path / "own.py"
-  path.write_text(
-    "from ml_collections import ConfigDict\n"
-    "def get_config():\n"
-    "  return ConfigDict({'seed': 0, 'train': {'stesp': 3}})\n"
-  )
+  tiny = (ROOT / "configs" / "tiny.py").read_text()
+  path.write_text(tiny.replace('"log_every"', '"log_evry"'))
   argv = ["moejax", "train", f"--config={path}", f"--workdir={tmp_path}/run"]
   assert main(argv) == 1
-  assert "is missing; give it a value" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "train.log_evry does not exist; the nearest is" in said
+  assert "config.train.log_every" in said
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,11 @@ def test_a_field_that_no_builder_reads(capsys, tmp_path):
     (["optimizer.kind=adma"], "nearest is 'adam'"),
     (["optimizer.warmup_steps=0"], "warmup_steps = 0"),
     (["train.steps=0"], "config.train.steps is 0"),
+    (["seed=-1"], "config.seed is -1; give 0 or more"),
+    (["model.dropout=1.0"], "config.model.dropout is 1.0"),
+    (["model.num_samples=-1"], "config.model.num_samples is -1"),
+    (["optimizer.peak=0.0"], "peak = 0.0"),
+    (["model.moe.group_size=64"], "so that the number of groups is a multiple"),
     (["train.microbatches=3"], "3 microbatches do not divide the 8 rows"),
     (["data.batch_size=6"], "6 entries, which do not divide over 8 devices"),
   ],
@@ -151,6 +168,12 @@ def test_eval_reads_other_text(trained, tmp_path, capsys):
   said = capsys.readouterr().out
   assert " 10 words, " in said  # six, two, and two </S>
   assert "20.0% of them unknown" in said
+
+
+def test_eval_takes_a_split_or_files(trained, capsys):
+  argv = ["moejax", "eval", f"--workdir={trained}", "--split=train"]
+  assert main([*argv, "--data=x.txt"]) == 2
+  assert "exclude each other" in capsys.readouterr().err
 
 
 def test_eval_without_a_run(tmp_path, capsys):

@@ -5,6 +5,7 @@ a position in the data is one integer, whatever the number of processes.
 """
 
 import array
+import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ class Tokens(NamedTuple):
 
   ids: Int32[np.ndarray, "words"]
   lengths: Int32[np.ndarray, "sentences"]
+
+  def digest(self) -> str:
+    """Returns a short name that another text would not have."""
+    return hashlib.blake2b(self.ids.tobytes(), digest_size=8).hexdigest()
 
 
 class Packing(NamedTuple):

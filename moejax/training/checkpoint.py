@@ -1,7 +1,9 @@
 """Checkpoints: the last few and the best, restored onto any mesh."""
 
+import json
 import pathlib
 import sys
+import time
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
@@ -24,24 +26,32 @@ class Checkpoints:
     directory: where they lie, one folder a step.
     keep: how many of the last to keep, besides the one with the lowest
       validation perplexity.
+    read_only: changes nothing in the directory, for a run that may be alive.
   """
 
-  def __init__(self, directory: pathlib.Path, keep: int = 2):
+  def __init__(
+    self, directory: pathlib.Path, keep: int = 2, read_only: bool = False
+  ):
     policies = checkpoint_managers
     best = policies.BestN(
       get_metric_fn=lambda metrics: -metrics["perplexity"],
       n=1,
       keep_checkpoints_without_metrics=False,
     )
+    self._directory = directory.absolute()
+    self._read_only = read_only
+    if not read_only:
+      self._set_aside_unscored()
     self._manager = ocp.CheckpointManager(
-      directory.absolute(),
+      self._directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
           [policies.LatestN(keep), best]
         ),
         best_fn=lambda metrics: metrics["perplexity"],
         best_mode="min",
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
       ),
     )
 
@@ -69,11 +79,11 @@ class Checkpoints:
   def latest(self, target: TrainState) -> Restored | None:
     """Restores the newest checkpoint that can be read; None without any.
 
-    One that cannot, cut short by a crash or a full disk, is reported, deleted
-    and passed over for the one before.
+    One that cannot, cut short by a crash or a full disk, is reported, set aside
+    as damaged-STEP-... and passed over for the one before.
 
     Args:
-      target: shapes, types and shardings to restore into (`state.abstract`).
+      target: shapes, types and shardings to restore into (`state.target`).
 
     Raises:
       ValueError: there are checkpoints, but none can be read.
@@ -82,23 +92,27 @@ class Checkpoints:
     for step in steps:
       try:
         restored = self._restore(step, target)
+      except MemoryError:
+        raise
       except Exception as error:  # Orbax raises many kinds on damage.
         first_line = (str(error).splitlines() or [""])[0]
-        print(
+        _say(
           f"the checkpoint of step {step} cannot be read"
           f" ({type(error).__name__}: {first_line:.200}); falling back to the"
-          " one before.",
-          file=sys.stderr,
+          " one before."
         )
         continue
-      for damaged in steps[: steps.index(step)]:
-        self._manager.delete(damaged)
+      damaged = steps[: steps.index(step)]
+      if damaged and not self._read_only:
+        for one in damaged:
+          self._set_aside(self._directory / str(one))
+        self._manager.reload()
       return restored
     if steps:
       raise ValueError(
-        f"none of the {len(steps)} checkpoints in {self._manager.directory}"
-        f" (steps {steps[::-1]}) can be read; restore them from a copy, or"
-        " delete that folder to begin again."
+        f"none of the {len(steps)} checkpoints in {self._directory} (steps"
+        f" {steps[::-1]}) can be read; restore them from a copy, or delete that"
+        " folder to begin again."
       )
     return None
 
@@ -114,10 +128,9 @@ class Checkpoints:
       try:
         return self._restore(step, target)
       except Exception as error:
-        print(
+        _say(
           f"the best checkpoint, of step {step}, cannot be read"
-          f" ({type(error).__name__}); taking the newest instead.",
-          file=sys.stderr,
+          f" ({type(error).__name__}); taking the newest instead."
         )
     return self.latest(target)
 
@@ -138,3 +151,26 @@ class Checkpoints:
       ),
     )
     return Restored(TrainState(*items.state), items.progress)
+
+  def _set_aside_unscored(self) -> None:
+    """Sets checkpoints aside whose perplexity was cut short.
+
+    Orbax reads them all as it opens, and would refuse the whole directory.
+    """
+    for path in self._directory.glob("[0-9]*/metrics/metrics"):
+      try:
+        json.loads(path.read_bytes())
+      except ValueError:
+        step = path.parents[1]
+        _say(
+          f"the perplexity of checkpoint {step.name} cannot be read; leaving"
+          " it out."
+        )
+        self._set_aside(step)
+
+  def _set_aside(self, path: pathlib.Path) -> None:
+    path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+
+
+def _say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The training loop: data, step, validation, checkpoint, resume."""
 
 import contextlib
+import fcntl
 import functools
 import json
 import math
@@ -28,7 +29,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
 
   Killed at any moment and started again, it leaves the same curve behind as a
   run that was never killed. SIGTERM and Ctrl-C save and return after the step
-  at hand; a second Ctrl-C leaves at once.
+  or the validation at hand; a second Ctrl-C leaves at once.
 
   Args:
     config: plain values, see configs/.
@@ -40,26 +41,35 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
 
   Raises:
     ValueError: a config or text that cannot be used; says which value.
-    FloatingPointError: the loss became NaN or infinite; names the step.
+    FloatingPointError: loss, gradient or parameters became NaN or infinite;
+      names the step.
+    BlockingIOError: another process trains in the workdir.
   """
   config_lib.check(config)
   config_lib.check_same(config, workdir)
+  if (workdir / RESULT_FILE).exists():
+    result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
+    print(f"finished before: {_outcome(result, workdir)}")
+    return result
   options = config_lib.train(config)
   data = config_lib.data(config, workdir)
-  rows = {split: data.rows(data.tokens(split)) for split in data.texts}
+  tokens = {split: data.tokens(split) for split in data.texts}
+  rows = {split: data.rows(tokens[split]) for split in tokens}
   model = config_lib.model(config, len(data.vocabulary))
   schedule, tx = config_lib.optimizer(config)
   layout = config_lib.layout(config)
   mesh = sharding.make_mesh(layout)
-  processes = (jax.process_index(), jax.process_count())
+  where = sharding.batch_sharding(layout, mesh, data.batch_size)
+  shapes = data.batch_shapes()
   batches = text.train_batches(
-    rows["train"], data.batch_size, config.seed, *processes
+    rows["train"],
+    data.batch_size,
+    config.seed,
+    jax.process_index(),
+    jax.process_count(),
   )
-  current, shardings = state.create(
-    model, tx, data.batch_shapes(), config.seed, layout, mesh
-  )
-  target = state.abstract(current, shardings)
-  for line in _introduction(current.params, rows, layout, mesh):
+  target = state.target(model, tx, shapes, layout, mesh)
+  for line in _introduction(target.params, data, rows, layout, mesh):
     print(line, flush=True)
   print("compiling the training step", flush=True)
   step_fn = jax.jit(
@@ -71,88 +81,97 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       seed=config.seed,
       microbatches=options.microbatches,
     ),
-    out_shardings=(shardings, None),
+    out_shardings=(state.shardings(target), None),
     donate_argnums=0,
   )
-  where = sharding.batch_sharding(layout, mesh)
   batch_target = {
     name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
-    for name, a in data.batch_shapes().items()
+    for name, a in shapes.items()
   }
   with sharding.use(layout, mesh):
     step_fn = step_fn.lower(target, batch_target).compile()
-  # From here on there is a run; what is wrong with it would have shown above.
-  workdir.mkdir(parents=True, exist_ok=True)
-  config_lib.remember(config, data.vocabulary, workdir)
-  checkpoints = Checkpoints(workdir / CHECKPOINTS, options.keep)
-  seconds = 0.0
-  if restored := checkpoints.latest(target):
-    current = restored.state
-    batches.set_state(restored.progress["data"])
-    seconds = restored.progress["seconds"]
-  done = saved = int(current.step)
-  begun = time.monotonic() - seconds
-  writer = metrics.Writer(workdir, done)
-  progress = metrics.Progress(done, options.steps)
-  speed = metrics.Speed()
   evaluate_on = evaluate.evaluator(model, data.batch_size, layout, mesh)
-  pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
-  def settle() -> None:
-    """Brings the last step's metrics to the host, checks and reports them."""
-    nonlocal pending
-    if pending is None:
-      return
-    at, measured = pending
-    pending = None
-    values = {name: float(v) for name, v in jax.device_get(measured).items()}
-    for name in ("loss", "grad_norm"):
-      if not math.isfinite(values[name]):
-        kept = (
-          f"checkpoint {saved} is the last good one"
-          if saved
-          else "no checkpoint is kept"
-        )
-        raise FloatingPointError(
-          f"{name} became {values[name]} at step {at}; {kept} in"
-          f" {workdir / CHECKPOINTS}. Train in a new workdir with a lower"
-          " config.optimizer.peak, or with config.optimizer.clip_norm."
-        )
-    speed.add(values.pop("words"))
-    if at % options.log_every == 0:
-      values["perplexity"] = evaluate.exp(values["loss"])
-      values["learning_rate"] = float(schedule(at - 1))
-      values["words_per_second"] = speed.read()
-      writer.write(at, "train", values)
-      progress.report(at, values)
+  with contextlib.ExitStack() as stack:
+    # From here on there is a run; what is wrong with it has shown above.
+    stack.enter_context(_alone_in(workdir))
+    config_lib.remember(config, data.vocabulary, workdir)
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, options.keep)
+    stack.enter_context(contextlib.closing(checkpoints))
+    identity = {split: tokens[split].digest() for split in tokens}
+    seconds = 0.0
+    if restored := checkpoints.latest(target):
+      _check_text(restored.progress["text"], identity, workdir)
+      current = restored.state
+      batches.set_state(restored.progress["data"])
+      seconds = restored.progress["seconds"]
+    else:
+      current = state.create(model, tx, shapes, config.seed, layout, mesh)
+    del restored
+    done = saved = int(current.step)
+    begun = time.monotonic() - seconds
+    writer = metrics.Writer(workdir, done)
+    stack.enter_context(contextlib.closing(writer))
+    progress = metrics.Progress(done, options.steps)
+    stack.enter_context(contextlib.closing(progress))
+    speed = metrics.Speed()
+    pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
-  def validate() -> float:
-    settle()
-    values = evaluate_on(current.params, rows["validation"])
-    writer.write(done, "validation", values)
-    progress.say(f"step {done}: validation {_describe(values)}")
-    speed.restart()
-    return values["perplexity"]
+    def check_finite(at: int, values: Mapping[str, float]) -> None:
+      for name in ("loss", "grad_norm", "param_norm"):
+        if not math.isfinite(values[name]):
+          kept = f"checkpoint {saved}" if saved else "no checkpoint"
+          raise FloatingPointError(
+            f"{name} became {values[name]} at step {at}; {kept} was saved"
+            f" before, in {workdir / CHECKPOINTS}. Train in a new workdir with"
+            " a lower config.optimizer.peak, or with"
+            " config.optimizer.clip_norm."
+          )
 
-  def save(perplexity: float | None = None) -> None:
-    nonlocal saved, seconds
-    settle()
-    seconds = time.monotonic() - begun
-    position = {"data": batches.get_state(), "seconds": seconds}
-    checkpoints.save(current, done, position, perplexity)
-    saved = done
+    def settle() -> None:
+      """Brings the last step's metrics to the host, checks and reports them."""
+      nonlocal pending
+      if pending is None:
+        return
+      at, measured = pending
+      pending = None
+      values = {name: float(v) for name, v in jax.device_get(measured).items()}
+      check_finite(at, values)
+      speed.add(values.pop("words"))
+      if at % options.log_every == 0:
+        values["perplexity"] = evaluate.exp(values["loss"])
+        values["learning_rate"] = float(schedule(at - 1))
+        values["words_per_second"] = speed.read()
+        writer.write(at, "train", values)
+        progress.report(at, values)
 
-  with (
-    contextlib.closing(checkpoints),
-    contextlib.closing(writer),
-    contextlib.closing(progress),
-    sharding.use(layout, mesh),
-    _signals() as stopped,
-  ):
+    def validate() -> float:
+      settle()
+      values = evaluate_on(current.params, rows["validation"])
+      writer.write(done, "validation", values)
+      progress.validated(done, values)
+      speed.restart()
+      return values["perplexity"]
+
+    def save(perplexity: float | None = None) -> None:
+      nonlocal saved, seconds
+      settle()
+      writer.flush()
+      seconds = time.monotonic() - begun
+      position = {
+        "data": batches.get_state(),
+        "seconds": seconds,
+        "text": identity,
+      }
+      checkpoints.save(current, done, position, perplexity)
+      saved = done
+
     if done:
       progress.say(f"resuming {workdir} at step {done} of {options.steps}")
+    stack.enter_context(sharding.use(layout, mesh))
+    stopped = stack.enter_context(_signals(progress.say))
     while done < options.steps and not stopped():
-      batch = evaluate.place(next(batches), layout, mesh)
+      batch = step.place(next(batches), where)
       current, measured = step_fn(current, batch)
       done += 1
       # One step late, so that the device need not wait for the host.
@@ -160,10 +179,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       pending = (done, measured)
       progress.advance(done)
       last = done == options.steps
-      due = last or done % options.eval_every == 0
-      perplexity = validate() if due else None
-      if last or done % options.checkpoint_every == 0:
-        save(perplexity)
+      if last or done % options.eval_every == 0:
+        save(validate())
+      elif done % options.checkpoint_every == 0:
+        save()
     if done < options.steps:
       if saved < done:
         save()
@@ -173,28 +192,28 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
         " same command goes on from there."
       )
       return {}
+    # Large models may not fit into memory twice.
+    del current
     best = checkpoints.best(target)
     test = evaluate_on(best.state.params, rows["test"])
+    writer.write(done, "test", test)
     result = {
       "test": test,
       "best_step": int(best.state.step),
       "steps": done,
       "seconds": seconds,
     }
-    writer.write(done, "test", test)
-    (workdir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
-    progress.say(
-      f"test {_describe(test)}, by the best checkpoint (step"
-      f" {result['best_step']} of {done}); trained in"
-      f" {metrics.clock(result['seconds'])}; the run lies in {workdir}"
-    )
+    draft = workdir / f"{RESULT_FILE}.draft"
+    draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    draft.replace(workdir / RESULT_FILE)
+    progress.say(_outcome(result, workdir))
   return result
 
 
 def evaluate_run(
   workdir: pathlib.Path, split: str, files: Sequence[str] = ()
 ) -> dict[str, float]:
-  """Evaluates the best checkpoint of a run.
+  """Evaluates the best checkpoint of a run, which may still be training.
 
   Args:
     workdir: of the run; it remembers config and vocabulary.
@@ -202,8 +221,8 @@ def evaluate_run(
     files: text files to read instead of a split.
 
   Returns:
-    loss (nats per word), perplexity, words, the fraction of words that are
-    unknown to the run's vocabulary, and the checkpoint's step.
+    What `evaluate.evaluator` does, the fraction of words that are unknown to
+    the run's vocabulary, and the checkpoint's step.
 
   Raises:
     FileNotFoundError: there is no run in the workdir, or no such file.
@@ -216,11 +235,10 @@ def evaluate_run(
   _, tx = config_lib.optimizer(config)
   layout = config_lib.layout(config)
   mesh = sharding.make_mesh(layout)
-  fresh, shardings = state.create(
-    model, tx, data.batch_shapes(), config.seed, layout, mesh
-  )
-  with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints:
-    best = checkpoints.best(state.abstract(fresh, shardings))
+  target = state.target(model, tx, data.batch_shapes(), layout, mesh)
+  checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
+  with contextlib.closing(checkpoints):
+    best = checkpoints.best(target)
   if best is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
   run = evaluate.evaluator(model, data.batch_size, layout, mesh)
@@ -231,12 +249,13 @@ def evaluate_run(
 
 def _introduction(
   params: Mapping[str, Any],
+  data: config_lib.Data,
   rows: Mapping[str, text.PackedRows],
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
 ) -> Iterator[str]:
   def size(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
   inner = {n: p for n, p in params.items() if n not in ("embed", "head")}
   kind = mesh.devices.flat[0].platform
@@ -245,19 +264,45 @@ def _introduction(
     f" and softmax; layout {layout.name} on {mesh.size} {kind} device(s)"
   )
   words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
-  vocab_size = params["embed"]["table"].shape[0]
-  yield f"vocabulary of {vocab_size:,}; words: {words}"
+  yield f"vocabulary of {len(data.vocabulary):,}; words: {words}"
 
 
-def _describe(values: Mapping[str, float]) -> str:
+def _outcome(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
   return (
-    f"perplexity {values['perplexity']:,.2f} per word"
-    f" ({values['words']:,.0f} words)"
+    f"test {metrics.describe(result['test'])}, by the best checkpoint (step"
+    f" {result['best_step']} of {result['steps']}); trained in"
+    f" {metrics.clock(result['seconds'])}; the run lies in {workdir}"
   )
 
 
+def _check_text(
+  before: Mapping[str, str], now: Mapping[str, str], workdir: pathlib.Path
+) -> None:
+  changed = [split for split in now if before.get(split) != now[split]]
+  if changed:
+    raise ValueError(
+      f"the text of {', '.join(changed)} has changed since the run in {workdir}"
+      " began; give the files it began with, or a new --workdir."
+    )
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps a second training out of a workdir; lets go when the process ends."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / "lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BlockingIOError(
+        f"another process trains in {workdir}; wait for it, or give another"
+        " --workdir."
+      ) from error
+    yield
+
+
+@contextlib.contextmanager
+def _signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
   """Turns SIGTERM and Ctrl-C into a question to ask between two steps."""
   asked = threading.Event()
   # Python lets only the main thread set handlers; elsewhere nothing stops it.
@@ -268,9 +313,11 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
   def ask(number, frame):
     del frame
+    if not asked.is_set():
+      say("stopping after this step; Ctrl-C again leaves at once")
     asked.set()
-    # A second Ctrl-C does what it does without us.
-    signal.signal(number, before[number])
+    # Not SIGTERM: make and timeout may each send one, and meant only one.
+    signal.signal(signal.SIGINT, before[signal.SIGINT])
 
   for number in before:
     signal.signal(number, ask)

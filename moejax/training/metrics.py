@@ -1,6 +1,7 @@
 """Where numbers go: JSON lines, TensorBoard, and the person who waits."""
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -44,6 +45,12 @@ class Writer:
     for name, value in values.items():
       self._board.add_scalar(f"{split}/{name}", value, step)
 
+  def flush(self) -> None:
+    """Puts on the disk what is written so far."""
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._board.flush()
+
   def close(self) -> None:
     """Flushes and closes both."""
     self._file.close()
@@ -77,6 +84,7 @@ class Progress:
       dynamic_ncols=True,
     )
     self._begin: tuple[float, int] | None = None
+    self._validation = ""
 
   def advance(self, step: int) -> None:
     """Tells that a step is done."""
@@ -86,15 +94,20 @@ class Progress:
     self._bar.update(step - self._bar.n)
 
   def report(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows a step's loss, perplexity and speed."""
+    """Shows a step's loss and speed, and the last validation."""
     text = (
-      f"loss {values['loss']:.3f}  perplexity {values['perplexity']:,.1f}"
-      f"  {values['words_per_second']:,.0f} words/s"
+      f"loss {values['loss']:.3f}  {values['words_per_second']:,.0f} words/s"
+      f"{self._validation}"
     )
     if self._live:
       self._bar.set_postfix_str(text)
     else:
       self.say(f"step {step}/{self._steps}  {text}  {self._left(step)}")
+
+  def validated(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows a validation, and keeps it in sight."""
+    self._validation = f"  validation {values['perplexity']:,.1f}"
+    self.say(f"step {step}: validation {describe(values)}")
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
@@ -138,6 +151,14 @@ class Speed:
   def restart(self) -> None:
     """Forgets the time that something else has taken."""
     self._words, self._since = 0.0, None
+
+
+def describe(values: Mapping[str, float]) -> str:
+  """Returns an evaluation in words."""
+  return (
+    f"perplexity {values['perplexity']:,.2f} per word"
+    f" ({values['words']:,.0f} words)"
+  )
 
 
 def clock(seconds: float) -> str:

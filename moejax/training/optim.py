@@ -24,8 +24,10 @@ def warmup_rsqrt(
     hold_steps: h; 0 for the language models, 8000 for translation.
 
   Raises:
-    ValueError: no warm-up step, or a negative hold.
+    ValueError: no positive peak, no warm-up step, or a negative hold.
   """
+  if not 0 < peak < math.inf:
+    raise ValueError(f"peak = {peak}; choose a learning rate above 0.")
   if warmup_steps < 1 or hold_steps < 0:
     raise ValueError(
       f"warmup_steps = {warmup_steps} and hold_steps = {hold_steps}; choose"

@@ -20,6 +20,31 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+def target(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  batch: Mapping[str, jax.ShapeDtypeStruct],
+  layout: sharding.Layout,
+  mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """Returns the state's shapes, types and shardings; allocates nothing.
+
+  A checkpoint is restored into it, on whatever mesh it was saved.
+
+  Raises:
+    ValueError: an axis does not divide by the devices it is split over.
+  """
+  with sharding.use(layout, mesh):
+    boxed = jax.eval_shape(lambda: _init(model, tx, batch, 0))
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    nn.unbox(boxed),
+    sharding.shardings(boxed, layout, mesh),
+  )
+
+
 def create(
   model: nn.Module,
   tx: optax.GradientTransformation,
@@ -27,30 +52,26 @@ def create(
   seed: int,
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
-) -> tuple[TrainState, Any]:
-  """Creates the first state, and the shardings of its leaves.
+) -> TrainState:
+  """Creates the first state.
 
   Parameters and optimiser state come out of one jitted function in their own
   shardings: no device ever holds a full copy of a split array.
   """
-
-  def init():
-    zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in batch.items()}
-    params = model.init(jax.random.key(seed), zeros, method="loss")["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
+  where = shardings(target(model, tx, batch, layout, mesh))
   with sharding.use(layout, mesh):
-    shardings = sharding.shardings(jax.eval_shape(init), layout, mesh)
-    state = jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
-  return state, shardings
+    init = jax.jit(
+      lambda: nn.unbox(_init(model, tx, batch, seed)), out_shardings=where
+    )
+    return init()
 
 
-def abstract(state: TrainState, shardings: Any) -> TrainState:
-  """Shapes, types and shardings, for a restore onto this mesh."""
-  return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
-    state,
-    shardings,
-  )
+def shardings(state: TrainState) -> TrainState:
+  """Returns the sharding of every leaf of a state or target."""
+  return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def _init(model, tx, batch, seed):
+  zeros = {name: jnp.zeros(a.shape, a.dtype) for name, a in batch.items()}
+  params = model.init(jax.random.key(seed), zeros, method="loss")["params"]
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -19,6 +20,16 @@ Batch = Mapping[str, Array]
 # The random streams of the models, in a fixed order: a stream's key is folded
 # from its place.
 _STREAMS = ("dropout", "router", "softmax")
+
+
+def place(
+  batch: Mapping[str, np.ndarray], where: jax.sharding.Sharding
+) -> dict[str, Array]:
+  """Makes global arrays of the rows that this process has read."""
+  return {
+    name: jax.make_array_from_process_local_data(where, rows)
+    for name, rows in batch.items()
+  }
 
 
 def train_step(
@@ -90,15 +101,23 @@ def train_step(
     (grads, metrics), _ = jax.lax.scan(add, zeros, jnp.arange(microbatches))
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  metrics |= {"grad_norm": optax.tree.norm(grads), "words": words}
   params = optax.apply_updates(state.params, updates)
+  metrics |= {
+    "grad_norm": optax.tree.norm(grads),
+    "param_norm": optax.tree.norm(params),
+    "words": words,
+  }
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
-  """Returns the summed loss in nats and the words it is over."""
-  loss = model.apply({"params": params}, batch, train=False, method="loss")
-  return {
-    "loss": loss.sum(),
-    "words": batch["mask"].sum().astype(jnp.float32),
-  }
+  """Returns sums over the batch's words: of 1, of the loss, of the balance.
+
+  Every metric but `words` is to be divided by the words in the end.
+  """
+  loss, sown = model.apply(
+    {"params": params}, batch, train=False, mutable=[ROUTING], method="loss"
+  )
+  words = batch["mask"].sum().astype(jnp.float32)
+  balance = {n: v * words for n, v in losses.balance(sown).items()}
+  return {"loss": loss.sum(), "words": words, **balance}

@@ -1,5 +1,7 @@
 """Checkpoints come back whole, on any mesh, or are passed over."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +29,12 @@ def make(step, devices=8):
 
 
 def target(devices=8):
-  tree = make(0, devices)
-  where = jax.tree.map(lambda leaf: leaf.sharding, tree)
-  return state.abstract(tree, where)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=leaf.sharding
+    ),
+    make(0, devices),
+  )
 
 
 def fill(directory, steps, keep=2):
@@ -110,3 +115,43 @@ def test_what_a_crash_left_half_written_is_no_checkpoint(tmp_path):
   fill(tmp_path, [(1, None)]).close()
   (tmp_path / "2.orbax-checkpoint-tmp-1").mkdir()
   assert_is(Checkpoints(tmp_path).latest(target()), 1)
+
+
+def test_what_is_damaged_is_set_aside_not_deleted(tmp_path):
+  checkpoints = fill(tmp_path, [(1, None), (2, None)])
+  cut(tmp_path, 2)
+  checkpoints.latest(target())
+  (aside,) = tmp_path.glob("damaged-2-*")
+  assert (aside / "state").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"perpl'])
+def test_a_perplexity_cut_short_is_left_out(tmp_path, content, capfd):
+  fill(tmp_path, [(1, 3.0), (2, 2.0)]).close()
+  (tmp_path / "2" / "metrics" / "metrics").write_bytes(content)
+  assert_is(Checkpoints(tmp_path).latest(target()), 1)
+  assert "perplexity of checkpoint 2 cannot be read" in capfd.readouterr().err
+
+
+def test_every_file_cut_short_is_right_or_passed_over(tmp_path):
+  fill(tmp_path, [(1, 3.0), (2, 2.0)]).close()
+  files = sorted(f for f in (tmp_path / "2").rglob("*") if f.is_file())
+  assert len(files) > 5
+  for number, file in enumerate(files):
+    copy = tmp_path / f"copy{number}"
+    for step in ("1", "2"):
+      shutil.copytree(tmp_path / step, copy / step)
+    damaged = copy / file.relative_to(tmp_path)
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    restored = Checkpoints(copy).latest(target())
+    assert_is(restored, int(restored.state.step))
+
+
+def test_read_only_changes_nothing(tmp_path):
+  fill(tmp_path, [(1, None), (2, None)]).close()
+  cut(tmp_path, 2)
+  half_written = tmp_path / "3.orbax-checkpoint-tmp-1"
+  half_written.mkdir()
+  before = sorted(tmp_path.iterdir())
+  assert_is(Checkpoints(tmp_path, read_only=True).latest(target()), 1)
+  assert sorted(tmp_path.iterdir()) == before

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,7 @@ def test_a_run_reports_and_remembers(whole):
     "max_over_mean_load",
     "dropped_fraction",
     "grad_norm",
+    "param_norm",
     "learning_rate",
   }
   others = [(ln["step"], ln["split"]) for ln in lines if ln["split"] != "train"]
@@ -117,7 +119,15 @@ def test_a_run_reports_and_remembers(whole):
 def test_finished_and_started_again_says_the_same(start, whole, tmp_path):
   workdir = shutil.copytree(whole[0], tmp_path / "run")
   output = finish(start, workdir, whole)
-  assert "resuming" in output
+  assert "finished before: test perplexity" in output
+  assert "compiling" not in output
+
+
+def test_killed_in_the_final_test_tests_again(start, whole, tmp_path):
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  (workdir / loop.RESULT_FILE).unlink()
+  output = finish(start, workdir, whole)
+  assert "at step 12 of 12" in output
   assert whole[1].split("test perplexity")[1][:6] in output
 
 
@@ -138,9 +148,12 @@ def test_stopped_saves_and_leaves(start, whole, tmp_path, number):
   process = start(workdir)
   wait_for_step(process, workdir, 4)
   process.send_signal(number)
+  # What make and timeout do: the same signal reaches the group and its parts.
+  process.send_signal(signal.SIGTERM)
   output, _ = process.communicate()
   assert process.returncode == 0, output
   assert "Traceback" not in output
+  assert output.count("stopping after this step") == 1
   step = int(output.split("stopped at step ")[1].split()[0])
   assert (workdir / loop.CHECKPOINTS / str(step)).is_dir()
   again = finish(start, workdir, whole)
@@ -153,19 +166,57 @@ def test_a_checkpoint_cut_short_is_passed_over(start, whole, tmp_path):
   files = [file for file in newest.rglob("*") if file.is_file()]
   largest = max(files, key=lambda file: file.stat().st_size)
   largest.write_bytes(largest.read_bytes()[:100])
+  (workdir / loop.RESULT_FILE).unlink()
   output = finish(start, workdir, whole)
   assert "checkpoint of step 12 cannot be read" in output
   assert "at step 9 of 12" in output
 
 
-def test_a_loss_that_is_no_number_stops(start, tmp_path):
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["--config.optimizer.peak=1e30"],
+    # The very first update divides 0 by 0; its loss and gradient are fine.
+    ["--config.optimizer.eps=0.0", "--config.train.steps=1"],
+  ],
+)
+def test_what_is_no_number_stops_the_run(start, tmp_path, flags):
   workdir = tmp_path / "run"
-  flags = ["--config.optimizer.peak=1e30", "--config.train.checkpoint_every=1"]
-  process = start(workdir, *flags)
+  process = start(workdir, *flags, "--config.train.checkpoint_every=1")
   output, _ = process.communicate()
   assert process.returncode == 1
   message = output.splitlines()[-1]
-  assert "became nan at step" in message or "became inf at step" in message
-  step = int(message.split("checkpoint ")[1].split()[0])
-  kept = {int(path.name) for path in (workdir / loop.CHECKPOINTS).iterdir()}
-  assert step == max(kept)
+  found = re.search(
+    r"became (nan|inf) at step (\d+); (?:checkpoint (\d+)|no checkpoint)",
+    message,
+  )
+  assert found, output
+  kept = [int(path.name) for path in (workdir / loop.CHECKPOINTS).iterdir()]
+  assert (int(found[3]) if found[3] else None) == max(kept, default=None)
+  assert all(step < int(found[2]) for step in kept)
+
+
+def test_two_cannot_train_in_one_workdir(start, tmp_path):
+  workdir = tmp_path / "run"
+  first = start(workdir, "--config.train.steps=100000")
+  wait_for_step(first, workdir, 1)
+  second = start(workdir, "--config.train.steps=100000")
+  output, _ = second.communicate()
+  assert second.returncode == 1
+  assert f"another process trains in {workdir}" in output
+  first.kill()
+  first.communicate()
+
+
+def test_another_text_is_refused(start, whole, tmp_path, corpus):
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  (workdir / loop.RESULT_FILE).unlink()
+  before = corpus.read_text(encoding="utf-8")
+  try:
+    corpus.write_text(before + "One more sentence .\n", encoding="utf-8")
+    process = start(workdir)
+    output, _ = process.communicate()
+  finally:
+    corpus.write_text(before, encoding="utf-8")
+  assert process.returncode == 1
+  assert "has changed since the run" in output

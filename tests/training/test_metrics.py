@@ -57,16 +57,18 @@ def test_no_file_is_no_metrics(tmp_path):
 
 def test_progress_tells_time_left_off_a_terminal(capsys):
   progress = metrics.Progress(0, 10)
-  values = {"loss": 1.0, "perplexity": 2.7, "words_per_second": 1234.5}
+  values = {"loss": 1.0, "words_per_second": 1234.5}
   progress.advance(1)
   progress.report(1, values)
+  progress.validated(1, {"perplexity": 2.71, "words": 30.0})
   progress.advance(2)
   progress.report(2, values)
   progress.close()
-  first, second = capsys.readouterr().out.splitlines()
+  first, scored, second = capsys.readouterr().out.splitlines()
   assert "unknown" in first
+  assert scored == "step 1: validation perplexity 2.71 per word (30 words)"
   assert re.search(
-    r"step 2/10 .*perplexity 2\.7 .*1,234 words/s.*\d+:\d+ left", second
+    r"step 2/10 .*1,234 words/s  validation 2\.7  \d+:\d+ left", second
   )
 
 

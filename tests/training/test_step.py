@@ -10,7 +10,7 @@ import pytest
 
 from moejax import experts, moe, router, sharding
 from moejax.models import layers, lstm_lm
-from moejax.training import evaluate, state, step
+from moejax.training import state, step
 
 B, L, D, V = 8, 4, 4, 20
 LAYOUT = sharding.LAYOUTS["replicated"]
@@ -51,12 +51,12 @@ def make(net, layout=LAYOUT, devices=1, tx=SGD, rows=B):
     name: jax.ShapeDtypeStruct((rows, L), value.dtype)
     for name, value in BATCH.items()
   }
-  return *state.create(net, tx, shapes, 0, layout, mesh), mesh
+  return state.create(net, tx, shapes, 0, layout, mesh), mesh
 
 
 @functools.cache
 def step_fn(net, layout=LAYOUT, devices=1, tx=SGD, rows=B, aux=(), parts=1):
-  _, shardings, _ = make(net, layout, devices, tx, rows)
+  current, _ = make(net, layout, devices, tx, rows)
   fn = functools.partial(
     step.train_step,
     model=net,
@@ -65,18 +65,19 @@ def step_fn(net, layout=LAYOUT, devices=1, tx=SGD, rows=B, aux=(), parts=1):
     seed=0,
     microbatches=parts,
   )
-  return jax.jit(fn, out_shardings=(shardings, None))
+  return jax.jit(fn, out_shardings=(state.shardings(current), None))
 
 
 def run(net, batch=BATCH, steps=1, aux=(), parts=1, **where):
   """Trains from the same start; compiles once for the same settings."""
   rows = len(batch["mask"])
-  current, _, mesh = make(net, rows=rows, **where)
+  current, mesh = make(net, rows=rows, **where)
   fn = step_fn(net, rows=rows, aux=aux, parts=parts, **where)
   layout = where.get("layout", LAYOUT)
+  lie = sharding.batch_sharding(layout, mesh, rows)
   with sharding.use(layout, mesh):
     for _ in range(steps):
-      current, metrics = fn(current, evaluate.place(batch, layout, mesh))
+      current, metrics = fn(current, step.place(batch, lie))
   return jax.device_get((current, metrics))
 
 
@@ -104,6 +105,7 @@ def test_loss_is_the_mean_over_real_words():
   part = step.eval_step(params["params"], batch, model=net)
   np.testing.assert_allclose(part["loss"], picked[BATCH["mask"]].sum(), 1e-5)
   assert part["words"] == BATCH["mask"].sum()
+  assert part["dropped_fraction"] == 0
 
 
 def test_update_is_the_gradient_of_loss_and_balance():
@@ -182,7 +184,7 @@ def test_layouts_train_alike(name):
 
 def test_state_lies_as_the_layout_says():
   layout = sharding.LAYOUTS["expert"]
-  current, _, _ = make(model(**NOISY), layout, 8, CLIPPED_ADAM, B)
+  current, _ = make(model(**NOISY), layout, 8, CLIPPED_ADAM, B)
   moments = current.opt_state[1][0]
   for tree in (current.params, moments.mu, moments.nu):
     weight = tree["layers_1"]["experts"]["w_in"]
@@ -196,3 +198,19 @@ def test_every_step_draws_anew():
   _, first = run(net, **frozen)
   _, second = run(net, steps=2, **frozen)
   assert first["loss"] != second["loss"]
+
+
+def test_target_is_what_create_makes():
+  layout = sharding.LAYOUTS["expert"]
+  current, mesh = make(model(**NOISY), layout, 8, CLIPPED_ADAM, B)
+  shapes = {
+    name: jax.ShapeDtypeStruct(value.shape, value.dtype)
+    for name, value in BATCH.items()
+  }
+  target = state.target(model(**NOISY), CLIPPED_ADAM, shapes, layout, mesh)
+
+  def same(want, got):
+    assert want.shape == got.shape and want.dtype == got.dtype
+    assert want.sharding.is_equivalent_to(got.sharding, want.ndim)
+
+  jax.tree.map(same, target, current)
