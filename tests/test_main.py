@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -48,7 +50,8 @@ def test_help_lists_the_flags(command, capsys):
 
 
 def test_workdir_and_config_are_needed(capsys, tmp_path):
-  assert main(["moejax", "train"]) == 2
+  tiny = f"--config={ROOT}/configs/tiny.py"
+  assert main(["moejax", "train", tiny]) == 2
   assert "give --workdir" in capsys.readouterr().err
   assert main(["moejax", "train", f"--workdir={tmp_path}"]) == 2
   assert "give --config" in capsys.readouterr().err
@@ -71,13 +74,24 @@ def test_a_config_that_is_not_there(capsys):
   assert "no/such.py: there is no such file" in capsys.readouterr().err
 
 
-def test_configs_that_are_none(capsys, tmp_path):
+@pytest.mark.parametrize(
+  "text", ["", "def get_config(:", "def get_config():\n  return 3\n"]
+)
+def test_configs_that_are_none(text, tmp_path):
   path = tmp_path / "own.py"
-  for text in ("", "def get_config(:", "def get_config():\n  return 3\n"):
-    path.write_text(text)
-    argv = ["moejax", "train", f"--config={path}", f"--workdir={tmp_path}/run"]
-    assert main(argv) == 2
-    assert "must define get_config()" in capsys.readouterr().err
+  path.write_text(text)
+  # In a process of its own: absl runs all config files as one module.
+  command = [sys.executable, "-m", "moejax", "train", f"--config={path}"]
+  done = subprocess.run(
+    [*command, f"--workdir={tmp_path}/run"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert "must define get_config()" in done.stderr
+  assert "Traceback" not in done.stderr
 
 
 def test_a_field_that_no_builder_reads(capsys, tmp_path):
