@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import matplotlib.figure
+from absl import logging
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -93,6 +94,8 @@ def main(
     help=f"folder for the files (full runs: {RESULTS.parent.name}/results)",
   )
   args = parser.parse_args(argv)
+  # Orbax warns of what is no trouble.
+  logging.set_verbosity(logging.ERROR)
   begin = time.perf_counter()
   table = list(rows(args.quick))
   seconds = time.perf_counter() - begin

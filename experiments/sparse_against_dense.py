@@ -5,7 +5,13 @@ the same batches, once per seed. Perplexity per word, `</S>` counted, by the
 full softmax; the test is that of the checkpoint of lowest validation
 perplexity. Runs lie under runs/sparse_against_dense and are resumed there.
 
-Result: TODO
+Result: test perplexity 79.79 against 82.12, ahead from the first validation on
+(seed 0, two cores of an AMD EPYC, results/sparse_against_dense.csv). Before, at
+width 128 and up to 1200 steps, the two were level on validation and on the
+training loss: 100.0 and 100.0 at step 600, learning rate 1e-2. The router was
+sure of itself there (top 4 with and without noise agreed to 92 %), and leaving
+the layer out cost 8 %, so it was text that each expert lacked: it sees an
+eighth. Narrower models at a higher rate see five epochs in the same time.
 """
 
 import importlib.util

@@ -1,7 +1,12 @@
 """What is written is read again, and a crash loses one line at most."""
 
+import fcntl
 import json
+import os
 import re
+import struct
+import sys
+import termios
 
 from moejax.training import metrics
 
@@ -70,6 +75,22 @@ def test_progress_tells_time_left_off_a_terminal(capsys):
   assert re.search(
     r"step 2/10 .*1,234 words/s  validation 2\.7  \d+:\d+ left", second
   )
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+  reader, writer = os.openpty()
+  size = struct.pack("HHHH", 24, 100, 0, 0)
+  fcntl.ioctl(writer, termios.TIOCSWINSZ, size)
+  with os.fdopen(writer, "w") as terminal:
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = metrics.Progress(0, 10)
+    progress.advance(4)
+    progress.report(4, {"loss": 1.5, "words_per_second": 1234.5})
+    progress.close()
+    seen = os.read(reader, 10_000).decode()
+  os.close(reader)
+  assert "4/10 [" in seen
+  assert "loss 1.500  1,234 words/s" in seen
 
 
 def test_speed_leaves_the_first_step_out():
