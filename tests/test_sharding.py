@@ -77,7 +77,7 @@ def on_all_devices(layout_name, name, fn=step):
   mesh = sharding.make_mesh(layout)
   places = sharding.shardings(boxed(), layout, mesh)
   params = jax.device_put(nn.unbox(boxed()), places)
-  batch = sharding.batch_sharding(layout, mesh)
+  batch = sharding.batch_sharding(layout, mesh, len(inputs()))
   x = jax.device_put(inputs(), batch)
   kept = (None, (places, batch)) if fn is step else None
   with sharding.use(layout, mesh):
@@ -206,6 +206,13 @@ def test_off_the_mesh_nothing_is_asked_for():
 @ALL
 def test_batch_lies_over_every_device(layout):
   layout = sharding.LAYOUTS[layout]
-  place = sharding.batch_sharding(layout, sharding.make_mesh(layout))
+  mesh = sharding.make_mesh(layout)
+  place = sharding.batch_sharding(layout, mesh, len(inputs()))
   x = jax.device_put(inputs(), place)
   assert {shard.data.shape for shard in x.addressable_shards} == {(1, L, D)}
+
+
+def test_batch_must_divide():
+  layout = sharding.LAYOUTS["expert"]
+  with pytest.raises(ValueError, match="12 entries.*8 devices; choose batch"):
+    sharding.batch_sharding(layout, sharding.make_mesh(layout), 12)

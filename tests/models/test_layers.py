@@ -186,7 +186,7 @@ def test_eight_devices_agree_with_one_and_only_sum_weight_gradients():
   alone = gradients(layers.lstm, *args)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
-  batch = sharding.batch_sharding(layout, mesh)
+  batch = sharding.batch_sharding(layout, mesh, args[0].shape[0])
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   places = (batch, batch, everywhere, everywhere, everywhere)
   args = tuple(jax.device_put(a, s) for a, s in zip(args, places, strict=True))
