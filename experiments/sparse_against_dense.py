@@ -12,7 +12,9 @@ width 128, peak 1e-2, the two were level on validation and on the training loss:
 without it at step 400) and the router was sure of itself (at step 1200 the top
 4 with and without noise agreed to 92 %), so it was text that each expert
 lacked: it sees an eighth. A narrower model at a higher rate sees five epochs in
-the same time.
+the same time. That rate, 2e-2, is the better of 1e-2 and 2e-2 for both: 87.2
+against 92.1 for the mixture, 90.1 against 94.8 for its twin (validation after
+1500 steps). One seed.
 """
 
 import importlib.util
