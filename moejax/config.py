@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from moejax import files as files_lib
 from moejax import losses, sharding
 from moejax.data import corpora, text, vocab
 from moejax.experts import EXPERTS
@@ -301,9 +302,7 @@ def remember(
   """
   if not (workdir / CONFIG_FILE).exists():
     vocabulary.save(workdir / VOCABULARY_FILE)
-    draft = workdir / (CONFIG_FILE + ".draft")
-    draft.write_text(_as_json(config) + "\n", encoding="utf-8")
-    draft.replace(workdir / CONFIG_FILE)
+    files_lib.write_whole(workdir / CONFIG_FILE, _as_json(config) + "\n")
 
 
 def recall(workdir: pathlib.Path) -> ConfigDict:

@@ -178,30 +178,22 @@ def gather(
   def home(rows):
     return rows.reshape(num_experts * capacity, -1)
 
-  if assignment.token is None:
-
-    def send(x, seats):
+  def send(x, seats, token):
+    if token is None:
       return to_experts(_send(x, seats))
-
-    def combine(rows, seats, gate):
-      return _combine(home(rows), gate.reshape(-1, S), seats)
-
-    sent = jax.vmap(send, out_axes=1)(x, seats)
-    back = _run_away(expert_fn, weights, sent)
-    return jax.vmap(combine, in_axes=(1, 0, 0))(back, seats, gate)
-
-  def send_edges(x, seats, token):
     edge_token = jnp.append(token, jnp.full(1, S, token.dtype))
     return to_experts(_take(x, edge_token[seats.edge]))
 
-  def combine_edges(rows, seats, gate, token):
+  def combine(rows, seats, gate, token):
+    if token is None:
+      return _combine(home(rows), gate.reshape(-1, S), seats)
     of_edge = _take(home(rows), seats.slot) * gate[:, None]
     y = jnp.zeros((S, of_edge.shape[-1]), of_edge.dtype)
     return y.at[token].add(of_edge, mode="drop")
 
-  sent = jax.vmap(send_edges, out_axes=1)(x, seats, assignment.token)
+  sent = jax.vmap(send, out_axes=1)(x, seats, assignment.token)
   back = _run_away(expert_fn, weights, sent)
-  return jax.vmap(combine_edges, in_axes=(1, 0, 0, 0))(
+  return jax.vmap(combine, in_axes=(1, 0, 0, 0))(
     back, seats, gate, assignment.token
   )
 

@@ -63,9 +63,9 @@ def auxiliary(
   """
   for name in weights:
     if name not in LOSSES:
-      near = difflib.get_close_matches(name, LOSSES, 1, 0) or [""]
+      (nearest,) = difflib.get_close_matches(name, LOSSES, 1, 0)
       raise ValueError(
-        f"unknown balance loss {name!r}; the nearest is {near[0]!r}, the"
+        f"unknown balance loss {name!r}; the nearest is {nearest!r}, the"
         f" known ones are {', '.join(LOSSES)}."
       )
   found = routings(sown)

@@ -13,7 +13,6 @@ import jaxtyping
 # Shapes of every public function are checked while the tests run.
 hook = jaxtyping.install_import_hook("moejax", "beartype.beartype")
 
-import importlib.util
 import pathlib
 
 import hypothesis
@@ -53,14 +52,6 @@ def corpus(tmp_path_factory):
   return path
 
 
-def load_config(name):
-  path = ROOT / "configs" / name
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
-
-
 # Twelve steps of something very small, as flags of the command line.
 SMALL = {
   "data.kind": "text",
@@ -86,12 +77,3 @@ def small_flags(corpus, tmp_path_factory):
   return [f"--config={ROOT}/configs/tiny.py"] + [
     f"--config.{name}={value}" for name, value in fields.items()
   ]
-
-
-@pytest.fixture
-def small_config(corpus, tmp_path_factory):
-  """The same as a config."""
-  config = load_config("tiny.py")
-  config.update_from_flattened_dict(SMALL | {"data.train": str(corpus)})
-  config.data.data_dir = str(tmp_path_factory.mktemp("prepared"))
-  return config

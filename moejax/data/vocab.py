@@ -6,6 +6,8 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
+from moejax import files
+
 END, START, UNKNOWN = "</S>", "<S>", "<UNK>"
 
 # Told by what is no letter, so that combining marks, which \w leaves out, stay
@@ -118,11 +120,8 @@ class Vocabulary:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes one entry a line, whole or not at all."""
-    path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     text = "".join(f"{entry}\n" for entry in self._entries)
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    files.write_whole(pathlib.Path(path), text)
 
   def encode(self, words: Iterable[str]) -> list[int]:
     """Returns the id of each word; no word becomes `</S>` or `<S>`."""

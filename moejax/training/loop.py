@@ -10,14 +10,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 
 from moejax import config as config_lib
+from moejax import files as files_lib
 from moejax import sharding
 from moejax.data import text
-from moejax.training import evaluate, metrics, state, step
+from moejax.training import evaluate, metrics, optim, state, step
 from moejax.training.checkpoint import Checkpoints
 
 CHECKPOINTS = "checkpoints"
@@ -55,12 +57,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   data = config_lib.data(config, workdir)
   tokens = {split: data.tokens(split) for split in data.texts}
   rows = {split: data.rows(tokens[split]) for split in tokens}
-  model = config_lib.model(config, len(data.vocabulary))
-  schedule, tx = config_lib.optimizer(config)
-  layout = config_lib.layout(config)
-  mesh = sharding.make_mesh(layout)
-  where = sharding.batch_sharding(layout, mesh, data.batch_size)
-  shapes = data.batch_shapes()
+  parts = _build(config, data)
+  model, schedule, tx, layout, mesh, where, target = parts
   batches = text.train_batches(
     rows["train"],
     data.batch_size,
@@ -68,28 +66,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     jax.process_index(),
     jax.process_count(),
   )
-  target = state.target(model, tx, shapes, layout, mesh)
   for line in _introduction(target.params, data, rows, layout, mesh):
     print(line, flush=True)
   print("compiling the training step", flush=True)
-  step_fn = jax.jit(
-    functools.partial(
-      step.train_step,
-      model=model,
-      tx=tx,
-      aux_weights=config.aux.to_dict(),
-      seed=config.seed,
-      microbatches=options.microbatches,
-    ),
-    out_shardings=(state.shardings(target), None),
-    donate_argnums=0,
-  )
-  batch_target = {
-    name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
-    for name, a in shapes.items()
-  }
-  with sharding.use(layout, mesh):
-    step_fn = step_fn.lower(target, batch_target).compile()
+  step_fn = _compile_step(config, data, parts)
   evaluate_on = evaluate.evaluator(model, data.batch_size, layout, mesh)
 
   with contextlib.ExitStack() as stack:
@@ -106,7 +86,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       batches.set_state(restored.progress["data"])
       seconds = restored.progress["seconds"]
     else:
-      current = state.create(model, tx, shapes, config.seed, layout, mesh)
+      current = state.create(
+        model, tx, data.batch_shapes(), config.seed, layout, mesh
+      )
     del restored
     done = saved = int(current.step)
     begun = time.monotonic() - seconds
@@ -117,17 +99,6 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     speed = metrics.Speed()
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
-    def check_finite(at: int, values: Mapping[str, float]) -> None:
-      for name in ("loss", "grad_norm", "param_norm"):
-        if not math.isfinite(values[name]):
-          kept = f"checkpoint {saved}" if saved else "no checkpoint"
-          raise FloatingPointError(
-            f"{name} became {values[name]} at step {at}; {kept} was saved"
-            f" before, in {workdir / CHECKPOINTS}. Train in a new workdir with"
-            " a lower config.optimizer.peak, or with"
-            " config.optimizer.clip_norm."
-          )
-
     def settle() -> None:
       """Brings the last step's metrics to the host, checks and reports them."""
       nonlocal pending
@@ -136,7 +107,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       at, measured = pending
       pending = None
       values = {name: float(v) for name, v in jax.device_get(measured).items()}
-      check_finite(at, values)
+      _check_finite(at, values, saved, workdir)
       speed.add(values.pop("words"))
       if at % options.log_every == 0:
         values["perplexity"] = evaluate.exp(values["loss"])
@@ -203,9 +174,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       "steps": done,
       "seconds": seconds,
     }
-    draft = workdir / f"{RESULT_FILE}.draft"
-    draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    draft.replace(workdir / RESULT_FILE)
+    as_json = json.dumps(result, indent=2) + "\n"
+    files_lib.write_whole(workdir / RESULT_FILE, as_json)
     progress.say(_outcome(result, workdir))
   return result
 
@@ -231,11 +201,7 @@ def evaluate_run(
   config = config_lib.recall(workdir)
   data = config_lib.data(config, workdir, files)
   tokens = data.tokens("data" if files else split)
-  model = config_lib.model(config, len(data.vocabulary))
-  _, tx = config_lib.optimizer(config)
-  layout = config_lib.layout(config)
-  mesh = sharding.make_mesh(layout)
-  target = state.target(model, tx, data.batch_shapes(), layout, mesh)
+  model, _, _, layout, mesh, _, target = _build(config, data)
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     best = checkpoints.best(target)
@@ -245,6 +211,64 @@ def evaluate_run(
   values = run(best.state.params, data.rows(tokens))
   unknown = float((tokens.ids == data.vocabulary.unknown).mean())
   return values | {"unknown": unknown, "step": int(best.state.step)}
+
+
+class _Parts(NamedTuple):
+  """What a config describes, on the devices at hand; nothing is allocated."""
+
+  model: nn.Module
+  schedule: optim.Schedule
+  tx: optim.Update
+  layout: sharding.Layout
+  mesh: jax.sharding.Mesh
+  where: jax.sharding.Sharding  # of a batch
+  target: state.TrainState
+
+
+def _build(config: config_lib.Config, data: config_lib.Data) -> _Parts:
+  model = config_lib.model(config, len(data.vocabulary))
+  schedule, tx = config_lib.optimizer(config)
+  layout = config_lib.layout(config)
+  mesh = sharding.make_mesh(layout)
+  where = sharding.batch_sharding(layout, mesh, data.batch_size)
+  target = state.target(model, tx, data.batch_shapes(), layout, mesh)
+  return _Parts(model, schedule, tx, layout, mesh, where, target)
+
+
+def _compile_step(
+  config: config_lib.Config, data: config_lib.Data, parts: _Parts
+) -> jax.stages.Compiled:
+  step_fn = jax.jit(
+    functools.partial(
+      step.train_step,
+      model=parts.model,
+      tx=parts.tx,
+      aux_weights=config.aux.to_dict(),
+      seed=config.seed,
+      microbatches=config_lib.train(config).microbatches,
+    ),
+    out_shardings=(state.shardings(parts.target), None),
+    donate_argnums=0,
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parts.where)
+    for name, a in data.batch_shapes().items()
+  }
+  with sharding.use(parts.layout, parts.mesh):
+    return step_fn.lower(parts.target, batch).compile()
+
+
+def _check_finite(
+  at: int, values: Mapping[str, float], saved: int, workdir: pathlib.Path
+) -> None:
+  for name in ("loss", "grad_norm", "param_norm"):
+    if not math.isfinite(values[name]):
+      kept = f"checkpoint {saved}" if saved else "no checkpoint"
+      raise FloatingPointError(
+        f"{name} became {values[name]} at step {at}; {kept} was saved before,"
+        f" in {workdir / CHECKPOINTS}. Train in a new workdir with a lower"
+        " config.optimizer.peak, or with config.optimizer.clip_norm."
+      )
 
 
 def _introduction(

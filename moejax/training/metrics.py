@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import tensorboardX
 import tqdm
 
+from moejax import files
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -28,10 +30,7 @@ class Writer:
       if line["step"] <= step and line["split"] != "test"
     ]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    # Replaced in one move: a crash here must not lose the curve.
-    draft = path.with_suffix(".draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    files.write_whole(path, text)
     self._file = path.open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=step + 1

@@ -1,6 +1,6 @@
 """One step of training, one of evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -79,27 +79,11 @@ def train_step(
     metrics |= {name: v / microbatches for name, v in balance.items()}
     return metrics["loss"] + metrics["auxiliary"], metrics
 
-  def part_of(index):
-    # Every microbatch takes rows from all over the batch, so that it lies over
-    # the same devices as the batch.
-    return {
-      name: value.reshape(-1, microbatches, *value.shape[1:])[:, index]
-      for name, value in batch.items()
-    }
-
   grad_fn = jax.grad(loss_fn, has_aux=True)
   if microbatches == 1:
     grads, metrics = grad_fn(state.params, batch, 0)
   else:
-
-    def add(total, index):
-      new = grad_fn(state.params, part_of(index), index)
-      return jax.tree.map(jnp.add, total, new), None
-
-    shapes = jax.eval_shape(lambda: grad_fn(state.params, part_of(0), 0))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    (grads, metrics), _ = jax.lax.scan(add, zeros, jnp.arange(microbatches))
-
+    grads, metrics = _accumulate(grad_fn, state.params, batch, microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics |= {
@@ -108,6 +92,31 @@ def train_step(
     "words": words,
   }
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _accumulate(
+  grad_fn: Callable[[Any, Batch, Array], Any],
+  params: Any,
+  batch: Batch,
+  microbatches: int,
+) -> Any:
+  """Adds up what `grad_fn` returns for each part of the batch."""
+
+  def of_part(index):
+    # Every microbatch takes rows from all over the batch, so that it lies over
+    # the same devices as the batch.
+    part = {
+      name: value.reshape(-1, microbatches, *value.shape[1:])[:, index]
+      for name, value in batch.items()
+    }
+    return grad_fn(params, part, index)
+
+  def add(total, index):
+    return jax.tree.map(jnp.add, total, of_part(index)), None
+
+  shapes = jax.eval_shape(of_part, 0)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  return jax.lax.scan(add, zeros, jnp.arange(microbatches))[0]
 
 
 def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
