@@ -3,11 +3,9 @@
 Nothing below this file has ever seen a config.
 """
 
-import difflib
-import inspect
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,13 +13,9 @@ import jax
 from ml_collections import ConfigDict
 
 from moejax import files as files_lib
-from moejax import losses, sharding
+from moejax import losses, named, sharding
 from moejax.data import corpora, text, vocab
-from moejax.experts import EXPERTS
-from moejax.models.layers import LSTM
-from moejax.models.lstm_lm import LSTMLM
-from moejax.moe import MoE, OneExpert
-from moejax.router import ROUTERS
+from moejax.models.build import MODELS
 from moejax.training import optim
 
 Config = ConfigDict
@@ -88,11 +82,11 @@ def check(config: ConfigDict) -> None:
     ValueError: names the section and the nearest that exists.
   """
   known = ("seed", "layout", "data", "model", "aux", "optimizer", "train")
-  _refuse_unknown(config.to_dict(), known, "config")
+  named.refuse_unknown(config.to_dict(), known, "config")
   for name in known:
     if name not in config:
       raise ValueError(f"config.{name} is missing; give it a value.")
-  losses.auxiliary([], config.aux.to_dict())
+  losses.auxiliary([], *aux(config))
   if config.seed < 0:
     raise ValueError(f"config.seed is {config.seed}; give 0 or more.")
   train(config)
@@ -100,9 +94,15 @@ def check(config: ConfigDict) -> None:
   layout(config)
 
 
+def aux(config: ConfigDict) -> tuple[dict[str, float], str]:
+  """Reads the section `aux`: weights of the balance losses, and their scope."""
+  weights = config.aux.to_dict()
+  return weights, weights.pop("scope", "batch")
+
+
 def train(config: ConfigDict) -> Train:
   """Reads the section `train`."""
-  values = _make(Train, config.train.to_dict(), "config.train")
+  values = named.make(Train, config.train.to_dict(), "config.train")
   for name, value in values._asdict().items():
     if value < 1:
       raise ValueError(f"config.train.{name} is {value}; give 1 or more.")
@@ -119,7 +119,7 @@ def data(
     workdir: of the run.
     files: text files to read, as the only split "data", in place of the corpus.
   """
-  return _make(
+  return named.make(
     _data,
     config.data.to_dict(),
     "config.data",
@@ -171,76 +171,15 @@ def _files(kind: str, **splits: str) -> dict[str, list[str]]:
 
 def model(config: ConfigDict, vocab_size: int) -> nn.Module:
   """Builds the model for a vocabulary."""
-  return _choose(
-    MODELS, config.model.to_dict(), "config.model", vocab_size=vocab_size
-  )
+  section = config.model.to_dict()
+  return named.choose(MODELS, section, "config.model", vocab_size=vocab_size)
 
 
-def _lstm_lm(
-  vocab_size,
-  width: int,
-  layers: Iterable[str],
-  dropout: float = 0.0,
-  num_samples: int = 0,
-  moe: Mapping[str, Any] | None = None,
-  one_expert: Mapping[str, Any] | None = None,
-) -> LSTMLM:
-  if not 0 <= dropout < 1:
-    raise ValueError(
-      f"config.model.dropout is {dropout}; give 0 or more, and less than 1."
-    )
-  if num_samples < 0:
-    raise ValueError(
-      f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
-      " the full softmax."
-    )
-  builders = {
-    "lstm": lambda: LSTM(width),
-    "moe": lambda: _make(_moe, moe or {}, "config.model.moe"),
-    "one_expert": lambda: OneExpert(
-      _choose(
-        EXPERTS,
-        one_expert or {},
-        "config.model.one_expert",
-        num_experts=1,
-      )
-    ),
-  }
-  built = tuple(
-    builders[_known(name, builders, "config.model.layers")]() for name in layers
-  )
-  return LSTMLM(vocab_size, width, built, dropout, num_samples)
-
-
-def _moe(
-  num_experts: int,
-  router: Mapping[str, Any],
-  experts: Mapping[str, Any],
-  group_size: int | None = None,
-  capacity_factor: float | None = 1.25,
-  eval_capacity_factor: float | None = 2.0,
-  dispatch: str = "gather",
-) -> MoE:
-  where = "config.model.moe"
-  size = {"num_experts": num_experts}
-  return MoE(
-    _choose(ROUTERS, router, f"{where}.router", **size),
-    _choose(EXPERTS, experts, f"{where}.experts", **size),
-    group_size,
-    capacity_factor,
-    eval_capacity_factor,
-    dispatch,
-  )
-
-
-MODELS = {"lstm_lm": _lstm_lm}
-
-
-def optimizer(
-  config: ConfigDict,
-) -> tuple[optim.Schedule, optim.Update]:
+def optimizer(config: ConfigDict) -> tuple[optim.Schedule, optim.Update]:
   """Builds the learning rate's schedule and the update rule."""
-  return _choose(OPTIMIZERS, config.optimizer.to_dict(), "config.optimizer")
+  return named.choose(
+    OPTIMIZERS, config.optimizer.to_dict(), "config.optimizer"
+  )
 
 
 def _adam(
@@ -262,7 +201,7 @@ OPTIMIZERS = {"adam": _adam}
 def layout(config: ConfigDict) -> sharding.Layout:
   """Finds the layout by name."""
   return sharding.LAYOUTS[
-    _known(config.layout, sharding.LAYOUTS, "config.layout")
+    named.known(config.layout, sharding.LAYOUTS, "config.layout")
   ]
 
 
@@ -331,64 +270,3 @@ def _flat(values: Any, name: str = "config") -> dict[str, Any]:
   for key, value in values.items():
     flat |= _flat(value, f"{name}.{key}")
   return flat
-
-
-# -- names --------------------------------------------------------------------
-
-
-def _choose(
-  table: Mapping[str, Callable[..., Any]],
-  section: Mapping[str, Any],
-  where: str,
-  **given: Any,
-) -> Any:
-  """Calls the entry that the section's `kind` names with its other fields."""
-  fields = dict(section)
-  kind = fields.pop("kind", "")
-  return _make(
-    table[_known(kind, table, f"{where}.kind")], fields, where, **given
-  )
-
-
-def _make(
-  factory: Callable[..., Any],
-  section: Mapping[str, Any],
-  where: str,
-  **given: Any,
-) -> Any:
-  """Calls `factory` with a section's fields, checked by name."""
-  parameters = inspect.signature(factory).parameters
-  # Every linen module also takes these two; a config has no use for them.
-  hidden = {"parent", "name", *given}
-  known = [name for name in parameters if name not in hidden]
-  _refuse_unknown(section, known, where)
-  for name in known:
-    needed = parameters[name].default is inspect.Parameter.empty
-    if needed and name not in section:
-      raise ValueError(f"{where}.{name} is missing; give it a value.")
-  return factory(**section, **given)
-
-
-def _refuse_unknown(
-  section: Mapping[str, Any], known: Iterable[str], where: str
-) -> None:
-  known = list(known)
-  for name in section:
-    if name not in known:
-      raise ValueError(
-        f"{where}.{name} does not exist; the nearest is"
-        f" {where}.{_nearest(name, known)}."
-      )
-
-
-def _known(name: str, table: Mapping[str, Any], where: str) -> str:
-  if name not in table:
-    raise ValueError(
-      f"{where} is {name!r}; choose one of {', '.join(map(repr, table))}"
-      f" (the nearest is {_nearest(name, table)!r})."
-    )
-  return name
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-  return difflib.get_close_matches(str(name), list(known), 1, 0)[0]

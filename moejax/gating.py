@@ -1,11 +1,12 @@
 """Gating: router logits in, routing decision out. Pure functions.
 
-`mask` marks real tokens; padding is never routed, weighed or counted.
+`mask` marks real tokens; padding is never routed, weighed or counted. Load is
+the hard count, without gradient, where nothing else is said.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, UInt
 
 from moejax import routing, sharding
 from moejax.routing import Routing
@@ -31,7 +32,6 @@ def top_k(
   Causal at inference; its gradient reaches the k logits that survive (none for
   k = 1, where the gate is the constant 1). Among equal logits the lowest
   expert wins, so a router of all zeros sends every token to experts 0..k-1.
-  Load is the hard count, without gradient.
 
   Raises:
     ValueError: k is below 1 or above the number of experts.
@@ -50,21 +50,17 @@ def noisy_top_k(
 ) -> Routing:
   """Noisy top-k gating (eq. 3-5) with the smooth load (eq. 8-10).
 
-  The noise of a group depends on `rng` and the group's index alone, never on
-  how groups lie over devices. Needs no batch statistics; not for inference,
-  where `top_k` of the clean logits takes its place. The load's gradient
-  reaches logits and noise_std of every expert, through the threshold too.
+  `noise_std` is Softplus(x W_noise), not negative. Where it is 0 the load is 1
+  for an expert above its threshold and 0 for one at or below it. The noise of a
+  group depends on `rng` and the group's index alone, never on how groups lie
+  over devices.
+
+  Needs no batch statistics; not for inference, where `top_k` of the clean
+  logits takes its place. The load's gradient reaches logits and noise_std of
+  every expert, through the threshold too.
 
   With k = E there is no k-th other expert to beat: all are chosen, noise could
   only blur the gates and is left out, and load is the (constant) count.
-
-  Args:
-    logits: x W_g.
-    noise_std: Softplus(x W_noise), not negative. Where it is 0 the load is 1
-      for an expert above its threshold and 0 for one at or below it.
-    k: experts per token.
-    rng: key of the noise.
-    mask: real tokens.
 
   Raises:
     ValueError: k is below 1 or above the number of experts.
@@ -73,11 +69,11 @@ def noisy_top_k(
   _check_k(k, num_experts)
   if k == num_experts:
     return top_k(logits, k, mask)
-  noisy = logits + noise_std * _noise(logits, rng)
+  noise = _draw(jax.random.normal, rng, logits.shape, logits.dtype)
+  noisy = logits + noise_std * noise
   values, expert = _largest(noisy, k + 1)
-  decision = _decide(
-    noisy, expert[..., :k], jax.nn.softmax(values[..., :k]), mask
-  )
+  gate = jax.nn.softmax(values[..., :k])
+  decision = _decide(noisy, expert[..., :k], gate, mask)
   kth, next_best = values[..., k - 1, None], values[..., k, None]
   # kth_excluding(H(x), k, i): an expert that is in must beat the (k+1)-th, one
   # that is out the k-th.
@@ -88,25 +84,227 @@ def noisy_top_k(
   return decision._replace(load=chance.sum(axis=1))
 
 
+def balanced(
+  logits: Float[Array, "G S E"],
+  k: int,
+  mask: Bool[Array, "G S"] | None = None,
+) -> Routing:
+  """Strictly balanced gating (app. F, eq. 15, 16, 18): the experts choose.
+
+  Of the n real tokens of a group every expert takes m = k n / E (to the nearest
+  integer, halves up, and at least one): those with the largest softmax X for
+  it, and of equal ones the lowest. A token's gates are its X, renormalised over
+  the experts that took it: k on average, perhaps none.
+
+  Not causal: who takes a token depends on all tokens of its group. It needs
+  this statistic of the batch, so `threshold` takes its place at inference. Its
+  gradient reaches the logits of the experts that took the token (none where a
+  single one did, whose gate is the constant 1).
+
+  Raises:
+    ValueError: k is below 1 or above the number of experts.
+  """
+  token, used = _best_tokens(logits, k, mask)
+
+  def mark(token, used):
+    # No expert takes a token twice.
+    nobody = jnp.zeros(logits.shape[1], bool)
+    return nobody.at[token].set(used, unique_indices=True)
+
+  # Mapped: one write into the whole would fetch all groups to each device.
+  taken = jax.vmap(jax.vmap(mark))(token, used)
+  gate = _softmax_of(logits, taken.swapaxes(1, 2))
+  return _take(logits, gate, token, used, mask)
+
+
+def threshold(
+  logits: Float[Array, "G S E"],
+  thresholds: Float[Array, "_"],
+  max_k: int,
+  mask: Bool[Array, "G S"] | None = None,
+) -> Routing:
+  """What `balanced` becomes at inference (eq. 19): every expert with X > T.
+
+  A token visits at most max_k experts, those with the largest X, because shapes
+  are static; perhaps none. Its gates are their X, renormalised.
+
+  Causal, without batch statistics: T stands for them. Its gradient reaches the
+  logits of the chosen experts, not the thresholds, which `losses.threshold`
+  teaches.
+
+  Raises:
+    ValueError: max_k is below 1 or above the number of experts, or there is not
+      one threshold for each of them.
+  """
+  num_experts = logits.shape[-1]
+  _check_k(max_k, num_experts, "max_k")
+  _check_length(thresholds, num_experts, "thresholds")
+  x = jax.nn.softmax(logits)
+  # -1 is below every X.
+  above = jnp.where(x > thresholds[None, None], x, -1)
+  values, expert = _largest(above, max_k)
+  used = values >= 0
+  gate = _softmax_of(jnp.take_along_axis(logits, expert, axis=-1), used)
+  return _decide(logits, expert, gate, mask, used)
+
+
+def switch(
+  logits: Float[Array, "G S E"], mask: Bool[Array, "G S"] | None = None
+) -> Routing:
+  """The expert with the largest logit (2101.03961, eq. 2).
+
+  Its gate is its softmax over all experts, not renormalised, so that gradient
+  reaches every logit. Causal, without batch statistics.
+  """
+  values, expert = _largest(logits, 1)
+  every = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  return _decide(logits, expert, jnp.exp(values - every), mask)
+
+
+def gshard_top_2(
+  logits: Float[Array, "G S E"],
+  rng: PRNGKeyArray | None = None,
+  mask: Bool[Array, "G S"] | None = None,
+) -> Routing:
+  """The two largest logits, the second at random (2006.16668, algorithm 1).
+
+  The gates g1 and g2 are the two largest softmaxes, divided by their sum before
+  any expert turns an edge away. The second choice is used with probability
+  min(1, 2 g2), by a draw that depends on `rng` and the group's index alone;
+  where it is not, g1 stays as it is. Without rng, as in evaluation, it always
+  is.
+
+  Causal, without batch statistics. Its gradient reaches both logits.
+
+  Raises:
+    ValueError: there are fewer than 2 experts.
+  """
+  if logits.shape[-1] < 2:
+    raise ValueError(
+      f"top-2 gating needs 2 experts, but there is {logits.shape[-1]}; choose"
+      " num_experts=2 or more, or another router."
+    )
+  values, expert = _largest(logits, 2)
+  # What all experts share cancels in the quotient.
+  gate = jax.nn.softmax(values)
+  if rng is None:
+    return _decide(logits, expert, gate, mask)
+  chance = _draw(jax.random.uniform, rng, gate.shape[:2], gate.dtype)
+  second = chance < 2 * gate[..., 1]
+  used = jnp.stack([jnp.ones_like(second), second], axis=-1)
+  return _decide(logits, expert, gate, mask, used)
+
+
+def expert_choice(
+  logits: Float[Array, "G S E"],
+  k: int,
+  mask: Bool[Array, "G S"] | None = None,
+) -> Routing:
+  """Expert choice (2202.09368): the picks of `balanced`, weighed by X itself.
+
+  k, experts per token on average, is their capacity factor c. The softmax X of
+  an edge is its gate, not renormalised.
+
+  Not causal, and nothing takes its place at inference: whether an expert takes
+  a token depends on those after it too, so a language model would see its
+  future. It needs this statistic of the batch. Its gradient reaches every logit
+  of the tokens that were taken.
+
+  Raises:
+    ValueError: k is below 1 or above the number of experts.
+  """
+  token, used = _best_tokens(logits, k, mask)
+  return _take(logits, jax.nn.softmax(logits), token, used, mask)
+
+
+def hash_ids(
+  ids: Int[Array, "G S"],
+  num_experts: int,
+  k: int,
+  mask: Bool[Array, "G S"] | None = None,
+) -> Routing:
+  """Hash layer (2106.04426): a token's id alone says which experts it visits.
+
+  Every expert gives the id a pseudo-random score, fixed for ever and on every
+  platform, and the k largest win: k distinct experts, each with gate 1/k.
+
+  Causal, without batch statistics, weights or gradient; the logits are zeros.
+
+  Raises:
+    ValueError: k is below 1 or above the number of experts.
+  """
+  _check_k(k, num_experts)
+  # An odd step and a mixing that is one-to-one: a token's scores never tie.
+  step = jnp.arange(num_experts, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+  score = _mix(_mix(ids.astype(jnp.uint32))[..., None] + step[None, None])
+  _, expert = _largest(score, k)
+  gate = jnp.full(expert.shape, 1 / k, jnp.float32)
+  return _decide(jnp.zeros(score.shape, jnp.float32), expert, gate, mask)
+
+
+def sigmoid(
+  logits: Float[Array, "G S E"],
+  bias: Float[Array, "_"],
+  k: int,
+  mask: Bool[Array, "G S"] | None = None,
+) -> Routing:
+  """Gating balanced without a loss (2408.15664; 2412.19437, eq. 13-16).
+
+  The k largest of sigmoid(logits) + bias are chosen; their gates are their
+  sigmoids, divided by the sum of these. The bias steers the choice alone.
+
+  Causal, without batch statistics. Its gradient reaches the logits of the
+  chosen experts (none for k = 1, where the gate is the constant 1), not the
+  bias, which `losses.bias` teaches.
+
+  Raises:
+    ValueError: k is below 1 or above the number of experts, or there is not one
+      bias for each of them.
+  """
+  num_experts = logits.shape[-1]
+  _check_k(k, num_experts)
+  _check_length(bias, num_experts, "bias")
+  _, expert = _largest(jax.nn.sigmoid(logits) + bias[None, None], k)
+  # Scores over their sum, also where all of them underflow.
+  chosen = jnp.take_along_axis(logits, expert, axis=-1)
+  gate = jax.nn.softmax(jax.nn.log_sigmoid(chosen))
+  return _decide(logits, expert, gate, mask)._replace(bias=bias)
+
+
 def _largest(
-  logits: Float[Array, "G S E"], k: int
-) -> tuple[Float[Array, "G S K"], Int[Array, "G S K"]]:
+  values: Num[Array, "G N M"], k: int
+) -> tuple[Num[Array, "G N K"], Int[Array, "G N K"]]:
   # Each device on its own groups: a CPU's top_k is opaque to the partitioner,
-  # which would gather the logits of all devices on each.
+  # which would gather the values of all devices on each.
   axes = ("group", None, None)
   return sharding.manual(
-    lambda logits: tuple(jax.lax.top_k(logits, k)), (axes,), (axes, axes)
-  )(logits)
+    lambda values: tuple(jax.lax.top_k(values, k)), (axes,), (axes, axes)
+  )(values)
 
 
-def _noise(
-  logits: Float[Array, "G S E"], rng: PRNGKeyArray
-) -> Float[Array, "G S E"]:
+def _softmax_of(
+  logits: Float[Array, "G S M"], chosen: Bool[Array, "G S M"]
+) -> Float[Array, "G S M"]:
+  """Softmax over the chosen alone (eq. 16); zeros where none is."""
+  # Not -inf: where none is chosen the softmax would be NaN.
+  gate = jax.nn.softmax(jnp.where(chosen, logits, -1e30))
+  return jnp.where(chosen, gate, 0)
+
+
+def _draw(
+  sample, rng: PRNGKeyArray, shape: tuple[int, ...], dtype
+) -> Float[Array, "G ..."]:
   def one_group(group):
-    key = jax.random.fold_in(rng, group)
-    return jax.random.normal(key, logits.shape[1:], logits.dtype)
+    return sample(jax.random.fold_in(rng, group), shape[1:], dtype)
 
-  return jax.vmap(one_group)(jnp.arange(logits.shape[0]))
+  return jax.vmap(one_group)(jnp.arange(shape[0]))
+
+
+def _mix(x: UInt[Array, "..."]) -> UInt[Array, "..."]:
+  """Spreads every bit over the whole word, one-to-one (MurmurHash3's end)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
 
 
 def _chance_above(
@@ -120,37 +318,83 @@ def _chance_above(
   return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
 
 
+def _best_tokens(
+  logits: Float[Array, "G S E"], k: int, mask: Bool[Array, "G S"] | None
+) -> tuple[Int[Array, "G E C"], Bool[Array, "G E C"]]:
+  """Each expert's tokens with the largest X, best first, and which to use."""
+  S, E = logits.shape[1:]
+  _check_k(k, E)
+
+  def share(tokens):
+    return (tokens * k + E // 2) // E
+
+  if mask is None:
+    mask = jnp.ones(logits.shape[:2], bool)
+  # Padding comes last. Shapes are those of a group without any.
+  x = jnp.where(mask[..., None], jax.nn.softmax(logits), -1)
+  _, token = _largest(x.swapaxes(1, 2), max(1, share(S)))
+  real = mask.sum(axis=1, dtype=jnp.int32)
+  m = jnp.clip(share(real), 1, real)
+  rank = jax.lax.broadcasted_iota(jnp.int32, token.shape, 2)
+  return token, rank < m[:, None, None]
+
+
+def _take(
+  logits: Float[Array, "G S E"],
+  gate: Float[Array, "G S E"],
+  token: Int[Array, "G E C"],
+  used: Bool[Array, "G E C"],
+  mask: Bool[Array, "G S"] | None,
+) -> Routing:
+  """The decision of experts."""
+  picked = jnp.take_along_axis(gate.swapaxes(1, 2), token, axis=-1)
+  return routing.decision(routing.from_picks(token, picked, used), logits, mask)
+
+
 def _decide(
   logits: Float[Array, "G S E"],
   expert: Int[Array, "G S K"],
   gate: Float[Array, "G S K"],
   mask: Bool[Array, "G S"] | None,
+  used: Bool[Array, "G S K"] | None = None,
 ) -> Routing:
-  num_experts = logits.shape[-1]
+  """The decision of tokens."""
+  if used is None:
+    used = jnp.ones(expert.shape, bool)
   if mask is not None:
-    expert = jnp.where(mask[..., None], expert, num_experts)
-    gate = jnp.where(mask[..., None], gate, 0)
-  assignment = routing.from_choices(expert, gate)
-
-  def add(value):
-    return routing.per_expert(value, assignment.expert, num_experts)
-
-  count = add(jnp.ones_like(assignment.gate))
-  return Routing(
-    assignment,
-    logits,
-    importance=add(assignment.gate),
-    load=count,
-    count=count,
-  )
+    used = used & mask[..., None]
+  expert = jnp.where(used, expert, logits.shape[-1])
+  gate = jnp.where(used, gate, 0)
+  return routing.decision(routing.from_choices(expert, gate), logits, mask)
 
 
-def _check_k(k: int, num_experts: int) -> None:
+def _check_k(k: int, num_experts: int, name: str = "k") -> None:
   if not 1 <= k <= num_experts:
     raise ValueError(
-      f"k = {k} experts per token, but there are {num_experts} experts;"
-      f" choose k between 1 and {num_experts}."
+      f"{name} = {k} experts per token, but there are {num_experts} experts;"
+      f" choose {name} between 1 and {num_experts}."
     )
 
 
-GATING = {"softmax": softmax, "top_k": top_k, "noisy_top_k": noisy_top_k}
+def _check_length(
+  values: Float[Array, "_"], num_experts: int, name: str
+) -> None:
+  if values.size != num_experts:
+    raise ValueError(
+      f"{name} has {values.size} entries, but there are {num_experts} experts;"
+      " give one for each."
+    )
+
+
+GATING = {
+  "softmax": softmax,
+  "top_k": top_k,
+  "noisy_top_k": noisy_top_k,
+  "balanced": balanced,
+  "threshold": threshold,
+  "switch": switch,
+  "gshard_top_2": gshard_top_2,
+  "expert_choice": expert_choice,
+  "hash": hash_ids,
+  "sigmoid": sigmoid,
+}

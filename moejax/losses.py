@@ -1,18 +1,22 @@
 """Balance losses: pure functions of routing decisions.
 
-Importance and load are summed over all groups, that is over the whole batch of
-all devices, before CV^2; the mean of per-device CV^2 is another quantity.
+Each takes the scope of its balance. "batch" sums over all groups, that is over
+the whole batch of all devices, before anything that is not linear: the mean of
+the groups' CV^2 is another quantity. "group" asks every group to be balanced by
+itself, and takes that mean.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moejax.routing import Routing
+
+SCOPES = ("batch", "group")
 
 
 def cv_squared(x: Float[Array, "E"]) -> Float[Array, ""]:
@@ -24,43 +28,178 @@ def cv_squared(x: Float[Array, "E"]) -> Float[Array, ""]:
   return jnp.var(x) / (jnp.mean(x) ** 2 + 1e-10)
 
 
-def importance(routing: Routing) -> Float[Array, ""]:
-  """CV(Importance)^2, to be weighed with w_importance (eq. 7)."""
-  return cv_squared(routing.importance.sum(axis=0))
+def importance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
+  """CV(Importance)^2, to be weighed with w_importance (eq. 7).
+
+  In a hierarchy, of all leaf experts at once (eq. 13). A group that is all
+  padding is balanced.
+  """
+  return _cv_squared(_add_groups(routing.importance, scope))
 
 
-def load(routing: Routing) -> Float[Array, ""]:
+def load(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   """CV(Load)^2, to be weighed with w_load (eq. 11).
 
-  Constant, without gradient, where load is a count: gating without noise.
+  In a hierarchy, of all leaf experts at once (eq. 14). Constant, without
+  gradient, where load is a count: gating without noise.
   """
-  return cv_squared(routing.load.sum(axis=0))
+  return _cv_squared(_load(routing, scope))
 
 
-LOSSES = {"importance": importance, "load": load}
+def switch_balance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
+  """E * sum_e f_e P_e (2101.03961, eq. 4), 1 at perfect balance.
+
+  f_e is the fraction of tokens whose largest logit is that of e, P_e the mean
+  of its softmax over all experts. The gradient passes through P alone.
+
+  In a hierarchy, the sum over both levels, 2 at perfect balance. The secondary
+  level's is that of each group of experts, over the tokens that reached it and
+  its own experts, averaged with the number of these tokens for weight: a group
+  that few tokens reach counts for little, one that none reaches for nothing.
+  Where there is nothing but padding it is 0.
+  """
+
+  def of_level(level):
+    E = level.logits.shape[-1]
+    real = _real(level)[..., None]
+
+    def add(x):
+      x = _split(jnp.where(real, x, 0).sum(axis=1), level)
+      return _add_groups(x, scope, axis=1)
+
+    tokens = add(jnp.ones((1, 1, 1), jnp.float32))[..., 0]
+    first = add(jax.nn.one_hot(jnp.argmax(level.logits, axis=-1), E))
+    chance = add(jax.nn.softmax(level.logits))
+    value = E * (first * chance).sum(axis=-1) / jnp.maximum(tokens, 1)
+    return (value.sum(axis=0) / jnp.maximum(tokens.sum(axis=0), 1)).mean()
+
+  return _over_levels(of_level, routing)
+
+
+def z(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
+  """Mean over tokens of logsumexp(logits)^2 (2202.08906, eq. 5).
+
+  Keeps logits small; a mean over tokens whatever the scope. In a hierarchy,
+  the sum over both levels.
+  """
+  del scope
+
+  def of_level(level):
+    return _mean(jax.nn.logsumexp(level.logits, axis=-1) ** 2, level)
+
+  return _over_levels(of_level, routing)
+
+
+def threshold(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
+  """Teaches the thresholds T what the batchwise mask M chose (eq. 20).
+
+  sum over tokens and experts of (M_threshold - M_batchwise)(X - T), X being the
+  softmax of the logits, held fixed: the gradient reaches T alone. Never
+  negative, and 0 where the masks agree. In a hierarchy, the sum over both
+  levels; 0 where no thresholds are being learned.
+
+  It is the literal sum, whatever the scope: the gradient of T_e is a number of
+  tokens, those chosen less those above T_e. Where gradients are clipped by
+  their common norm it would shrink all others; give it a small weight there.
+  """
+  del scope
+
+  def of_level(level):
+    if level.thresholds is None:
+      return jnp.zeros((), jnp.float32)
+    S, E = level.logits.shape[1:]
+
+    def one_group(token, expert):
+      mask = jnp.zeros((S, E), jnp.float32)
+      return mask.at[token, expert].set(1, mode="drop")
+
+    token, expert = level.assignment.tokens(S), level.assignment.expert
+    chosen = _split(jax.vmap(one_group)(token, expert), level)
+    X = _split(jax.lax.stop_gradient(jax.nn.softmax(level.logits)), level)
+    T = level.thresholds.reshape(-1, 1, 1, E)
+    above = (X > T) & _split(_real(level), level)[..., None]
+    return ((above.astype(jnp.float32) - chosen) * (X - T)).sum()
+
+  return _over_levels(of_level, routing)
+
+
+def bias(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
+  """sum_e bias_e sign(count_e - mean count): balance without a loss.
+
+  Its gradient is the sign alone, so that gradient descent at rate u is the rule
+  b_e += u sign(mean count - count_e) of 2408.15664; nothing else is reached.
+  Counts are those of the whole batch whatever the scope. In a hierarchy, the
+  sum over both levels, a leaf expert being compared with those of its own
+  group; 0 where no bias is being learned.
+  """
+  del scope
+
+  def of_level(level):
+    if level.bias is None:
+      return jnp.zeros((), jnp.float32)
+    count = level.count.sum(axis=0).reshape(-1, level.logits.shape[-1])
+    # Whole numbers: at perfect balance a mean would be off by its rounding,
+    # which has a sign.
+    excess = count.shape[1] * count - count.sum(axis=1, keepdims=True)
+    sign = jax.lax.stop_gradient(jnp.sign(excess))
+    return (level.bias.reshape(sign.shape) * sign).sum()
+
+  return _over_levels(of_level, routing)
+
+
+LOSSES = {
+  "importance": importance,
+  "load": load,
+  "switch_balance": switch_balance,
+  "z": z,
+  "threshold": threshold,
+  "bias": bias,
+}
+
+# What a router must be learning for the loss of a name to do anything.
+_LEARNED = {"threshold": "thresholds", "bias": "bias"}
 
 
 def routings(sown: Any) -> list[Routing]:
-  """Finds the routing decisions in the collection "routing" of a model."""
+  """Finds the routing decisions in the collection "routing" of a model.
+
+  Mixtures that are the experts of another (`experts.Each`) come one by one.
+  """
   leaves = jax.tree.leaves(sown, is_leaf=lambda v: isinstance(v, Routing))
-  return [leaf for leaf in leaves if isinstance(leaf, Routing)]
+  found = [leaf for leaf in leaves if isinstance(leaf, Routing)]
+  return [each for routing in found for each in _unstack(routing)]
+
+
+def _unstack(routing: Routing) -> list[Routing]:
+  if routing.count.ndim == 2:
+    return [routing]
+  stack = [
+    jax.tree.map(lambda a, i=i: a[i], routing)
+    for i in range(routing.count.shape[0])
+  ]
+  return [each for routing in stack for each in _unstack(routing)]
 
 
 def auxiliary(
-  sown: Any, weights: Mapping[str, float]
+  sown: Any, weights: Mapping[str, float], scope: str = "batch"
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Weighs the balance losses of every MoE layer and adds them.
 
   Args:
-    sown: the collection "routing" of a model, or any tree of Routing.
+    sown: the collection "routing" of a model in training, or any tree of
+      Routing.
     weights: loss name in `LOSSES` -> weight, e.g. w_importance.
+    scope: what is to be balanced, the "batch" or every "group" by itself.
 
   Returns:
     The total, and each loss by name, unweighted, summed over layers.
 
   Raises:
-    ValueError: a name that no loss has.
+    ValueError: a name that no loss has, an unknown scope, or a weight for what
+      there is none of: thresholds or biases that no layer is learning.
   """
+  _check_scope(scope)
+  found = routings(sown)
   for name in weights:
     if name not in LOSSES:
       (nearest,) = difflib.get_close_matches(name, LOSSES, 1, 0)
@@ -68,10 +207,15 @@ def auxiliary(
         f"unknown balance loss {name!r}; the nearest is {nearest!r}, the"
         f" known ones are {', '.join(LOSSES)}."
       )
-  found = routings(sown)
+    if name in _LEARNED and found and not _learns(found, _LEARNED[name]):
+      raise ValueError(
+        f"the balance loss {name!r} has weight {weights[name]}, but of"
+        f" {len(found)} MoE layers 0 are learning {_LEARNED[name]}; leave the"
+        " weight out, or choose a router that learns them, in training."
+      )
   zero = jnp.zeros((), jnp.float32)
   values = {
-    name: sum((LOSSES[name](routing) for routing in found), zero)
+    name: sum((LOSSES[name](routing, scope) for routing in found), zero)
     for name in weights
   }
   total = sum((weights[name] * value for name, value in values.items()), zero)
@@ -79,11 +223,25 @@ def auxiliary(
 
 
 def balance(sown: Any) -> dict[str, Float[Array, ""]]:
-  """What Table 6 reports, and the dropped edges; the mean over layers.
+  """What Table 6 reports, and what else shows a collapse; means over layers.
+
+  Everything is of the whole batch, and of leaf experts in a hierarchy.
 
   Returns:
-    cv_importance, cv_load and max_over_mean_load (of `Routing.load`, smooth
-    under noise), dropped_fraction (of edges); empty without MoE layers.
+    cv_importance, cv_load, max_over_mean_load: of `Routing.load`, smooth under
+      noise (eq. 14 in a hierarchy).
+    max_over_mean_count: of the edges counted.
+    unused_experts: how many have no edge.
+    entropy: of the softmax of the logits in nats, mean over tokens; in a
+      hierarchy primary plus secondary, each the mean over its own tokens.
+    dropped_first_fraction, dropped_later_fraction: edges that capacity turned
+      away, of all chosen; those that were their token's first choice, and the
+      rest, among them all that an expert chose. In a hierarchy, of the edges to
+      leaf experts there would be if nothing were dropped, every edge between
+      groups standing for as many of them: a primary drop is one of all these.
+    dropped_fraction: both together.
+
+    Empty without MoE layers.
   """
   reports = [_balance(routing) for routing in routings(sown)]
   if not reports:
@@ -92,12 +250,121 @@ def balance(sown: Any) -> dict[str, Float[Array, ""]]:
 
 
 def _balance(routing: Routing) -> dict[str, Float[Array, ""]]:
-  total = routing.load.sum(axis=0)
-  edges = jnp.maximum(routing.count.sum(), 1)
-  dropped = 0 if routing.dropped is None else routing.dropped.sum()
+  def entropy(level):
+    p = jax.nn.softmax(level.logits)
+    return _mean(jax.scipy.special.entr(p).sum(axis=-1), level)
+
+  def max_over_mean(x):
+    return x.max() / jnp.maximum(x.mean(), 1e-10)
+
+  count = routing.count.sum(axis=0)
+  first, later = _dropped(routing)
   return {
     "cv_importance": jnp.sqrt(importance(routing)),
     "cv_load": jnp.sqrt(load(routing)),
-    "max_over_mean_load": total.max() / jnp.maximum(total.mean(), 1e-10),
-    "dropped_fraction": dropped / edges,
+    "max_over_mean_load": max_over_mean(_load(routing, "batch")),
+    "max_over_mean_count": max_over_mean(count),
+    "unused_experts": (count == 0).sum().astype(jnp.float32),
+    "entropy": _over_levels(entropy, routing),
+    "dropped_fraction": first + later,
+    "dropped_first_fraction": first,
+    "dropped_later_fraction": later,
   }
+
+
+def _dropped(routing: Routing) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Fractions dropped at first and at later choices, of a drop-free layer."""
+  kept = jnp.ones((), jnp.float32)
+  first = later = jnp.zeros((), jnp.float32)
+  for level in _levels(routing):
+    share = kept / jnp.maximum(level.count.sum(), 1)
+    dropped = _sum(level.dropped) * share
+    dropped_first = _sum(level.dropped_first) * share
+    first += dropped_first
+    later += dropped - dropped_first
+    kept -= dropped
+  return first, later
+
+
+def _sum(x: Float[Array, "G E"] | None) -> Float[Array, ""]:
+  return jnp.zeros((), jnp.float32) if x is None else x.sum()
+
+
+# -- groups -------------------------------------------------------------------
+
+
+def _check_scope(scope: str) -> None:
+  if scope not in SCOPES:
+    raise ValueError(
+      f"the scope of the balance losses is {scope!r}; choose 'batch' or"
+      " 'group'."
+    )
+
+
+def _add_groups(x: Array, scope: str, axis: int = 0) -> Array:
+  """Adds the groups up where they are to be balanced together."""
+  _check_scope(scope)
+  return x.sum(axis, keepdims=True) if scope == "batch" else x
+
+
+def _cv_squared(x: Float[Array, "G E"]) -> Float[Array, ""]:
+  return jax.vmap(cv_squared)(x).mean()
+
+
+def _load(routing: Routing, scope: str) -> Float[Array, "_ E"]:
+  """Load (eq. 10), put together from both levels in a hierarchy (eq. 14)."""
+  secondary = _add_groups(routing.load, scope)
+  primary = routing.primary
+  if primary is None:
+    return secondary
+  reached = primary.count
+  if primary.dropped is not None:
+    reached -= primary.dropped
+  reached = jax.lax.stop_gradient(_add_groups(reached, scope))
+  share = _add_groups(primary.load, scope) / (reached + 1e-10)
+  each = secondary.reshape(*share.shape, -1) * share[..., None]
+  return each.reshape(secondary.shape)
+
+
+# -- levels of a hierarchy ----------------------------------------------------
+
+
+def _levels(routing: Routing) -> list[Routing]:
+  return [*(() if routing.primary is None else (routing.primary,)), routing]
+
+
+def _over_levels(
+  of_level: Callable[[Routing], Array], routing: Routing
+) -> Float[Array, ""]:
+  return sum(of_level(level) for level in _levels(routing))
+
+
+def _learns(found: list[Routing], field: str) -> bool:
+  return any(
+    getattr(level, field) is not None
+    for routing in found
+    for level in _levels(routing)
+  )
+
+
+def _split(x: Array, level: Routing) -> Array:
+  """[P * G, ...] -> [P, G, ...], P mixtures side by side; or P is 1.
+
+  The rows of a secondary level are the token groups of the first group of
+  experts, then those of the second.
+  """
+  mixtures = 1 if level.primary is None else level.primary.logits.shape[-1]
+  return x.reshape(mixtures, -1, *x.shape[1:])
+
+
+def _real(level: Routing) -> Bool[Array, "G S"]:
+  if level.mask is None:
+    return jnp.ones(level.logits.shape[:2], bool)
+  return level.mask
+
+
+def _mean(x: Float[Array, "G S"], level: Routing) -> Float[Array, ""]:
+  """The mean over real tokens, 0 without any."""
+  real = _real(level)
+  tokens = jnp.maximum(real.sum().astype(x.dtype), 1)
+  return jnp.where(real, x, 0).sum() / tokens

@@ -1,11 +1,19 @@
 """The layer: group, route, dispatch, and report what was decided."""
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax import dispatch as dispatch_lib
+from moejax import routing as routing_lib
+from moejax import seats as seats_lib
 from moejax import sharding
+from moejax.experts import Each, Mixed
+from moejax.routing import Routing
+from moejax.seats import Block, Capacity
 
 # The collection in which every MoE layer leaves its Routing.
 ROUTING = "routing"
@@ -14,7 +22,7 @@ ROUTING = "routing"
 class MoE(nn.Module):
   """Sparsely-gated mixture of experts, y = sum_e G(x)_e E_e(x) (eq. 1).
 
-  All B*L tokens are routed at once (the layer is convolutional over time, sec.
+  All tokens are routed at once (the layer is convolutional over time, sec.
   3.1), in groups of `group_size` consecutive tokens whose capacity is their
   own. The layer leaves its `Routing` in the collection "routing"; what it
   should cost is the trainer's affair (`losses.auxiliary`).
@@ -27,7 +35,9 @@ class MoE(nn.Module):
       devices that share the batch.
     capacity_factor: slots over the mean load in training; None drops nothing.
     eval_capacity_factor: the same in evaluation.
-    dispatch: how rows travel, a name in `dispatch.DISPATCH`.
+    dispatch: how rows travel, a name in `dispatch.DISPATCH`, or "auto".
+    recompute: whether the backward pass runs the experts again instead of
+      keeping their hidden layers (app. D).
   """
 
   router: nn.Module
@@ -35,103 +45,316 @@ class MoE(nn.Module):
   group_size: int | None = None
   capacity_factor: float | None = 1.25
   eval_capacity_factor: float | None = 2.0
-  dispatch: str = "gather"
+  dispatch: str = "auto"
+  recompute: bool = False
 
-  @nn.compact
   def __call__(
     self,
-    x: Float[Array, "B L D"],
+    x: Float[Array, "*batch D"],
     *,
     train: bool = False,
-    mask: Bool[Array, "B L"] | None = None,
-  ) -> Float[Array, "B L D"]:
+    mask: Bool[Array, "..."] | None = None,
+    ids: Int[Array, "..."] | None = None,
+  ) -> Float[Array, "*batch D"]:
     """Mixes; a token whose every edge was dropped, or padding, gives zero.
 
     Args:
-      x: activations.
+      x: activations, [B, L, D] as a rule.
       train: whether to draw noise and use the training capacity.
       mask: real tokens; all of them by default.
+      ids: the tokens' ids in the vocabulary, for a router that reads them.
 
     Raises:
       ValueError: sizes that do not divide, or experts that do not match.
     """
-    num_experts = self._check(x, mask)
-    group_size = self.group_size or x.shape[0] * x.shape[1]
-    if mask is not None:
-      # Whatever stands in padding, NaN included, must not reach a product.
-      x = jnp.where(mask[..., None], x, 0)
-    grouped = x.reshape(-1, group_size, x.shape[-1])
-    grouped = sharding.constrain(grouped, "group", None, None)
-    if mask is not None:
-      mask = mask.reshape(-1, group_size)
-    routing = self.router(grouped, train=train, mask=mask)
-    slots = dispatch_lib.capacity(
-      routing.assignment.expert.shape[1],
-      group_size,
-      num_experts,
-      self.capacity_factor if train else self.eval_capacity_factor,
-    )
-    dropped = jnp.maximum(routing.count - slots, 0)
-    # What init leaves behind would be counted a second time by apply.
-    if not self.is_initializing():
-      self.sow(ROUTING, "routing", routing._replace(dropped=dropped))
-    y = dispatch_lib.DISPATCH[self.dispatch](
-      self.experts.run,
-      self.experts(x.shape[-1]),
-      grouped,
-      routing.assignment,
-      num_experts,
-      slots,
-    )
-    return y.reshape(*x.shape[:2], -1)
+    return _mix_in_groups(self, x, train, mask, ids)
 
-  def _check(
-    self, x: Float[Array, "B L D"], mask: Bool[Array, "..."] | None
-  ) -> int:
-    tokens = x.shape[0] * x.shape[1]
+  def mix(
+    self,
+    x: Float[Array, "G S D"],
+    train: bool,
+    mask: Bool[Array, "G S"] | None,
+    ids: Int[Array, "G S"] | None,
+  ) -> tuple[Float[Array, "G S D"], Routing]:
+    """Mixes tokens that are in groups; reports nothing but what it returns."""
     num_experts = self.router.num_experts
     if self.experts.num_experts != num_experts:
       raise ValueError(
         f"the router chooses among {num_experts} experts, but there are"
         f" {self.experts.num_experts}; give both the same num_experts."
       )
-    size = self.group_size
-    if size is not None and (size < 1 or tokens % size):
+    routing = self.router(x, train=train, mask=mask, ids=ids)
+    factor = self.capacity_factor if train else self.eval_capacity_factor
+    capacity = _capacity(routing, x.shape[1], factor, self.experts)
+    name = _chosen(self.dispatch, capacity, self.experts)
+
+    def run(experts, weights, rows, real):
+      return experts.run(weights, rows, real, train)
+
+    if self.recompute:
+      run = nn.checkpoint(run)
+    y = dispatch_lib.DISPATCH[name](
+      lambda *args: run(self.experts, *args),
+      self.experts(x.shape[-1]),
+      x,
+      routing.assignment,
+      num_experts,
+      capacity,
+    )
+    return y, _count_dropped(routing, capacity)
+
+
+class HierarchicalMoE(nn.Module):
+  """A mixture of groups of experts, each a mixture itself (app. B, eq. 12).
+
+  The primary router sends tokens to groups; a group's own router sees, and
+  pays for, only those. A group lives whole on one device: tokens travel once
+  for each group they visit, and the experts of a group share what arrived.
+
+  The one Routing it leaves speaks of all experts, expert j of group i being
+  i * Q + j: importance is eq. 13, load becomes eq. 14 in `losses`. Tokens that
+  found their group full have no secondary gates and count in neither.
+
+  Attributes:
+    primary: router between the P groups.
+    secondary: the mixture within a group of Q experts; every group has its own
+      weights. It splits into no groups: its tokens are those that one group of
+      tokens sent to one group of experts.
+    group_size: S, tokens routed together at the first level.
+    capacity_factor: a group's slots over its mean load in training. Those of
+      `secondary` multiply with it.
+    eval_capacity_factor: the same in evaluation.
+    dispatch: how rows travel to groups: "gather" or "einsum".
+  """
+
+  primary: nn.Module
+  secondary: MoE
+  group_size: int | None = None
+  capacity_factor: float | None = 1.25
+  eval_capacity_factor: float | None = 2.0
+  dispatch: str = "gather"
+
+  def __call__(
+    self,
+    x: Float[Array, "*batch D"],
+    *,
+    train: bool = False,
+    mask: Bool[Array, "..."] | None = None,
+    ids: Int[Array, "..."] | None = None,
+  ) -> Float[Array, "*batch D"]:
+    """Mixes, as MoE does.
+
+    Raises:
+      ValueError: sizes that do not divide, or experts that do not match.
+    """
+    if self.secondary.group_size is not None:
       raise ValueError(
-        f"group size {size} does not divide the {tokens} tokens of a batch"
-        " (rows times row length); choose one that does."
+        f"group size {self.secondary.group_size} of the secondary mixture: it"
+        " routes what each group of tokens sends it; leave its group_size None"
+        f" and set that of the whole layer, now {self.group_size}."
       )
-    if mask is not None and mask.shape != x.shape[:2]:
+    if self.dispatch not in ("gather", "einsum"):
       raise ValueError(
-        f"the mask is {mask.shape}, but the tokens are {x.shape[:2]}; give one"
+        f"unknown dispatch {self.dispatch!r} between groups of experts; choose"
+        " gather or einsum."
+      )
+    return _mix_in_groups(self, x, train, mask, ids)
+
+  def mix(
+    self,
+    x: Float[Array, "G S D"],
+    train: bool,
+    mask: Bool[Array, "G S"] | None,
+    ids: Int[Array, "G S"] | None,
+  ) -> tuple[Float[Array, "G S D"], Routing]:
+    """Mixes tokens that are in groups; reports nothing but what it returns."""
+    num_groups = self.primary.num_experts
+    routing = self.primary(x, train=train, mask=mask, ids=ids)
+    # Else the losses, whose sums lie with the groups of experts, would have
+    # every device count the edges of all.
+    load, count = (
+      sharding.constrain(sums, "group", None)
+      for sums in (routing.load, routing.count)
+    )
+    routing = routing._replace(load=load, count=count)
+    factor = self.capacity_factor if train else self.eval_capacity_factor
+    capacity = _capacity(routing, x.shape[1], factor)
+    trip = dispatch_lib.depart(
+      self.dispatch, x, routing.assignment, num_groups, capacity
+    )
+    (rows,), (real,), (gate,) = trip[:3]
+    mix = sharding.over_experts(
+      lambda secondary, rows, real: secondary.mix(rows, train, real, None),
+      num_groups,
+    )
+    y, inner = mix(self.secondary, rows, real)
+    return trip.home([y]), _flatten(
+      _count_dropped(routing, capacity), inner, gate
+    )
+
+
+def _mix_in_groups(module, x, train, mask, ids):
+  """Groups the tokens, mixes them, and reports the decision."""
+  shape, num_tokens = x.shape[:-1], x.size // x.shape[-1]
+  size = num_tokens if module.group_size is None else module.group_size
+  if size < 1 or num_tokens % size:
+    raise ValueError(
+      f"group size {size} does not divide the {num_tokens} tokens of a batch"
+      " (rows times row length); choose one that does."
+    )
+  for name, value in (("mask", mask), ("ids", ids)):
+    if value is not None and value.shape != shape:
+      raise ValueError(
+        f"the {name} is {value.shape}, but the tokens are {shape}; give one"
         " entry per token."
       )
-    if self.dispatch not in dispatch_lib.DISPATCH:
-      raise ValueError(
-        f"unknown dispatch {self.dispatch!r}; choose one of"
-        f" {', '.join(dispatch_lib.DISPATCH)}."
-      )
-    return num_experts
+  if mask is not None:
+    # Whatever stands in padding, NaN included, must not reach a product.
+    x = jnp.where(mask[..., None], x, 0)
+    mask = mask.reshape(-1, size)
+  if ids is not None:
+    ids = ids.reshape(-1, size)
+  grouped = x.reshape(-1, size, x.shape[-1])
+  grouped = sharding.constrain(grouped, "group", None, None)
+  y, routing = module.mix(grouped, train, mask, ids)
+  # What init leaves behind would be counted a second time by apply.
+  if not module.is_initializing():
+    module.sow(ROUTING, "routing", routing)
+  return y.reshape(*shape, -1)
+
+
+def _capacity(
+  routing: Routing,
+  tokens: int,
+  factor: float | None,
+  experts: nn.Module | None = None,
+) -> Capacity:
+  """Slots of every expert, or of each kind of mixed ones."""
+  edges = routing.assignment.expert.shape[1]
+  num_experts = routing.count.shape[1]
+
+  def slots(relative: float) -> int | None:
+    scaled = None if factor is None else factor * relative
+    return seats_lib.capacity(edges, tokens, num_experts, scaled)
+
+  if factor is None or not isinstance(experts, Mixed):
+    return slots(1.0)
+  relative = experts.capacities or (1.0,) * len(experts.kinds)
+  if len(relative) != len(experts.kinds):
+    raise ValueError(
+      f"there are capacities of {len(relative)} kinds of experts, but"
+      f" {len(experts.kinds)} kinds; give each one, or leave them out."
+    )
+  return tuple(
+    Block(kind.num_experts, slots(each))
+    for kind, each in zip(experts.kinds, relative, strict=True)
+  )
+
+
+def _chosen(name: str, capacity: Capacity, experts: nn.Module) -> str:
+  if name == "auto":
+    return dispatch_lib.fastest(capacity, _need_slots(experts))
+  if name not in dispatch_lib.DISPATCH:
+    raise ValueError(
+      f"unknown dispatch {name!r}; choose one of auto,"
+      f" {', '.join(dispatch_lib.DISPATCH)}."
+    )
+  if name == "ragged" and sharding.expert_axis() is None:
+    raise ValueError(
+      "dispatch 'ragged' sorts the rows of a whole device, but this mixture is"
+      " part of an expert, one of several there; choose auto, gather or einsum."
+    )
+  return name
+
+
+def _need_slots(experts: nn.Module) -> bool:
+  if isinstance(experts, Mixed):
+    return any(_need_slots(kind) for kind in experts.kinds)
+  return isinstance(experts, Each)
+
+
+def _count_dropped(routing: Routing, capacity: Capacity) -> Routing:
+  """Says which edges capacity turned away: those beyond it, first come."""
+  zero = jnp.zeros_like(routing.count)
+  assignment, num_experts = routing.assignment, routing.count.shape[1]
+  if capacity is None:
+    return routing._replace(dropped=zero, dropped_first=zero)
+  if isinstance(capacity, int):
+    capacity = (Block(num_experts, capacity),)
+  slots = jnp.concatenate(
+    [jnp.full((1, n), c, zero.dtype) for n, c in capacity], axis=1
+  )
+  first = zero
+  if assignment.token is None:
+    num_tokens = routing.logits.shape[1]
+    ones = jnp.ones_like(assignment.gate[:, :num_tokens])
+    first = routing_lib.per_expert(
+      ones, assignment.expert[:, :num_tokens], num_experts
+    )
+  return routing._replace(
+    dropped=jnp.maximum(routing.count - slots, 0),
+    dropped_first=jnp.maximum(first - slots, 0),
+  )
+
+
+def _flatten(
+  primary: Routing, inner: Routing, gate: Float[Array, "P G C"]
+) -> Routing:
+  """Makes one decision over all P * Q experts of the P groups' own."""
+  P, G, C, Q = inner.logits.shape
+
+  def merge(value: Any) -> Any:
+    return None if value is None else value.reshape(P * G, *value.shape[2:])
+
+  def flat(value):
+    return value.swapaxes(0, 1).reshape(G, P * Q)
+
+  def in_a_row(value):
+    return None if value is None else value.reshape(P * Q)
+
+  def importance_of(assignment, gate):
+    token = assignment.tokens(C)
+    of_edge = jnp.take_along_axis(gate, token, axis=1, mode="clip")
+    return routing_lib.per_expert(
+      of_edge * assignment.gate, assignment.expert, Q
+    )
+
+  # Before groups and mixtures become one axis, which no mesh can split.
+  importance = jax.vmap(importance_of)(inner.assignment, gate)
+  return Routing(
+    type(inner.assignment)(*map(merge, inner.assignment)),
+    merge(inner.logits),
+    importance=flat(importance),
+    load=flat(inner.load),
+    count=flat(inner.count),
+    mask=merge(inner.mask),
+    thresholds=in_a_row(inner.thresholds),
+    bias=in_a_row(inner.bias),
+    dropped=flat(inner.dropped),
+    dropped_first=flat(inner.dropped_first),
+    primary=primary,
+  )
 
 
 class OneExpert(nn.Module):
-  """A mixture of one: the paper's MoE-1-Wide (app. C.1).
+  """A mixture of one: the paper's MoE-1-Wide and MoE-1-Deep (app. C.1).
 
   The gate of a lone expert is 1, so there is none, and no balance to lose.
   """
 
   experts: nn.Module
 
-  @nn.compact
   def __call__(
     self,
-    x: Float[Array, "B L D"],
+    x: Float[Array, "*batch D"],
     *,
     train: bool = False,
-    mask: Bool[Array, "B L"] | None = None,
-  ) -> Float[Array, "B L D"]:
+    mask: Bool[Array, "..."] | None = None,
+    ids: Int[Array, "..."] | None = None,
+  ) -> Float[Array, "*batch D"]:
     """Applies the expert to every token; padding gives zero, as in MoE."""
-    del train
+    del ids
     rows = x.reshape(1, -1, x.shape[-1])
-    y = self.experts.run(self.experts(x.shape[-1]), rows).reshape(x.shape)
+    weights = self.experts(x.shape[-1])
+    y = self.experts.run(weights, rows, None, train).reshape(x.shape)
     return y if mask is None else jnp.where(mask[..., None], y, 0)

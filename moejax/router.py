@@ -4,13 +4,20 @@ Logits are float32 and multiplied at the highest precision whatever the
 activations are: a bfloat16 logit moves tokens between experts.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax import gating
 from moejax.routing import Routing
+
+_ZEROS = nn.initializers.zeros
+# From zeros, without noise, all experts tie for every token: at first k of them
+# would take all tokens or, where experts choose, all experts the same few.
+_RANDOM = nn.initializers.lecun_normal()
 
 
 class _Logits(nn.Module):
@@ -33,8 +40,12 @@ class _Logits(nn.Module):
     )
 
 
-class Softmax(nn.Module):
-  """Dense gating (eq. 2)."""
+class Router(nn.Module):
+  """What all routers share; `decide` is each one's own.
+
+  Attributes:
+    num_experts: E.
+  """
 
   num_experts: int
 
@@ -45,65 +56,87 @@ class Softmax(nn.Module):
     *,
     train: bool,
     mask: Bool[Array, "G S"] | None = None,
+    ids: Int[Array, "G S"] | None = None,
   ) -> Routing:
-    del train
-    # Every expert gets gradient from zero weights here, so none need break
-    # the tie.
-    logits = _Logits(self.num_experts, nn.initializers.zeros, name="gate")(x)
-    return gating.softmax(logits, mask)
+    """Routes each group by itself.
+
+    Args:
+      x: activations.
+      train: whether to decide as in training.
+      mask: real tokens; all of them by default.
+      ids: of the tokens in the vocabulary; only `Hash` asks for them.
+    """
+    return self.decide(x, train, mask, ids)
+
+  def decide(
+    self,
+    x: Float[Array, "G S D"],
+    train: bool,
+    mask: Bool[Array, "G S"] | None,
+    ids: Int[Array, "G S"] | None,
+  ) -> Routing:
+    """Makes the decision; parameters must not depend on `train`."""
+    raise NotImplementedError
+
+  def logits(
+    self,
+    x: Float[Array, "G S D"],
+    init: nn.initializers.Initializer = _RANDOM,
+    name: str = "gate",
+  ) -> Float[Array, "G S E"]:
+    """H(x) without noise."""
+    return _Logits(self.num_experts, init, name=name)(x)
+
+  def vector(self, name: str, start: float) -> Float[Array, "E"]:
+    """A parameter with one entry per expert."""
+    init = nn.with_logical_partitioning(
+      nn.initializers.constant(start), (None,)
+    )
+    return self.param(name, init, (self.num_experts,), jnp.float32)
 
 
-class TopK(nn.Module):
-  """Top-k gating without noise (eq. 3 and 5)."""
+class Softmax(Router):
+  """Dense gating (eq. 2).
 
-  num_experts: int
+  Its weights may start at zero: every expert gets gradient from there.
+  """
+
+  def decide(self, x, train, mask, ids):
+    return gating.softmax(self.logits(x, _ZEROS), mask)
+
+
+class TopK(Router):
+  """Top-k gating without noise (eq. 3 and 5).
+
+  Attributes:
+    k: experts per token.
+  """
+
   k: int
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, "G S D"],
-    *,
-    train: bool,
-    mask: Bool[Array, "G S"] | None = None,
-  ) -> Routing:
-    del train
-    # From zeros, without noise, the first k experts would take every token
-    # and the rest would never learn.
-    init = nn.initializers.lecun_normal()
-    logits = _Logits(self.num_experts, init, name="gate")(x)
-    return gating.top_k(logits, self.k, mask)
+  def decide(self, x, train, mask, ids):
+    return gating.top_k(self.logits(x), self.k, mask)
 
 
-class NoisyTopK(nn.Module):
+class NoisyTopK(Router):
   """The paper's router (sec. 2.1): noisy top-k in training, top-k otherwise.
 
   W_g and W_noise start at zero (app. A), so that at first the noise alone
   chooses and load is balanced. It is drawn from the rng stream "router".
 
   Attributes:
-    num_experts: E.
     k: experts per token.
     noise_epsilon: least noise_std, as in the authors' code; 0 is eq. 4 to the
       letter.
   """
 
-  num_experts: int
   k: int
   noise_epsilon: float = 1e-2
 
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, "G S D"],
-    *,
-    train: bool,
-    mask: Bool[Array, "G S"] | None = None,
-  ) -> Routing:
-    zeros = nn.initializers.zeros
-    logits = _Logits(self.num_experts, zeros, name="gate")(x)
+  def decide(self, x, train, mask, ids):
+    logits = self.logits(x, _ZEROS)
     # Read in evaluation too: the parameters must not depend on `train`.
-    noise_logits = _Logits(self.num_experts, zeros, name="noise")(x)
+    noise_logits = self.logits(x, _ZEROS, name="noise")
     if not train:
       return gating.top_k(logits, self.k, mask)
     return gating.noisy_top_k(
@@ -115,4 +148,109 @@ class NoisyTopK(nn.Module):
     )
 
 
-ROUTERS = {"softmax": Softmax, "top_k": TopK, "noisy_top_k": NoisyTopK}
+class Balanced(Router):
+  """Strictly balanced gating (app. F): experts choose; thresholds at inference.
+
+  The thresholds are exp of the parameter "log_thresholds". They are as small as
+  a softmax over E experts is, and so a step of the optimiser moves them by a
+  fraction, and never below zero. They start at 1/E, the mean of that softmax,
+  and learn by `losses.threshold` alone.
+
+  Attributes:
+    k: experts per token, on average.
+    max_k: the most that a token may visit at inference; 2k by default, or all.
+  """
+
+  k: int
+  max_k: int | None = None
+
+  def decide(self, x, train, mask, ids):
+    logits = self.logits(x)
+    start = -math.log(self.num_experts)
+    thresholds = jnp.exp(self.vector("log_thresholds", start))
+    if train:
+      routing = gating.balanced(logits, self.k, mask)
+      return routing._replace(thresholds=thresholds)
+    max_k = self.max_k
+    if max_k is None:
+      max_k = min(2 * self.k, self.num_experts)
+    return gating.threshold(logits, thresholds, max_k, mask)
+
+
+class Switch(Router):
+  """Switch Transformer's (2101.03961): one expert, weighed by its softmax."""
+
+  def decide(self, x, train, mask, ids):
+    return gating.switch(self.logits(x), mask)
+
+
+class GShardTop2(Router):
+  """GShard's (2006.16668): two experts, the second by chance in training.
+
+  The chance is drawn from the rng stream "router".
+  """
+
+  def decide(self, x, train, mask, ids):
+    rng = self.make_rng("router") if train else None
+    return gating.gshard_top_2(self.logits(x), rng, mask)
+
+
+class ExpertChoice(Router):
+  """Expert choice (2202.09368); not causal, in evaluation neither.
+
+  Attributes:
+    k: experts per token, on average.
+  """
+
+  k: int
+
+  def decide(self, x, train, mask, ids):
+    return gating.expert_choice(self.logits(x), self.k, mask)
+
+
+class Hash(Router):
+  """Hash layer (2106.04426): by token id, without parameters.
+
+  Attributes:
+    k: experts per token.
+  """
+
+  k: int
+
+  def decide(self, x, train, mask, ids):
+    if ids is None:
+      raise ValueError(
+        f"the hash router spreads token ids over {self.num_experts} experts,"
+        " but got no ids; pass ids=, one per token, or choose another router."
+      )
+    return gating.hash_ids(ids, self.num_experts, self.k, mask)
+
+
+class Sigmoid(Router):
+  """Balance without a loss (2408.15664), as in DeepSeek-V3 (2412.19437).
+
+  The parameter "bias" starts at zero and learns by `losses.bias` alone.
+
+  Attributes:
+    k: experts per token.
+  """
+
+  k: int
+
+  def decide(self, x, train, mask, ids):
+    return gating.sigmoid(
+      self.logits(x), self.vector("bias", 0.0), self.k, mask
+    )
+
+
+ROUTERS = {
+  "softmax": Softmax,
+  "top_k": TopK,
+  "noisy_top_k": NoisyTopK,
+  "balanced": Balanced,
+  "switch": Switch,
+  "gshard_top_2": GShardTop2,
+  "expert_choice": ExpertChoice,
+  "hash": Hash,
+  "sigmoid": Sigmoid,
+}

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Assignment(NamedTuple):
@@ -34,16 +34,22 @@ class Assignment(NamedTuple):
 class Routing(NamedTuple):
   """A decision, and what the balance losses need to judge it.
 
-  Gradient reaches the router through `assignment.gate`, `importance`, `load`
-  and `logits`.
+  Gradient reaches the router through `assignment.gate`, `importance`, `load`,
+  `logits`, `thresholds` and `bias`.
 
   Attributes:
     assignment: the edges.
     logits: H(x), with the noise if any was drawn (eq. 4).
     importance: sum of gates over the group's tokens (eq. 6).
     load: tokens per expert; the smooth estimate (eq. 10) under noisy gating.
-    count: tokens that chose each expert, before capacity turns any away.
-    dropped: the edges that capacity turned away; MoE fills it in.
+    count: edges to each expert, before capacity turns any away.
+    mask: the real tokens; None where all are.
+    thresholds: T (eq. 19), where the router is learning them.
+    bias: what a loss-free router adds to the scores, where it is learning it.
+    dropped: the edges that capacity turned away; the layer fills it in.
+    dropped_first: those of `dropped` that were their token's first choice.
+    primary: the decision between groups of experts, where this one was made
+      within them (app. B); its experts are then those of all groups, flat.
   """
 
   assignment: Assignment
@@ -51,7 +57,12 @@ class Routing(NamedTuple):
   importance: Float[Array, "G E"]
   load: Float[Array, "G E"]
   count: Float[Array, "G E"]
+  mask: Bool[Array, "G S"] | None = None
+  thresholds: Float[Array, "E"] | None = None
+  bias: Float[Array, "E"] | None = None
   dropped: Float[Array, "G E"] | None = None
+  dropped_first: Float[Array, "G E"] | None = None
+  primary: "Routing | None" = None
 
 
 def per_expert(
@@ -75,3 +86,43 @@ def from_choices(
     return x.swapaxes(1, 2).reshape(x.shape[0], -1)
 
   return Assignment(by_choice(expert), by_choice(gate))
+
+
+def from_picks(
+  token: Int[Array, "G E C"],
+  gate: Float[Array, "G E C"],
+  used: Bool[Array, "G E C"],
+) -> Assignment:
+  """Experts choose: the first picks of all experts come before the second."""
+  G, E, _ = token.shape
+  expert = jnp.arange(E, dtype=jnp.int32)[None, :, None]
+
+  def by_rank(x):
+    return x.swapaxes(1, 2).reshape(G, -1)
+
+  return Assignment(
+    by_rank(jnp.where(used, expert, E)),
+    by_rank(jnp.where(used, gate, 0)),
+    by_rank(token),
+  )
+
+
+def decision(
+  assignment: Assignment,
+  logits: Float[Array, "G S E"],
+  mask: Bool[Array, "G S"] | None = None,
+) -> Routing:
+  """Sums up the edges: importance, and a load that is their count."""
+
+  def add(value):
+    return per_expert(value, assignment.expert, logits.shape[-1])
+
+  count = add(jnp.ones_like(assignment.gate))
+  return Routing(
+    assignment,
+    logits,
+    importance=add(assignment.gate),
+    load=count,
+    count=count,
+    mask=mask,
+  )

@@ -5,6 +5,7 @@ The rest of moejax speaks of logical axes ("batch", "group", "expert", ...); a
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -162,14 +163,89 @@ def manual(
     return fn
 
   def is_axes(axes):
-    return all(axis is None or isinstance(axis, str) for axis in axes)
+    # Not a named tuple, and not an empty dict.
+    return type(axes) is tuple and all(
+      axis is None or isinstance(axis, str) for axis in axes
+    )
 
   def specs(tree):
     return jax.tree.map(nn.logical_to_mesh_axes, tree, is_leaf=is_axes)
 
+  in_specs = specs(in_axes)
+  used = {name for spec in jax.tree.leaves(in_specs) for name in _names(spec)}
+
+  def on_device(*args):
+    # What every device has a copy of is its own from here on, so that its
+    # gradient is summed once, over the finished copies.
+    def own(x, spec):
+      whole = tuple(sorted(used - set(_names(spec))))
+      return jax.lax.pcast(x, whole, to="varying") if whole else x
+
+    return fn(*jax.tree.map(own, args, in_specs))
+
   return jax.shard_map(
-    fn, mesh=mesh, in_specs=specs(in_axes), out_specs=specs(out_axes)
+    on_device, mesh=mesh, in_specs=in_specs, out_specs=specs(out_axes)
   )
+
+
+def _names(spec: jax.sharding.PartitionSpec) -> Iterator[str]:
+  """Yields the mesh axes of a spec."""
+  for over in spec:
+    yield from (over,) if isinstance(over, str) else over or ()
+
+
+# Whether the code being traced runs once for each expert.
+_IN_EXPERT = contextvars.ContextVar("in_expert", default=False)
+
+
+def expert_axis() -> str | None:
+  """Returns the logical axis of experts; None for those within an expert.
+
+  An expert, with all that it is made of, lives whole on one device (sec. 3.1).
+  """
+  return None if _IN_EXPERT.get() else "expert"
+
+
+def splits_experts() -> bool:
+  """Says whether the code being traced must keep to its part of the experts."""
+  if _IN_EXPERT.get():
+    return True
+  mesh = jax.sharding.get_abstract_mesh()
+  axis = dict(nn.get_logical_axis_rules()).get("expert")
+  return not mesh.empty and axis is not None and mesh.shape[axis] > 1
+
+
+def over_experts(
+  fn: Callable[..., Any], num_experts: int
+) -> Callable[..., Any]:
+  """Lifts fn(module, *args) to run once for each expert, on its own device.
+
+  Every variable and argument gets an axis of experts in front, and every rng
+  stream is split over it. Within, a group lies where its tokens have travelled
+  to, and nothing else is split.
+  """
+
+  def run(module, *args):
+    rules = dict(nn.get_logical_axis_rules())
+    axis = expert_axis()
+    on_mesh = axis and not jax.sharding.get_abstract_mesh().empty
+    mapped = nn.vmap(
+      fn,
+      variable_axes={True: 0},
+      split_rngs={True: True},
+      axis_size=num_experts,
+      metadata_params={nn.PARTITION_NAME: axis},
+      spmd_axis_name=rules.get("expert") if on_mesh else None,
+    )
+    away = {"group": rules.get("group_away"), "expert": None}
+    token = _IN_EXPERT.set(True)
+    try:
+      with nn.logical_axis_rules(tuple((rules | away).items())):
+        return mapped(module, *args)
+    finally:
+      _IN_EXPERT.reset(token)
+
+  return run
 
 
 def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:

@@ -15,7 +15,8 @@ class Decision(NamedTuple):
 
   Attributes:
     gates: G(x), zero where an expert is not chosen [S, E].
-    edges: the non-zero gates, all first choices before all second choices.
+    edges: the gates of the chosen, all first choices before all second choices,
+      whether of tokens or of experts.
     importance: eq. 6 [E].
     load: eq. 10, or the count where gating draws no noise [E].
     count: tokens that chose each expert [E].
@@ -70,47 +71,160 @@ def chance(logits, noisy, noise_std, k, i):
   return normal_cdf(margin / noise_std[i])
 
 
-def _decide(logits, k, mask):
-  """Eq. 3 and 6, and who comes first."""
-  tokens, experts = logits.shape
-  real = [s for s in range(tokens) if mask is None or mask[s]]
-  gates = np.zeros((tokens, experts))
-  for s in real:
-    gates[s] = softmax(keep_top_k(logits[s], k))
-  edges = []
-  for choice in range(k):
-    for s in real:
-      e = largest(logits[s], k)[choice]
-      edges.append((s, e, gates[s, e]))
-  count = np.zeros(experts)
-  for _, e, _ in edges:
+def real_tokens(tokens, mask):
+  return [s for s in range(tokens) if mask is None or mask[s]]
+
+
+def decision(shape, edges):
+  """Sums over the edges (eq. 6)."""
+  gates, importance, count = np.zeros(shape), np.zeros(shape[1]), [0] * shape[1]
+  for s, e, gate in edges:
+    gates[s, e] = gate
+    importance[e] += gate
     count[e] += 1
-  importance = np.zeros(experts)
-  for s in real:
-    importance += gates[s]
-  return Decision(gates, edges, importance, count, count)
+  return Decision(gates, edges, importance, np.array(count), np.array(count))
+
+
+def tokens_choose(shape, chosen):
+  """Lines up each token's list of (expert, gate), which has the best first."""
+  edges = []
+  for choice in range(shape[1]):
+    for s in chosen:
+      if choice < len(chosen[s]):
+        edges.append((s, *chosen[s][choice]))
+  return decision(shape, edges)
+
+
+def experts_choose(picks, gates):
+  """Lines up each expert's list of tokens, which has the best first."""
+  edges = []
+  for rank in range(len(picks[0])):
+    for e, tokens in enumerate(picks):
+      edges.append((tokens[rank], e, gates[tokens[rank], e]))
+  return decision(gates.shape, edges)
 
 
 def softmax_gating(logits, mask=None):
   """Eq. 2: every token visits every expert."""
-  return _decide(logits, logits.shape[1], mask)
+  return top_k(logits, logits.shape[1], mask)
 
 
 def top_k(logits, k, mask=None):
   """Eq. 3 and 5, without noise."""
-  return _decide(logits, k, mask)
+  chosen = {}
+  for s in real_tokens(len(logits), mask):
+    gates = softmax(keep_top_k(logits[s], k))
+    chosen[s] = [(e, gates[e]) for e in largest(logits[s], k)]
+  return tokens_choose(logits.shape, chosen)
 
 
 def noisy_top_k(logits, noise, noise_std, k, mask=None):
-  """Eq. 3 to 5 with the noise given, and the load of eq. 8 to 10."""
-  noisy = logits + noise * noise_std
+  """Eq. 3 to 5 with the noise given, and the load of eq. 8 to 10.
+
+  Where all experts are chosen there is none to compare with, nor any noise.
+  """
   tokens, experts = logits.shape
+  if k == experts:
+    return top_k(logits, k, mask)
+  noisy = logits + noise * noise_std
   load = np.zeros(experts)
-  for s in range(tokens):
-    if mask is None or mask[s]:
-      for i in range(experts):
-        load[i] += chance(logits[s], noisy[s], noise_std[s], k, i)
-  return _decide(noisy, k, mask)._replace(load=load)
+  for s in real_tokens(tokens, mask):
+    for i in range(experts):
+      load[i] += chance(logits[s], noisy[s], noise_std[s], k, i)
+  return top_k(noisy, k, mask)._replace(load=load)
+
+
+def batchwise(x, k, mask):
+  """Eq. 18 as a list for each column: its m largest, best first.
+
+  m = k |X| / n to the nearest integer, at least 1 and at most |X|.
+  """
+  real = real_tokens(len(x), mask)
+  experts = x.shape[1]
+  m = min(len(real), max(1, math.floor(k * len(real) / experts + 0.5)))
+  return [
+    [real[i] for i in largest([x[s, e] for s in real], m)]
+    for e in range(experts)
+  ]
+
+
+def balanced(logits, k, mask=None):
+  """Eq. 15, 16 and 18."""
+  x = np.array([softmax(row) for row in logits])
+  picks = batchwise(x, k, mask)
+  gates = np.zeros_like(x)
+  for s in range(len(x)):
+    mine = [e for e, tokens in enumerate(picks) if s in tokens]
+    for e in mine:
+      gates[s, e] = x[s, e] / sum(x[s, j] for j in mine)
+  return experts_choose(picks, gates)
+
+
+def threshold(logits, thresholds, max_k, mask=None):
+  """Eq. 15, 16 and 19; of more than max_k experts the largest."""
+  chosen = {}
+  for s in real_tokens(len(logits), mask):
+    x = softmax(logits[s])
+    above = [e for e in largest(x, len(x)) if x[e] > thresholds[e]][:max_k]
+    chosen[s] = [(e, x[e] / sum(x[j] for j in above)) for e in above]
+  return tokens_choose(logits.shape, chosen)
+
+
+def switch(logits, mask=None):
+  """2101.03961: y = p_i(x) E_i(x) for the largest p_i alone."""
+  chosen = {}
+  for s in real_tokens(len(logits), mask):
+    p = softmax(logits[s])
+    (i,) = largest(p, 1)
+    chosen[s] = [(i, p[i])]
+  return tokens_choose(logits.shape, chosen)
+
+
+def gshard_top_2(logits, draws=None, mask=None):
+  """2006.16668, algorithm 1: the second expert if 2 g2 is above the draw."""
+  chosen = {}
+  for s in real_tokens(len(logits), mask):
+    p = softmax(logits[s])
+    first, second = largest(p, 2)
+    g1 = p[first] / (p[first] + p[second])
+    g2 = p[second] / (p[first] + p[second])
+    chosen[s] = [(first, g1)]
+    if draws is None or 2 * g2 > draws[s]:
+      chosen[s].append((second, g2))
+  return tokens_choose(logits.shape, chosen)
+
+
+def expert_choice(logits, k, mask=None):
+  """2202.09368: S = softmax(X W_g), G and I = TopK(S^T, k)."""
+  x = np.array([softmax(row) for row in logits])
+  return experts_choose(batchwise(x, k, mask), x)
+
+
+def mixed(word):
+  """The last steps of MurmurHash3, on words of 32 bits."""
+  word = (word ^ (word >> 16)) * 0x85EBCA6B % 2**32
+  word = (word ^ (word >> 13)) * 0xC2B2AE35 % 2**32
+  return word ^ (word >> 16)
+
+
+def hash_ids(ids, experts, k, mask=None):
+  """2106.04426: experts by a fixed function of the id, all gates alike."""
+  chosen = {}
+  for s in real_tokens(len(ids), mask):
+    start = mixed(int(ids[s]) % 2**32)
+    scores = [mixed((start + e * 0x9E3779B9) % 2**32) for e in range(experts)]
+    chosen[s] = [(e, 1 / k) for e in largest(scores, k)]
+  return tokens_choose((len(ids), experts), chosen)
+
+
+def sigmoid(logits, bias, k, mask=None):
+  """2412.19437, eq. 13 to 16."""
+  chosen = {}
+  for s in real_tokens(len(logits), mask):
+    scores = [1 / (1 + math.exp(-a)) for a in logits[s]]
+    best = largest([a + b for a, b in zip(scores, bias, strict=True)], k)
+    chosen[s] = [(e, scores[e] / sum(scores[j] for j in best)) for e in best]
+  return tokens_choose(logits.shape, chosen)
 
 
 def cv_squared(v):
@@ -121,12 +235,16 @@ def cv_squared(v):
 
 
 def seated(edges, capacity=None):
-  """Says for each edge whether its expert still has room: first come first."""
+  """Says for each edge whether its expert still has room: first come first.
+
+  The capacity is that of every expert, or a list of each one's.
+  """
   taken = {}
   answers = []
   for _, e, _ in edges:
     taken[e] = taken.get(e, 0) + 1
-    answers.append(capacity is None or taken[e] <= capacity)
+    room = capacity[e] if isinstance(capacity, list) else capacity
+    answers.append(room is None or taken[e] <= room)
   return answers
 
 
@@ -150,12 +268,92 @@ def mixture(x, gates, expert):
   return y
 
 
-def feed_forward(weights):
-  """One ReLU layer, linear output, no biases: E_e as (e, row) -> row."""
+# -- two-level mixtures (app. B) ----------------------------------------------
+
+
+class TwoLevels(NamedTuple):
+  """What P groups of Q experts decide for one group of tokens.
+
+  Attributes:
+    primary: G_primary, between the groups.
+    sent: X^(i), the tokens that group i has room for: first come, first served.
+    secondary: G_i, of group i about these tokens, in this order.
+    gates: G_primary(x)_i G_i(x)_j, zero where x is not in X^(i) [S, P, Q].
+    seats: 1 where E_ij has room for x too, else 0 [S, P, Q].
+  """
+
+  primary: Decision
+  sent: list[list[int]]
+  secondary: list[Decision]
+  gates: np.ndarray
+  seats: np.ndarray
+
+
+def two_levels(primary, decide, capacity=None, inner_capacity=None):
+  """`decide(i, tokens)` is the decision of group i about those sent to it."""
+  sent = [[] for _ in primary.gates[0]]
+  has_seat = seated(primary.edges, capacity)
+  for (s, i, _), stays in zip(primary.edges, has_seat, strict=True):
+    if stays:
+      sent[i].append(s)
+  secondary = [decide(i, tokens) for i, tokens in enumerate(sent)]
+  shape = (*primary.gates.shape, secondary[0].gates.shape[1])
+  gates, seats = np.zeros(shape), np.zeros(shape)
+  for i, inner in enumerate(secondary):
+    has_seat = seated(inner.edges, inner_capacity)
+    for (row, j, gate), stays in zip(inner.edges, has_seat, strict=True):
+      s = sent[i][row]
+      gates[s, i, j] = primary.gates[s, i] * gate
+      seats[s, i, j] = stays
+  return TwoLevels(primary, sent, secondary, gates, seats)
+
+
+def two_level_mixture(x, levels, expert):
+  """Eq. 12: y = sum_i sum_j G_primary(x)_i G_i(x)_j E_ij(x)."""
+  y = np.zeros_like(x)
+  tokens, groups, experts = levels.gates.shape
+  for s in range(tokens):
+    for i in range(groups):
+      for j in range(experts):
+        if levels.seats[s, i, j]:
+          y[s] += levels.gates[s, i, j] * expert(i * experts + j, x[s])
+  return y
+
+
+def two_level_importance(groups):
+  """Eq. 13: sum_x G_primary(x)_i G_i(x)_j over all groups of tokens, flat."""
+  return sum(levels.gates.sum(axis=0) for levels in groups).reshape(-1)
+
+
+def two_level_load(groups):
+  """Eq. 14 over all groups of tokens, flat."""
+  P = len(groups[0].sent)
+  return hierarchical_load(
+    sum(levels.primary.load for levels in groups),
+    [sum(levels.secondary[i].load for levels in groups) for i in range(P)],
+    [sum(len(levels.sent[i]) for levels in groups) for i in range(P)],
+  )
+
+
+def relu(a):
+  return max(a, 0.0)
+
+
+def feed_forward(weights, activation=relu):
+  """ReLU layers, then a linear one, no biases: E_e as (e, row) -> row.
+
+  Where there is a w_gate the first layer is multiplied by x w_gate
+  (2002.05202).
+  """
 
   def expert(e, row):
-    hidden = [max(a, 0.0) for a in row @ weights["w_in"][e]]
-    return np.array(hidden) @ weights["w_out"][e]
+    hidden = np.array([activation(a) for a in row @ weights["w_in"][e]])
+    if "w_gate" in weights:
+      hidden = hidden * (row @ weights["w_gate"][e])
+    for name in sorted(weights):
+      if name[2:].isdigit():
+        hidden = np.array([activation(a) for a in hidden @ weights[name][e]])
+    return hidden @ weights["w_out"][e]
 
   return expert
 
@@ -163,6 +361,18 @@ def feed_forward(weights):
 def linear(weights):
   """The expert of the draft."""
   return lambda e, row: row @ weights["w"][e]
+
+
+def mixed_experts(kinds):
+  """Experts numbered kind by kind, from the number and loops of each kind."""
+
+  def expert(e, row):
+    for number, loops in kinds:
+      if e < number:
+        return loops(e, row)
+      e -= number
+
+  return expert
 
 
 def gradient(fn, arrays, step=1e-6):
@@ -180,3 +390,70 @@ def gradient(fn, arrays, step=1e-6):
       array[index] = value
       slopes[name][index] = (above - below) / (2 * step)
   return slopes
+
+
+def cv_loss(vectors, scope):
+  """Eq. 7 and 11: of the groups' sum, or the mean of each group's own."""
+  if scope == "batch":
+    return cv_squared(sum(vectors))
+  return sum(cv_squared(v) for v in vectors) / len(vectors)
+
+
+def hierarchical_load(primary, secondary, reached):
+  """Eq. 14 of Load_primary [P], Load_i [P, Q] and |X^(i)| [P], flat."""
+  return np.array(
+    [
+      primary[i] * secondary[i][j] / reached[i] if reached[i] else 0.0
+      for i in range(len(primary))
+      for j in range(len(secondary[i]))
+    ]
+  )
+
+
+def switch_balance(mixtures):
+  """2101.03961, eq. 4, of the logits [tokens, E] of each mixture of a level.
+
+  Every token has the same say: mixtures weigh as many as their tokens.
+  """
+  total, tokens = 0.0, 0
+  for logits in mixtures:
+    n, experts = logits.shape
+    f, p = np.zeros(experts), np.zeros(experts)
+    for v in logits:
+      f[largest(v, 1)[0]] += 1 / n
+      p += softmax(v) / n
+    total += n * experts * sum(f[e] * p[e] for e in range(experts))
+    tokens += n
+  return total / tokens if tokens else 0.0
+
+
+def z_loss(logits):
+  """2202.08906, eq. 5, of the logits [tokens, E]."""
+  squares = [math.log(sum(math.exp(a) for a in v)) ** 2 for v in logits]
+  return sum(squares) / len(squares) if squares else 0.0
+
+
+def threshold_loss(logits, thresholds, edges, mask=None):
+  """Eq. 20, M_batchwise being 1 on the edges."""
+  tokens, experts = logits.shape
+  chosen = [(s, e) for s, e, _ in edges]
+  total = 0.0
+  for s in range(tokens):
+    if mask is None or mask[s]:
+      x = softmax(logits[s])
+      for i in range(experts):
+        passes = 1 if x[i] > thresholds[i] else 0
+        picked = 1 if (s, i) in chosen else 0
+        total += (passes - picked) * (x[i] - thresholds[i])
+  return total
+
+
+def bias_rule(count, rate):
+  """2408.15664: what to add to each bias: up if it has too little load."""
+  mean = sum(count) / len(count)
+  return [rate * (int(c < mean) - int(c > mean)) for c in count]
+
+
+def entropy(v):
+  """Of the softmax of the logits of one token, in nats."""
+  return -sum(p * math.log(p) for p in softmax(v) if p > 0)

@@ -81,8 +81,95 @@ def test_unknown_field_of_a_section_names_the_nearest():
     config_lib.model(config, VOCABULARY)
 
 
+def test_scope_of_the_balance_losses():
+  config = load("tiny.py")
+  weights = config.aux.to_dict()
+  assert config_lib.aux(config) == (weights, "batch")
+  with config.unlocked():
+    config.aux.scope = "group"
+  config_lib.check(config)
+  assert config_lib.aux(config) == (weights, "group")
+  config.aux.scope = "grop"
+  with pytest.raises(ValueError, match="'grop'; choose 'batch' or 'group'"):
+    config_lib.check(config)
+
+
 def test_schedule_is_the_configs():
   config = load("tiny.py")
   schedule, _ = config_lib.optimizer(config)
   want = optim.warmup_rsqrt(config.optimizer.peak, 50)
   assert float(schedule(7)) == float(want(7))
+
+
+def two_levels():
+  """configs/tiny.py with a mixture of 4 groups of 2 experts."""
+  config = load("tiny.py")
+  experts = config.model.moe.experts.to_dict()
+  with config.unlocked():
+    del config.model["moe"]
+    config.model.layers = ("lstm", "hierarchical_moe", "lstm")
+    config.model.hierarchical_moe = {
+      "num_experts": 8,
+      "num_groups": 4,
+      "group_size": 128,
+      "primary": {"kind": "noisy_top_k", "k": 2},
+      "secondary": {
+        "router": {"kind": "noisy_top_k", "k": 1},
+        "experts": experts,
+      },
+    }
+  return config
+
+
+def test_a_config_may_have_two_levels():
+  layer = parameters(two_levels())["layers_1"]
+  assert layer["primary"]["gate"]["kernel"].shape == (32, 4)
+  assert layer["secondary"]["router"]["gate"]["kernel"].shape == (4, 32, 2)
+  assert layer["secondary"]["experts"]["w_in"].shape == (4, 2, 32, 64)
+
+
+def test_sizes_that_do_not_multiply_name_both_numbers():
+  config = two_levels()
+  config.model.hierarchical_moe.num_groups = 3
+  with pytest.raises(ValueError, match=r"3 groups do not divide 8 experts"):
+    config_lib.model(config, VOCABULARY)
+
+
+def mixed(*entries):
+  config = load("tiny.py")
+  with config.unlocked():
+    del config.model.moe["experts"]
+    config.model.moe.experts = entries
+  return config
+
+
+def test_a_list_of_experts_is_a_mixed_layer():
+  config = mixed(
+    {"kind": "feed_forward", "num_experts": 4, "hidden": 16, "capacity": 2.0},
+    {
+      "kind": "feed_forward",
+      "num_experts": 2,
+      "hidden": 8,
+      "activation": "gelu",
+    },
+    {"kind": "identity", "num_experts": 2},
+  )
+  experts = parameters(config)["layers_1"]["experts"]
+  assert experts["kinds_0"]["w_in"].shape == (4, 32, 16)
+  assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)
+  layer = config_lib.model(config, VOCABULARY).layers[1]
+  assert layer.experts.capacities == (2.0, 1.0, 1.0)
+
+
+def test_a_list_of_experts_must_add_up():
+  config = mixed({"kind": "linear", "num_experts": 7})
+  with pytest.raises(ValueError, match=r"lists 7 experts, .*num_experts is 8"):
+    config_lib.model(config, VOCABULARY)
+
+
+def test_an_unknown_activation_names_the_known():
+  config = mixed(
+    {"kind": "feed_forward", "num_experts": 8, "hidden": 8, "activation": "rel"}
+  )
+  with pytest.raises(ValueError, match=r"activation is 'rel'.*'relu'"):
+    config_lib.model(config, VOCABULARY)

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from assignments import KINDS, E, G, K, S, choices, each, edges
 from hypothesis import strategies as st
 
-from moejax import dispatch, experts, routing
-from moejax.routing import Assignment
+from moejax import dispatch, experts, routing, sharding
+from moejax.seats import Block
 
-G, S, D, E, F, K = 2, 5, 3, 4, 6, 2
+D, F = 3, 6
 FEED_FORWARD = experts.FeedForward(E, F)
+BLOCKS = (Block(1, 3), Block(2, 1), Block(1, 2))
+NAMES = pytest.mark.parametrize("name", dispatch.DISPATCH)
 
 
 def draw(seed):
@@ -30,43 +33,6 @@ def draw(seed):
   }
 
 
-def choices(random, unused=0.15):
-  """Every token chooses K distinct experts; a few tokens are padding."""
-  order = np.argsort(random.random((G, S, E)), -1)
-  # Skewed, so that experts overflow: most tokens want expert 0.
-  order[random.random((G, S)) < 0.5] = np.arange(E)
-  padding = random.random((G, S)) < unused
-  expert = np.where(padding[..., None], E, order[..., :K]).astype("int32")
-  gate = random.uniform(0.1, 1, (G, S, K)) * ~padding[..., None]
-  return routing.from_choices(
-    jnp.asarray(expert), jnp.asarray(gate, jnp.float32)
-  )
-
-
-def edge_list(random, num_edges=13):
-  """Any edges: tokens repeat, some edges are unused, experts overflow."""
-  shape = (G, num_edges)
-  expert = random.integers(0, E + 1, shape)
-  expert = np.where(random.random(shape) < 0.3, 0, expert).astype("int32")
-  gate = random.uniform(0.1, 1, shape) * (expert < E)
-  token = random.integers(0, S, shape).astype("int32")
-  return Assignment(
-    jnp.asarray(expert), jnp.asarray(gate, jnp.float32), jnp.asarray(token)
-  )
-
-
-KINDS = {"choices": choices, "edge_list": edge_list}
-
-
-def edges(assignment, g, gate=None):
-  """All edges of group g for the reference: unused ones too, as gate 0."""
-  gate = np.asarray(assignment.gate if gate is None else gate, np.float64)
-  listed = zip(
-    assignment.tokens(S)[g], assignment.expert[g], gate[g], strict=True
-  )
-  return [(int(t), int(e), float(w)) for t, e, w in listed]
-
-
 def expected(at, assignment, capacity, gate=None):
   """The reference's y of all groups."""
   expert = reference.feed_forward(at)
@@ -77,7 +43,7 @@ def expected(at, assignment, capacity, gate=None):
   return np.stack(
     [
       reference.dispatch(
-        at["x"][g], edges(assignment, g, gate), skip_unused, capacity
+        at["x"][g], edges(assignment, g, gate), skip_unused, each(capacity)
       )
       for g in range(G)
     ]
@@ -88,7 +54,7 @@ def seated(assignment, capacity):
   """Which edges are used and win a slot [G, A]."""
   used = np.asarray(assignment.expert) < E
   return used & np.array(
-    [reference.seated(edges(assignment, g), capacity) for g in range(G)]
+    [reference.seated(edges(assignment, g), each(capacity)) for g in range(G)]
   )
 
 
@@ -96,7 +62,21 @@ def in_float64(arrays):
   return {name: np.asarray(a, np.float64) for name, a in arrays.items()}
 
 
-def run(name, at, assignment, capacity, expert_fn=FEED_FORWARD.run):
+def feed_forward(weights, rows, real):
+  """Runs the experts; blocks of them one after the other."""
+  if not isinstance(rows, tuple):
+    return FEED_FORWARD.run(weights, rows, real)
+  back, first = [], 0
+  for part, taken in zip(rows, real, strict=True):
+    assert taken.shape == part.shape[:2]
+    end = first + part.shape[0]
+    own = {key: w[first:end] for key, w in weights.items()}
+    back.append(FEED_FORWARD.run(own, part, taken))
+    first = end
+  return tuple(back)
+
+
+def run(name, at, assignment, capacity, expert_fn=feed_forward):
   weights = {key: at[key] for key in ("w_in", "w_out")}
   return dispatch.DISPATCH[name](
     expert_fn, weights, at["x"], assignment, E, capacity
@@ -121,9 +101,9 @@ def value_and_gradient(name, capacity, at, assignment, out):
   return y, {**to_arrays, "gate": to_gate}
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 3, S])
+@pytest.mark.parametrize("capacity", [1, 3, None, BLOCKS])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@NAMES
 def test_matches_the_paper(name, kind, capacity):
   for seed in range(4):
     random = np.random.default_rng(seed)
@@ -134,6 +114,8 @@ def test_matches_the_paper(name, kind, capacity):
     )
     want = expected(in_float64(at), assignment, capacity)
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+    used = np.asarray(assignment.expert) < E
+    assert (seated(assignment, capacity) == used).all() == (capacity is None)
     if seed:
       continue
 
@@ -147,7 +129,7 @@ def test_matches_the_paper(name, kind, capacity):
 
 @pytest.mark.parametrize("capacity", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@NAMES
 @hypothesis.given(seed=st.integers(0, 2**16))
 def test_what_has_no_seat_has_no_gradient(name, kind, capacity, seed):
   random = np.random.default_rng(seed)
@@ -174,7 +156,7 @@ def test_what_has_no_seat_has_no_gradient(name, kind, capacity, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@NAMES
 def test_unused_edges_are_ignored_whatever_they_hold(name, kind):
   """Not even a gate and a token that nobody cleared do anything."""
   random = np.random.default_rng(3)
@@ -185,35 +167,52 @@ def test_unused_edges_are_ignored_whatever_they_hold(name, kind):
   if assignment.token is not None:
     stale = stale._replace(token=jnp.where(unused, S, assignment.token))
   out = jnp.ones((G, S, D))
-  got, slopes = value_and_gradient(name, 2, at, stale, out)
-  want, want_slopes = value_and_gradient(name, 2, at, assignment, out)
+  got, slopes = value_and_gradient(name, 3, at, stale, out)
+  want, want_slopes = value_and_gradient(name, 3, at, assignment, out)
   np.testing.assert_array_equal(got, want)
   assert (np.asarray(slopes["gate"])[np.asarray(unused)] == 0).all()
   for key in ("x", "w_in", "w_out"):
     np.testing.assert_allclose(slopes[key], want_slopes[key], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
-def test_an_expert_sees_at_most_its_capacity(name):
-  """And as many slots as promised: E experts of G * C rows."""
-  seen = []
+@pytest.mark.parametrize("kind", KINDS)
+@NAMES
+def test_an_expert_sees_at_most_its_capacity(name, kind):
+  """And all rows that are no token's are zero."""
 
-  def spy(weights, rows):
-    seen.append(np.asarray(rows))
-    return rows
+  @jax.jit
+  def spy(assignment):
+    seen = []
 
-  random = np.random.default_rng(0)
-  at = {**draw(0), "x": jnp.ones((G, S, D))}
-  assignment = edge_list(random)
-  run(name, at, assignment, 2, spy)
-  assert seen[0].shape == (E, G * 2, D)
-  filled = (seen[0][..., 0] != 0).reshape(E, G, 2).sum(-1)
-  count = np.stack([(assignment.expert == e).sum(1) for e in range(E)])
-  np.testing.assert_array_equal(filled, np.minimum(count, 2))
+    def look(weights, rows, real):
+      seen.append((rows, real))
+      return rows
+
+    at = {**draw(0), "x": jnp.ones((G, S, D))}
+    run(name, at, assignment, 2, look)
+    return seen[0]
+
+  assignment = KINDS[kind](np.random.default_rng(0))
+  rows, real = map(np.asarray, spy(assignment))
+  expert = np.asarray(assignment.expert)
+  count = np.array([(expert == e).sum(axis=1) for e in range(E)])
+  assert (count > 2).any()
+  # Groups share the capacity of none.
+  seen = np.minimum(count, 2)
+  if real.ndim == 1:
+    np.testing.assert_array_equal(real, seen.sum(axis=1))
+    taken = np.arange(len(rows)) < real.sum()
+  else:
+    assert rows.shape == (E, G * 2, D)
+    np.testing.assert_array_equal(real.reshape(E, G, 2).sum(axis=2), seen)
+    taken = real
+  np.testing.assert_array_equal(
+    rows, np.broadcast_to(taken[..., None], rows.shape)
+  )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@NAMES
 def test_identity_experts_give_x_back(name, kind):
   random = np.random.default_rng(1)
   at, assignment = draw(1), KINDS[kind](random)
@@ -221,17 +220,18 @@ def test_identity_experts_give_x_back(name, kind):
   where = (np.arange(G)[:, None], np.asarray(assignment.tokens(S)))
   np.add.at(total, where, np.asarray(assignment.gate))
   gate = assignment.gate / np.maximum(total, 1e-9)[where].astype("float32")
-  y = run(
-    name, at, assignment._replace(gate=gate), 16, lambda weights, rows: rows
+  identity = experts.Identity(E).run
+  y = jax.jit(lambda at, assignment: run(name, at, assignment, None, identity))(
+    at, assignment._replace(gate=gate)
   )
   want = np.asarray(at["x"]) * (total > 0)[..., None]
   np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@NAMES
 def test_order_of_tokens_matters_only_to_who_is_dropped(name):
   random = np.random.default_rng(4)
-  at = draw(4)
+  at, out = draw(4), jnp.ones((G, S, D))
   assignment = choices(random, unused=0)
   order = np.arange(S)[::-1]
 
@@ -242,13 +242,11 @@ def test_order_of_tokens_matters_only_to_who_is_dropped(name):
     expert=turned(assignment.expert), gate=turned(assignment.gate)
   )
   back = {**at, "x": at["x"][:, order]}
-  whole = run(name, at, assignment, S)
-  np.testing.assert_allclose(
-    run(name, back, other, S)[:, order], whole, rtol=1e-5, atol=1e-5
-  )
-  assert not np.allclose(
-    run(name, back, other, 1)[:, order], run(name, at, assignment, 1)
-  )
+  for capacity in (None, 1):
+    y, _ = value_and_gradient(name, capacity, at, assignment, out)
+    turned_y, _ = value_and_gradient(name, capacity, back, other, out)
+    same = np.allclose(turned_y[:, order], y, rtol=1e-5, atol=1e-5)
+    assert same == (capacity is None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,7 +263,7 @@ def test_dispatchers_agree(kind, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@NAMES
 def test_bfloat16_activations_stay_bfloat16_and_close(name, kind):
   random = np.random.default_rng(5)
   at, assignment = draw(5), KINDS[kind](random)
@@ -280,30 +278,120 @@ def test_bfloat16_activations_stay_bfloat16_and_close(name, kind):
   np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.02 * scale)
 
 
+@NAMES
+def test_bad_capacities_name_both_numbers(name):
+  assignment = choices(np.random.default_rng(0))
+  with pytest.raises(ValueError, match=f"capacity 0 .* {E} experts"):
+    run(name, draw(0), assignment, 0)
+  blocks = (Block(2, 3), Block(E, 3))
+  with pytest.raises(ValueError, match=rf"\b{E + 2} experts.*\b{E}\b"):
+    run(name, draw(0), assignment, blocks)
+
+
+def arrays(jaxpr):
+  """All arrays that are made on the way, also by what is called."""
+  for eqn in jaxpr.eqns:
+    yield from (v.aval for v in eqn.outvars)
+    for value in jax.tree.leaves(eqn.params):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from arrays(inner)
+
+
+@pytest.mark.parametrize("capacity", [None, 8])
+@pytest.mark.parametrize("kind", KINDS)
+@NAMES
+def test_only_products_make_an_array_of_tokens_by_slots(name, kind, capacity):
+  """Neither forward nor backward, though slots alone take far less."""
+  tokens, num_experts, slots = 64, 16, capacity or 64
+  shape = (1, tokens, K)
+  assignment = routing.from_choices(
+    jnp.zeros(shape, jnp.int32), jnp.ones(shape)
+  )
+  if kind == "edge_list":
+    assignment = assignment._replace(token=assignment.tokens(tokens))
+  module = experts.FeedForward(num_experts, 2)
+
+  def score(x, w_in, w_out, gate):
+    return dispatch.DISPATCH[name](
+      module.run,
+      {"w_in": w_in, "w_out": w_out},
+      x,
+      assignment._replace(gate=gate),
+      num_experts,
+      capacity,
+    ).sum()
+
+  jaxpr = jax.make_jaxpr(jax.grad(score, (0, 1, 2, 3)))(
+    jnp.ones((1, tokens, 2)),
+    jnp.ones((num_experts, 2, 2)),
+    jnp.ones((num_experts, 2, 2)),
+    assignment.gate,
+  )
+  largest = max(aval.size for aval in arrays(jaxpr.jaxpr))
+  if name == "einsum":
+    assert largest >= tokens * num_experts * slots
+  else:
+    assert largest <= 4 * max(num_experts * slots, K * tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["einsum", "gather"])
+def test_a_trip_there_and_back(name, kind):
+  """What stands in each slot, block by block, and where it comes home."""
+  random = np.random.default_rng(6)
+  x, assignment = draw(6)["x"], KINDS[kind](random)
+
+  @jax.jit
+  def there_and_back(x, assignment):
+    trip = dispatch.depart(name, x, assignment, E, BLOCKS)
+    return trip.rows, trip.real, trip.gate, trip.home(trip.rows)
+
+  rows, real, gate, y = there_and_back(x, assignment)
+  first = 0
+  for b, block in enumerate(BLOCKS):
+    shape = (block.num_experts, G, block.capacity)
+    assert rows[b].shape == (*shape, D)
+    assert real[b].shape == gate[b].shape == shape
+    for e, g in np.ndindex(shape[:2]):
+      mine = [edge for edge in edges(assignment, g) if edge[1] == first + e]
+      for slot in range(block.capacity):
+        taken = slot < len(mine)
+        token, _, weight = mine[slot] if taken else (0, 0, 0.0)
+        assert real[b][e, g, slot] == taken
+        np.testing.assert_allclose(gate[b][e, g, slot], weight, rtol=1e-6)
+        np.testing.assert_array_equal(
+          rows[b][e, g, slot], x[g, token] if taken else 0 * x[0, 0]
+        )
+    first += block.num_experts
+  at = {"x": np.asarray(x, np.float64)}
+  want = [
+    reference.dispatch(
+      at["x"][g], edges(assignment, g), lambda e, row: row, each(BLOCKS)
+    )
+    for g in range(G)
+  ]
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
-  "edges, tokens, num_experts, factor, minimum, want",
+  "backend, capacity, needs_slots, want",
   [
-    (128, 64, 8, 1.0, 4, 16),
-    (128, 64, 8, 1.25, 4, 20),
-    (128, 64, 7, 1.0, 4, 19),  # 18.3: rounded up
-    (128, 64, 64, 1.0, 4, 4),  # the mean is 2, the minimum is 4
-    (128, 64, 64, 1.0, 1, 2),
-    (12, 3, 2, 1.0, 4, 3),  # no expert can get more than every token
-    (128, 64, 8, 100.0, 4, 64),
-    (128, 64, 8, None, 4, 64),
-    (100, 100, 10, 1.1, 4, 11),  # not 12, as 100 * 1.1 would say
+    ("cpu", None, False, "ragged"),
+    ("cpu", 4, False, "ragged"),
+    ("cpu", None, True, "gather"),
+    ("tpu", None, False, "ragged"),
+    ("tpu", 4, False, "gather"),
+    ("tpu", BLOCKS, True, "gather"),
   ],
 )
-def test_capacity(edges, tokens, num_experts, factor, minimum, want):
-  got = dispatch.capacity(edges, tokens, num_experts, factor, minimum)
-  assert got == want
-
-
-@pytest.mark.parametrize("factor", [0.0, -1.25, float("nan"), float("inf")])
-def test_capacity_must_be_positive(factor):
-  with pytest.raises(ValueError, match=rf"{factor}.*\b8 experts"):
-    dispatch.capacity(128, 64, 8, factor)
-
-
-def test_capacity_has_a_minimum_of_four():
-  assert dispatch.capacity(16, 16, 16, 1.0) == 4
+def test_auto_is_what_measured_fastest(
+  backend, capacity, needs_slots, want, monkeypatch
+):
+  """Where experts are split over devices, slots."""
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert dispatch.fastest(capacity, needs_slots) == want
+  for name, expected in (("replicated", want), ("expert", "gather")):
+    layout = sharding.LAYOUTS[name]
+    with sharding.use(layout, sharding.make_mesh(layout)):
+      assert dispatch.fastest(capacity, needs_slots) == expected

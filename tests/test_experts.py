@@ -1,95 +1,254 @@
-"""Experts: what they compute, and how their weights start."""
+"""Experts: what they compute, how their weights start, whom they ask."""
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
-import reference
 
-from moejax import experts
+from moejax import experts, losses
 
-E, N, D, F = 3, 4, 5, 6
-
-CASES = {
-  "feed_forward": (lambda E: experts.FeedForward(E, F), reference.feed_forward),
-  "linear": (experts.Linear, reference.linear),
-}
-
-
-def case(name):
-  if name not in CASES:
-    pytest.fail(
-      f"experts.EXPERTS[{name!r}] has no reference: write it into"
-      " tests/reference.py and a line into CASES of tests/test_experts.py"
-    )
-  return CASES[name]
+E, N, D, F = 3, 4, 3, 6
+NAMES = pytest.mark.parametrize(
+  "name", list(dict.fromkeys([*experts.EXPERTS, *kinds.VARIANTS]))
+)
+SORTED = pytest.mark.parametrize(
+  "name", [n for n, case in kinds.VARIANTS.items() if not case.slots_only]
+)
 
 
-def init(module, width=D):
-  return module.init(jax.random.key(0), width)["params"]
+def inputs(*shape, seed=1):
+  return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("name", experts.EXPERTS)
-def test_matches_the_paper(name):
-  make, loops = case(name)
-  weights = nn.unbox(init(make(E)))
-  rows = jax.random.normal(jax.random.key(1), (E, N, D))
-  expert = loops({k: np.asarray(w, np.float64) for k, w in weights.items()})
-  want = [
-    [expert(e, row) for row in np.asarray(rows[e], np.float64)]
-    for e in range(E)
-  ]
-  np.testing.assert_allclose(
-    make(E).run(weights, rows), want, rtol=1e-5, atol=1e-5
+@functools.partial(jax.jit, static_argnames=("module", "train", "mutable"))
+def run(
+  module, weights, rows, real=None, train=False, rngs=None, mutable=False
+):
+  """Runs experts in the scope of a layer, where some need be."""
+  variables = {"params": {"experts": weights}}
+  return kinds.Alone(module).apply(
+    variables, rows, real, train, rngs=rngs, mutable=mutable
   )
 
 
-@pytest.mark.parametrize("name", experts.EXPERTS)
+def every_row(name, weights, rows):
+  """The loops' outputs of rows [experts, N, D]."""
+  loops = kinds.case(name).loops(kinds.in_float64(weights), E)
+  return np.array([[loops(e, r) for r in np.asarray(of)] for e, of in rows])
+
+
+def agree(name, rows, real, owner):
+  """Whether value and gradient of the rows at `owner` are those of the loops.
+
+  `owner` lists (place, expert) of each real row.
+  """
+  case = kinds.case(name)
+  module = case.make(E)
+  at = {"rows": rows, "weights": kinds.draw(module, E, D)}
+  out = np.random.default_rng(3).normal(size=rows.shape)
+  mask = np.zeros(rows.shape[:-1])
+  for place, _ in owner:
+    mask[place] = 1
+  out = out * mask[..., None]
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def score(at):
+    y = run(module, at["weights"], at["rows"], real)
+    return (y * jnp.asarray(out, y.dtype)).sum(), y
+
+  def loops(at):
+    y = np.zeros(rows.shape)
+    expert = case.loops(at["weights"], E)
+    for place, e in owner:
+      y[place] = expert(e, at["rows"][place])
+    return y
+
+  (_, y), slopes = score(at)
+  want = loops(kinds.in_float64(at))
+  np.testing.assert_allclose(y * mask[..., None], want, rtol=1e-4, atol=1e-4)
+  kinds.same_gradient(
+    slopes, kinds.finite_differences(lambda at: (loops(at) * out).sum(), at)
+  )
+  return y, slopes
+
+
+@NAMES
+def test_matches_the_paper_in_slots(name):
+  """The last expert got nothing, and its slots do nothing."""
+  real = np.arange(N)[None] < np.array([[N], [2], [0]])
+  owner = [((e, n), e) for e in range(E) for n in range(N) if real[e, n]]
+  rows = jnp.where(real[..., None], inputs(E, N, D), 0)
+  agree(name, rows, jnp.asarray(real), owner)
+
+
+@SORTED
+def test_matches_the_paper_on_sorted_rows(name):
+  """One expert got nothing, and some rows are nobody's."""
+  sizes, unused = [4, 0, 3], 2
+  owner = [
+    ((i,), e) for i, e in enumerate(np.repeat(np.arange(E), sizes).tolist())
+  ]
+  rows = jnp.pad(inputs(sum(sizes), D), ((0, unused), (0, 0)))
+  agree(name, rows, jnp.asarray(sizes, jnp.int32), owner)
+
+
+def test_what_cannot_run_on_sorted_rows_says_so():
+  rows, sizes = inputs(4, D), jnp.asarray([4], jnp.int32)
+  for case in kinds.VARIANTS.values():
+    if case.slots_only:
+      module = case.make(1)
+      weights = kinds.draw(module, 1, D)
+      with pytest.raises(
+        ValueError, match="1 experts of .* need slots.*ragged"
+      ):
+        run(module, weights, rows, sizes)
+
+
+@pytest.mark.parametrize("name", [*experts.EXPERTS, "deep"])
 def test_weights_start_scaled_by_the_fan_in_of_one_expert(name):
   """Whatever the number of experts, and each with its own."""
-  make, _ = case(name)
-  for num_experts in (8, 64):
-    for w in nn.unbox(init(make(num_experts), width=32)).values():
-      assert w.shape[0] == num_experts and w.dtype == jnp.float32
-      np.testing.assert_allclose(np.std(w), w.shape[1] ** -0.5, rtol=0.05)
+  module, width = kinds.case(name).make(64), 32
+  rngs = {"params": jax.random.key(0)}
+  init = jax.jit(
+    lambda: kinds.Alone(module).init(rngs, jnp.zeros((64, 1, width)))
+  )
+  for w in jax.tree.leaves(nn.unbox(init())):
+    assert w.dtype == jnp.float32
+    if w.ndim > 2:
+      np.testing.assert_allclose(np.std(w), w.shape[-2] ** -0.5, rtol=0.05)
       assert len(np.unique(w)) > 0.99 * w.size
 
 
-@pytest.mark.parametrize("name", experts.EXPERTS)
+@NAMES
 def test_weights_are_laid_out_by_expert(name):
-  make, _ = case(name)
-  for leaf in init(make(E)).values():
-    assert leaf.names[0] == "expert"
-    assert leaf.names.count("embed") == 1
+  """Those of a mixture within an expert too, by the outer expert alone."""
+  module = kinds.case(name).make(E)
+  of_kind = {"kinds_0": 2, "kinds_1": 1}
+  width = 7
+  for path, leaf in jax.tree_util.tree_leaves_with_path(
+    kinds.start(module, E, width),
+    is_leaf=lambda x: isinstance(x, nn.Partitioned),
+  ):
+    shape = nn.unbox(leaf).shape
+    assert shape[0] == of_kind.get(path[0].key, E)
+    # flax's own modules do not say how they may be split.
+    if "Dense_0" not in str(path):
+      want = None if shape[0] == 1 else "expert"
+      assert leaf.names[0] == want and len(leaf.names) == len(shape)
+      assert "expert" not in leaf.names[1:]
+      assert leaf.names.count("embed") == (width in shape[1:])
 
 
-@pytest.mark.parametrize("name", experts.EXPERTS)
+@NAMES
 def test_rows_keep_their_dtype(name):
-  make, _ = case(name)
-  weights = nn.unbox(init(make(E)))
-  rows = jax.random.normal(jax.random.key(1), (E, N, D))
-  got = make(E).run(weights, rows.astype(jnp.bfloat16))
+  module = kinds.case(name).make(E)
+  weights = kinds.draw(module, E, D)
+  rows = inputs(E, N, D)
+  got = run(module, weights, rows.astype(jnp.bfloat16))
   assert got.dtype == jnp.bfloat16
-  np.testing.assert_allclose(
-    got.astype(jnp.float32), make(E).run(weights, rows), atol=0.1
+  want = every_row(name, weights, enumerate(rows))
+  scale = np.abs(want).max()
+  np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05 * scale)
+
+
+def count_weights(module, width):
+  shapes = jax.tree.leaves(kinds.start(module, 1, width))
+  return sum(leaf.size for leaf in shapes)
+
+
+@pytest.mark.parametrize(
+  "hidden, want",
+  [(1024, 1_048_576), (4096, 4_194_304), ((1024,) * 4, 4_194_304)],
+)
+def test_paper_counts(hidden, want):
+  """512 -> 1024 -> 512, MoE-1-Wide and MoE-1-Deep, without biases (app. C)."""
+  assert count_weights(experts.FeedForward(1, hidden), 512) == want
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_mixture_as_expert_routes_what_is_in_its_slots(train):
+  """Padding is not routed, and every expert draws noise of its own."""
+  module = kinds.make_mixtures(E, noisy=True)
+  weights = kinds.draw(module, E, D)
+  # All experts alike: only noise can make them differ.
+  weights = jax.tree.map(lambda w: jnp.broadcast_to(w[:1], w.shape), weights)
+  rows = jnp.broadcast_to(inputs(1, N, D), (E, N, D))
+  real = jnp.asarray(np.arange(N)[None] < np.array([[N], [N], [1]]))
+  y, state = run(
+    module,
+    weights,
+    rows,
+    real,
+    train,
+    rngs={"router": jax.random.key(2)},
+    mutable="routing",
   )
+  found = losses.routings(state)
+  assert len(found) == E
+  for e, routing in enumerate(found):
+    assert int(routing.count.sum()) == kinds.J * int(real[e].sum())
+    np.testing.assert_array_equal(routing.mask, real[e : e + 1])
+  assert (np.asarray(y)[~np.asarray(real)] == 0).all()
+  assert (y[0] == y[1]).all() == (not train)
+  if not train:
+    want = every_row("mixtures", weights, enumerate(rows))
+    want *= np.asarray(real)[..., None]
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
 
 
-def test_activation_may_be_chosen():
-  module = experts.FeedForward(E, F, activation=jnp.tanh)
-  weights = nn.unbox(init(module))
-  rows = jax.random.normal(jax.random.key(1), (E, N, D))
-  np.testing.assert_allclose(
-    module.run(weights, rows)[1],
-    jnp.tanh(rows[1] @ weights["w_in"][1]) @ weights["w_out"][1],
-    rtol=1e-5,
-    atol=1e-6,
+class Doubled(nn.Module):
+  """Asks whether it is trained, and for nothing else."""
+
+  @nn.compact
+  def __call__(self, rows, train):
+    return rows * (2 if train else 1)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_each_passes_on_whether_it_is_trained(train):
+  rows = inputs(E, N, D)
+  got = run(experts.Each(E, Doubled()), {}, rows, None, train)
+  np.testing.assert_array_equal(got, rows * (2 if train else 1))
+
+
+def test_kinds_may_have_slots_of_their_own_number():
+  module = kinds.make_mixed(E)
+  weights = kinds.draw(module, E, D)
+  rows = inputs(2, N, D), inputs(1, 2 * N, D)
+  real = tuple(jnp.ones(r.shape[:2], bool) for r in rows)
+  wide, narrow = run(module, weights, rows, real)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  close(wide, every_row("mixed", weights, enumerate(rows[0])))
+  close(narrow, every_row("mixed", weights, [(2, rows[1][0])]))
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_kinds_may_be_mixed_themselves(sort):
+  """Any kinds, and the numbers of experts add up."""
+  module = experts.Mixed(
+    (
+      experts.Identity(2),
+      experts.Mixed((experts.Linear(1), experts.FeedForward(2, F))),
+    )
   )
-
-
-def test_paper_counts():
-  """512 -> 1024 -> 512 holds 1,048,576 weights, without biases (sec. 5.1)."""
-  shapes = jax.eval_shape(lambda: init(experts.FeedForward(1, 1024), 512))
-  sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
-  assert sum(sizes) == 1_048_576
+  assert module.num_experts == 5
+  weights = kinds.draw(module, 5, D)
+  rows = inputs(5, N, D)
+  if sort:
+    y = run(
+      module, weights, rows.reshape(-1, D), jnp.full(5, N, jnp.int32)
+    ).reshape(rows.shape)
+  else:
+    y = run(module, weights, rows)
+  inner = weights["kinds_1"]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  close(y[:2], rows[:2])
+  close(y[2], rows[2] @ inner["kinds_0"]["w"][0])
+  w = inner["kinds_1"]
+  for i in range(2):
+    close(y[3 + i], jax.nn.relu(rows[3 + i] @ w["w_in"][i]) @ w["w_out"][i])

@@ -1,50 +1,155 @@
 """Balance losses against the paper's loops, and how layers add up."""
 
+import functools
+
+import decisions
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from decisions import CASES, G, P, Q
 
-from moejax import gating, losses
+from moejax import gating, losses, sharding
 
-G, S, E, K = 3, 6, 4, 2
-
-
-@jax.jit
-def decide(logits, seed, mask=None):
-  noise_std = jnp.ones_like(logits)
-  return gating.noisy_top_k(logits, noise_std, K, jax.random.key(seed), mask)
+# -- the same in loops, of decisions in NumPy ---------------------------------
 
 
-def decision(seed=0, mask=None):
-  random = np.random.default_rng(seed)
-  logits = jnp.asarray(random.normal(size=(G, S, E)), jnp.float32)
-  return decide(logits, seed, mask)
+def want_importance(r, scope):
+  return reference.cv_loss(r.importance, scope)
 
 
+def want_load(r, scope):
+  if r.primary is None:
+    return reference.cv_loss(r.load, scope)
+  reached = r.primary.count - r.primary.dropped
+  loads = [r.primary.load, r.load.reshape(G, P, Q), reached]
+  if scope == "batch":
+    loads = [load.sum(axis=0, keepdims=True) for load in loads]
+  vectors = map(reference.hierarchical_load, *loads)
+  return reference.cv_loss(list(vectors), "group")
+
+
+def want_switch_balance(r, scope):
+  total = 0
+  for level, mixtures in decisions.levels(r):
+    groups = decisions.tokens(level, mixtures)
+    if scope == "batch":
+      groups = [[np.concatenate(parts) for parts in zip(*groups, strict=True)]]
+    total += np.mean([reference.switch_balance(group) for group in groups])
+  return total
+
+
+def want_z(r, scope):
+  del scope
+  total = 0
+  for level, mixtures in decisions.levels(r):
+    groups = decisions.tokens(level, mixtures)
+    total += reference.z_loss(np.concatenate([v for g in groups for v in g]))
+  return total
+
+
+def want_threshold(r, scope):
+  del scope
+  total = 0
+  for level, mixtures in decisions.levels(r):
+    rows, _, experts = level.logits.shape
+    for row in range(rows):
+      first = row // (rows // mixtures) * experts
+      total += reference.threshold_loss(
+        level.logits[row],
+        level.thresholds[first : first + experts],
+        decisions.edges(level, row),
+        None if level.mask is None else level.mask[row],
+      )
+  return total
+
+
+def want_bias(r, scope):
+  del scope
+  total = 0
+  for level, mixtures in decisions.levels(r):
+    counts = level.count.sum(axis=0).reshape(mixtures, -1)
+    for count, bias in zip(
+      counts, level.bias.reshape(mixtures, -1), strict=True
+    ):
+      total -= np.dot(bias, reference.bias_rule(count, 1))
+  return total
+
+
+# Of each loss: its loops, and what its gradient reaches, 0 elsewhere.
 WANT = {
-  "importance": lambda r: reference.cv_squared(
-    np.asarray(r.importance, np.float64).sum(0)
-  ),
-  "load": lambda r: reference.cv_squared(np.asarray(r.load, np.float64).sum(0)),
+  "importance": (want_importance, "importance"),
+  "load": (want_load, "load"),
+  "switch_balance": (want_switch_balance, "logits"),
+  "z": (want_z, "logits"),
+  "threshold": (want_threshold, "thresholds"),
+  "bias": (want_bias, "bias"),
 }
 
 
+def want(name, decision, scope="batch"):
+  return WANT[name][0](decisions.as_numpy(decision), scope)
+
+
+def parts(decision):
+  """All of a decision that a gradient could reach, by level and name."""
+  names = ("importance", "load", "logits", "thresholds", "bias", "count")
+  return {
+    f"{i} {name}": getattr(level, name)
+    for i, (level, _) in enumerate(decisions.levels(decision))
+    for name in names
+  }
+
+
+def put(decision, values):
+  """The decision with other parts."""
+  levels = [level for level, _ in decisions.levels(decision)]
+  for at, value in values.items():
+    i, name = at.split()
+    levels[int(i)] = levels[int(i)]._replace(**{name: value})
+  return functools.reduce(lambda above, r: r._replace(primary=above), levels)
+
+
+@functools.cache
+def values_and_slopes(case, scope):
+  """Of every loss; compiled as one."""
+
+  @jax.jit
+  def all_losses(values):
+    def of(loss):
+      return jax.value_and_grad(
+        lambda values: loss(put(CASES[case], values), scope)
+      )(values)
+
+    return {name: of(loss) for name, loss in losses.LOSSES.items()}
+
+  return jax.device_get(all_losses(parts(CASES[case])))
+
+
+@pytest.mark.parametrize("scope", losses.SCOPES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", losses.LOSSES)
-def test_matches_the_paper_over_the_whole_batch(name):
+def test_value_and_gradient_are_the_papers(name, case, scope):
   if name not in WANT:
     pytest.fail(
       f"losses.LOSSES[{name!r}] has no reference: write it into"
       " tests/reference.py and a line into WANT of tests/test_losses.py"
     )
-  for seed in range(5):
-    routing = decision(seed)
-    got = losses.LOSSES[name](routing)
-    np.testing.assert_allclose(got, WANT[name](routing), rtol=1e-5)
-    vectors = np.asarray(getattr(routing, name), np.float64)
-    per_group = np.mean([reference.cv_squared(v) for v in vectors])
-    assert abs(per_group - float(got)) > 0.01 * per_group
+  in_loops, reached = WANT[name]
+  decision = decisions.as_numpy(CASES[case])
+  value, slopes = values_and_slopes(case, scope)[name]
+  np.testing.assert_allclose(value, in_loops(decision, scope), rtol=1e-5)
+  by_hand = reference.gradient(
+    lambda values: in_loops(put(decision, values), scope),
+    {at: v for at, v in parts(decision).items() if at.endswith(f" {reached}")},
+  )
+  assert max(np.abs(slope).max() for slope in by_hand.values()) > 1e-3
+  for at, slope in slopes.items():
+    if at in by_hand:
+      np.testing.assert_allclose(slope, by_hand[at], rtol=1e-4, atol=1e-6)
+    else:
+      assert (slope == 0).all(), at
 
 
 @pytest.mark.parametrize(
@@ -73,29 +178,123 @@ def test_gradient_of_cv_squared(x):
   np.testing.assert_allclose(got, want["x"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
-def test_gradient_pushes_towards_balance(name):
+@jax.jit
+def decide(logits):
+  noise_std = jnp.ones_like(logits)
+  return gating.noisy_top_k(logits, noise_std, 2, jax.random.key(1))
+
+
+@functools.cache
+def routed():
+  """The losses of noisy gating, by name and scope, as functions of logits."""
+
+  def of_logits(logits):
+    decision = decide(logits)
+    return {
+      (name, scope): losses.LOSSES[name](decision, scope)
+      for name in ("importance", "load", "switch_balance", "z")
+      for scope in losses.SCOPES
+    }
+
+  return jax.jit(of_logits), jax.jit(jax.jacrev(of_logits))
+
+
+@pytest.mark.parametrize("scope", losses.SCOPES)
+@pytest.mark.parametrize("name", ("importance", "load", "switch_balance", "z"))
+def test_gradient_pushes_the_router_towards_balance(name, scope):
   """One step down the slope makes the loss smaller."""
+  value, slope = routed()
   random = np.random.default_rng(1)
-  logits = jnp.asarray(random.normal(size=(G, S, E)), jnp.float32)
+  logits = jnp.asarray(random.normal(size=(3, 6, 4)), jnp.float32)
+  at = (name, scope)
+  assert value(logits - 0.1 * slope(logits)[at])[at] < value(logits)[at]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scope", losses.SCOPES)
+def test_nothing_but_padding_costs_nothing(case, scope):
+  hidden = decisions.hide(CASES[case])
 
   @jax.jit
-  def loss(logits):
-    return losses.LOSSES[name](decide(logits, 1))
+  def slopes(values):
+    def total(values):
+      found = put(hidden, values)
+      return sum(loss(found, scope) for loss in losses.LOSSES.values())
 
-  value, slope = jax.value_and_grad(loss)(logits)
-  assert loss(logits - 0.1 * slope) < value
+    return jax.value_and_grad(total)(values)
+
+  for leaf in jax.tree.leaves(slopes(parts(hidden))):
+    assert (leaf == 0).all()
 
 
-def test_auxiliary_adds_layers_and_weighs():
-  first, second = decision(0), decision(1)
+# -- what is learned beside the router ----------------------------------------
+
+
+def test_thresholds_learn_the_batchwise_mask():
+  """Gradient descent on eq. 20 alone ends where both gatings decide alike."""
+  random = np.random.default_rng(0)
+  logits = jnp.asarray(random.normal(size=(2, 12, 3)), jnp.float32)
+  # One threshold for both groups: they must be able to agree.
+  logits = logits.at[1].set(logits[0] + 0.001)
+  mask = jnp.asarray(np.arange(24).reshape(2, 12) % 12 < 9)
+  balanced = gating.balanced(logits, 1, mask)
+
+  def loss(T):
+    return losses.threshold(balanced._replace(thresholds=T))
+
+  loss_and_slope = jax.jit(jax.value_and_grad(loss))
+  T = jnp.full(3, 1 / 3, jnp.float32)
+  value, _ = loss_and_slope(T)
+  assert value > 0
+  for _ in range(200):
+    value, slope = loss_and_slope(T)
+    T -= 0.002 * slope
+  assert value == 0
+  learned = gating.threshold(logits, T, 3, mask)
+  for row in range(2):
+    chosen, want = (
+      {(s, e) for s, e, _ in decisions.edges(decisions.as_numpy(r), row)}
+      for r in (learned, balanced)
+    )
+    assert chosen == want
+
+
+@pytest.mark.parametrize("count", [[3.0, 5, 4], [6.0, 0, 0], [1e6, 1e6, 0]])
+def test_descent_on_biases_is_the_rule(count):
+  level = decisions.make_level(0, 1, 3, (1, 3))
+  level = level._replace(count=jnp.asarray([count]))
+  slope = jax.grad(lambda b: losses.bias(level._replace(bias=b)))(level.bias)
+  rule = np.float32(reference.bias_rule(count, 0.01))
+  np.testing.assert_array_equal(-np.float32(0.01) * slope, rule)
+
+
+@pytest.mark.parametrize("experts", [3, 7, 49])
+def test_balanced_counts_move_no_bias(experts):
+  """However their mean would round."""
+  level = decisions.make_level(0, 1, experts, (1, experts))
+
+  @jax.jit
+  def loss(count):
+    return losses.bias(level._replace(count=count))
+
+  for each in range(1, 200, 2):
+    assert loss(jnp.full((1, experts), each, jnp.float32)) == 0
+
+
+# -- adding up ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", losses.SCOPES)
+def test_auxiliary_adds_layers_and_weighs(scope):
+  first, second = CASES["flat"], CASES["hierarchy"]
   sown = {
     "a": {"moe": {"routing": (first,)}},
     "b": {"routing": (second,)},
   }
   assert [id(r) for r in losses.routings(sown)] == [id(first), id(second)]
-  total, values = losses.auxiliary(sown, {"importance": 0.1, "load": 0.3})
-  by_hand = {name: WANT[name](first) + WANT[name](second) for name in WANT}
+  weights = {"importance": 0.1, "load": 0.3}
+  total, values = losses.auxiliary(sown, weights, scope)
+  by_hand = {n: want(n, first, scope) + want(n, second, scope) for n in weights}
   assert set(values) == {"importance", "load"}
   for name, value in values.items():
     np.testing.assert_allclose(value, by_hand[name], rtol=1e-5)
@@ -104,49 +303,78 @@ def test_auxiliary_adds_layers_and_weighs():
   )
 
 
+def test_scope_is_the_batch_unless_told():
+  decision = CASES["flat"]
+  total, _ = losses.auxiliary(decision, {"load": 1.0})
+  np.testing.assert_allclose(total, want("load", decision, "batch"), rtol=1e-5)
+  assert losses.load(decision) == total
+
+
 def test_a_layer_called_twice_counts_twice():
-  first, second = decision(0), decision(1)
+  first, second = CASES["flat"], CASES["padded"]
   total, _ = losses.auxiliary({"routing": (first, second)}, {"load": 1.0})
-  np.testing.assert_allclose(
-    total, WANT["load"](first) + WANT["load"](second), rtol=1e-5
-  )
+  by_hand = want("load", first) + want("load", second)
+  np.testing.assert_allclose(total, by_hand, rtol=1e-5)
 
 
 def test_without_layers_or_weights_nothing_is_lost():
-  total, values = losses.auxiliary({}, {"load": 0.1})
-  assert total == 0 and values["load"] == 0
-  assert losses.auxiliary(decision(), {}) == (0, {})
-  assert losses.balance({}) == {}
+  total, values = losses.auxiliary({}, {"load": 0.1, "threshold": 1.0})
+  assert total == 0 and values["load"] == values["threshold"] == 0
+  assert losses.auxiliary(CASES["flat"], {}) == (0, {})
 
 
 def test_unknown_loss_names_the_nearest():
   with pytest.raises(ValueError, match="'laod'.*nearest is 'load'.*importance"):
-    losses.auxiliary(decision(), {"importance": 0.1, "laod": 0.1})
+    losses.auxiliary(CASES["flat"], {"importance": 0.1, "laod": 0.1})
 
 
-def test_balance_reports_what_table_6_does():
-  first = decision(0)._replace(dropped=jnp.asarray([[1.0, 0, 2, 0]] * G))
-  second = decision(1)
-  got = losses.balance({"a": (first,), "b": (second,)})
-  want = []
-  for routing, dropped in ((first, 3 * G), (second, 0)):
-    load = np.asarray(routing.load, np.float64).sum(0)
-    want.append(
-      {
-        "cv_importance": np.sqrt(WANT["importance"](routing)),
-        "cv_load": np.sqrt(WANT["load"](routing)),
-        "max_over_mean_load": load.max() / load.mean(),
-        "dropped_fraction": dropped / (G * S * K),
-      }
-    )
-  assert set(got) == set(want[0])
-  for name, value in got.items():
-    np.testing.assert_allclose(
-      value, (want[0][name] + want[1][name]) / 2, rtol=1e-5
-    )
+def test_unknown_scope_names_the_two():
+  with pytest.raises(ValueError, match="'device'; choose 'batch' or 'group'"):
+    losses.auxiliary({}, {}, "device")
+  with pytest.raises(ValueError, match="'groups'; choose 'batch' or 'group'"):
+    losses.load(CASES["flat"], "groups")
 
 
-def test_balance_of_nothing_but_padding_is_finite():
-  got = losses.balance(decision(0, mask=jnp.zeros((G, S), bool)))
-  assert all(np.isfinite(value) for value in got.values())
-  assert got["dropped_fraction"] == 0
+@pytest.mark.parametrize(
+  "name, field", [("threshold", "thresholds"), ("bias", "bias")]
+)
+def test_a_weight_for_what_no_layer_learns(name, field):
+  """An error, unless another layer learns it."""
+  learning = CASES["flat"]
+  other = learning._replace(thresholds=None, bias=None)
+  match = f"'{name}' has weight 0.5, but of 2 MoE layers 0 .* {field};"
+  with pytest.raises(ValueError, match=match):
+    losses.auxiliary([other, other], {name: 0.5})
+  total, _ = losses.auxiliary([other, learning], {name: 0.5})
+  np.testing.assert_allclose(total, 0.5 * want(name, learning), rtol=1e-5)
+
+
+def test_devices_exchange_sums_and_gather_no_tokens():
+  layout = sharding.LAYOUTS["expert"]
+  mesh = sharding.make_mesh(layout)
+  lie = sharding.batch_sharding(layout, mesh, 8)
+  random = np.random.default_rng(0)
+  logits = jnp.asarray(random.normal(size=(8, 6, 4)), jnp.float32)
+  vector = jnp.full(4, 0.2, jnp.float32)
+
+  def all_losses(decision):
+    decision = decision._replace(thresholds=vector, bias=vector)
+    return losses.balance(decision), {
+      (name, scope): loss(decision, scope)
+      for name, loss in losses.LOSSES.items()
+      for scope in losses.SCOPES
+    }
+
+  decision = gating.balanced(logits, 2)
+  want = jax.jit(all_losses)(decision)
+  spread = jax.device_put(decision, lie)
+  compiled = jax.jit(all_losses).lower(spread).compile()
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6),
+    compiled(spread),
+    want,
+  )
+  text = compiled.as_text()
+  assert "all-reduce(" in text
+  for kind in ("all-gather", "all-to-all", "collective-permute"):
+    assert f"{kind}(" not in text and f"{kind}-start(" not in text

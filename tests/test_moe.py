@@ -5,7 +5,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import reference
@@ -313,6 +312,12 @@ def test_one_expert_is_a_mixture_of_one():
       moe.MoE(router.NoisyTopK(E, E + 1), experts.FeedForward(E, F)),
       rf"k = {E + 1}\b.*\b{E} experts",
     ),
+    (
+      moe.MoE(
+        router.TopK(1, 1), experts.Mixed((experts.Linear(1),), (1.0, 0.5))
+      ),
+      "capacities of 2 kinds .* but 1 kinds",
+    ),
   ],
 )
 def test_bad_sizes_name_both_numbers(module, message):
@@ -345,12 +350,9 @@ def test_one_expert_gives_zero_at_padding():
   np.testing.assert_array_equal(y[mask], whole[mask])
 
 
-def test_mask_of_another_shape_is_refused():
-  mask = jnp.ones((L, 2), bool)
-  # Users do not have the shape checks of the tests.
-  jaxtyping.config.update("jaxtyping_disable", True)
-  try:
-    with pytest.raises(ValueError, match=rf"mask is \({L}, 2\).*\(2, {L}\)"):
-      layer().init(KEY, inputs(), mask=mask)
-  finally:
-    jaxtyping.config.update("jaxtyping_disable", False)
+@pytest.mark.parametrize("name", ["mask", "ids"])
+def test_mask_or_ids_of_another_shape_are_refused(name):
+  values = {"mask": jnp.ones((L, B), bool), "ids": jnp.ones((L, B), jnp.int32)}
+  message = rf"{name} is \({L}, {B}\).*\({B}, {L}\)"
+  with pytest.raises(ValueError, match=message):
+    layer().init(KEY, inputs(), **{name: values[name]})

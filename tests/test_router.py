@@ -1,105 +1,209 @@
 """Routers: their weights, their noise, their precision."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import gating, router
+from moejax import gating, losses, router
 
 G, S, D, E, K = 2, 4, 3, 5, 2
+MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 3 > 0)
+IDS = jnp.asarray(np.arange(G * S).reshape(G, S) % 5, jnp.int32)
+ALL = pytest.mark.parametrize("name", router.ROUTERS)
 
-MAKE = {
-  "softmax": lambda: router.Softmax(E),
-  "top_k": lambda: router.TopK(E, K),
-  "noisy_top_k": lambda: router.NoisyTopK(E, K),
+
+class Case(NamedTuple):
+  """A router and the gating that it should be.
+
+  Attributes:
+    module: the router.
+    evaluates: (logits, params, mask) -> Routing.
+    trains: the same in training; None where chance has a part in it.
+    from_zero: whether the weights start at zero.
+  """
+
+  module: nn.Module
+  evaluates: Callable
+  trains: Callable | None
+  from_zero: bool = False
+
+
+def without_noise(module, gate, from_zero=False):
+  return Case(module, gate, gate, from_zero)
+
+
+CASES = {
+  "softmax": without_noise(
+    router.Softmax(E), lambda h, params, mask: gating.softmax(h, mask), True
+  ),
+  "top_k": without_noise(
+    router.TopK(E, K), lambda h, params, mask: gating.top_k(h, K, mask)
+  ),
+  "noisy_top_k": Case(
+    router.NoisyTopK(E, K),
+    lambda h, params, mask: gating.top_k(h, K, mask),
+    None,
+    True,
+  ),
+  "balanced": Case(
+    router.Balanced(E, K),
+    lambda h, params, mask: gating.threshold(
+      h, jnp.exp(params["log_thresholds"]), 2 * K, mask
+    ),
+    lambda h, params, mask: gating.balanced(h, K, mask)._replace(
+      thresholds=jnp.exp(params["log_thresholds"])
+    ),
+  ),
+  "switch": without_noise(
+    router.Switch(E), lambda h, params, mask: gating.switch(h, mask)
+  ),
+  "gshard_top_2": Case(
+    router.GShardTop2(E),
+    lambda h, params, mask: gating.gshard_top_2(h, None, mask),
+    None,
+  ),
+  "expert_choice": without_noise(
+    router.ExpertChoice(E, K),
+    lambda h, params, mask: gating.expert_choice(h, K, mask),
+  ),
+  "hash": without_noise(
+    router.Hash(E, K), lambda h, params, mask: gating.hash_ids(IDS, E, K, mask)
+  ),
+  "sigmoid": without_noise(
+    router.Sigmoid(E, K),
+    lambda h, params, mask: gating.sigmoid(h, params["bias"], K, mask),
+  ),
 }
+QUIET = [name for name in CASES if CASES[name].trains]
+FROM_RANDOM = [name for name in CASES if not CASES[name].from_zero]
 
 
 def make(name):
-  if name not in MAKE:
+  if name not in CASES:
     pytest.fail(
-      f"router.ROUTERS[{name!r}] is not tested: add how it is made to MAKE"
-      " of tests/test_router.py"
+      f"router.ROUTERS[{name!r}] is not tested: say in CASES of"
+      " tests/test_router.py how it is made and which gating it is"
     )
-  assert isinstance(MAKE[name](), router.ROUTERS[name])
-  return MAKE[name]()
+  assert type(CASES[name].module) is router.ROUTERS[name]
+  return CASES[name].module
 
 
 def inputs(seed=1):
   return jax.random.normal(jax.random.key(seed), (G, S, D))
 
 
+@functools.cache
 def init(module, train=False):
   rngs = {"params": jax.random.key(0), "router": jax.random.key(9)}
-  return module.init(rngs, inputs(), train=train)["params"]
+  return module.init(rngs, inputs(), train=train, ids=IDS).get("params", {})
 
 
 def random_params(module):
-  """Params other than zero, so that every matrix shows in the output."""
+  """Params off their start, so that every one of them shows in the output."""
   params = nn.unbox(init(module))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(5), len(leaves))
   return tree.unflatten(
-    [jax.random.normal(k, w.shape) for k, w in zip(keys, leaves, strict=True)]
+    [
+      jax.random.normal(k, w.shape) * (1 if w.ndim == 2 else 0.3) + w
+      for k, w in zip(keys, leaves, strict=True)
+    ]
   )
 
 
-def apply(module, params, x, train=False, noise=None, mask=None):
+def apply(module, params, x, train=False, noise=None, mask=None, ids=IDS):
   rngs = {} if noise is None else {"router": jax.random.key(noise)}
-  return module.apply({"params": params}, x, train=train, mask=mask, rngs=rngs)
+  return module.apply(
+    {"params": params}, x, train=train, mask=mask, ids=ids, rngs=rngs
+  )
 
 
 def same(got, want):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize("name", router.ROUTERS)
+@ALL
 def test_parameters_do_not_depend_on_train(name):
   module = make(name)
   same(init(module, train=True), init(module, train=False))
 
 
-@pytest.mark.parametrize("name", ["softmax", "noisy_top_k"])
-def test_gating_weights_start_at_zero(name):
+@ALL
+def test_parameters_say_how_they_may_be_split(name):
+  def names(leaf):
+    return ("embed", None) if leaf.ndim == 2 else (None,)
+
+  boxed = init(make(name))
+  specs = nn.get_partition_spec(boxed)
+  want = jax.tree.map(
+    lambda leaf: jax.sharding.PartitionSpec(*names(leaf)), nn.unbox(boxed)
+  )
+  assert specs == want
+
+
+@ALL
+def test_where_the_parameters_start(name):
   params = nn.unbox(init(make(name)))
+  kernels = {"hash": 0, "noisy_top_k": 2}.get(name, 1)
+  vectors = {"balanced": ("log_thresholds", 1 / E), "sigmoid": ("bias", 0)}
+  assert len(params) == kernels + (name in vectors)
   for leaf in jax.tree.leaves(params):
-    assert leaf.shape == (D, E) and (np.asarray(leaf) == 0).all()
-  assert len(params) == (2 if name == "noisy_top_k" else 1)
+    if leaf.ndim == 2:
+      assert leaf.shape == (D, E)
+      assert (np.asarray(leaf) == 0).all() == CASES[name].from_zero
+  if name in vectors:
+    vector, start = vectors[name]
+    np.testing.assert_allclose(
+      np.exp(params[vector]) if start else params[vector],
+      np.full(E, start),
+      rtol=1e-6,
+    )
 
 
-def test_top_k_does_not_start_with_all_tokens_on_the_first_experts():
-  module = make("top_k")
-  x = jax.random.normal(jax.random.key(1), (1, 200, D))
-  got = apply(module, nn.unbox(init(module)), x)
+@pytest.mark.parametrize("name", FROM_RANDOM)
+def test_at_first_tokens_and_experts_meet_evenly(name):
+  """From zeros all would tie: k experts or k tokens of E would take part."""
+  module = make(name)
+  tokens = 200
+  x = jax.random.normal(jax.random.key(1), (1, tokens, D))
+  ids = jnp.arange(tokens, dtype=jnp.int32)[None]
+  got = apply(module, nn.unbox(init(module)), x, True, noise=1, ids=ids)
   assert (np.asarray(got.count) > 0).all()
+  routed = np.asarray(got.assignment.tokens(tokens))
+  taken = np.unique(routed[np.asarray(got.assignment.expert) < E])
+  assert taken.size > 0.6 * tokens
 
 
-@pytest.mark.parametrize("name", router.ROUTERS)
+@ALL
 def test_evaluation_is_the_clean_gating(name):
   """Deterministic, and without a key for noise."""
   module = make(name)
   params = random_params(module)
-  logits = inputs() @ params["gate"]["kernel"]
-  mask = jnp.asarray(np.arange(G * S).reshape(G, S) % 3 > 0)
-  k = E if name == "softmax" else K
-  want = gating.top_k(logits, k, mask)
-  got = apply(module, params, inputs(), mask=mask)
-  np.testing.assert_array_equal(got.assignment.expert, want.assignment.expert)
-  np.testing.assert_allclose(
-    got.assignment.gate, want.assignment.gate, atol=1e-6
+  kernel = params["gate"]["kernel"] if "gate" in params else jnp.zeros((D, E))
+  want = CASES[name].evaluates(inputs() @ kernel, params, MASK)
+  got = apply(module, params, inputs(), mask=MASK)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want
   )
-  same(got, apply(module, params, inputs(), mask=mask))
+  assert np.asarray(got.count).sum() > 0
+  same(got, apply(module, params, inputs(), mask=MASK))
 
 
-@pytest.mark.parametrize("name", ["softmax", "top_k"])
-def test_routers_without_noise_train_as_they_evaluate(name):
+@pytest.mark.parametrize("name", QUIET)
+def test_training_without_noise(name):
   module = make(name)
   params = random_params(module)
-  same(
-    apply(module, params, inputs(), train=True),
-    apply(module, params, inputs(), train=False),
+  kernel = params["gate"]["kernel"] if "gate" in params else jnp.zeros((D, E))
+  want = CASES[name].trains(inputs() @ kernel, params, MASK)
+  got = apply(module, params, inputs(), train=True, mask=MASK)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want
   )
 
 
@@ -112,12 +216,26 @@ def test_training_noise_follows_the_key():
   assert (np.asarray(first.logits) != np.asarray(second.logits)).all()
 
 
+def test_training_leaves_out_second_choices_by_the_key():
+  module = make("gshard_top_2")
+  params = random_params(module)
+  first = apply(module, params, inputs(), train=True, noise=1)
+  same(first, apply(module, params, inputs(), train=True, noise=1))
+  every = apply(module, params, inputs())
+  assert every.count.sum() == 2 * G * S
+  counts = [
+    apply(module, params, inputs(), train=True, noise=seed).count
+    for seed in range(1, 5)
+  ]
+  assert all((count <= every.count).all() for count in counts)
+  assert len({np.asarray(count).tobytes() for count in counts}) > 1
+
+
 def test_padding_is_masked_in_training():
   module = make("noisy_top_k")
   params = random_params(module)
-  mask = jnp.asarray(np.arange(G * S).reshape(G, S) % 3 > 0)
-  got = apply(module, params, inputs(), train=True, noise=1, mask=mask)
-  np.testing.assert_array_equal(got.count.sum(-1), K * np.asarray(mask).sum(-1))
+  got = apply(module, params, inputs(), train=True, noise=1, mask=MASK)
+  np.testing.assert_array_equal(got.count.sum(-1), K * np.asarray(MASK).sum(-1))
   unmasked = apply(module, params, inputs(), train=True, noise=1)
   assert (np.asarray(got.load) <= np.asarray(unmasked.load)).all()
   assert got.load.sum() < 0.9 * unmasked.load.sum()
@@ -145,7 +263,7 @@ def test_default_noise_epsilon_is_that_of_the_authors_code():
   assert router.NoisyTopK(E, K).noise_epsilon == 1e-2
 
 
-@pytest.mark.parametrize("name", router.ROUTERS)
+@ALL
 def test_logits_are_float32_under_bfloat16_activations(name):
   module = make(name)
   params = random_params(module)
@@ -158,7 +276,7 @@ def test_logits_are_float32_under_bfloat16_activations(name):
   same(got, apply(module, params, x.astype(jnp.float32), train=True, noise=1))
 
 
-@pytest.mark.parametrize("name", router.ROUTERS)
+@ALL
 def test_logits_are_multiplied_at_the_highest_precision(name):
   """A matrix unit would otherwise round float32 to bfloat16."""
   module = make(name)
@@ -174,7 +292,8 @@ def test_logits_are_multiplied_at_the_highest_precision(name):
   ]
   products = sum("dot_general" in line for line in dots)
   precisions = [line for line in dots if "precision" in line]
-  assert products == len(params) == len(precisions)
+  kernels = sum(leaf.ndim == 2 for leaf in jax.tree.leaves(params))
+  assert products == kernels == len(precisions)
   assert all(line.count("HIGHEST") == 2 for line in precisions)
 
 
@@ -192,6 +311,66 @@ def test_both_matrices_learn_from_zero():
     return (got.assignment.gate**2).sum()
 
   for score in (load, gates):
-    slopes = jax.grad(score)(params)
+    slopes = jax.jit(jax.grad(score))(params)
     for name in ("gate", "noise"):
       assert (np.abs(slopes[name]["kernel"]) > 1e-4).any()
+
+
+def test_hash_needs_ids():
+  module = make("hash")
+  with pytest.raises(ValueError, match=f"over {E} experts.*pass ids="):
+    apply(module, {}, inputs(), ids=None)
+
+
+@pytest.mark.parametrize(
+  "k, max_k, want", [(2, None, 4), (3, None, 5), (2, 1, 1)]
+)
+def test_balanced_bounds_the_experts_of_a_token(k, max_k, want):
+  module = router.Balanced(E, k, max_k)
+  params = random_params(module)
+  params["log_thresholds"] = jnp.full(E, -100.0)
+  got = apply(module, params, inputs())
+  np.testing.assert_array_equal(got.count.sum(-1), [want * S] * G)
+
+
+def learn(module, loss, rate):
+  """Descends one loss; returns counts in training, before and after."""
+  x = jax.random.normal(jax.random.key(3), (1, 60, D))
+  params = random_params(module)
+
+  def score(params):
+    return loss(apply(module, params, x, train=True, ids=None))
+
+  def step(params, _):
+    slopes = jax.grad(score)(params)
+    return jax.tree.map(lambda w, g: w - rate * g, params, slopes), None
+
+  @jax.jit
+  def run(params):
+    learned, _ = jax.lax.scan(step, params, length=300)
+    decisions = (
+      apply(module, params, x, train=True, ids=None),
+      apply(module, params, x, ids=None),
+      apply(module, learned, x, ids=None),
+    )
+    return learned, [decision.count[0] for decision in decisions]
+
+  learned, counts = run(params)
+  # Neither loss says anything about the gating weights.
+  same(learned["gate"], params["gate"])
+  return np.asarray(counts)
+
+
+def test_thresholds_learn_to_be_balanced():
+  """By eq. 20 the experts of inference become those of training."""
+  trained, before, after = learn(make("balanced"), losses.threshold, 0.03)
+  np.testing.assert_array_equal(trained, [60 * K / E] * E)
+  assert np.abs(before - trained).max() > 5
+  assert np.abs(after - trained).max() <= 1
+
+
+def test_bias_learns_to_balance():
+  """By its rule every expert gets its share, whatever the scores."""
+  _, before, after = learn(make("sigmoid"), losses.bias, 0.005)
+  assert np.abs(before - 60 * K / E).max() > 8
+  assert np.abs(after - 60 * K / E).max() <= 3

@@ -48,7 +48,8 @@ class LSTMLM(nn.Module):
       if isinstance(layer, LSTM):
         y = layer(x, batch["start"])
       else:
-        y = nn.sigmoid(layer(x, train=train, mask=batch["mask"]))
+        y = layer(x, train=train, mask=batch["mask"], ids=batch["inputs"])
+        y = nn.sigmoid(y)
       x = x + self.drop(y, deterministic=not train)
     return x
 

@@ -57,7 +57,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   data = config_lib.data(config, workdir)
   tokens = {split: data.tokens(split) for split in data.texts}
   rows = {split: data.rows(tokens[split]) for split in tokens}
-  parts = _build(config, data)
+  parts = build(config, data)
   model, schedule, tx, layout, mesh, where, target = parts
   batches = text.train_batches(
     rows["train"],
@@ -201,7 +201,7 @@ def evaluate_run(
   config = config_lib.recall(workdir)
   data = config_lib.data(config, workdir, files)
   tokens = data.tokens("data" if files else split)
-  model, _, _, layout, mesh, _, target = _build(config, data)
+  model, _, _, layout, mesh, _, target = build(config, data)
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     best = checkpoints.best(target)
@@ -213,7 +213,7 @@ def evaluate_run(
   return values | {"unknown": unknown, "step": int(best.state.step)}
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
   """What a config describes, on the devices at hand; nothing is allocated."""
 
   model: nn.Module
@@ -225,25 +225,28 @@ class _Parts(NamedTuple):
   target: state.TrainState
 
 
-def _build(config: config_lib.Config, data: config_lib.Data) -> _Parts:
+def build(config: config_lib.Config, data: config_lib.Data) -> Parts:
+  """Builds what a config describes, for the devices at hand."""
   model = config_lib.model(config, len(data.vocabulary))
   schedule, tx = config_lib.optimizer(config)
   layout = config_lib.layout(config)
   mesh = sharding.make_mesh(layout)
   where = sharding.batch_sharding(layout, mesh, data.batch_size)
   target = state.target(model, tx, data.batch_shapes(), layout, mesh)
-  return _Parts(model, schedule, tx, layout, mesh, where, target)
+  return Parts(model, schedule, tx, layout, mesh, where, target)
 
 
 def _compile_step(
-  config: config_lib.Config, data: config_lib.Data, parts: _Parts
+  config: config_lib.Config, data: config_lib.Data, parts: Parts
 ) -> jax.stages.Compiled:
+  aux_weights, aux_scope = config_lib.aux(config)
   step_fn = jax.jit(
     functools.partial(
       step.train_step,
       model=parts.model,
       tx=parts.tx,
-      aux_weights=config.aux.to_dict(),
+      aux_weights=aux_weights,
+      aux_scope=aux_scope,
       seed=config.seed,
       microbatches=config_lib.train(config).microbatches,
     ),

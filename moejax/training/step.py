@@ -41,6 +41,7 @@ def train_step(
   aux_weights: Mapping[str, float],
   seed: int,
   microbatches: int = 1,
+  aux_scope: str = "batch",
 ) -> tuple[TrainState, Metrics]:
   """Updates the state by one batch.
 
@@ -73,7 +74,7 @@ def train_step(
       method="loss",
     )
     task = loss.sum() / words
-    auxiliary, _ = losses.auxiliary(sown, aux_weights)
+    auxiliary, _ = losses.auxiliary(sown, aux_weights, aux_scope)
     metrics = {"loss": task, "auxiliary": auxiliary / microbatches}
     balance = losses.balance(sown)
     metrics |= {name: v / microbatches for name, v in balance.items()}

@@ -55,24 +55,27 @@ def make(net, layout=LAYOUT, devices=1, tx=SGD, rows=B):
 
 
 @functools.cache
-def step_fn(net, layout=LAYOUT, devices=1, tx=SGD, rows=B, aux=(), parts=1):
+def step_fn(
+  net, layout=LAYOUT, devices=1, tx=SGD, rows=B, aux=(), parts=1, scope="batch"
+):
   current, _ = make(net, layout, devices, tx, rows)
   fn = functools.partial(
     step.train_step,
     model=net,
     tx=tx,
     aux_weights=dict(aux),
+    aux_scope=scope,
     seed=0,
     microbatches=parts,
   )
   return jax.jit(fn, out_shardings=(state.shardings(current), None))
 
 
-def run(net, batch=BATCH, steps=1, aux=(), parts=1, **where):
+def run(net, batch=BATCH, steps=1, aux=(), parts=1, scope="batch", **where):
   """Trains from the same start; compiles once for the same settings."""
   rows = len(batch["mask"])
   current, mesh = make(net, rows=rows, **where)
-  fn = step_fn(net, rows=rows, aux=aux, parts=parts, **where)
+  fn = step_fn(net, rows=rows, aux=aux, parts=parts, scope=scope, **where)
   layout = where.get("layout", LAYOUT)
   lie = sharding.batch_sharding(layout, mesh, rows)
   with sharding.use(layout, mesh):
@@ -124,6 +127,20 @@ def test_update_is_the_gradient_of_loss_and_balance():
   assert np.abs(gate(plain.params) - gate(balanced.params)).max() > 1e-4
   norm = optax.tree.norm(jax.tree.map(jnp.subtract, before, balanced.params))
   np.testing.assert_allclose(norm, metrics["grad_norm"], rtol=1e-5)
+
+
+def test_scope_of_the_balance_losses_is_the_groups_own():
+  """Groups are the rows here: alone, a row is a batch of one group."""
+  net = model()
+  _, by_group = run(net, aux=IMPORTANCE, scope="group")
+  rows = [
+    run(net, {n: v[i : i + 1] for n, v in BATCH.items()}, aux=IMPORTANCE)[1]
+    for i in range(B)
+  ]
+  want = np.mean([row["auxiliary"] for row in rows])
+  np.testing.assert_allclose(by_group["auxiliary"], want, rtol=1e-5)
+  _, whole = run(net, aux=IMPORTANCE)
+  assert whole["auxiliary"] < 0.9 * want
 
 
 def test_padding_changes_nothing():

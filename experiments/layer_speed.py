@@ -1,0 +1,313 @@
+"""Question: what does the layer cost beside a dense block of equal FLOPs?
+
+Method: T tokens, k = 4 experts each, float32, noise-free routing by random
+weights, all cores. "dense" is one block of hidden width k * F: the same active
+multiply-adds without a choice. Candidates take turns in one process; forward,
+and forward+backward with the gradients of input and weights written into the
+buffers of the turn before, as a training step has it. ms is the median of the
+repeats, of_dense its ratio to the dense block of the same turn. GB is XLA's own
+account of the program's memory, flops its count over the analytic one, which
+includes the router (a loop's body is counted once, so it means nothing for
+ragged on a CPU). einsum routes in groups of 512, which suits it best; the
+others all tokens at once. The peer is the PyTorch package mixture-of-experts
+(top 2 of E, capacity for all edges at 1.25), beside a torch block of hidden
+width 2 * F, left out where it is not installed.
+
+"growth" is the same at D=256, F=128 for E from 4 to 4096. "tpu" rows are
+compiled ahead of time for one v5e chip in bfloat16 (needs libtpu, no TPU):
+compiled over analytic FLOPs and bytes accessed. What a kernel costs is what its
+authors declare; tiles that two experts share are computed twice.
+
+Result: (to be measured)
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+
+from experiments import harness
+from moejax import experts, moe, router
+
+SEED = 0
+K = 4
+CANDIDATES = {
+  "einsum": {"dispatch": "einsum", "group_size": 512, "capacity_factor": 1.25},
+  "gather": {"dispatch": "gather", "capacity_factor": 1.25},
+  "ragged": {"dispatch": "ragged", "capacity_factor": 1.25},
+  "dropless": {"dispatch": "ragged", "capacity_factor": None},
+}
+TPU = "v5e:2x2"
+
+
+def rows(quick: bool) -> Iterator[harness.Row]:
+  """Yields the rows of the three tables."""
+  sizes = {"tokens": 64, "width": 8, "hidden": 16} if quick else {}
+  repeats = 2 if quick else 7
+  for num_experts in (4, 8) if quick else (4, 32, 128, 256):
+    yield from speed("speed", num_experts, repeats, **sizes)
+    yield from peer(num_experts, repeats, **sizes)
+  if not quick:
+    sizes = {"width": 256, "hidden": 128}
+  for num_experts in (4, 8) if quick else (4, 16, 64, 256, 1024, 4096):
+    names = ("gather", "dropless")
+    yield from speed("growth", num_experts, repeats, names=names, **sizes)
+  for num_experts in () if quick else (32, 128):
+    yield from tpu(num_experts)
+
+
+def layer(num_experts: int, hidden: int, **options: Any) -> moe.MoE:
+  """Returns the layer under test."""
+  return moe.MoE(
+    router.TopK(num_experts, K),
+    experts.FeedForward(num_experts, hidden),
+    **options,
+  )
+
+
+def analytic(tokens: int, width: int, hidden: int, num_experts: int) -> int:
+  """Returns the FLOPs of router and chosen experts, forward."""
+  return 2 * tokens * (K * 2 * width * hidden + width * num_experts)
+
+
+def speed(
+  table: str,
+  num_experts: int,
+  repeats: int,
+  tokens: int = 4096,
+  width: int = 512,
+  hidden: int = 1024,
+  names: tuple[str, ...] = tuple(CANDIDATES),
+) -> Iterator[harness.Row]:
+  """Yields a row for the dense block and for each way to dispatch."""
+  x = jax.random.normal(jax.random.key(SEED), (1, tokens, width))
+  modules = {"dense": moe.OneExpert(experts.FeedForward(1, K * hidden))}
+  for name in names:
+    options = dict(CANDIDATES[name])
+    if options.get("group_size", 0) > tokens:
+      options["group_size"] = tokens
+    modules[name] = layer(num_experts, hidden, **options)
+  shared = {}
+  programs, backs = {}, {}
+  for name, module in modules.items():
+    # Weights of one shape are the same for all, and in memory once.
+    kind = type(module)
+    if kind not in shared:
+      init = jax.jit(module.init)
+      shared[kind] = nn.unbox(init(jax.random.key(1), x)["params"])
+    programs[name] = forward(module, shared[kind], x)
+    backs[name] = backward(module, shared[kind], x)
+  times = harness.interleaved({n: p.run for n, p in programs.items()}, repeats)
+  both = harness.interleaved({n: p.run for n, p in backs.items()}, repeats)
+  flops = analytic(tokens, width, hidden, num_experts)
+  for name, program in backs.items():
+    yield {
+      "table": table,
+      "E": num_experts,
+      "D": width,
+      "F": hidden,
+      "k": K,
+      "dispatch": name,
+      "forward_ms": round(times[name].median, 1),
+      "forward_of_dense": ratio(times, name),
+      "both_ms": round(both[name].median, 1),
+      "both_of_dense": ratio(both, name),
+      "GB": round(program.peak_bytes / 1e9, 2),
+      "flops": round(program.flops / (3 * flops), 3),
+    }
+
+
+def ratio(times: dict[str, harness.Milliseconds], name: str) -> float:
+  return round(times[name].median / times["dense"].median, 2)
+
+
+class Program:
+  """A compiled function; `run` calls it once."""
+
+  def __init__(self, fn: Callable[..., Any], *args: Any, donated: Any = ()):
+    compiled = jax.jit(fn, donate_argnums=len(args)).lower(*args, donated)
+    self._run = compiled.compile()
+    self._args, self._donated = args, donated
+    self.flops = self._run.cost_analysis().get("flops", 0)
+    self.peak_bytes = self._run.memory_analysis().peak_memory_in_bytes
+
+  def run(self) -> Any:
+    """Runs once; the result's buffers serve the next turn."""
+    self._donated = self._run(*self._args, self._donated)
+    return self._donated
+
+
+def forward(module: nn.Module, params: Any, x: jax.Array) -> Program:
+  """Compiles the layer."""
+
+  def run(params, x, before):
+    del before
+    return module.apply({"params": params}, x, train=True)
+
+  return Program(run, params, x, donated=jnp.zeros_like(x))
+
+
+def backward(module: nn.Module, params: Any, x: jax.Array) -> Program:
+  """Compiles the gradient by weights and input."""
+
+  def run(params, x, before):
+    del before
+    return jax.grad(functools.partial(loss, module), (0, 1))(params, x)
+
+  zeros = jax.tree.map(jnp.zeros_like, (params, x))
+  return Program(run, params, x, donated=zeros)
+
+
+def loss(module: nn.Module, params: Any, x: jax.Array) -> jax.Array:
+  """The mean square of the output: it needs all of it, in both directions."""
+  y = module.apply({"params": params}, x, train=True)
+  return jnp.square(y.astype(jnp.float32)).mean()
+
+
+def peer(
+  num_experts: int,
+  repeats: int,
+  tokens: int = 4096,
+  width: int = 512,
+  hidden: int = 1024,
+) -> Iterator[harness.Row]:
+  """Yields a row for the PyTorch package and one for a dense torch block."""
+  try:
+    import mixture_of_experts
+    import torch
+  except ImportError:
+    print("torch or mixture-of-experts is not installed: no rows for the peer")
+    return
+  torch.set_num_threads(os.cpu_count() or 1)
+  torch.manual_seed(SEED)
+  module = mixture_of_experts.MoE(
+    width,
+    num_experts,
+    hidden_dim=hidden,
+    second_policy_train="all",
+    # Of first choices alone: 1.25 of all edges.
+    capacity_factor_train=2.5,
+  )
+  dense = torch.nn.Sequential(
+    torch.nn.Linear(width, 2 * hidden, bias=False),
+    torch.nn.ReLU(),
+    torch.nn.Linear(2 * hidden, width, bias=False),
+  )
+  x = torch.randn(max(tokens // 512, 1), min(tokens, 512), width)
+
+  def candidate(run, parameters):
+    def forward_only():
+      with torch.no_grad():
+        run(x)
+
+    def both():
+      for parameter in parameters:
+        parameter.grad = None
+      run(x.requires_grad_()).square().mean().backward()
+
+    return forward_only, both
+
+  runs = {
+    "dense": candidate(dense, list(dense.parameters())),
+    "mixture-of-experts": candidate(
+      lambda x: module(x)[0], list(module.parameters())
+    ),
+  }
+  times, both = (
+    harness.interleaved({n: run[i] for n, run in runs.items()}, repeats)
+    for i in range(2)
+  )
+  for name in runs:
+    yield {
+      "table": "torch",
+      "E": num_experts,
+      "D": width,
+      "F": hidden,
+      "k": 2,
+      "dispatch": name,
+      "forward_ms": round(times[name].median, 1),
+      "forward_of_dense": ratio(times, name),
+      "both_ms": round(both[name].median, 1),
+      "both_of_dense": ratio(both, name),
+    }
+
+
+def tpu(
+  num_experts: int, tokens: int = 4096, width: int = 512, hidden: int = 1024
+) -> Iterator[harness.Row]:
+  """Yields what a TPU's compiler makes of each way to dispatch."""
+  try:
+    import libtpu  # noqa: F401
+  except ImportError:
+    print("libtpu is not installed: no rows compiled for a TPU")
+    return
+  # It asks the cloud what machine this is, and waits long for no answer.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  from jax.experimental import topologies
+
+  device = topologies.get_topology_desc(TPU, "tpu").devices[0]
+  place = jax.sharding.SingleDeviceSharding(device)
+  flops = analytic(tokens, width, hidden, num_experts)
+
+  def there(a):
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+  for name, options in CANDIDATES.items():
+    module = layer(num_experts, hidden, **options)
+    x = there(jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16))
+    init = functools.partial(module.init, jax.random.key(1))
+    shapes = jax.eval_shape(init, x)["params"]
+    params = jax.tree.map(there, nn.unbox(shapes))
+    run = functools.partial(loss, module)
+    row = {"table": f"tpu {TPU}", "E": num_experts, "D": width, "F": hidden}
+    row |= {"k": K, "dispatch": name}
+    for part, fn, times in (
+      ("forward", run, 1),
+      ("both", jax.grad(run, (0, 1)), 3),
+    ):
+      compiled = jax.jit(fn).lower(params, x).compile()
+      cost = compiled.cost_analysis()
+      row[f"{part}_flops"] = round(cost["flops"] / (times * flops), 3)
+      row[f"{part}_GB_moved"] = round(cost["bytes accessed"] / 1e9, 2)
+      row["GB"] = round(
+        compiled.memory_analysis().peak_memory_in_bytes / 1e9, 2
+      )
+    yield row
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws the ratios to the dense block, and how cost grows with E."""
+  left, right = figure.subplots(1, 2)
+  speeds = [r for r in table if r["table"] in ("speed", "torch")]
+  sizes = sorted({row["E"] for row in speeds})
+  names = list(dict.fromkeys(row["dispatch"] for row in speeds))
+  names.remove("dense")
+  for place, name in enumerate(names):
+    ratios = {
+      r["E"]: r["both_of_dense"] for r in speeds if r["dispatch"] == name
+    }
+    at = np.arange(len(sizes)) + (place - (len(names) - 1) / 2) / 6
+    left.bar(at, [ratios[size] for size in sizes], 0.15, label=name)
+  left.axhline(1, color="black", linewidth=0.8)
+  left.set_xticks(range(len(sizes)), [f"E={size}" for size in sizes])
+  left.set_ylabel("forward + backward, of a dense block's time")
+  left.legend(fontsize=7)
+  growth = [row for row in table if row["table"] == "growth"]
+  for name in dict.fromkeys(row["dispatch"] for row in growth):
+    line = [(r["E"], r["both_ms"]) for r in growth if r["dispatch"] == name]
+    right.plot(*zip(*line, strict=True), marker="o", label=name)
+  right.set_xscale("log", base=2)
+  right.set_yscale("log")
+  right.set_xlabel("experts, at 4 of them a token")
+  right.set_ylabel("forward + backward, ms")
+  right.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+  harness.main("layer_speed", rows, draw, SEED)

@@ -1,0 +1,76 @@
+"""Products of sorted rows with one matrix per group, on a TPU.
+
+`jax.lax.ragged_dot`, as libtpu 0.0.52 compiles it for v5e, expands to a product
+of every row with every matrix. The kernels that come with JAX (megablox) do
+not; widths that are no multiple of a vector's lanes are left to the former.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Rows, then the two axes of a matrix, of a tile.
+_TILE_ROWS = 128
+_TILE_AXIS = 512
+_LANES = 128
+
+
+def _kernel(name: str, left, right, group_sizes, widths, interpret):
+  """Calls a kernel that comes with JAX, whose own derivative is not needed."""
+  # Read where it is used: a CPU traces it, and then throws it away.
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+  tiles = (_TILE_ROWS, *(min(_TILE_AXIS, width) for width in widths))
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    return {"gmm": gmm, "tgmm": tgmm}[name](
+      left, right, group_sizes, left.dtype, tiles, interpret=interpret
+    )
+
+
+def rows_by_matrix(
+  rows: Float[Array, "N I"],
+  matrices: Float[Array, "E M O"],
+  group_sizes: Int[Array, "E"],
+  transposed: bool = False,
+  interpret: bool = False,
+) -> Float[Array, "N out"]:
+  """Multiplies each group's rows by its matrix, or by its transpose."""
+  if transposed:
+    matrices = matrices.swapaxes(1, 2)
+  if any(size % _LANES for size in matrices.shape[1:]):
+    return jax.lax.ragged_dot(rows, matrices, group_sizes)
+  widths = matrices.shape[1:]
+  y = _kernel(
+    "gmm", _whole_tiles(rows), matrices, group_sizes, widths, interpret
+  )[: rows.shape[0]]
+  # It leaves whatever was in memory past the last group.
+  past = jnp.arange(rows.shape[0]) >= group_sizes.sum()
+  return jnp.where(past[:, None], 0, y)
+
+
+def rows_by_rows(
+  rows: Float[Array, "N I"],
+  gradient: Float[Array, "N O"],
+  group_sizes: Int[Array, "E"],
+  interpret: bool = False,
+) -> Float[Array, "E I O"]:
+  """Sums the outer products of each group's rows: a matrix's gradient."""
+  if any(a.shape[1] % _LANES for a in (rows, gradient)):
+    dims = jax.lax.RaggedDotDimensionNumbers(
+      (((0,), (0,)), ((), ())),
+      lhs_ragged_dimensions=[0],
+      rhs_group_dimensions=[],
+    )
+    return jax.lax.ragged_dot_general(rows, gradient, group_sizes, dims)
+  left, right = _whole_tiles(rows), _whole_tiles(gradient)
+  widths = (rows.shape[1], gradient.shape[1])
+  found = _kernel("tgmm", left.T, right, group_sizes, widths, interpret)
+  # Nor does it write the gradient of a group without rows.
+  return jnp.where((group_sizes == 0)[:, None, None], 0, found)
+
+
+def _whole_tiles(rows: Float[Array, "N I"]) -> Float[Array, "N I"]:
+  return jnp.pad(rows, ((0, -rows.shape[0] % _TILE_ROWS), (0, 0)))

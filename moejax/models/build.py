@@ -1,0 +1,143 @@
+"""Models from the plain values of a config, by name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+
+from moejax import named
+from moejax.experts import EXPERTS
+from moejax.models.layers import LSTM
+from moejax.models.lstm_lm import LSTMLM
+from moejax.moe import HierarchicalMoE, MoE, OneExpert
+from moejax.router import ROUTERS
+
+
+def _lstm_lm(
+  vocab_size,
+  width: int,
+  layers: Iterable[str],
+  dropout: float = 0.0,
+  num_samples: int = 0,
+  moe: Mapping[str, Any] | None = None,
+  hierarchical_moe: Mapping[str, Any] | None = None,
+  one_expert: Mapping[str, Any] | None = None,
+) -> LSTMLM:
+  if not 0 <= dropout < 1:
+    raise ValueError(
+      f"config.model.dropout is {dropout}; give 0 or more, and less than 1."
+    )
+  if num_samples < 0:
+    raise ValueError(
+      f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
+      " the full softmax."
+    )
+  builders = {
+    "lstm": lambda: LSTM(width),
+    "moe": lambda: named.make(
+      _moe, moe or {}, "config.model.moe", path="config.model.moe"
+    ),
+    "hierarchical_moe": lambda: named.make(
+      _hierarchical_moe, hierarchical_moe or {}, "config.model.hierarchical_moe"
+    ),
+    "one_expert": lambda: OneExpert(
+      _expert(one_expert or {}, "config.model.one_expert", num_experts=1)
+    ),
+  }
+  built = tuple(
+    builders[named.known(name, builders, "config.model.layers")]()
+    for name in layers
+  )
+  return LSTMLM(vocab_size, width, built, dropout, num_samples)
+
+
+def _moe(
+  num_experts: int,
+  router: Mapping[str, Any],
+  experts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+  group_size: int | None = None,
+  capacity_factor: float | None = 1.25,
+  eval_capacity_factor: float | None = 2.0,
+  dispatch: str = "auto",
+  recompute: bool = False,
+  *,
+  path: str,
+) -> MoE:
+  return MoE(
+    named.choose(ROUTERS, router, f"{path}.router", num_experts=num_experts),
+    _experts(experts, f"{path}.experts", num_experts),
+    group_size,
+    capacity_factor,
+    eval_capacity_factor,
+    dispatch,
+    recompute,
+  )
+
+
+def _hierarchical_moe(
+  num_experts: int,
+  num_groups: int,
+  primary: Mapping[str, Any],
+  secondary: Mapping[str, Any],
+  group_size: int | None = None,
+  capacity_factor: float | None = 1.25,
+  eval_capacity_factor: float | None = 2.0,
+  dispatch: str = "gather",
+) -> HierarchicalMoE:
+  where = "config.model.hierarchical_moe"
+  if num_groups < 1 or num_experts % num_groups:
+    raise ValueError(
+      f"{where}: {num_groups} groups do not divide {num_experts} experts;"
+      " choose a num_groups that does."
+    )
+  each = {"num_experts": num_experts // num_groups}
+  inner = f"{where}.secondary"
+  return HierarchicalMoE(
+    named.choose(ROUTERS, primary, f"{where}.primary", num_experts=num_groups),
+    named.make(_moe, secondary, inner, path=inner, **each),
+    group_size,
+    capacity_factor,
+    eval_capacity_factor,
+    dispatch,
+  )
+
+
+def _experts(
+  section: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+  where: str,
+  num_experts: int,
+) -> nn.Module:
+  """Builds experts of one kind, or of several: a list means mixed ones.
+
+  Each entry of a list gives its own num_experts, and may give its `capacity`
+  relative to that of the layer.
+  """
+  if isinstance(section, Mapping):
+    return _expert(section, where, num_experts=num_experts)
+  entries = [dict(entry) for entry in section]
+  capacities = tuple(entry.pop("capacity", 1.0) for entry in entries)
+  kinds = tuple(
+    _expert(entry, f"{where}[{i}]") for i, entry in enumerate(entries)
+  )
+  mixed = EXPERTS["mixed"](kinds, capacities)
+  if mixed.num_experts != num_experts:
+    raise ValueError(
+      f"{where} lists {mixed.num_experts} experts, but num_experts is"
+      f" {num_experts}; make the two agree."
+    )
+  return mixed
+
+
+def _expert(section: Mapping[str, Any], where: str, **given: Any) -> nn.Module:
+  """Builds experts of one kind; their activation goes by its name."""
+  # Each takes a module, which no config can hold; mixed ones are a list.
+  kinds = {k: v for k, v in EXPERTS.items() if k not in ("each", "mixed")}
+  fields = dict(section)
+  if "activation" in fields:
+    name = named.known(fields["activation"], ACTIVATIONS, f"{where}.activation")
+    fields["activation"] = ACTIVATIONS[name]
+  return named.choose(kinds, fields, where, **given)
+
+
+ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
+MODELS = {"lstm_lm": _lstm_lm}

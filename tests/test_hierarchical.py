@@ -1,0 +1,356 @@
+"""Two levels against app. B in loops: values, gradients, losses, drops."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from moejax import experts, losses, moe, router
+
+P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
+MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 7 > 0)
+OUT = np.random.default_rng(8).normal(size=(G, S, D))
+KEY = jax.random.key(3)
+
+
+class Case(NamedTuple):
+  """What is compiled as one.
+
+  Attributes:
+    train: whether in training.
+    strict: whether gating is strictly balanced (app. F), and not noisy.
+    factors: slots over the mean load, of groups and of their experts.
+    capacities: what that comes to, 4 being the least.
+    masked: whether there is padding.
+    dispatch: how rows travel to groups, and within them.
+    recompute: whether the experts run again in the backward pass.
+  """
+
+  train: bool = True
+  strict: bool = False
+  factors: tuple[float | None, float | None] = (0.9, 0.5)
+  capacities: tuple[int | None, int | None] = (5, 4)
+  masked: bool = True
+  dispatch: tuple[str, str] = ("gather", "auto")
+  recompute: bool = False
+
+  def layer(self):
+    gate = router.Balanced if self.strict else router.NoisyTopK
+    now, other = "capacity_factor", "eval_capacity_factor"
+    if not self.train:
+      now, other = other, now
+    outer, inner = ({now: factor, other: None} for factor in self.factors)
+    travels, within = self.dispatch
+    secondary = moe.MoE(
+      gate(Q, K),
+      experts.FeedForward(Q, F),
+      dispatch=within,
+      recompute=self.recompute,
+      **inner,
+    )
+    return moe.HierarchicalMoE(
+      gate(P, K), secondary, group_size=S, dispatch=travels, **outer
+    )
+
+  @property
+  def weights(self):
+    learned = {"threshold": 0.1} if self.strict and self.train else {}
+    return {"importance": 0.3, "load": 0.7} | learned
+
+
+CASES = {
+  "training": Case(),
+  "evaluation": Case(train=False),
+  "drop-free": Case(factors=(None, None), capacities=(None, None)),
+  "strict": Case(strict=True, factors=(1.0, 1.0), capacities=(5, 4)),
+  "thresholds": Case(train=False, strict=True, factors=(0.6, 0.5)),
+}
+ALL = pytest.mark.parametrize("name", CASES)
+
+
+def inputs(seed=1, tokens=(G, S)):
+  return 1 + jax.random.normal(jax.random.key(seed), (*tokens, D))
+
+
+def draw(tree, seed=5):
+  """Random numbers in the shapes of a tree."""
+  leaves, tree = jax.tree.flatten(nn.unbox(tree))
+  random = np.random.default_rng(seed)
+  return tree.unflatten(
+    [jnp.asarray(random.normal(size=w.shape), w.dtype) for w in leaves]
+  )
+
+
+@functools.cache
+def params(strict=False):
+  """All random; tokens are drawn to the first group and first experts."""
+  module = Case(strict=strict).layer()
+  drawn = draw(jax.eval_shape(lambda: module.init(KEY, inputs()))["params"])
+  for level in (drawn["primary"], drawn["secondary"]["router"]):
+    kernel = level["gate"]["kernel"]
+    level["gate"]["kernel"] = kernel.at[..., 0].add(1)
+    if strict:
+      # About the mean of a softmax.
+      level["log_thresholds"] = level["log_thresholds"] * 0.3 - 1.5
+  return drawn
+
+
+def arguments(case):
+  return {**params(case.strict), "x": inputs()}
+
+
+@functools.cache
+def compiled(case):
+  """{**params, x} -> score, (y, Routing, losses) and the score's gradient."""
+  module = case.layer()
+
+  def score(at):
+    weights = dict(at)
+    y, state = module.apply(
+      {"params": weights},
+      weights.pop("x"),
+      train=case.train,
+      mask=MASK if case.masked else None,
+      rngs={"router": KEY} if case.train else {},
+      mutable=["routing"],
+    )
+    (routing,) = losses.routings(state)
+    aux, values = losses.auxiliary(state, case.weights)
+    return (y * jnp.asarray(OUT, y.dtype)).sum() + aux, (y, routing, values)
+
+  return jax.jit(jax.value_and_grad(score, has_aux=True))
+
+
+@functools.cache
+def run(case):
+  return compiled(case)(arguments(case))
+
+
+# -- the same in loops --------------------------------------------------------
+
+
+def in_float64(tree):
+  return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+def logits_and_std(router, rows):
+  std = np.logaddexp(0, rows @ router["noise"]["kernel"]) + 1e-2
+  return rows @ router["gate"]["kernel"], std
+
+
+def decide(case, router, rows, noise, mask=None):
+  """By the paper's gate; noise None is evaluation."""
+  if case.strict:
+    logits = rows @ router["gate"]["kernel"]
+    if case.train:
+      return reference.balanced(logits, K, mask)
+    thresholds = np.exp(router["log_thresholds"])
+    return reference.threshold(logits, thresholds, 2 * K, mask)
+  logits, std = logits_and_std(router, rows)
+  if noise is None:
+    return reference.top_k(logits, K, mask)
+  return reference.noisy_top_k(logits, noise, std, K, mask)
+
+
+def of_group(tree, i):
+  return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def in_loops(case, at, noise=None, inner_noise=None):
+  """Returns y and what was decided about each group of tokens."""
+  inner = at["secondary"]["router"]
+  expert = reference.feed_forward(
+    {
+      name: w.reshape(P * Q, *w.shape[2:])
+      for name, w in at["secondary"]["experts"].items()
+    }
+  )
+  y, found = [], []
+  for g, rows in enumerate(at["x"]):
+
+    def in_group(i, tokens, g=g, rows=rows):
+      drawn = inner_noise and inner_noise[g][i][: len(tokens)]
+      return decide(case, of_group(inner, i), rows[tokens], drawn)
+
+    drawn = None if noise is None else noise[g]
+    mask = np.asarray(MASK)[g] if case.masked else None
+    primary = decide(case, at["primary"], rows, drawn, mask)
+    found.append(reference.two_levels(primary, in_group, *case.capacities))
+    y.append(reference.two_level_mixture(rows, found[-1], expert))
+  return np.stack(y), found
+
+
+def recover_noise(case, at, routing):
+  """What was drawn: between groups, and within group i for each slot."""
+  if case.strict or not case.train:
+    return None, None
+  logits, std = logits_and_std(at["primary"], at["x"])
+  noise = (np.asarray(routing.primary.logits, np.float64) - logits) / std
+  # Who is sent where does not depend on what is drawn there.
+  none_yet = [[np.zeros((S, Q))] * P] * G
+  _, found = in_loops(case, at, noise, none_yet)
+  noisy = np.asarray(routing.logits, np.float64).reshape(P, G, -1, Q)
+  inner = [[None] * P for _ in range(G)]
+  for g, levels in enumerate(found):
+    for i, tokens in enumerate(levels.sent):
+      gate = of_group(at["secondary"]["router"], i)
+      logits, std = logits_and_std(gate, at["x"][g][tokens])
+      inner[g][i] = (noisy[i, g, : len(tokens)] - logits) / std
+  return noise, inner
+
+
+@functools.cache
+def expected(case):
+  """The loops' y and decisions, and the noise they were told."""
+  at = in_float64(arguments(case))
+  (_, (_, routing, _)), _ = run(case)
+  noise = recover_noise(case, at, routing)
+  return *in_loops(case, at, *noise), noise
+
+
+def threshold_loss(at, held, found):
+  """Eq. 20, of both levels; but for the thresholds all is held fixed."""
+  x, inner = held["x"], held["secondary"]["router"]
+  total = 0
+  for g, levels in enumerate(found):
+    total += reference.threshold_loss(
+      x[g] @ held["primary"]["gate"]["kernel"],
+      np.exp(at["primary"]["log_thresholds"]),
+      levels.primary.edges,
+      np.asarray(MASK)[g],
+    )
+    for i, tokens in enumerate(levels.sent):
+      total += reference.threshold_loss(
+        x[g][tokens] @ inner["gate"]["kernel"][i],
+        np.exp(at["secondary"]["router"]["log_thresholds"][i]),
+        levels.secondary[i].edges,
+      )
+  return total
+
+
+def losses_in_loops(case, at, found):
+  importance = reference.two_level_importance(found)
+  values = {
+    "importance": reference.cv_squared(importance),
+    "load": reference.cv_squared(reference.two_level_load(found)),
+  }
+  if "threshold" in case.weights:
+    held = in_float64(arguments(case))
+    values["threshold"] = threshold_loss(at, held, found)
+  return values
+
+
+@ALL
+def test_is_the_mixture_of_eq_12(name):
+  (_, (y, _, _)), _ = run(CASES[name])
+  want, _, _ = expected(CASES[name])
+  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+  assert (np.asarray(y)[~np.asarray(MASK)] == 0).all()
+
+
+@ALL
+def test_importance_and_load_are_eq_13_and_14(name):
+  case = CASES[name]
+  (_, (_, routing, values)), _ = run(case)
+  _, found, _ = expected(case)
+  importance = reference.two_level_importance(found)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  close(routing.importance.sum(axis=0), importance)
+  by_hand = losses_in_loops(case, in_float64(arguments(case)), found)
+  assert values.keys() == by_hand.keys()
+  jax.tree.map(close, values, by_hand)
+
+
+@ALL
+def test_reports_what_each_level_dropped(name):
+  (_, (_, routing, _)), _ = run(CASES[name])
+  _, found, _ = expected(CASES[name])
+  primary = np.stack([levels.primary.count for levels in found])
+  sent = np.array([list(map(len, levels.sent)) for levels in found])
+  count = np.array([[d.count for d in levels.secondary] for levels in found])
+  seats = np.stack([levels.seats.sum(axis=0) for levels in found])
+  for got, want in (
+    (routing.primary.count, primary),
+    (routing.primary.dropped, primary - sent),
+    (routing.mask.reshape(P, G, -1).sum(axis=-1).T, sent),
+    (routing.count, count.reshape(G, P * Q)),
+    (routing.dropped, (count - seats).reshape(G, P * Q)),
+  ):
+    np.testing.assert_array_equal(got, want)
+  drops = (sent < primary).any(), (seats < count).any()
+  assert drops == (2 * (name not in ("drop-free", "strict"),))
+
+
+def test_strict_balance_gives_every_expert_the_same():
+  """m1 = k |X| / a tokens for each group, m2 = k m1 / b of these (row 25)."""
+  (_, (_, routing, values)), _ = run(CASES["strict"])
+  for g, tokens in enumerate(np.asarray(MASK).sum(axis=1)):
+    m1 = math.floor(K * tokens / P + 0.5)
+    assert (routing.primary.count[g] == m1).all()
+    assert (routing.count[g] == math.floor(K * m1 / Q + 0.5)).all()
+  assert values["load"] < 1e-10
+
+
+@pytest.mark.parametrize("name", ["training", "evaluation", "strict"])
+def test_gradient_of_the_whole_layer(name):
+  """Task and balance losses, to all weights of both levels and to x."""
+  case = CASES[name]
+  (score, _), slopes = run(case)
+  _, _, noise = expected(case)
+
+  def score_in_loops(flat):
+    at = jax.tree.unflatten(tree, list(flat.values()))
+    y, found = in_loops(case, at, *noise)
+    values = losses_in_loops(case, at, found)
+    return (y * OUT).sum() + sum(case.weights[n] * values[n] for n in values)
+
+  leaves, tree = jax.tree.flatten(in_float64(arguments(case)))
+  flat = {str(i): leaf for i, leaf in enumerate(leaves)}
+  np.testing.assert_allclose(score, score_in_loops(flat), rtol=1e-4)
+  want = reference.gradient(score_in_loops, flat)
+  for got, slope in zip(jax.tree.leaves(slopes), want.values(), strict=True):
+    np.testing.assert_allclose(got, slope, rtol=2e-3, atol=2e-3)
+  for level in (slopes["primary"], slopes["secondary"]["router"]):
+    for leaf in jax.tree.leaves(level)[: None if case.train else 1]:
+      assert (np.abs(leaf) > 1e-3).any()
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"dispatch": ("einsum", "einsum")},
+    {"dispatch": ("einsum", "gather"), "recompute": True},
+  ],
+  ids=str,
+)
+def test_how_rows_travel_changes_nothing(other):
+  """Nor whether the hidden layers are kept, in value and gradient."""
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  case = CASES["training"]
+  jax.tree.map(close, run(case._replace(**other)), run(case))
+
+
+def test_nan_in_padding_stays_there():
+  case = CASES["training"]
+  x = jnp.where(MASK[..., None], inputs(), jnp.nan)
+  got = compiled(case)({**params(), "x": x})
+  jax.tree.map(np.testing.assert_array_equal, got, run(case))
+  assert (np.asarray(got[1]["x"])[~np.asarray(MASK)] == 0).all()
+
+
+def test_a_group_that_nobody_visits_learns_nothing():
+  at = jax.tree.map(lambda w: w, params())
+  kernel = at["primary"]["gate"]["kernel"]
+  at["primary"]["gate"]["kernel"] = kernel.at[:, 1].set(-100)
+  x = 1 + jnp.abs(inputs())
+  (_, (_, routing, _)), slopes = compiled(CASES["training"])({**at, "x": x})
+  assert routing.primary.count[:, 1].sum() == 0
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+  for leaf in jax.tree.leaves(slopes["secondary"]):
+    assert (leaf[1] == 0).all() and (leaf[0] != 0).any()

@@ -1,0 +1,246 @@
+"""Two levels as a layer: parameters, noise, cost, shapes, errors."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import experts, losses, moe, router
+
+P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
+MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 7 > 0)
+IDS = jnp.arange(G * S, dtype=jnp.int32).reshape(G, S)
+KEY = jax.random.key(3)
+
+
+def layer(primary=None, secondary=None, **options):
+  primary = primary or router.NoisyTopK(P, K)
+  return moe.HierarchicalMoE(
+    primary, secondary or mixture(), **{"group_size": S} | options
+  )
+
+
+def mixture(gate=None, kind=None, **options):
+  """What is within a group."""
+  gate = gate or router.NoisyTopK(Q, K)
+  return moe.MoE(gate, kind or experts.FeedForward(Q, F), **options)
+
+
+def inputs(shape=(G, S)):
+  return 1 + jax.random.normal(jax.random.key(1), (*shape, D))
+
+
+def draw(module, shape=(G, S)):
+  """Random parameters."""
+  shapes = jax.eval_shape(lambda: module.init(KEY, inputs(shape)))["params"]
+  leaves, tree = jax.tree.flatten(nn.unbox(shapes))
+  random = np.random.default_rng(5)
+  return tree.unflatten(
+    [jnp.asarray(random.normal(size=w.shape), w.dtype) for w in leaves]
+  )
+
+
+def apply(module, params, x, train=False, **options):
+  """Returns y and the routing."""
+  y, state = module.apply(
+    {"params": params},
+    x,
+    train=train,
+    rngs={"router": KEY} if train else {},
+    mutable=["routing"],
+    **options,
+  )
+  (routing,) = losses.routings(state)
+  return y, routing
+
+
+def test_parameters_and_how_they_may_be_split():
+  """Every group has its own secondary, along the axis that devices share."""
+  boxed = jax.jit(layer().init)(KEY, inputs())["params"]
+  names = jax.tree.map(
+    lambda leaf: (leaf.value.shape, leaf.names),
+    boxed,
+    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+  )
+  primary = {"kernel": ((D, P), ("embed", None))}
+  gate = {"kernel": ((P, D, Q), ("expert", "embed", None))}
+  assert names == {
+    "primary": {"gate": primary, "noise": primary},
+    "secondary": {
+      "router": {"gate": gate, "noise": gate},
+      "experts": {
+        "w_in": ((P, Q, D, F), ("expert", None, "embed", "mlp")),
+        "w_out": ((P, Q, F, D), ("expert", None, "mlp", "embed")),
+      },
+    },
+  }
+  for leaf in jax.tree.leaves(boxed["secondary"]["experts"]):
+    assert len(np.unique(leaf)) == leaf.size
+
+
+def test_every_group_draws_its_own_noise():
+  """From zeros the logits are noise * (ln 2 + 0.01) and nothing else."""
+  shape = groups, tokens = 4, 64
+  secondary = mixture(kind=experts.Identity(Q))
+  module = layer(router.TopK(P, P), secondary, group_size=tokens)
+  zeros = jax.tree.map(jnp.zeros_like, draw(module, shape))
+  run = jax.jit(functools.partial(apply, module, train=True))
+  noise = run(zeros, inputs(shape))[1].logits / (math.log(2) + 1e-2)
+  assert noise.shape == (P * groups, tokens, Q)
+  assert len(np.unique(noise)) > 0.99 * noise.size
+  np.testing.assert_allclose(noise.mean(axis=(1, 2)), 0, atol=0.25)
+  np.testing.assert_allclose(noise.std(axis=(1, 2)), 1, atol=0.2)
+
+
+def equations(jaxpr):
+  """All of a program, and of the programs in it."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr")
+    ):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        yield from equations(inner)
+
+
+def test_secondary_gates_see_and_cost_only_what_was_sent():
+  """At k = 2 / 2 a token's gates are 2 d a + 2 * 2 d b multiply-adds."""
+  a, b, shape = 8, 4, (2, 32)
+  tokens = math.prod(shape)
+  # No slack: as many seats as edges.
+  exact = {"capacity_factor": 1.0}
+  secondary = mixture(
+    router.NoisyTopK(b, 2), experts.FeedForward(b, F), **exact
+  )
+  module = layer(router.NoisyTopK(a, 2), secondary, group_size=32, **exact)
+  run = functools.partial(apply, module, train=True)
+  program = jax.make_jaxpr(run)(draw(module, shape), inputs(shape)).jaxpr
+  gates, sizes = 0, []
+  for equation in equations(program):
+    sizes += [out.aval.size for out in equation.outvars]
+    if equation.primitive.name == "dot_general":
+      shape = equation.outvars[0].aval.shape
+      # What ends otherwise are rows and hidden layers.
+      gates += D * math.prod(shape) if shape[-1] in (a, b) else 0
+  assert gates == tokens * (2 * D * a + 2 * 2 * D * b)
+  assert max(sizes) < tokens * a * b
+
+
+@pytest.mark.parametrize(
+  "gate, train",
+  [(router.NoisyTopK(Q, K), False), (router.Balanced(Q, K), True)],
+  ids=["evaluation", "strict"],
+)
+def test_one_group_is_the_flat_layer(gate, train):
+  """Its gate is 1; value, gradient, losses and drops are those of MoE."""
+  small = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5}
+  flat = mixture(gate, group_size=S, **small)
+  one = layer(router.TopK(1, 1), mixture(gate, **small))
+  weights = draw(flat)
+  in_a_group = {
+    "primary": {"gate": {"kernel": jnp.ones((D, 1))}},
+    "secondary": jax.tree.map(lambda w: w[None], weights),
+  }
+
+  def score(module, at, x):
+    y, routing = apply(module, at, x, train, mask=MASK)
+    total, _ = losses.auxiliary(routing, {"importance": 0.3, "load": 0.7})
+    report = (y, routing.importance, routing.load, routing.dropped)
+    return jnp.square(y).sum() + total, report
+
+  def slopes(module, at, x):
+    of_module = functools.partial(score, module)
+    return jax.value_and_grad(of_module, (0, 1), has_aux=True)(at, x)
+
+  @jax.jit
+  def both(x):
+    return slopes(flat, weights, x), slopes(one, in_a_group, x)
+
+  (value, (to_weights, to_x)), (other, (to_both, to_other_x)) = both(inputs())
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, (other, to_other_x), (value, to_x))
+  mine = jax.tree.map(lambda w: w[0], to_both["secondary"])
+  jax.tree.map(close, mine, to_weights)
+  # Experts that choose leave nobody standing.
+  assert value[1][-1].any() == (not isinstance(gate, router.Balanced))
+
+
+def make(kind, num_experts):
+  fixed = ("softmax", "switch", "gshard_top_2")
+  args = (num_experts,) if kind in fixed else (num_experts, K)
+  return router.ROUTERS[kind](*args)
+
+
+@pytest.mark.parametrize("kind", router.ROUTERS)
+def test_every_router_serves_at_either_level(kind):
+  """But for ids, which do not travel: they are the primary's."""
+  inner = "top_k" if kind == "hash" else kind
+  module = layer(make(kind, P), mixture(make(inner, Q)))
+
+  def run():
+    variables = module.init(KEY, inputs(), ids=IDS)
+    return apply(module, variables["params"], inputs(), True, ids=IDS)
+
+  y, routing = jax.eval_shape(run)
+  assert y.shape == (G, S, D)
+  C = routing.logits.shape[1]
+  assert routing.logits.shape == (P * G, C, Q)
+  assert routing.mask.shape == (P * G, C)
+  for name in ("importance", "load", "count", "dropped", "dropped_first"):
+    assert getattr(routing, name).shape == (G, P * Q)
+    assert getattr(routing.primary, name).shape == (G, P)
+  learned = {"balanced": "thresholds", "sigmoid": "bias"}
+  for name in ("thresholds", "bias"):
+    vector = getattr(routing, name)
+    assert (vector is not None) == (learned.get(kind) == name)
+    assert vector is None or vector.shape == (P * Q,)
+
+
+def test_any_leading_axes():
+  params, run = draw(layer()), functools.partial(apply, layer())
+  both = jax.jit(lambda x, rows: (run(params, x), run(params, rows)))
+  got, want = both(inputs(), inputs().reshape(-1, D))
+  assert want[0].shape == (G * S, D)
+  np.testing.assert_array_equal(got[0].reshape(-1, D), want[0])
+  jax.tree.map(np.testing.assert_array_equal, got[1], want[1])
+
+
+def test_bfloat16_in_bfloat16_out():
+  run = jax.jit(functools.partial(apply, layer()))
+  y, routing = run(draw(layer()), inputs().astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16
+  assert routing.importance.dtype == routing.logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  "module, message",
+  [
+    (layer(group_size=5), "group size 5 .* 16 tokens"),
+    (
+      layer(secondary=mixture(group_size=4)),
+      rf"group size 4 of the secondary .* now {S}",
+    ),
+    (
+      layer(secondary=mixture(kind=experts.FeedForward(Q + 2, F))),
+      rf"\b{Q} experts.*\b{Q + 2}\b",
+    ),
+    (layer(router.NoisyTopK(P, P + 1)), rf"k = {P + 1}\b.*\b{P} experts"),
+    (layer(capacity_factor=0.0, eval_capacity_factor=0.0), r"0\.0 .* 3 expert"),
+    (layer(dispatch="ragged"), "'ragged' between groups.*gather or einsum"),
+    (layer(secondary=mixture(dispatch="ragged")), "'ragged'.*gather or einsum"),
+  ],
+)
+def test_bad_arguments_are_named(module, message):
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda: module.init(KEY, inputs()))
+
+
+def test_ids_do_not_travel_to_groups():
+  module = layer(secondary=mixture(router.Hash(Q, K)))
+  with pytest.raises(ValueError, match=f"over {Q} experts.*no ids"):
+    jax.eval_shape(lambda: module.init(KEY, inputs(), ids=IDS))
