@@ -52,6 +52,7 @@ KINDS = (
   {"kind": "linear", "num_experts": 8},
   {"kind": "identity", "num_experts": 8},
 )
+QUICK = sparse_against_dense.QUICK | {"train.eval_every": 10}
 NAMES = ("wide", "narrow", "linear", "identity")
 
 
@@ -62,7 +63,7 @@ def rows(quick: bool) -> Iterator[harness.Row]:
       config = sparse_against_dense.load("moe_32")
       config.seed = SEED
       if quick:
-        config.update_from_flattened_dict(sparse_against_dense.QUICK)
+        config.update_from_flattened_dict(QUICK)
       if name == "mixed":
         del config.model.moe["experts"]
         with config.unlocked():
@@ -123,7 +124,7 @@ def typical(visits: np.ndarray, kind: int, data: config_lib.Data) -> list[str]:
   share = visits[:, kind] / np.maximum(total, 1)
   # Few edges make no habit: 20 words of 4 edges.
   order = np.argsort(-np.where(total >= 80, share, -1), kind="stable")
-  return data.vocabulary.decode(order[:8])
+  return data.vocabulary.decode(order[:8].tolist())
 
 
 def visits_of(

@@ -13,6 +13,11 @@ import reference
 
 from moejax import experts, moe, router
 
+# Options of jax.jit for what is compiled often and run once.
+IN_HASTE = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+}
 F = 3
 Q, J = 3, 2  # experts within an expert, and how many of them a row visits
 
@@ -178,12 +183,15 @@ def finite_differences(score, tree):
   return structure.unflatten(list(reference.gradient(of_leaves, flat).values()))
 
 
-def same_gradient(got, want, rtol=1e-3, atol=1e-3):
-  """Whether gradients agree; what changes nothing has one of exactly zero."""
+def same_gradient(got, want, rtol=1e-3, atol=1e-3, exact=True):
+  """Whether gradients agree; what changes nothing has one of exactly zero.
+
+  That is not to be had where terms cancel: then leave out `exact`.
+  """
 
   def check(got, want):
     got = np.asarray(got, np.float64)
     np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
-    assert (got[want == 0] == 0).all()
+    assert not exact or (got[want == 0] == 0).all()
 
   jax.tree.map(check, got, want)
