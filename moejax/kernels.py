@@ -72,5 +72,5 @@ def rows_by_rows(
   return jnp.where((group_sizes == 0)[:, None, None], 0, found)
 
 
-def _whole_tiles(rows: Float[Array, "N I"]) -> Float[Array, "N I"]:
+def _whole_tiles(rows: Float[Array, "N I"]) -> Float[Array, "M I"]:
   return jnp.pad(rows, ((0, -rows.shape[0] % _TILE_ROWS), (0, 0)))

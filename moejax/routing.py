@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 class Assignment(NamedTuple):
   """Which tokens visit which experts: A edges per group, best edge first.
 
-  An expert that is full takes no more edges, so their order is a priority.
+  An expert that is full takes no more edges, so their order is a priority. No
+  token visits an expert twice.
 
   Attributes:
     expert: where each edge leads; E marks an unused edge.

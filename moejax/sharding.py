@@ -227,7 +227,8 @@ def over_experts(
 
   def run(module, *args):
     rules = dict(nn.get_logical_axis_rules())
-    axis = expert_axis()
+    # A lone expert has no axis to be split along.
+    axis = expert_axis() if num_experts > 1 else None
     on_mesh = axis and not jax.sharding.get_abstract_mesh().empty
     mapped = nn.vmap(
       fn,

@@ -335,6 +335,8 @@ class TestContract:
     counts = np.array([decision.count for decision in decide(at)])
     dropped = np.maximum(counts - np.array(slots), 0)
     np.testing.assert_array_equal(routing.dropped, dropped)
-    assert dropped.sum() > 0
+    assert dropped.sum() > 0 and (
+      kind == "feed_forward" or dropped[:, -1].all()
+    )
     want = kinds.finite_differences(lambda at: (loops(at) * out).sum(), at)
     kinds.same_gradient(slopes, want, rtol=2e-3, atol=2e-3, exact=False)

@@ -5,6 +5,7 @@ import functools
 import hypothesis
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import reference
@@ -58,10 +59,6 @@ def seated(assignment, capacity):
   )
 
 
-def in_float64(arrays):
-  return {name: np.asarray(a, np.float64) for name, a in arrays.items()}
-
-
 def feed_forward(weights, rows, real):
   """Runs the experts; blocks of them one after the other."""
   if not isinstance(rows, tuple):
@@ -112,7 +109,7 @@ def test_matches_the_paper(name, kind, capacity):
     y, slopes = value_and_gradient(
       name, capacity, at, assignment, jnp.asarray(out, jnp.float32)
     )
-    want = expected(in_float64(at), assignment, capacity)
+    want = expected(kinds.in_float64(at), assignment, capacity)
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
     used = np.asarray(assignment.expert) < E
     assert (seated(assignment, capacity) == used).all() == (capacity is None)
@@ -211,20 +208,25 @@ def test_an_expert_sees_at_most_its_capacity(name, kind):
   )
 
 
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 @NAMES
-def test_identity_experts_give_x_back(name, kind):
+def test_identity_experts_give_x_back(name, kind, more):
+  """And those that add 1 give x + 1: what they make of no row is lost."""
   random = np.random.default_rng(1)
   at, assignment = draw(1), KINDS[kind](random)
   total = np.zeros((G, S))
   where = (np.arange(G)[:, None], np.asarray(assignment.tokens(S)))
   np.add.at(total, where, np.asarray(assignment.gate))
   gate = assignment.gate / np.maximum(total, 1e-9)[where].astype("float32")
-  identity = experts.Identity(E).run
-  y = jax.jit(lambda at, assignment: run(name, at, assignment, None, identity))(
-    at, assignment._replace(gate=gate)
-  )
-  want = np.asarray(at["x"]) * (total > 0)[..., None]
+  assert (gate == 0).any()
+  stale = assignment._replace(gate=jnp.where(gate == 0, 7, gate))
+
+  def add(weights, rows, real):
+    return rows + jnp.float32(more)
+
+  y = jax.jit(lambda at: run(name, at, stale, None, add))(at)
+  want = (np.asarray(at["x"]) + more) * (total > 0)[..., None]
   np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
 
 
@@ -273,7 +275,7 @@ def test_bfloat16_activations_stay_bfloat16_and_close(name, kind):
   )
   assert y.dtype == slopes["x"].dtype == jnp.bfloat16
   assert slopes["gate"].dtype == slopes["w_in"].dtype == jnp.float32
-  want = expected(in_float64(at), assignment, 3)
+  want = expected(kinds.in_float64(at), assignment, 3)
   scale = np.abs(want).max()
   np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.02 * scale)
 
