@@ -116,7 +116,7 @@ def test_a_field_that_no_builder_reads(capsys, tmp_path):
     (["model.moe.group_size=100"], "group size 100 does not divide the 128"),
     (["model.moe.router.k=9"], "k = 9 experts per token, but there are 8"),
     (["model.moe.router.kind=top"], "nearest is 'top_k'"),
-    (["model.moe.dispatch=gathr"], "choose one of einsum, gather"),
+    (["model.moe.dispatch=gathr"], "choose one of auto, einsum, gather"),
     (["model.moe.capacity_factor=-1.0"], "capacity factor -1.0"),
     (["model.moe.num_experts=6"], "which do not divide over 8 devices"),
     (["layout=exprt"], "choose one of 'replicated', 'expert', 'data_expert'"),
