@@ -97,7 +97,12 @@ def main(
   # Orbax warns of what is no trouble.
   logging.set_verbosity(logging.ERROR)
   begin = time.perf_counter()
-  table = list(rows(args.quick))
+  table = []
+  for row in rows(args.quick):
+    table.append(row)
+    passed = time.perf_counter() - begin
+    cells = " ".join(f"{name}={value}" for name, value in row.items())
+    print(f"[{passed:5.0f} s] {cells}", flush=True)
   seconds = time.perf_counter() - begin
   print(aligned(table))
   out = args.out or (None if args.quick else RESULTS)

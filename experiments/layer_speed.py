@@ -5,20 +5,28 @@ weights, all cores. "dense" is one block of hidden width k * F: the same active
 multiply-adds without a choice. Candidates take turns in one process; forward,
 and forward+backward with the gradients of input and weights written into the
 buffers of the turn before, as a training step has it. ms is the median of the
-repeats, of_dense its ratio to the dense block of the same turn. GB is XLA's own
-account of the program's memory, flops its count over the analytic one, which
-includes the router (a loop's body is counted once, so it means nothing for
-ragged on a CPU). einsum routes in groups of 512, which suits it best; the
-others all tokens at once. The peer is the PyTorch package mixture-of-experts
-(top 2 of E, capacity for all edges at 1.25), beside a torch block of hidden
-width 2 * F, left out where it is not installed.
+repeats, of_dense its ratio to the dense block of the same turn. GB is what XLA
+sets aside for arguments, results and temporaries, flops its count over the
+analytic one, which includes the router (a loop's body is counted once, so it
+means nothing for ragged on a CPU). einsum routes in groups of 512, which suits
+it best; the others all tokens at once. The peer is the PyTorch package
+mixture-of-experts (top 2 of E, capacity for all edges at 1.25), beside a torch
+block of hidden width 2 * F, left out where it is not installed.
 
 "growth" is the same at D=256, F=128 for E from 4 to 4096. "tpu" rows are
 compiled ahead of time for one v5e chip in bfloat16 (needs libtpu, no TPU):
 compiled over analytic FLOPs and bytes accessed. What a kernel costs is what its
 authors declare; tiles that two experts share are computed twice.
 
-Result: (to be measured)
+Result: two cores of an Intel Xeon, jax 0.10.2, forward and backward: the best
+of ours takes 1.08 (E=4), 1.25 (E=32), 1.66 (E=128), 2.01 (E=256) of the dense
+block. The products run at the dense block's rate; what grows is the traffic of
+the weights, read twice and their gradient zeroed and written once: half a
+gigabyte of each at E=128, one at E=256, at the 8 to 10 GB/s of this machine.
+Expected before: the products. Found by timing every move alone: a sum over the
+K rows of a token by one read [K, S, D] took 60 ms, by K reads 1 ms. Compiled
+for a TPU, gather does 1.003 times the FLOPs of its capacity, ragged 1.004 to
+1.008 times the analytic ones.
 """
 
 import functools
@@ -131,16 +139,24 @@ class Program:
   """A compiled function; `run` calls it once."""
 
   def __init__(self, fn: Callable[..., Any], *args: Any, donated: Any = ()):
-    compiled = jax.jit(fn, donate_argnums=len(args)).lower(*args, donated)
-    self._run = compiled.compile()
+    # An argument that nobody reads would be left out, its buffers unused.
+    jitted = jax.jit(fn, donate_argnums=len(args), keep_unused=True)
+    self._run = jitted.lower(*args, donated).compile()
     self._args, self._donated = args, donated
     self.flops = self._run.cost_analysis().get("flops", 0)
-    self.peak_bytes = self._run.memory_analysis().peak_memory_in_bytes
+    self.peak_bytes = needed(self._run)
 
   def run(self) -> Any:
     """Runs once; the result's buffers serve the next turn."""
     self._donated = self._run(*self._args, self._donated)
     return self._donated
+
+
+def needed(compiled: jax.stages.Compiled) -> int:
+  """Returns the bytes of arguments, results and temporaries together."""
+  about = compiled.memory_analysis()
+  results = about.output_size_in_bytes - about.alias_size_in_bytes
+  return about.argument_size_in_bytes + results + about.temp_size_in_bytes
 
 
 def forward(module: nn.Module, params: Any, x: jax.Array) -> Program:
@@ -275,9 +291,7 @@ def tpu(
       cost = compiled.cost_analysis()
       row[f"{part}_flops"] = round(cost["flops"] / (times * flops), 3)
       row[f"{part}_GB_moved"] = round(cost["bytes accessed"] / 1e9, 2)
-      row["GB"] = round(
-        compiled.memory_analysis().peak_memory_in_bytes / 1e9, 2
-      )
+      row["GB"] = round(needed(compiled) / 1e9, 2)
     yield row
 
 

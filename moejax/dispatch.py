@@ -44,7 +44,8 @@ def _token_of_slot(seats: Seats, num_tokens: int) -> Int[Array, "N"]:
 # Where tokens choose, row s of x feeds the K slots slot[k * S + s], and each
 # slot holds at most one row. Both moves and both gradients are then reads by
 # index; autodiff would write one of each pair as a scatter-add, slow on a CPU
-# and in no fixed order on a GPU.
+# and in no fixed order on a GPU. A token's K rows are read one choice after the
+# other: on a CPU that takes a tenth of the time of one read and a sum over it.
 
 
 @jax.custom_vjp
@@ -59,8 +60,8 @@ def _copy_forward(x, seats):
 
 def _copy_backward(saved, gradient):
   seats, num_tokens = saved
-  slot = seats.slot.reshape(-1, num_tokens)
-  return _take(gradient, slot).sum(axis=0), None
+  slots = seats.slot.reshape(-1, num_tokens)
+  return sum(_take(gradient, slot) for slot in slots), None
 
 
 _copy.defvjp(_copy_forward, _copy_backward)
@@ -71,8 +72,11 @@ def _sum(
   rows: Float[Array, "N O"], gate: Float[Array, "K S"], seats: Seats
 ) -> Float[Array, "S O"]:
   """Sums each token's rows, weighted by its gates."""
-  chosen = _take(rows, seats.slot.reshape(gate.shape))
-  return (gate[..., None] * chosen).sum(axis=0)
+  slots = seats.slot.reshape(gate.shape)
+  return sum(
+    one[:, None] * _take(rows, slot)
+    for one, slot in zip(gate, slots, strict=True)
+  )
 
 
 def _sum_forward(rows, gate, seats):
@@ -81,11 +85,12 @@ def _sum_forward(rows, gate, seats):
 
 def _sum_backward(saved, gradient):
   rows, gate, seats = saved
-  chosen = _take(rows, seats.slot.reshape(gate.shape))
-  to_gate = (chosen * gradient[None]).sum(axis=-1)
+  slots = seats.slot.reshape(gate.shape)
+  to_gate = [(_take(rows, slot) * gradient).sum(axis=-1) for slot in slots]
   gate_of_slot = _take(gate.reshape(-1), seats.edge)
   token = _token_of_slot(seats, gate.shape[1])
-  return _take(gradient, token) * gate_of_slot[:, None], to_gate, None
+  to_rows = _take(gradient, token) * gate_of_slot[:, None]
+  return to_rows, jnp.stack(to_gate), None
 
 
 _sum.defvjp(_sum_forward, _sum_backward)

@@ -202,7 +202,9 @@ def _loop_backward(fn, weights, rows, group_sizes, products, gradient):
     of_weights, of_rows = pullback(mine)
 
     def add(total, slope):
-      return total.at[group].set(slope) if first else total.at[group].add(slope)
+      if not first:
+        slope = slope + _index(total, group)
+      return jax.lax.dynamic_update_index_in_dim(total, slope, group, 0)
 
     to_weights = jax.tree.map(add, to_weights, of_weights)
     return to_weights, part.put(to_rows, of_rows)
