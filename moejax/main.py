@@ -14,7 +14,8 @@ from ml_collections import config_flags
 USAGE = """usage: moejax COMMAND [FLAGS]
 
   train  --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
-         trains, or goes on where the workdir left off
+         trains, or goes on where the workdir left off; by several processes
+         with --coordinator_address=HOST:PORT --num_processes=N --process_id=I
   eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]]
          perplexity of a run's best checkpoint
 
@@ -65,11 +66,20 @@ def main(argv: Sequence[str]) -> int:
 
 def console() -> None:
   """The `moejax` program."""
-  sys.exit(main(sys.argv))
+  status = main(sys.argv)
+  processes = sys.modules.get("moejax.training.processes")
+  if status and processes and processes.several():
+    processes.leave(status)
+  sys.exit(status)
 
 
 def _train(values: flags.FlagValues) -> None:
   # Imported late: jax takes seconds, a misspelled flag should not.
+  from moejax.training import processes
+
+  processes.join(
+    values.coordinator_address, values.num_processes, values.process_id
+  )
   from moejax.training import loop
 
   loop.train(values.config, pathlib.Path(values.workdir))
@@ -104,6 +114,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
   flags.DEFINE_bool("help", False, "show the flags", flag_values=values)
   if command == "train":
+    _define_processes(values)
     _define_config(values, argv)
   else:
     flags.DEFINE_enum(
@@ -122,6 +133,21 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
       f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
     )
   return values
+
+
+def _define_processes(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port of the first process, where several train",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "num_processes", None, "how many processes train", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "process_id", None, "which one this is, from 0", flag_values=values
+  )
 
 
 def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:

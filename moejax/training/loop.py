@@ -1,15 +1,11 @@
 """The training loop: data, step, validation, checkpoint, resume."""
 
 import contextlib
-import fcntl
-import functools
 import json
 import math
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +15,14 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import sharding
 from moejax.data import text
-from moejax.training import evaluate, metrics, optim, state, step
+from moejax.training import (
+  evaluate,
+  metrics,
+  optim,
+  processes,
+  state,
+  step,
+)
 from moejax.training.checkpoint import Checkpoints
 
 CHECKPOINTS = "checkpoints"
@@ -31,11 +34,13 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
 
   Killed at any moment and started again, it leaves the same curve behind as a
   run that was never killed. SIGTERM and Ctrl-C save and return after the step
-  or the validation at hand; a second Ctrl-C leaves at once.
+  or the validation at hand; a second Ctrl-C leaves at once. Where several
+  processes train (`processes.join`), a signal to any of them stops all.
 
   Args:
     config: plain values, see configs/.
-    workdir: where the run lives: config, vocabulary, metrics, checkpoints.
+    workdir: where the run lives: config, vocabulary, metrics, checkpoints; a
+      folder that all processes see.
 
   Returns:
     The result, which also lies in the workdir as JSON; empty where a signal
@@ -45,16 +50,17 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     ValueError: a config or text that cannot be used; says which value.
     FloatingPointError: loss, gradient or parameters became NaN or infinite;
       names the step.
-    BlockingIOError: another process trains in the workdir.
+    BlockingIOError: another run trains in the workdir.
   """
   config_lib.check(config)
   config_lib.check_same(config, workdir)
+  processes.check_same(config.to_json(sort_keys=True), "config")
   if (workdir / RESULT_FILE).exists():
     result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
-    print(f"finished before: {_outcome(result, workdir)}")
+    _print(f"finished before: {_outcome(result, workdir)}")
     return result
   options = config_lib.train(config)
-  data = config_lib.data(config, workdir)
+  data = processes.first_then_others(lambda: config_lib.data(config, workdir))
   tokens = {split: data.tokens(split) for split in data.texts}
   rows = {split: data.rows(tokens[split]) for split in tokens}
   parts = build(config, data)
@@ -66,19 +72,24 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     jax.process_index(),
     jax.process_count(),
   )
+  identity = {split: tokens[split].digest() for split in tokens}
+  processes.check_same(json.dumps(identity), "text")
   for line in _introduction(target.params, data, rows, layout, mesh):
-    print(line, flush=True)
-  print("compiling the training step", flush=True)
+    _print(line)
+  _print("compiling the training step")
   step_fn = _compile_step(config, data, parts)
   evaluate_on = evaluate.evaluator(model, data.batch_size, layout, mesh)
 
   with contextlib.ExitStack() as stack:
     # From here on there is a run; what is wrong with it has shown above.
-    stack.enter_context(_alone_in(workdir))
-    config_lib.remember(config, data.vocabulary, workdir)
+    def begin() -> None:
+      stack.enter_context(processes.alone_in(workdir))
+      config_lib.remember(config, data.vocabulary, workdir)
+
+    processes.first_does(begin)
+    _check_shared(workdir)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, options.keep)
     stack.enter_context(contextlib.closing(checkpoints))
-    identity = {split: tokens[split].digest() for split in tokens}
     seconds = 0.0
     if restored := checkpoints.latest(target):
       _check_text(restored.progress["text"], identity, workdir)
@@ -92,22 +103,27 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     del restored
     done = saved = int(current.step)
     begun = time.monotonic() - seconds
-    writer = metrics.Writer(workdir, done)
+    writer = progress = metrics.Silent()
+    if processes.first():
+      writer = metrics.Writer(workdir, done)
+      progress = metrics.Progress(done, options.steps)
     stack.enter_context(contextlib.closing(writer))
-    progress = metrics.Progress(done, options.steps)
     stack.enter_context(contextlib.closing(progress))
     speed = metrics.Speed()
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    all_stop = False
 
     def settle() -> None:
       """Brings the last step's metrics to the host, checks and reports them."""
-      nonlocal pending
+      nonlocal pending, all_stop
       if pending is None:
         return
       at, measured = pending
       pending = None
       values = {name: float(v) for name, v in jax.device_get(measured).items()}
+      all_stop |= values.pop("asked") > 0
       _check_finite(at, values, saved, workdir)
+      checkpoints.check()
       speed.add(values.pop("words"))
       if at % options.log_every == 0:
         values["perplexity"] = evaluate.exp(values["loss"])
@@ -140,10 +156,20 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     if done:
       progress.say(f"resuming {workdir} at step {done} of {options.steps}")
     stack.enter_context(sharding.use(layout, mesh))
-    stopped = stack.enter_context(_signals(progress.say))
-    while done < options.steps and not stopped():
+    stopped = stack.enter_context(
+      processes.signals(progress.say if processes.first() else print)
+    )
+    stack.enter_context(
+      processes.ends_with_the_others(
+        lambda: f"checkpoint {saved}, in {workdir}"
+      )
+    )
+    while done < options.steps and not (
+      all_stop or (jax.process_count() == 1 and stopped())
+    ):
       batch = step.place(next(batches), where)
-      current, measured = step_fn(current, batch)
+      asked = processes.vote(stopped(), mesh)
+      current, measured = step_fn(current, batch, asked)
       done += 1
       # One step late, so that the device need not wait for the host.
       settle()
@@ -175,7 +201,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       "seconds": seconds,
     }
     as_json = json.dumps(result, indent=2) + "\n"
-    files_lib.write_whole(workdir / RESULT_FILE, as_json)
+    processes.first_does(
+      lambda: files_lib.write_whole(workdir / RESULT_FILE, as_json)
+    )
     progress.say(_outcome(result, workdir))
   return result
 
@@ -239,17 +267,24 @@ def build(config: config_lib.Config, data: config_lib.Data) -> Parts:
 def _compile_step(
   config: config_lib.Config, data: config_lib.Data, parts: Parts
 ) -> jax.stages.Compiled:
+  """Compiles the step, which also brings all processes' votes together."""
   aux_weights, aux_scope = config_lib.aux(config)
-  step_fn = jax.jit(
-    functools.partial(
-      step.train_step,
+
+  def run(current, batch, asked):
+    current, measured = step.train_step(
+      current,
+      batch,
       model=parts.model,
       tx=parts.tx,
       aux_weights=aux_weights,
       aux_scope=aux_scope,
       seed=config.seed,
       microbatches=config_lib.train(config).microbatches,
-    ),
+    )
+    return current, measured | {"asked": asked.max()}
+
+  step_fn = jax.jit(
+    run,
     out_shardings=(state.shardings(parts.target), None),
     donate_argnums=0,
   )
@@ -257,8 +292,9 @@ def _compile_step(
     name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parts.where)
     for name, a in data.batch_shapes().items()
   }
+  asked = processes.vote(False, parts.mesh)
   with sharding.use(parts.layout, parts.mesh):
-    return step_fn.lower(parts.target, batch).compile()
+    return step_fn.lower(parts.target, batch, asked).compile()
 
 
 def _check_finite(
@@ -281,6 +317,8 @@ def _introduction(
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
 ) -> Iterator[str]:
+  """Yields what a run is made of, for the person who started it."""
+
   def size(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -289,6 +327,7 @@ def _introduction(
   yield (
     f"{size(params):,} parameters, {size(inner):,} of them outside embedding"
     f" and softmax; layout {layout.name} on {mesh.size} {kind} device(s)"
+    f"{processes.how_many()}"
   )
   words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
   yield f"vocabulary of {len(data.vocabulary):,}; words: {words}"
@@ -302,6 +341,20 @@ def _outcome(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
   )
 
 
+def _print(text: str) -> None:
+  if processes.first():
+    print(text, flush=True)
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  there = (workdir / config_lib.CONFIG_FILE).exists()
+  if processes.any_of_us(not there):
+    raise ValueError(
+      f"not every process finds in {workdir} what the first one wrote there;"
+      " give a --workdir on a file system that all of them share."
+    )
+
+
 def _check_text(
   before: Mapping[str, str], now: Mapping[str, str], workdir: pathlib.Path
 ) -> None:
@@ -311,45 +364,3 @@ def _check_text(
       f"the text of {', '.join(changed)} has changed since the run in {workdir}"
       " began; give the files it began with, or a new --workdir."
     )
-
-
-@contextlib.contextmanager
-def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps a second training out of a workdir; lets go when the process ends."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / "lock").open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise BlockingIOError(
-        f"another process trains in {workdir}; wait for it, or give another"
-        " --workdir."
-      ) from error
-    yield
-
-
-@contextlib.contextmanager
-def _signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-  """Turns SIGTERM and Ctrl-C into a question to ask between two steps."""
-  asked = threading.Event()
-  # Python lets only the main thread set handlers; elsewhere nothing stops it.
-  if threading.current_thread() is not threading.main_thread():
-    yield asked.is_set
-    return
-  before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-  def ask(number, frame):
-    del frame
-    if not asked.is_set():
-      say("stopping after this step; Ctrl-C again leaves at once")
-    asked.set()
-    # Not SIGTERM: make and timeout may each send one, and meant only one.
-    signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-  for number in before:
-    signal.signal(number, ask)
-  try:
-    yield asked.is_set
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

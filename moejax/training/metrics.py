@@ -125,6 +125,31 @@ class Progress:
     return f"{clock((self._steps - step) * seconds)} left"
 
 
+class Silent:
+  """In place of Writer and Progress on all processes but the first."""
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    """Writes nothing."""
+
+  def flush(self) -> None:
+    """Has nothing to flush."""
+
+  def advance(self, step: int) -> None:
+    """Shows nothing."""
+
+  def report(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows nothing."""
+
+  def validated(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows nothing."""
+
+  def say(self, text: str) -> None:
+    """Says nothing."""
+
+  def close(self) -> None:
+    """Has nothing to close."""
+
+
 class Speed:
   """Words per second; the first step, which compiles, is left out."""
 

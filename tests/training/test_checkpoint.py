@@ -1,5 +1,9 @@
 """Checkpoints come back whole, on any mesh, or are passed over."""
 
+import contextlib
+import hashlib
+import random
+import resource
 import shutil
 
 import jax
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.training import state
+from moejax.training import checkpoint, state
 from moejax.training.checkpoint import Checkpoints
 
 
@@ -133,18 +137,75 @@ def test_a_perplexity_cut_short_is_left_out(tmp_path, content, capfd):
   assert "perplexity of checkpoint 2 cannot be read" in capfd.readouterr().err
 
 
-def test_every_file_cut_short_is_right_or_passed_over(tmp_path):
+def halve(content, chance):
+  del chance
+  return content[: len(content) // 2]
+
+
+def flip_a_bit(content, chance):
+  content = bytearray(content)
+  if content:
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+  return bytes(content)
+
+
+@pytest.mark.parametrize("damage, times", [(halve, 1), (flip_a_bit, 3)])
+def test_every_damaged_file_is_right_or_passed_over(tmp_path, damage, times):
   fill(tmp_path, [(1, 3.0), (2, 2.0)]).close()
+  chance = random.Random(0)
   files = sorted(f for f in (tmp_path / "2").rglob("*") if f.is_file())
   assert len(files) > 5
-  for number, file in enumerate(files):
+  passed_over = 0
+  for number, file in enumerate(files * times):
     copy = tmp_path / f"copy{number}"
     for step in ("1", "2"):
       shutil.copytree(tmp_path / step, copy / step)
     damaged = copy / file.relative_to(tmp_path)
-    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    damaged.write_bytes(damage(damaged.read_bytes(), chance))
     restored = Checkpoints(copy).latest(target())
     assert_is(restored, int(restored.state.step))
+    passed_over += int(restored.state.step) == 1
+  assert passed_over > len(files) * times // 2
+
+
+def test_the_digests_are_those_that_everybody_can_check(tmp_path):
+  fill(tmp_path, [(1, 3.0)]).close()
+  folder = tmp_path / "1"
+  for line in (folder / checkpoint.SUMS_FILE).read_text().splitlines():
+    digest, name = line.split("  ")
+    content = (folder / name).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == digest
+
+
+def test_without_its_digests_a_checkpoint_is_not_trusted(tmp_path, capfd):
+  checkpoints = fill(tmp_path, [(1, None), (2, None)])
+  (tmp_path / "2" / checkpoint.SUMS_FILE).unlink()
+  assert_is(checkpoints.latest(target()), 1)
+  assert checkpoint.SUMS_FILE in capfd.readouterr().err
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+  """What the end of a disk does, at a place of our choice."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 400])
+def test_what_cannot_be_written_is_told(tmp_path, size):
+  checkpoints = fill(tmp_path, [(1, None)])
+  with (
+    files_of_at_most(size),
+    pytest.raises(OSError, match="step 2 could not be saved.*is of step 1"),
+  ):
+    checkpoints.save(make(2), 2, {"data": {"at": 2}})
+    checkpoints.wait()
+  checkpoints.close()
+  assert_is(Checkpoints(tmp_path).latest(target()), 1)
 
 
 def test_read_only_changes_nothing(tmp_path):

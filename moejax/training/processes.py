@@ -1,0 +1,309 @@
+"""Several processes that train one model: how they meet, agree and part.
+
+Every process runs the same program on its own devices and reads its own rows;
+arrays are global. Only the first one talks and writes the small files of a run;
+checkpoints are written by all.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import glob
+import hashlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_Made = TypeVar("_Made")
+
+# Seconds without a sign of life after which a process counts as dead, where no
+# broken connection tells sooner.
+_SILENCE = 30
+# JAX aborts a process that has lost its coordinator, past all handlers of
+# Python. Then this little program, beside it, has the last word.
+_WATCH = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if not sys.stdin.read():
+  print(sys.argv[1], file=sys.stderr, flush=True)
+"""
+_WATCHERS: list[subprocess.Popen] = []
+# The most that the first process tells the others, in bytes.
+_MESSAGE = 2000
+
+
+def join(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Meets the other processes, where there are any.
+
+  What is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID; under SLURM and on a TPU pod JAX finds all three by itself.
+  Without any of that, this process is alone. To be called before any other use
+  of JAX.
+
+  Args:
+    coordinator_address: host:port of the first process.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+
+  Raises:
+    ValueError: some of the three are missing, or do not fit each other.
+    ConnectionError: the others did not come.
+  """
+  given = {
+    "coordinator_address": coordinator_address
+    or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+    "num_processes": _number("JAX_NUM_PROCESSES", num_processes),
+    "process_id": _number("JAX_PROCESS_ID", process_id),
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) == len(given):
+    given = {}
+    if not _started_by_scheduler() and not _on_tpu():
+      return
+  elif missing:
+    raise ValueError(
+      f"--{missing[0]} is missing: to train by several processes give all of"
+      f" {', '.join('--' + name for name in given)} (or JAX_"
+      f"{missing[0].upper()} and so on); give none to train by one."
+    )
+  elif not 0 <= given["process_id"] < given["num_processes"]:
+    raise ValueError(
+      f"--process_id={given['process_id']}, but the"
+      f" {given['num_processes']} processes are numbered from 0 to"
+      f" {given['num_processes'] - 1}."
+    )
+  try:
+    jax.distributed.initialize(
+      **given,
+      heartbeat_timeout_seconds=_SILENCE,
+      shutdown_timeout_seconds=_SILENCE,
+    )
+  except ValueError:
+    # A lone TPU machine may know nothing of a cluster.
+    if given or _started_by_scheduler():
+      raise
+  except jax.errors.JaxRuntimeError as error:
+    raise ConnectionError(
+      f"the processes did not meet ({_first_line(error)}); start all of them"
+      " within five minutes, with one address that each can reach."
+    ) from error
+  if several():
+    _WATCHERS.append(_watcher())
+    atexit.register(_dismiss)
+
+
+def _watcher() -> subprocess.Popen:
+  message = (
+    f"moejax: process {jax.process_index()} of {jax.process_count()} was ended"
+    " from outside or lost another one; start all of them again: they go on"
+    " from the last checkpoint."
+  )
+  command = [sys.executable, "-c", _WATCH, message]
+  return subprocess.Popen(command, stdin=subprocess.PIPE)
+
+
+def _dismiss() -> None:
+  while _WATCHERS:
+    _WATCHERS.pop().communicate(b"all is well")
+
+
+def leave(status: int) -> NoReturn:
+  """Ends this process at once; a closed connection tells the others.
+
+  Not by sys.exit, at which JAX waits for them, and they may wait for this one.
+  What to do next has been said.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  _dismiss()
+  os._exit(status)
+
+
+def _number(name: str, given: int | None) -> int | None:
+  text = os.environ.get(name)
+  if given is not None or text is None:
+    return given
+  try:
+    return int(text)
+  except ValueError:
+    raise ValueError(f"{name} is {text!r}; give a whole number.") from None
+
+
+def _started_by_scheduler() -> bool:
+  return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _on_tpu() -> bool:
+  return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def several() -> bool:
+  """Says whether there are other processes."""
+  return jax.process_count() > 1
+
+
+def first() -> bool:
+  """Says whether this process is the one that talks and writes."""
+  return jax.process_index() == 0
+
+
+def first_does(action: Callable[[], None]) -> None:
+  """Runs `action` on the first process while the others wait.
+
+  Raises:
+    OSError, ValueError: what it raised; on all processes.
+  """
+  error, text = None, ""
+  if first():
+    try:
+      action()
+    except (OSError, ValueError) as caught:
+      error, text = caught, str(caught) or type(caught).__name__
+  if several():
+    text = _told_by_first(text)
+  if error:
+    raise error
+  if text:
+    raise ValueError(f"the first process said: {text}")
+
+
+def _told_by_first(text: str) -> str:
+  message = np.zeros(_MESSAGE, np.uint8)
+  code = np.frombuffer(text.encode()[:_MESSAGE], np.uint8)
+  message[: code.size] = code
+  message = multihost_utils.broadcast_one_to_all(message)
+  return bytes(message).rstrip(b"\0").decode(errors="ignore")
+
+
+def first_then_others(make: Callable[[], _Made]) -> _Made:
+  """Calls `make` on every process, but on the first before all others.
+
+  What it leaves on a disk is then there already for those who share it.
+  """
+  made = []
+  first_does(lambda: made.append(make()))
+  return made[0] if first() else make()
+
+
+def check_same(text: str, what: str) -> None:
+  """Refuses processes that were not started alike.
+
+  Raises:
+    ValueError: on all of them, naming `what` differs.
+  """
+  if not several():
+    return
+  own = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+  if any_of_us(_told_by_first(own) != own):
+    raise ValueError(
+      f"the {what} is not the same on all {jax.process_count()} processes;"
+      " start them by the same command, but for --process_id."
+    )
+
+
+def vote(here: bool, mesh: jax.sharding.Mesh) -> jax.Array:
+  """Makes a global array, an entry a device, of what each process has to say.
+
+  A step that takes it along costs no exchange of its own.
+  """
+  where = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(mesh.axis_names)
+  )
+  local = np.full(jax.local_device_count(), here, np.int32)
+  return jax.make_array_from_process_local_data(where, local, (mesh.size,))
+
+
+def how_many() -> str:
+  """Says how many processes there are, where it is more than one."""
+  count = jax.process_count()
+  return f" of {count} processes" if count > 1 else ""
+
+
+def any_of_us(here: bool) -> bool:
+  """Says whether it is so on any process; all must ask."""
+  if not several():
+    return here
+  return bool(multihost_utils.process_allgather(np.asarray(here)).any())
+
+
+@contextlib.contextmanager
+def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
+  """Ends this process, at once, where another one is lost.
+
+  Waiting for it, in whatever would be tidied up, could take forever.
+
+  Args:
+    goes_on_from: says, for the message, where a new start goes on.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if not several():
+      raise
+    print(
+      f"moejax: process {jax.process_index()} of {jax.process_count()} lost"
+      f" another one ({_first_line(error)}); start all of them again: they go"
+      f" on from {goes_on_from()}.",
+      file=sys.stderr,
+    )
+    leave(1)
+
+
+@contextlib.contextmanager
+def alone_in(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps a second training out of a workdir; lets go when the process ends."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / "lock").open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BlockingIOError(
+        f"another process trains in {workdir}; wait for it, or give another"
+        " --workdir."
+      ) from error
+    yield
+
+
+@contextlib.contextmanager
+def signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+  """Turns SIGTERM and Ctrl-C into a question to ask between two steps."""
+  asked = threading.Event()
+  # Python lets only the main thread set handlers; elsewhere nothing stops it.
+  if threading.current_thread() is not threading.main_thread():
+    yield asked.is_set
+    return
+  before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+  def ask(number, frame):
+    del frame
+    if not asked.is_set():
+      say("stopping after this step; Ctrl-C again leaves at once")
+    asked.set()
+    # Not SIGTERM: make and timeout may each send one, and meant only one.
+    signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+  for number in before:
+    signal.signal(number, ask)
+  try:
+    yield asked.is_set
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]

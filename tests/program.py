@@ -1,0 +1,138 @@
+"""Whole runs of the command line, in processes of their own."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moejax.training import loop, metrics
+
+FROM_CLOCK = {"words_per_second"}
+# Longer than any run here takes, on a busy machine.
+PATIENCE = 300
+
+
+def start(environment, flags, workdir, *more):
+  """Starts `moejax train`; its output is to be read by `communicate`."""
+  command = [sys.executable, "-m", "moejax", "train", *flags, *more]
+  return subprocess.Popen(
+    [*command, f"--workdir={workdir}"],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def start_several(
+  environment, flags, workdir, count, devices, *more, each=None
+):
+  """Starts a run of `count` processes with `devices` fake devices each.
+
+  Args:
+    environment, flags, workdir, more: as for `start`.
+    count: processes.
+    devices: of each.
+    each: further flags of each.
+  """
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  many = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
+  several = (f"--coordinator_address={address}", f"--num_processes={count}")
+  return [
+    start(many, flags, workdir, *more, *several, *own, f"--process_id={number}")
+    for number, own in enumerate(each or [[]] * count)
+  ]
+
+
+def end(processes):
+  """Waits for all of them; returns what they printed."""
+  if isinstance(processes, subprocess.Popen):
+    processes = [processes]
+  outputs = []
+  for process in processes:
+    try:
+      outputs.append(process.communicate(timeout=PATIENCE)[0])
+    except subprocess.TimeoutExpired:
+      for each in processes:
+        each.kill()
+      pytest.fail(f"still running: {process.communicate()[0]}")
+  return outputs
+
+
+def end_well(processes):
+  """Waits for all of them; all must end without a complaint."""
+  outputs = end(processes)
+  every = [processes] if isinstance(processes, subprocess.Popen) else processes
+  for process, output in zip(every, outputs, strict=True):
+    assert process.returncode == 0, output
+  return outputs
+
+
+def wait_for_step(process, workdir, step):
+  """Waits until a step is in the metrics."""
+  path = workdir / metrics.METRICS_FILE
+  while process.poll() is None:
+    lines = metrics.read(path)
+    if lines and lines[-1]["step"] >= step:
+      return
+    time.sleep(0.005)
+  pytest.fail(f"ended before step {step}: {process.communicate()[0]}")
+
+
+def curve(workdir):
+  """The metrics of a run, but for those a clock makes."""
+  return [
+    {name: value for name, value in line.items() if name not in FROM_CLOCK}
+    for line in metrics.read(workdir / metrics.METRICS_FILE)
+  ]
+
+
+def assert_close(got, want, rtol=2e-4):
+  """Curves agree but for rounding; what is counted in words, exactly."""
+  assert len(got) == len(want)
+  for one, other in zip(got, want, strict=True):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+      if isinstance(value, str) or name in ("step", "words"):
+        assert value == other[name], (one, other)
+      else:
+        np.testing.assert_allclose(value, other[name], rtol, 1e-5, err_msg=name)
+
+
+def kept(workdir):
+  """The steps of the checkpoints of a run."""
+  folder = workdir / loop.CHECKPOINTS
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def forget_the_end(workdir):
+  """Makes a finished run one that was killed after its last checkpoint."""
+  (workdir / loop.RESULT_FILE).unlink()
+
+
+def result(workdir):
+  return json.loads((workdir / loop.RESULT_FILE).read_text())
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+  files = [file for file in folder.rglob("*") if file.is_file()]
+  return max(files, key=lambda file: file.stat().st_size)
+
+
+def plain_environment(cache):
+  """What a user's shell has, and a compilation cache to save time."""
+  root = pathlib.Path(__file__).parents[1]
+  return os.environ | {
+    "XLA_FLAGS": "",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "PYTHONPATH": str(root),
+  }

@@ -1,0 +1,154 @@
+"""Whatever dies, and whenever: the resumed curve is the undisturbed one."""
+
+import functools
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import program
+import pytest
+
+from moejax.training import loop
+
+KILLS = 20
+LONG = ("--config.train.steps=120", "--config.train.checkpoint_every=2")
+
+
+@pytest.fixture(scope="module")
+def long_run(start, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("long") / "run"
+  program.end_well(start(workdir, *LONG))
+  return workdir
+
+
+def finish(start, workdir, undisturbed, *flags):
+  """Runs the same command again, to the end."""
+  (output,) = program.end_well(start(workdir, *flags))
+  assert program.curve(workdir) == program.curve(undisturbed)
+  return output
+
+
+def wait_for_draft(process, workdir):
+  """Waits until a checkpoint is being written."""
+  folder = workdir / loop.CHECKPOINTS
+  while process.poll() is None:
+    if list(folder.glob("*.orbax-checkpoint-tmp*")):
+      return True
+  return False
+
+
+def test_fault_killed_at_random_moments(start, long_run, tmp_path):
+  """Within a step, within a save, while starting: all in one run's life."""
+  chance = random.Random(0)
+  workdir = tmp_path / "run"
+  steps = sorted(chance.sample(range(1, 115), KILLS))
+  saves = 0
+  for number, step in enumerate(steps):
+    process = start(workdir, *LONG)
+    if number % 10 == 4:
+      time.sleep(chance.uniform(0, 6))
+    else:
+      program.wait_for_step(process, workdir, step)
+      if number % 2:
+        saves += wait_for_draft(process, workdir)
+      time.sleep(chance.uniform(0, 0.03))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+  assert saves >= KILLS // 4
+  finish(start, workdir, long_run, *LONG)
+
+
+def flip_a_bit(file, chance):
+  content = bytearray(file.read_bytes())
+  content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+  file.write_bytes(content)
+
+
+def cut_in_half(file, chance):
+  del chance
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half])
+def test_fault_damaged_checkpoint_is_passed_over(
+  start, whole, tmp_path, damage
+):
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  newest = workdir / loop.CHECKPOINTS / "12"
+  damage(program.largest_file(newest), random.Random(1))
+  program.forget_the_end(workdir)
+  output = finish(start, workdir, whole[0])
+  assert "checkpoint of step 12 cannot be read" in output
+  assert "at step 9 of 12" in output
+
+
+def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
+  """A limit on the size of a file stands in for the end of the disk."""
+  workdir = tmp_path / "run"
+  process = start(workdir)
+  program.wait_for_step(process, workdir, 4)
+  process.send_signal(signal.SIGTERM)
+  program.end_well(process)
+  before = program.kept(workdir)
+  folder = workdir / loop.CHECKPOINTS / str(before[-1])
+  limit = program.largest_file(folder).stat().st_size // 2
+  command = [sys.executable, "-m", "moejax", "train", *small_flags]
+  full = subprocess.run(
+    [*command, f"--workdir={workdir}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=program.PATIENCE,
+    preexec_fn=functools.partial(
+      resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)
+    ),
+  )
+  assert full.returncode == 1, full.stderr
+  message = full.stderr.splitlines()[-1]
+  assert "could not be saved" in message and "Make room" in message
+  assert f"the last one in {workdir / loop.CHECKPOINTS} is of step" in message
+  assert program.kept(workdir) == before
+  finish(start, workdir, whole[0])
+
+
+# Not by the data: word ids cannot be NaN.
+NAN_AT_STEP_8 = textwrap.dedent("""
+  import jax
+  from moejax import main
+  from moejax.training import step
+  place, calls = step.train_step, []
+
+  def broken(state, batch, **options):
+    state, metrics = place(state, batch, **options)
+    bad = state.step == 8
+    params = jax.tree.map(
+      lambda w: jax.numpy.where(bad, jax.numpy.nan, w), state.params
+    )
+    loss = jax.numpy.where(bad, jax.numpy.nan, metrics["loss"])
+    return state._replace(params=params), metrics | {"loss": loss}
+
+  step.train_step = broken
+  main.console()
+""")
+
+
+def test_fault_not_a_number(start, environment, small_flags, whole, tmp_path):
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-c", NAN_AT_STEP_8, "train", *small_flags]
+  broken = subprocess.run(
+    [*command, f"--workdir={workdir}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=program.PATIENCE,
+  )
+  assert broken.returncode == 1, broken.stderr
+  assert "loss became nan at step 8; checkpoint 6 was saved" in broken.stderr
+  assert program.kept(workdir)[-1] == 6
+  finish(start, workdir, whole[0])
