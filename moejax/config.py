@@ -16,7 +16,7 @@ from moejax import files as files_lib
 from moejax import losses, named, sharding
 from moejax.data import corpora, text, vocab
 from moejax.models.build import MODELS
-from moejax.training import optim
+from moejax.training import optim, step
 
 Config = ConfigDict
 CONFIG_FILE = "config.json"
@@ -29,6 +29,8 @@ class Train(NamedTuple):
   Attributes:
     steps: updates in all.
     microbatches: parts of a batch whose gradients are added up.
+    balance_over: what the balance losses are taken over, each "microbatch" or
+      the whole "batch", see `step.train_step`.
     log_every: steps between lines of metrics.
     eval_every: steps between validations.
     checkpoint_every: steps between checkpoints.
@@ -37,6 +39,7 @@ class Train(NamedTuple):
 
   steps: int
   microbatches: int = 1
+  balance_over: str = "microbatch"
   log_every: int = 10
   eval_every: int = 100
   checkpoint_every: int = 100
@@ -103,7 +106,10 @@ def aux(config: ConfigDict) -> tuple[dict[str, float], str]:
 def train(config: ConfigDict) -> Train:
   """Reads the section `train`."""
   values = named.make(Train, config.train.to_dict(), "config.train")
-  for name, value in values._asdict().items():
+  numbers = values._asdict()
+  over = numbers.pop("balance_over")
+  named.known(over, step.BALANCE_OVER, "config.train.balance_over")
+  for name, value in numbers.items():
     if value < 1:
       raise ValueError(f"config.train.{name} is {value}; give 1 or more.")
   return values
@@ -199,10 +205,46 @@ OPTIMIZERS = {"adam": _adam}
 
 
 def layout(config: ConfigDict) -> sharding.Layout:
-  """Finds the layout by name."""
-  return sharding.LAYOUTS[
-    named.known(config.layout, sharding.LAYOUTS, "config.layout")
-  ]
+  """Finds the layout by name, or makes the one that the section describes.
+
+  A section has a `mesh_shape`, as those of `sharding.LAYOUTS`; `rules`, what it
+  changes of `sharding.RULES`, from a logical axis to a mesh axis, a list of
+  them, or None; and a `name` for reports.
+
+  Raises:
+    ValueError: names what does not exist, and the nearest that does.
+  """
+  if isinstance(config.layout, str):
+    return sharding.LAYOUTS[
+      named.known(config.layout, sharding.LAYOUTS, "config.layout")
+    ]
+  section = config.layout.to_dict()
+  name = section.pop("name", "own")
+  return named.make(_layout, section, "config.layout", name=name)
+
+
+def _layout(
+  name,
+  mesh_shape: Sequence[int],
+  rules: Mapping[str, str | Sequence[str] | None] | None = None,
+) -> sharding.Layout:
+  shape = tuple(mesh_shape)
+  sound = all(isinstance(n, int) and (n > 0 or n == -1) for n in shape)
+  if not sound or len(shape) != 3 or shape.count(-1) > 1:
+    raise ValueError(
+      f"config.layout.mesh_shape is {shape}; give the number of devices along"
+      f" {', '.join(sharding.MESH_AXES)}, with -1 for at most one of them."
+    )
+  rules = rules or {}
+  named.refuse_unknown(rules, sharding.RULES, "config.layout.rules")
+  changes = {}
+  for axis, over in rules.items():
+    # A config of JSON has lists.
+    changes[axis] = over if isinstance(over, str | None) else tuple(over)
+    for mesh_axis in (over,) if isinstance(over, str) else over or ():
+      where = f"config.layout.rules.{axis}"
+      named.known(mesh_axis, dict.fromkeys(sharding.MESH_AXES), where)
+  return sharding.Layout(name, shape, sharding.rules(**changes))
 
 
 # -- what a workdir remembers -------------------------------------------------
@@ -210,6 +252,8 @@ def layout(config: ConfigDict) -> sharding.Layout:
 
 def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Refuses to go on in a workdir with another config than it was made with.
+
+  Only the layout may change.
 
   Raises:
     ValueError: shows where the two differ.
@@ -221,7 +265,8 @@ def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
   lines = [
     f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
     for name in sorted(old | new)
-    if old.get(name) != new.get(name)
+    # A run may move to other devices; it computes the same there.
+    if old.get(name) != new.get(name) and not name.startswith("config.layout")
   ]
   if lines:
     raise ValueError(

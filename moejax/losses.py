@@ -64,10 +64,9 @@ def switch_balance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
     real = _real(level)[..., None]
 
     def add(x):
-      x = _split(jnp.where(real, x, 0).sum(axis=1), level)
-      return _add_groups(x, scope, axis=1)
+      return _add_groups(jnp.where(real, x, 0).sum(axis=2), scope, axis=1)
 
-    tokens = add(jnp.ones((1, 1, 1), jnp.float32))[..., 0]
+    tokens = add(jnp.ones_like(real, jnp.float32))[..., 0]
     first = add(jax.nn.one_hot(jnp.argmax(level.logits, axis=-1), E))
     chance = add(jax.nn.softmax(level.logits))
     value = E * (first * chance).sum(axis=-1) / jnp.maximum(tokens, 1)
@@ -107,17 +106,17 @@ def threshold(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   def of_level(level):
     if level.thresholds is None:
       return jnp.zeros((), jnp.float32)
-    S, E = level.logits.shape[1:]
+    S, E = level.logits.shape[-2:]
 
     def one_group(token, expert):
       mask = jnp.zeros((S, E), jnp.float32)
       return mask.at[token, expert].set(1, mode="drop")
 
     token, expert = level.assignment.tokens(S), level.assignment.expert
-    chosen = _split(jax.vmap(one_group)(token, expert), level)
-    X = _split(jax.lax.stop_gradient(jax.nn.softmax(level.logits)), level)
+    chosen = jax.vmap(jax.vmap(one_group))(token, expert)
+    X = jax.lax.stop_gradient(jax.nn.softmax(level.logits))
     T = level.thresholds.reshape(-1, 1, 1, E)
-    above = (X > T) & _split(_real(level), level)[..., None]
+    above = (X > T) & _real(level)[..., None]
     return ((above.astype(jnp.float32) - chosen) * (X - T)).sum()
 
   return _over_levels(of_level, routing)
@@ -330,7 +329,17 @@ def _load(routing: Routing, scope: str) -> Float[Array, "_ E"]:
 
 
 def _levels(routing: Routing) -> list[Routing]:
-  return [*(() if routing.primary is None else (routing.primary,)), routing]
+  """The levels, each with an axis of mixtures in front: P of them, or 1."""
+  if routing.primary is not None:
+    return [*_levels(routing.primary), routing]
+  mask = routing.mask
+  return [
+    routing._replace(
+      assignment=jax.tree.map(lambda a: a[None], routing.assignment),
+      logits=routing.logits[None],
+      mask=None if mask is None else mask[None],
+    )
+  ]
 
 
 def _over_levels(
@@ -347,23 +356,13 @@ def _learns(found: list[Routing], field: str) -> bool:
   )
 
 
-def _split(x: Array, level: Routing) -> Array:
-  """[P * G, ...] -> [P, G, ...], P mixtures side by side; or P is 1.
-
-  The rows of a secondary level are the token groups of the first group of
-  experts, then those of the second.
-  """
-  mixtures = 1 if level.primary is None else level.primary.logits.shape[-1]
-  return x.reshape(mixtures, -1, *x.shape[1:])
-
-
-def _real(level: Routing) -> Bool[Array, "G S"]:
+def _real(level: Routing) -> Bool[Array, "P G S"]:
   if level.mask is None:
-    return jnp.ones(level.logits.shape[:2], bool)
+    return jnp.ones(level.logits.shape[:-1], bool)
   return level.mask
 
 
-def _mean(x: Float[Array, "G S"], level: Routing) -> Float[Array, ""]:
+def _mean(x: Float[Array, "P G S"], level: Routing) -> Float[Array, ""]:
   """The mean over real tokens, 0 without any."""
   real = _real(level)
   tokens = jnp.maximum(real.sum().astype(x.dtype), 1)

@@ -1,7 +1,5 @@
 """The layer: group, route, dispatch, and report what was decided."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -303,9 +301,6 @@ def _flatten(
   """Makes one decision over all P * Q experts of the P groups' own."""
   P, G, C, Q = inner.logits.shape
 
-  def merge(value: Any) -> Any:
-    return None if value is None else value.reshape(P * G, *value.shape[2:])
-
   def flat(value):
     return value.swapaxes(0, 1).reshape(G, P * Q)
 
@@ -319,15 +314,11 @@ def _flatten(
       of_edge * assignment.gate, assignment.expert, Q
     )
 
-  # Before groups and mixtures become one axis, which no mesh can split.
   importance = jax.vmap(importance_of)(inner.assignment, gate)
-  return Routing(
-    type(inner.assignment)(*map(merge, inner.assignment)),
-    merge(inner.logits),
+  return inner._replace(
     importance=flat(importance),
     load=flat(inner.load),
     count=flat(inner.count),
-    mask=merge(inner.mask),
     thresholds=in_a_row(inner.thresholds),
     bias=in_a_row(inner.bias),
     dropped=flat(inner.dropped),

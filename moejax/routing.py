@@ -13,6 +13,8 @@ class Assignment(NamedTuple):
   An expert that is full takes no more edges, so their order is a priority. No
   token visits an expert twice.
 
+  Within groups of experts (app. B) there is an axis P of these in front.
+
   Attributes:
     expert: where each edge leads; E marks an unused edge.
     gate: the combine weight G(x)_e of each edge (eq. 1), 0 on unused ones.
@@ -20,15 +22,15 @@ class Assignment(NamedTuple):
       a then is choice a // S of token a % S. Dispatchers need no scatter there.
   """
 
-  expert: Int[Array, "G A"]
-  gate: Float[Array, "G A"]
-  token: Int[Array, "G A"] | None = None
+  expert: Int[Array, "*P G A"]
+  gate: Float[Array, "*P G A"]
+  token: Int[Array, "*P G A"] | None = None
 
-  def tokens(self, tokens_per_group: int) -> Int[Array, "G A"]:
+  def tokens(self, tokens_per_group: int) -> Int[Array, "*P G A"]:
     """Returns the token of each edge, whoever chose."""
     if self.token is not None:
       return self.token
-    token = jnp.arange(self.expert.shape[1], dtype=jnp.int32)
+    token = jnp.arange(self.expert.shape[-1], dtype=jnp.int32)
     return jnp.broadcast_to(token % tokens_per_group, self.expert.shape)
 
 
@@ -49,16 +51,18 @@ class Routing(NamedTuple):
     bias: what a loss-free router adds to the scores, where it is learning it.
     dropped: the edges that capacity turned away; the layer fills it in.
     dropped_first: those of `dropped` that were their token's first choice.
-    primary: the decision between groups of experts, where this one was made
-      within them (app. B); its experts are then those of all groups, flat.
+    primary: the decision between P groups of experts, where this one was made
+      within them (app. B). Sums, thresholds and biases are then those of the
+      experts of all groups, flat; assignment, logits and mask are each group's
+      own, side by side: no mesh could split P and G as one axis.
   """
 
   assignment: Assignment
-  logits: Float[Array, "G S E"]
+  logits: Float[Array, "*P G S E"]
   importance: Float[Array, "G E"]
   load: Float[Array, "G E"]
   count: Float[Array, "G E"]
-  mask: Bool[Array, "G S"] | None = None
+  mask: Bool[Array, "*P G S"] | None = None
   thresholds: Float[Array, "E"] | None = None
   bias: Float[Array, "E"] | None = None
   dropped: Float[Array, "G E"] | None = None
@@ -126,4 +130,40 @@ def decision(
     load=count,
     count=count,
     mask=mask,
+  )
+
+
+def join(parts: Routing) -> Routing:
+  """Makes one decision of those of M batches, which are stacked in front.
+
+  It has the groups of all. Those of the same place in their batches follow
+  each other, and so stay on the device where they lie.
+  """
+
+  def merge(value, axis=0):
+    """[M, G, ...] -> [G * M, ...]; past an axis P in front of G, if any."""
+
+    def one(x):
+      x = jnp.moveaxis(x, 0, axis + 1)
+      return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    return jax.tree.map(one, value)
+
+  def first(value):
+    # What is learned is the same in every batch.
+    return jax.tree.map(lambda x: x[0], value)
+
+  axis = 0 if parts.primary is None else 1
+  return Routing(
+    merge(parts.assignment, axis),
+    merge(parts.logits, axis),
+    importance=merge(parts.importance),
+    load=merge(parts.load),
+    count=merge(parts.count),
+    mask=merge(parts.mask, axis),
+    thresholds=first(parts.thresholds),
+    bias=first(parts.bias),
+    dropped=merge(parts.dropped),
+    dropped_first=merge(parts.dropped_first),
+    primary=None if parts.primary is None else join(parts.primary),
   )

@@ -24,9 +24,10 @@ class Layout:
   """How logical array axes lie over the mesh axes.
 
   Attributes:
-    name: how configs call it.
+    name: what reports call it.
     mesh_shape: devices along (data, expert, model); -1 takes what is left.
-    rules: pairs of a logical axis and the mesh axis or axes it is split over.
+    rules: pairs of a logical axis and the mesh axis or axes it is split over,
+      best made by `rules`.
   """
 
   name: str
@@ -34,39 +35,65 @@ class Layout:
   rules: tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
-# Every device is a data replica for the layers around the experts (sec. 3.1),
-# so batch and groups are split over both axes. "group_away" is the group axis
-# of tokens that have travelled to their experts.
-_SHARED = (
-  ("batch", ("data", "expert")),
-  ("group", ("data", "expert")),
-  ("embed", None),
-  ("hidden", "model"),
-  ("mlp", "model"),
-  ("vocab", "model"),
-)
+# Most layouts differ in the shape of their mesh alone: an axis of one device
+# splits nothing.
+RULES = {
+  # Every device is a data replica for the layers around the experts (sec. 3.1).
+  # Experts come last, so that on its way to them a group leaves the last axis.
+  "batch": ("data", "model", "expert"),
+  "group": ("data", "model", "expert"),
+  # Of tokens that have been sent to one of their expert's devices, and of those
+  # that each of its devices has a copy of. By default what is left of "group"
+  # without the axes of "expert", and without those of "mlp".
+  "group_sent": ("data", "model"),
+  "group_away": ("data",),
+  "expert": "expert",
+  "embed": None,
+  "mlp": "model",
+  # The four gates of an LSTM are one axis: half of it would be two gates. And
+  # few vocabularies divide.
+  "hidden": None,
+  "vocab": None,
+  # No axis of its own: the largest axis that divides, of every parameter.
+  "at_rest": None,
+}
+
+
+def rules(
+  **changes: str | tuple[str, ...] | None,
+) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
+  """Returns the rules of a layout: `RULES`, with changes.
+
+  Groups lie as the batch does unless they are said to lie elsewhere.
+  """
+  table = RULES | changes
+  left = changes.get("group", table["batch"])
+  follow = {"group": left}
+  for name, to in (("group_sent", "expert"), ("group_away", "mlp")):
+    left = tuple(axis for axis in _axes(left) if axis not in _axes(table[to]))
+    follow[name] = left or None
+  return tuple((table | follow | changes).items())
+
+
+def _axes(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes that one axis is split over."""
+  return (over,) if isinstance(over, str) else over or ()
+
 
 LAYOUTS = {
   layout.name: layout
   for layout in (
     # Pure data parallelism: every device holds every expert.
-    Layout(
-      "replicated",
-      (-1, 1, 1),
-      (*_SHARED, ("expert", None), ("group_away", ("data", "expert"))),
-    ),
+    Layout("replicated", (-1, 1, 1), rules()),
     # The paper's (sec. 3.1): one copy of each expert over all devices.
-    Layout(
-      "expert",
-      (1, -1, 1),
-      (*_SHARED, ("expert", "expert"), ("group_away", "data")),
-    ),
+    Layout("expert", (1, -1, 1), rules()),
     # Two replicas of the expert set, each split over half the devices.
-    Layout(
-      "data_expert",
-      (2, -1, 1),
-      (*_SHARED, ("expert", "expert"), ("group_away", "data")),
-    ),
+    Layout("data_expert", (2, -1, 1), rules()),
+    # Two devices share an expert: each has half of its hidden units.
+    Layout("expert_model", (1, -1, 2), rules()),
+    # Data parallelism with one copy of the parameters, which lie split over all
+    # devices, their optimiser state with them (see `gathered`).
+    Layout("fsdp", (-1, 1, 1), rules(at_rest="data")),
   )
 }
 
@@ -77,10 +104,12 @@ def make_mesh(
   """Arranges the devices (all of them by default) as the layout asks.
 
   A fixed axis of the layout shrinks to 1 on a single device, so that every
-  layout runs from one device up.
+  layout runs from one device up. Devices lie in the order of the batch, the
+  last axis being that of experts: rows that a process reads are its devices'.
 
   Raises:
-    ValueError: the devices do not divide into the mesh shape.
+    ValueError: the devices do not divide into the mesh shape, or parameters
+      are split where they rest and where they are used.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
   shape = list(layout.mesh_shape) if devices.size > 1 else [1, 1, 1]
@@ -99,7 +128,32 @@ def make_mesh(
       f" {tuple(shape)} over {MESH_AXES}, but there are {devices.size};"
       " put -1 for the axis that may grow."
     )
-  return jax.sharding.Mesh(devices.reshape(shape), MESH_AXES)
+  data, expert, model = shape
+  devices = devices.reshape(data, model, expert).swapaxes(1, 2)
+  mesh = jax.sharding.Mesh(devices, MESH_AXES)
+  _check_gathers_whole(layout, mesh)
+  return mesh
+
+
+def _check_gathers_whole(layout: Layout, mesh: jax.sharding.Mesh) -> None:
+  table = RULES | dict(layout.rules)
+  if not table["at_rest"]:
+    return
+  for axis in ("expert", "embed", "mlp", "hidden", "vocab"):
+    parts = _parts(table[axis], mesh)
+    if parts > 1:
+      raise ValueError(
+        f"layout {layout.name!r} splits parameters over {table['at_rest']!r}"
+        f" at rest, which are gathered whole for use, and {axis!r} over {parts}"
+        " devices in use; choose one of the two."
+      )
+
+
+def _parts(
+  over: str | tuple[str, ...] | None,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> int:
+  return math.prod(mesh.shape[name] for name in _axes(over))
 
 
 @contextlib.contextmanager
@@ -138,8 +192,7 @@ def _check_divides(
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> None:
   for axis, size, over in zip(axes, shape, spec, strict=False):
-    names = (over,) if isinstance(over, str) else over or ()
-    parts = math.prod(mesh.shape[name] for name in names)
+    parts = _parts(over, mesh)
     if size % parts:
       raise ValueError(
         f"the {axis!r} axis has {size} entries, which do not divide over"
@@ -171,27 +224,14 @@ def manual(
   def specs(tree):
     return jax.tree.map(nn.logical_to_mesh_axes, tree, is_leaf=is_axes)
 
-  in_specs = specs(in_axes)
-  used = {name for spec in jax.tree.leaves(in_specs) for name in _names(spec)}
-
-  def on_device(*args):
-    # What every device has a copy of is its own from here on, so that its
-    # gradient is summed once, over the finished copies.
-    def own(x, spec):
-      whole = tuple(sorted(used - set(_names(spec))))
-      return jax.lax.pcast(x, whole, to="varying") if whole else x
-
-    return fn(*jax.tree.map(own, args, in_specs))
-
+  # The kernels that come with JAX do not say over which axes they vary.
   return jax.shard_map(
-    on_device, mesh=mesh, in_specs=in_specs, out_specs=specs(out_axes)
+    fn,
+    mesh=mesh,
+    in_specs=specs(in_axes),
+    out_specs=specs(out_axes),
+    check_vma=False,
   )
-
-
-def _names(spec: jax.sharding.PartitionSpec) -> Iterator[str]:
-  """Yields the mesh axes of a spec."""
-  for over in spec:
-    yield from (over,) if isinstance(over, str) else over or ()
 
 
 # Whether the code being traced runs once for each expert.
@@ -211,8 +251,8 @@ def splits_experts() -> bool:
   if _IN_EXPERT.get():
     return True
   mesh = jax.sharding.get_abstract_mesh()
-  axis = dict(nn.get_logical_axis_rules()).get("expert")
-  return not mesh.empty and axis is not None and mesh.shape[axis] > 1
+  axes = dict(nn.get_logical_axis_rules()).get("expert")
+  return not mesh.empty and _parts(axes, mesh) > 1
 
 
 def over_experts(
@@ -249,8 +289,53 @@ def over_experts(
   return run
 
 
+# Cheaper to do again than to keep.
+_CASTS = ("convert_element_type", "reshape", "transpose")
+
+
+def gathered(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Lets fn(params, ...) take parameters as they lie at rest.
+
+  Where a layout splits them at rest ("fsdp") each is gathered where `fn` uses
+  it, and again in the backward pass (ZeRO-3, 1910.02054): between the two only
+  the parts are kept, and every gradient is summed up in parts. So no more than
+  the parameters at work need be whole on a device. Elsewhere they rest where
+  they are used, and this is `fn` itself.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  at_rest = dict(nn.get_logical_axis_rules()).get("at_rest")
+  if mesh.empty or _parts(at_rest, mesh) == 1:
+    return fn
+  whole = jax.sharding.PartitionSpec()
+
+  def keep(primitive, *_, **params):
+    if primitive.name == "sharding_constraint":
+      return any(params["sharding"].spec)
+    return primitive.name not in _CASTS
+
+  def run(params, *args):
+    # Else XLA gathers all of them before a loop over microbatches.
+    params, args = jax.lax.optimization_barrier((params, args))
+    params = jax.tree.map(
+      lambda w: jax.lax.with_sharding_constraint(w, whole), params
+    )
+    return fn(params, *args)
+
+  return jax.checkpoint(run, policy=keep)
+
+
+def unbox(boxed_tree: Any) -> Any:
+  """Takes the logical names off.
+
+  Within `use` flax's own would ask for every parameter to lie as it is used,
+  whole where it only rests in parts.
+  """
+  with nn.logical_axis_rules(()):
+    return nn.unbox(boxed_tree)
+
+
 def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
-  """Returns the sharding of every leaf of a tree with logical axis names.
+  """Returns the sharding at rest of every leaf of a tree with logical names.
 
   Raises:
     ValueError: an axis does not divide by the devices it is split over.
@@ -259,6 +344,19 @@ def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
   def is_boxed(leaf):
     return isinstance(leaf, nn.LogicallyPartitioned)
 
+  at_rest = dict(layout.rules).get("at_rest")
+  parts = _parts(at_rest, mesh)
+  if parts > 1:
+
+    def split(leaf):
+      shape = (leaf.value if is_boxed(leaf) else leaf).shape
+      fit = [size * (size % parts == 0) for size in shape]
+      spec = [None] * len(shape)
+      if any(fit):
+        spec[np.argmax(fit)] = at_rest
+      return jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return jax.tree.map(split, boxed_tree, is_leaf=is_boxed)
   for leaf in jax.tree.leaves(boxed_tree, is_leaf=is_boxed):
     if is_boxed(leaf):
       spec = nn.logical_to_mesh_axes(leaf.names, layout.rules)
@@ -278,4 +376,10 @@ def batch_sharding(
   """
   spec = nn.logical_to_mesh_axes(("batch",), layout.rules)
   _check_divides(("batch",), (batch_size,), spec, mesh)
+  return jax.sharding.NamedSharding(mesh, spec)
+
+
+def device_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Returns how an array with one entry a device lies."""
+  spec = jax.sharding.PartitionSpec(mesh.axis_names)
   return jax.sharding.NamedSharding(mesh, spec)

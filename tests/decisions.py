@@ -63,10 +63,24 @@ def make_mask(seed, rows, padding):
   return jnp.asarray(real)
 
 
+def within(secondary, primary):
+  """Makes two levels of a decision in rows, those of the first group first."""
+
+  def in_groups(x):
+    return x.reshape(primary.logits.shape[-1], -1, *x.shape[1:])
+
+  return secondary._replace(
+    assignment=jax.tree.map(in_groups, secondary.assignment),
+    logits=in_groups(secondary.logits),
+    mask=None if secondary.mask is None else in_groups(secondary.mask),
+    primary=primary,
+  )
+
+
 def make_hierarchy():
   primary = make_level(3, G, P, (G, P), make_mask(3, G, 1))
   secondary = make_level(4, P * G, Q, (G, P * Q), make_mask(4, P * G, 5))
-  return drop(secondary)._replace(primary=drop(primary))
+  return within(drop(secondary), drop(primary))
 
 
 CASES = {
@@ -97,25 +111,24 @@ def levels(decision):
 
 def tokens(level, mixtures):
   """The real tokens' logits of a level, of each group [G] and mixture [P]."""
-  mask = level.mask
-  if mask is None:
-    mask = np.ones(level.logits.shape[:2], bool)
-  groups = len(mask) // mixtures
-  real = [
-    logits[of_row] for logits, of_row in zip(level.logits, mask, strict=True)
-  ]
+  tokens, experts = level.logits.shape[-2:]
+  logits = level.logits.reshape(mixtures, -1, tokens, experts)
+  mask = np.ones(logits.shape[:-1], bool)
+  if level.mask is not None:
+    mask = level.mask.reshape(mask.shape)
   return [
-    [real[p * groups + g] for p in range(mixtures)] for g in range(groups)
+    [logits[p, g][mask[p, g]] for p in range(mixtures)]
+    for g in range(logits.shape[1])
   ]
 
 
-def edges(level, row):
-  """The edges of one row, in the loops' form."""
-  tokens, experts = level.logits.shape[1:]
-  expert = level.assignment.expert[row]
+def edges(level, at):
+  """The edges of one group, in the loops' form; `at` is g, or (p, g)."""
+  tokens, experts = level.logits.shape[-2:]
+  expert = level.assignment.expert[at]
   token = np.arange(expert.size) % tokens
   if level.assignment.token is not None:
-    token = level.assignment.token[row]
+    token = level.assignment.token[at]
   return [
     (s, e, 0.0) for s, e in zip(token, expert, strict=True) if e < experts
   ]
@@ -129,7 +142,7 @@ def hide(decision):
     sums = ("importance", "load", "count", "dropped", "dropped_first")
     return level._replace(
       assignment=level.assignment._replace(expert=unused),
-      mask=jnp.zeros(level.logits.shape[:2], bool),
+      mask=jnp.zeros(level.logits.shape[:-1], bool),
       **dict.fromkeys(sums, jnp.zeros_like(level.count)),
     )
 

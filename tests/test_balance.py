@@ -133,8 +133,8 @@ def test_drops_of_a_hierarchy_are_those_of_its_leaves():
   assert lost[True] and lost[False]
   above = decisions.make_level(0, 1, P, (1, P))._replace(**count([primary], P))
   below = decisions.make_level(0, P, 3, (1, P * 3))
-  below = below._replace(**count(secondary, 3), primary=above)
-  got = losses.balance(below)
+  below = below._replace(**count(secondary, 3))
+  got = losses.balance(decisions.within(below, above))
   want = {
     "dropped_fraction": leaves - computed,
     "dropped_first_fraction": lost[True],
@@ -166,9 +166,10 @@ def hierarchy(turn):
   share = secondary.count / secondary.logits.shape[1]
   leaves = (share * reached).reshape(P, G, Q).swapaxes(0, 1).reshape(G, -1)
   mask = jnp.broadcast_to(reached > 0, secondary.logits.shape[:2])
-  return secondary._replace(
-    importance=leaves, load=leaves, count=leaves, mask=mask, primary=primary
+  secondary = secondary._replace(
+    importance=leaves, load=leaves, count=leaves, mask=mask
   )
+  return decisions.within(secondary, primary)
 
 
 @pytest.mark.parametrize("scope", losses.SCOPES)

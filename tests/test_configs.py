@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from moejax import config as config_lib
-from moejax.data import text
+from moejax import sharding
+from moejax.data import text, vocab
 from moejax.training import optim
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -92,6 +93,65 @@ def test_scope_of_the_balance_losses():
   config.aux.scope = "grop"
   with pytest.raises(ValueError, match="'grop'; choose 'batch' or 'group'"):
     config_lib.check(config)
+
+
+def own_layout(**fields):
+  config = load("tiny.py")
+  with config.unlocked():
+    del config["layout"]
+    config.layout = fields
+  return config
+
+
+def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
+  config = own_layout(
+    mesh_shape=(2, -1, 1), rules={"group": ("data", "expert"), "expert": None}
+  )
+  config_lib.check(config)
+  layout = config_lib.layout(config)
+  assert layout.mesh_shape == (2, -1, 1)
+  want = sharding.RULES | {
+    "group": ("data", "expert"),
+    "group_sent": ("data", "expert"),
+    "group_away": ("data", "expert"),
+    "expert": None,
+  }
+  assert dict(layout.rules) == want
+  # The config of a run is read from JSON, which has no tuples.
+  config_lib.remember(config, vocab.Vocabulary.build(["a a"], 1), tmp_path)
+  config_lib.check_same(config, tmp_path)
+  recalled = config_lib.recall(tmp_path)
+  assert config_lib.layout(recalled) == layout
+
+
+def test_a_layout_of_ones_own_can_be_a_known_one():
+  config = own_layout(name="mine", mesh_shape=(1, -1, 2))
+  layout = config_lib.layout(config)
+  assert layout.name == "mine"
+  assert layout.rules == sharding.LAYOUTS["expert_model"].rules
+
+
+@pytest.mark.parametrize(
+  "fields, complaint",
+  [
+    ({"mesh_shap": (1, 1, 1)}, r"layout\.mesh_shap .*layout\.mesh_shape"),
+    ({}, r"config\.layout\.mesh_shape is missing"),
+    ({"mesh_shape": (1, -1)}, r"is \(1, -1\); give .* data, expert, model"),
+    ({"mesh_shape": (-1, -1, 1)}, "at most one"),
+    ({"mesh_shape": (0, -1, 1)}, r"is \(0, -1, 1\)"),
+    (
+      {"mesh_shape": (1, -1, 1), "rules": {"exprt": "expert"}},
+      r"rules\.exprt does not exist; the nearest is .*\.expert\.",
+    ),
+    (
+      {"mesh_shape": (1, -1, 1), "rules": {"mlp": ("expert", "modl")}},
+      r"rules\.mlp is 'modl'; .*nearest is 'model'",
+    ),
+  ],
+)
+def test_a_layout_that_cannot_be(fields, complaint):
+  with pytest.raises(ValueError, match=complaint):
+    config_lib.check(own_layout(**fields))
 
 
 def test_schedule_is_the_configs():

@@ -390,10 +390,11 @@ def test_a_trip_there_and_back(name, kind):
 def test_auto_is_what_measured_fastest(
   backend, capacity, needs_slots, want, monkeypatch
 ):
-  """Where experts are split over devices, slots."""
+  """Where experts are split over devices, slots, but not S of them each."""
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   assert dispatch.fastest(capacity, needs_slots) == want
-  for name, expected in (("replicated", want), ("expert", "gather")):
+  split = want if capacity is None else "gather"
+  for name, expected in (("replicated", want), ("expert", split)):
     layout = sharding.LAYOUTS[name]
     with sharding.use(layout, sharding.make_mesh(layout)):
       assert dispatch.fastest(capacity, needs_slots) == expected

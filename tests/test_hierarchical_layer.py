@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import experts, losses, moe, router
+from moejax import experts, losses, moe, router, sharding
 
 P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
 MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 7 > 0)
@@ -90,10 +90,10 @@ def test_every_group_draws_its_own_noise():
   zeros = jax.tree.map(jnp.zeros_like, draw(module, shape))
   run = jax.jit(functools.partial(apply, module, train=True))
   noise = run(zeros, inputs(shape))[1].logits / (math.log(2) + 1e-2)
-  assert noise.shape == (P * groups, tokens, Q)
+  assert noise.shape == (P, groups, tokens, Q)
   assert len(np.unique(noise)) > 0.99 * noise.size
-  np.testing.assert_allclose(noise.mean(axis=(1, 2)), 0, atol=0.25)
-  np.testing.assert_allclose(noise.std(axis=(1, 2)), 1, atol=0.2)
+  np.testing.assert_allclose(noise.mean(axis=(2, 3)), 0, atol=0.25)
+  np.testing.assert_allclose(noise.std(axis=(2, 3)), 1, atol=0.2)
 
 
 def equations(jaxpr):
@@ -188,9 +188,9 @@ def test_every_router_serves_at_either_level(kind):
 
   y, routing = jax.eval_shape(run)
   assert y.shape == (G, S, D)
-  C = routing.logits.shape[1]
-  assert routing.logits.shape == (P * G, C, Q)
-  assert routing.mask.shape == (P * G, C)
+  C = routing.logits.shape[2]
+  assert routing.logits.shape == (P, G, C, Q)
+  assert routing.mask.shape == (P, G, C)
   for name in ("importance", "load", "count", "dropped", "dropped_first"):
     assert getattr(routing, name).shape == (G, P * Q)
     assert getattr(routing.primary, name).shape == (G, P)
@@ -244,3 +244,27 @@ def test_ids_do_not_travel_to_groups():
   module = layer(secondary=mixture(router.Hash(Q, K)))
   with pytest.raises(ValueError, match=f"over {Q} experts.*no ids"):
     jax.eval_shape(lambda: module.init(KEY, inputs(), ids=IDS))
+
+
+@pytest.mark.parametrize("name", ["replicated", "data_expert"])
+def test_devices_judge_the_balance_without_fetching_tokens(name):
+  """Logits stay where they are, though both levels' losses read them."""
+  layout = sharding.LAYOUTS[name]
+  mesh = sharding.make_mesh(layout)
+  gate = functools.partial(router.NoisyTopK, k=K)
+  module = layer(gate(8), mixture(gate(8), experts.FeedForward(8, F)))
+  x = inputs((8, S))
+  weights = dict.fromkeys(("importance", "load", "switch_balance", "z"), 0.1)
+
+  def judge(params, x):
+    _, routing = apply(module, params, x, train=True, mask=x[..., 0] > 0)
+    return losses.auxiliary(routing, weights), losses.balance(routing)
+
+  params = draw(module, (8, S))
+  want = jax.jit(judge)(params, x)
+  x = jax.device_put(x, sharding.batch_sharding(layout, mesh, len(x)))
+  with sharding.use(layout, mesh):
+    compiled = jax.jit(judge).lower(params, x).compile()
+  assert "all-gather" not in compiled.as_text()
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, compiled(params, x), want)

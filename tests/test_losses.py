@@ -52,15 +52,15 @@ def want_z(r, scope):
 def want_threshold(r, scope):
   del scope
   total = 0
-  for level, mixtures in decisions.levels(r):
-    rows, _, experts = level.logits.shape
-    for row in range(rows):
-      first = row // (rows // mixtures) * experts
+  for level, _ in decisions.levels(r):
+    *mixtures, _, _, experts = level.logits.shape
+    thresholds = level.thresholds.reshape(*mixtures, experts)
+    for at in np.ndindex(level.logits.shape[:-2]):
       total += reference.threshold_loss(
-        level.logits[row],
-        level.thresholds[first : first + experts],
-        decisions.edges(level, row),
-        None if level.mask is None else level.mask[row],
+        level.logits[at],
+        thresholds[at[:-1]],
+        decisions.edges(level, at),
+        None if level.mask is None else level.mask[at],
       )
   return total
 

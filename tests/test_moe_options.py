@@ -101,9 +101,9 @@ PLAIN = experts.FeedForward(2, F)
     (experts.Mixed((PLAIN, experts.Mixed((EACH,)))), None, "gather"),
     # So does a mixture that is an expert itself.
     (experts.Each(E, layer(group_size=None)), None, "gather"),
-    # Each device has all experts, or its own.
+    # Each device has all experts, or its own; nothing bounds their slots.
     (experts.FeedForward(E, F), "replicated", "ragged"),
-    (experts.FeedForward(E, F), "expert", "gather"),
+    (experts.FeedForward(E, F), "expert", "ragged"),
   ],
 )
 def test_auto_sends_rows_as_experts_can_take_them(

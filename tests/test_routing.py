@@ -1,9 +1,14 @@
 """Routing: the edge list, its order and its sums."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from decisions import CASES, make_level
 
-from moejax import routing
+from moejax import losses, routing
 from moejax.routing import Assignment
 
 G, S, K, E = 2, 3, 2, 4
@@ -78,3 +83,72 @@ def test_per_expert_sums_edges_and_skips_unused_ones():
   np.testing.assert_array_equal(
     routing.per_expert(value, expert, E), [[5, 0, 0, 2], [0, 192, 0, 0]]
   )
+
+
+def concatenate(first, second):
+  """One batch of the groups of two."""
+  axis = 0 if first.primary is None else 1
+  tokens = ("assignment", "logits", "mask")
+  sums = ("importance", "load", "count", "dropped", "dropped_first")
+
+  def both(axis, name):
+    return jax.tree.map(
+      lambda *values: jnp.concatenate(values, axis),
+      getattr(first, name),
+      getattr(second, name),
+    )
+
+  above = first.primary and concatenate(first.primary, second.primary)
+  return first._replace(
+    **{name: both(axis, name) for name in tokens},
+    **{name: both(0, name) for name in sums},
+    primary=above,
+  )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batches_that_are_joined_are_judged_as_one(case):
+  """By every loss and report, of the whole and of each group."""
+
+  def judge(decision):
+    each = {
+      (name, scope): loss(decision, scope)
+      for name, loss in losses.LOSSES.items()
+      for scope in losses.SCOPES
+    }
+    return each, losses.balance(decision)
+
+  def other(decision):
+    return decision._replace(
+      logits=decision.logits[..., ::-1] * 2,
+      importance=decision.importance[:, ::-1] * 3,
+      load=decision.load[:, ::-1],
+      count=decision.count * 2,
+      primary=decision.primary and other(decision.primary),
+    )
+
+  first, second = CASES[case], other(CASES[case])
+  stacked = jax.tree.map(lambda *values: jnp.stack(values), first, second)
+
+  @jax.jit
+  def both():
+    return judge(routing.join(stacked)), judge(concatenate(first, second))
+
+  got, want = both()
+  assert want[0]["threshold", "batch"] != 0
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, got, want)
+
+
+def test_joined_groups_stay_where_they_lie():
+  """What is stacked of groups on 8 devices is joined without a word."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("group",))
+  of_groups = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec(None, "group")
+  )
+  decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
+  stacked = jax.tree.map(lambda value: jnp.stack([value, value]), decision)
+  stacked = jax.device_put(stacked, of_groups)
+  text = jax.jit(routing.join).lower(stacked).compile().as_text()
+  for kind in ("all-gather", "all-to-all", "collective-permute"):
+    assert kind not in text

@@ -1,200 +1,25 @@
-"""Layouts: 8 devices compute what one does, and exchange only tokens."""
+"""Meshes, and what the names of a layout's axes mean on them."""
 
-import functools
-import math
-import re
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from moejax import dispatch, experts, losses, moe, router, sharding
+from moejax import experts, moe, router, sharding
 
-B, L, D, E, F, K, Q = 8, 8, 5, 8, 16, 2, 4
-# Of each expert in a group of L tokens, and all that one device holds of them.
-CAPACITY = 4
-SLOTS = E * B * CAPACITY // 8
-MASK = jnp.asarray(np.arange(B * L).reshape(B, L) % 7 > 0)
-BY_SLOTS = pytest.mark.parametrize("name", ["einsum", "gather"])
-EACH = pytest.mark.parametrize("name", [*dispatch.DISPATCH, "hierarchical"])
+B, L, D, E = 8, 16, 5, 8
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
 
 
-def layer(name, num_experts=E, group_size=L):
-  """E experts by a way of dispatch, or E groups of Q experts."""
-  gate = router.NoisyTopK(num_experts, K)
-  options = {"group_size": group_size, "capacity_factor": 1.0}
-  if name == "hierarchical":
-    within = moe.MoE(
-      router.NoisyTopK(Q, K),
-      experts.FeedForward(Q, F),
-      capacity_factor=1.0,
-      recompute=True,
-    )
-    return moe.HierarchicalMoE(gate, within, **options)
-  return moe.MoE(
-    gate,
-    experts.FeedForward(num_experts, F),
-    dispatch=name,
-    recompute=name == "ragged",
-    **options,
-  )
+def layer(two_levels, num_experts=E, group_size=L):
+  gate = router.TopK(num_experts, 2)
+  if not two_levels:
+    return moe.MoE(gate, experts.FeedForward(num_experts, 16), group_size)
+  within = moe.MoE(router.TopK(4, 2), experts.FeedForward(4, 16))
+  return moe.HierarchicalMoE(gate, within, group_size)
 
 
 def inputs():
-  return 1 + jax.random.normal(jax.random.key(1), (B, L, D))
-
-
-@functools.cache
-def boxed(name):
-  """Random params, so skewed that one expert or group overflows."""
-  rng = jax.random.key(0)
-  tree = jax.eval_shape(lambda: layer(name).init(rng, inputs()))["params"]
-  leaves, structure = jax.tree.flatten(tree)
-  keys = jax.random.split(rng, len(leaves))
-  tree = structure.unflatten(
-    [
-      0.5 * jax.random.normal(key, leaf.shape)
-      for key, leaf in zip(keys, leaves, strict=True)
-    ]
-  )
-  gate = tree["primary" if name == "hierarchical" else "router"]["gate"]
-  kernel = gate["kernel"]
-  gate["kernel"] = kernel.replace_boxed(kernel.value.at[:, 0].add(1))
-  return tree
-
-
-def forward(name, params, x):
-  """Returns the loss of task and balance, y, and what was decided."""
-  y, state = layer(name).apply(
-    {"params": params},
-    x,
-    train=True,
-    mask=MASK,
-    rngs={"router": jax.random.key(2)},
-    mutable=["routing"],
-  )
-  aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})
-  (routing,) = losses.routings(state)
-  first = routing if routing.primary is None else routing.primary
-  report = (y, first.dropped, routing.load, first.logits)
-  return jnp.mean(y**2) + aux, report
-
-
-def step(name, params, x):
-  return jax.value_and_grad(
-    functools.partial(forward, name), (0, 1), has_aux=True
-  )(params, x)
-
-
-@functools.cache
-def on_one_device(name):
-  run = jax.jit(functools.partial(step, name))
-  return run(nn.unbox(boxed(name)), inputs())
-
-
-@functools.cache
-def on_all_devices(layout_name, name, fn=step):
-  """The result on the mesh, the compiled program and where params lie."""
-  layout = sharding.LAYOUTS[layout_name]
-  mesh = sharding.make_mesh(layout)
-  places = sharding.shardings(boxed(name), layout, mesh)
-  params = jax.device_put(nn.unbox(boxed(name)), places)
-  batch = sharding.batch_sharding(layout, mesh, len(inputs()))
-  x = jax.device_put(inputs(), batch)
-  kept = (None, (places, batch)) if fn is step else None
-  with sharding.use(layout, mesh):
-    run = jax.jit(functools.partial(fn, name), out_shardings=kept)
-    compiled = run.lower(params, x).compile()
-    return compiled(params, x), compiled.as_text(), params
-
-
-KINDS = ("all-to-all", "all-gather", "collective-permute", "reduce-scatter")
-
-
-def collectives(text):
-  """How many entries each collective operation yields, by kind."""
-  found = {kind: [] for kind in KINDS}
-  operation = rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\("
-  for shapes, kind in re.findall(operation, text):
-    sizes = re.findall(r"\[([\d,]*)\]", re.sub(r"\{.*?\}", "", shapes))
-    found[kind].append(
-      sum(math.prod(int(n) for n in size.split(",") if n) for size in sizes)
-    )
-  return {kind: sorted(entries) for kind, entries in found.items()}
-
-
-@ALL
-@EACH
-def test_layouts_agree_with_one_device(layout, name):
-  got, _, _ = on_all_devices(layout, name)
-  want = on_one_device(name)
-  (_, (_, dropped, _, _)), _ = want
-  assert np.asarray(dropped).sum() > 0
-  assert all(np.abs(slope).max() > 0 for slope in jax.tree.leaves(want[1]))
-  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
-  jax.tree.map(close, got, want)
-
-
-@ALL
-@pytest.mark.parametrize("name", ["gather", "hierarchical"])
-def test_every_device_holds_its_share_of_the_experts(layout, name):
-  """Or of the groups of experts, with the gates within."""
-  _, _, params = on_all_devices(layout, name)
-  held = E // {"replicated": 1, "expert": 8, "data_expert": 4}[layout]
-  split, whole = ("experts", "router")
-  if name == "hierarchical":
-    split, whole = ("secondary", "primary")
-  for w in jax.tree.leaves(params[split]):
-    assert w.addressable_shards[0].data.shape == (held, *w.shape[1:])
-  for w in jax.tree.leaves(params[whole]):
-    assert w.sharding.is_fully_replicated
-
-
-@EACH
-def test_replicated_layout_moves_no_token(name):
-  _, text, _ = on_all_devices("replicated", name)
-  assert not any(collectives(text).values())
-  assert "all-reduce" in text
-
-
-@BY_SLOTS
-@pytest.mark.parametrize("layout", ["expert", "data_expert"])
-def test_tokens_travel_there_and_back_and_nothing_else(layout, name):
-  _, text, _ = on_all_devices(layout, name)
-  # Each way, and both gradients.
-  nothing = {kind: [] for kind in KINDS}
-  assert collectives(text) == nothing | {"all-to-all": 4 * [SLOTS * D]}
-  if layout == "expert":
-    _, text, _ = on_all_devices(layout, name, forward)
-    assert collectives(text) == nothing | {"all-to-all": 2 * [SLOTS * D]}
-
-
-@pytest.mark.parametrize("layout", ["expert", "data_expert"])
-def test_tokens_travel_once_to_each_group_of_experts(layout):
-  """And of every slot whether it is taken, the gate, and the gate's slope."""
-  _, text, _ = on_all_devices(layout, "hierarchical")
-  found = collectives(text)
-  # The slope of each group's load; no tokens.
-  assert all(entries <= E for entries in found.pop("all-gather"))
-  tokens, of_slots = 4 * [SLOTS * D], 3 * [SLOTS]
-  assert found.pop("all-to-all") == of_slots + tokens
-  assert not any(found.values())
-  if layout == "expert":
-    _, text, _ = on_all_devices(layout, "hierarchical", forward)
-    found = collectives(text)
-    assert found.pop("all-to-all") == of_slots[:2] + tokens[:2]
-    assert not any(found.values())
-
-
-@pytest.mark.parametrize("layout", ["expert", "data_expert"])
-def test_ragged_fetches_weights_and_moves_no_token(layout):
-  _, text, _ = on_all_devices(layout, "ragged")
-  found = collectives(text)
-  assert found["all-gather"] == 2 * [E * D * F]
-  assert not found["all-to-all"] and not found["collective-permute"]
+  return jnp.ones((B, L, D))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -206,10 +31,13 @@ def test_meshes_of_any_size(layout, devices):
     "replicated": (devices, 1, 1),
     "expert": (1, devices, 1),
     "data_expert": (min(devices, 2), half, 1),
+    "expert_model": (1, half, min(devices, 2)),
+    "fsdp": (devices, 1, 1),
   }
   assert mesh.axis_names == ("data", "expert", "model")
   assert mesh.devices.shape == want[layout]
-  assert list(mesh.devices.flat) == jax.devices()[:devices]
+  in_turn = mesh.devices.swapaxes(1, 2)
+  assert list(in_turn.flat) == jax.devices()[:devices]
 
 
 def test_mesh_takes_all_devices_by_default():
@@ -235,16 +63,18 @@ def init_on_mesh(layout_name, module):
 @ALL
 def test_groups_that_do_not_divide_name_both_numbers(layout):
   with pytest.raises(ValueError, match=r"'group'.* 4 entries.* 8 devices"):
-    init_on_mesh(layout, layer("gather", group_size=16))
+    init_on_mesh(layout, layer(False, group_size=32))
 
 
-@pytest.mark.parametrize("name", ["gather", "hierarchical"])
-@pytest.mark.parametrize("on, devices", [("expert", 8), ("data_expert", 4)])
-def test_experts_that_do_not_divide_name_both_numbers(on, devices, name):
+@pytest.mark.parametrize("two_levels", [False, True])
+@pytest.mark.parametrize(
+  "on, devices", [("expert", 8), ("data_expert", 4), ("expert_model", 4)]
+)
+def test_experts_that_do_not_divide_name_both_numbers(on, devices, two_levels):
   message = rf"'expert'.* 6 entries.* {devices} devices"
   with pytest.raises(ValueError, match=message):
-    init_on_mesh(on, layer(name, num_experts=6))
-  init_on_mesh("replicated", layer(name, num_experts=6))
+    init_on_mesh(on, layer(two_levels, num_experts=6))
+  init_on_mesh("replicated", layer(two_levels, num_experts=6))
 
 
 def test_off_the_mesh_nothing_is_asked_for():
@@ -262,8 +92,40 @@ def test_batch_lies_over_every_device(layout):
   layout = sharding.LAYOUTS[layout]
   mesh = sharding.make_mesh(layout)
   place = sharding.batch_sharding(layout, mesh, len(inputs()))
-  x = jax.device_put(inputs(), place)
-  assert {shard.data.shape for shard in x.addressable_shards} == {(1, L, D)}
+  # Rows follow the devices, so that a process has those it reads.
+  for i, device in enumerate(jax.devices()):
+    assert place.addressable_devices_indices_map((B,))[device] == (
+      slice(i, i + 1),
+    )
+
+
+def test_what_rests_in_parts_is_used_whole():
+  layout = sharding.Layout("both", (2, 4, 1), sharding.rules(at_rest="data"))
+  message = r"'both' splits parameters over 'data' .* 'expert' over 4 devices"
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(layout)
+
+
+def test_what_does_not_divide_rests_whole():
+  layout = sharding.LAYOUTS["fsdp"]
+  mesh = sharding.make_mesh(layout)
+  shapes = {"odd": (9, 5), "two": (8, 24, 16), "step": ()}
+  tree = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+  places = sharding.shardings(tree, layout, mesh)
+  assert places["odd"].is_fully_replicated
+  assert places["step"].is_fully_replicated
+  assert places["two"].shard_shape((8, 24, 16)) == (8, 3, 16)
+
+
+def test_rules_follow_the_experts():
+  assert dict(sharding.rules()) == sharding.RULES
+  away = dict(sharding.rules(batch="data", expert=("data", "expert")))
+  assert away["group"] == "data" and away["group_away"] is None
+  table = dict(sharding.rules(mlp=None))
+  assert table["group_away"] == table["group_sent"] == ("data", "model")
+  assert dict(sharding.rules(group_away="data", expert=None))["group_away"] == (
+    "data"
+  )
 
 
 def test_batch_must_divide():

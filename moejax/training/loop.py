@@ -269,6 +269,7 @@ def _compile_step(
 ) -> jax.stages.Compiled:
   """Compiles the step, which also brings all processes' votes together."""
   aux_weights, aux_scope = config_lib.aux(config)
+  options = config_lib.train(config)
 
   def run(current, batch, asked):
     current, measured = step.train_step(
@@ -279,7 +280,8 @@ def _compile_step(
       aux_weights=aux_weights,
       aux_scope=aux_scope,
       seed=config.seed,
-      microbatches=config_lib.train(config).microbatches,
+      microbatches=options.microbatches,
+      balance_over=options.balance_over,
     )
     return current, measured | {"asked": asked.max()}
 

@@ -23,6 +23,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moejax import sharding
+
 _Made = TypeVar("_Made")
 
 # Seconds without a sign of life after which a process counts as dead, where no
@@ -220,11 +222,9 @@ def vote(here: bool, mesh: jax.sharding.Mesh) -> jax.Array:
 
   A step that takes it along costs no exchange of its own.
   """
-  where = jax.sharding.NamedSharding(
-    mesh, jax.sharding.PartitionSpec(mesh.axis_names)
-  )
-  local = np.full(jax.local_device_count(), here, np.int32)
-  return jax.make_array_from_process_local_data(where, local, (mesh.size,))
+  where = sharding.device_sharding(mesh)
+  entry = np.full(1, here, np.int32)
+  return jax.make_array_from_callback((mesh.size,), where, lambda _: entry)
 
 
 def how_many() -> str:

@@ -61,7 +61,7 @@ def create(
   where = shardings(target(model, tx, batch, layout, mesh))
   with sharding.use(layout, mesh):
     init = jax.jit(
-      lambda: nn.unbox(_init(model, tx, batch, seed)), out_shardings=where
+      lambda: sharding.unbox(_init(model, tx, batch, seed)), out_shardings=where
     )
     return init()
 

@@ -1,5 +1,6 @@
 """One step of training, one of evaluation."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from moejax import losses
+from moejax import losses, named, routing, sharding
 from moejax.moe import ROUTING
+from moejax.routing import Routing
 from moejax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -42,17 +44,25 @@ def train_step(
   seed: int,
   microbatches: int = 1,
   aux_scope: str = "batch",
+  balance_over: str = "microbatch",
 ) -> tuple[TrainState, Metrics]:
   """Updates the state by one batch.
 
   The loss is the mean over the batch's words plus the balance losses. With
-  microbatches the gradient is accumulated over equal parts of the batch: the
-  task's is the same as without, up to rounding; balance losses are taken per
-  microbatch and averaged.
+  microbatches the gradient is accumulated over equal parts of the batch, each
+  with its own groups and random draws; where those change nothing, the task's
+  is the same as without, up to rounding.
+
+  Balance losses over "microbatch" are taken of each and averaged: another
+  quantity, as CV^2 is not linear. Over "batch" they are those of the groups of
+  all together (`routing.join`), and so are the metrics. That keeps all routing
+  decisions, and runs the forward pass twice.
 
   Raises:
-    ValueError: the microbatches do not divide the rows of the batch.
+    ValueError: the microbatches do not divide the rows of the batch, or an
+      unknown `balance_over`.
   """
+  named.known(balance_over, BALANCE_OVER, "balance_over")
   rows = batch["mask"].shape[0]
   if rows % microbatches:
     raise ValueError(
@@ -62,29 +72,29 @@ def train_step(
   words = jnp.maximum(batch["mask"].sum(), 1).astype(jnp.float32)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-  def loss_fn(params, part, index):
+  def run(params, index):
     part_key = jax.random.fold_in(key, index)
-    rngs = {s: jax.random.fold_in(part_key, i) for i, s in enumerate(_STREAMS)}
     loss, sown = model.apply(
       {"params": params},
-      part,
+      _part(batch, microbatches, index),
       train=True,
-      rngs=rngs,
+      rngs={s: jax.random.fold_in(part_key, i) for i, s in enumerate(_STREAMS)},
       mutable=[ROUTING],
       method="loss",
     )
-    task = loss.sum() / words
-    auxiliary, _ = losses.auxiliary(sown, aux_weights, aux_scope)
-    metrics = {"loss": task, "auxiliary": auxiliary / microbatches}
-    balance = losses.balance(sown)
-    metrics |= {name: v / microbatches for name, v in balance.items()}
-    return metrics["loss"] + metrics["auxiliary"], metrics
+    return loss.sum() / words, losses.routings(sown)
 
-  grad_fn = jax.grad(loss_fn, has_aux=True)
-  if microbatches == 1:
-    grads, metrics = grad_fn(state.params, batch, 0)
-  else:
-    grads, metrics = _accumulate(grad_fn, state.params, batch, microbatches)
+  run, parts = BALANCE_OVER[balance_over](sharding.gathered(run), microbatches)
+
+  def loss_fn(params, index):
+    task, routings = run(params, index)
+    auxiliary, _ = losses.auxiliary(routings, aux_weights, aux_scope)
+    balance = {"auxiliary": auxiliary, **losses.balance(routings)}
+    metrics = {"loss": task} | {n: v / parts for n, v in balance.items()}
+    return task + metrics["auxiliary"], metrics
+
+  grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
+  grads, metrics = _accumulate(grad_fn, parts)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics |= {
@@ -95,29 +105,57 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _accumulate(
-  grad_fn: Callable[[Any, Batch, Array], Any],
-  params: Any,
-  batch: Batch,
-  microbatches: int,
-) -> Any:
-  """Adds up what `grad_fn` returns for each part of the batch."""
+def _part(batch: Batch, microbatches: int, index: Array | int) -> Batch:
+  """Takes rows from all over the batch, to lie over the same devices."""
+  return {
+    name: value.reshape(-1, microbatches, *value.shape[1:])[:, index]
+    for name, value in batch.items()
+  }
 
-  def of_part(index):
-    # Every microbatch takes rows from all over the batch, so that it lies over
-    # the same devices as the batch.
-    part = {
-      name: value.reshape(-1, microbatches, *value.shape[1:])[:, index]
-      for name, value in batch.items()
-    }
-    return grad_fn(params, part, index)
+
+def _accumulate(grad_fn: Callable[[Array | int], Any], parts: int) -> Any:
+  """Adds up what `grad_fn` returns for each part of the batch."""
+  if parts == 1:
+    return grad_fn(0)
 
   def add(total, index):
-    return jax.tree.map(jnp.add, total, of_part(index)), None
+    return jax.tree.map(jnp.add, total, grad_fn(index)), None
 
-  shapes = jax.eval_shape(of_part, 0)
+  shapes = jax.eval_shape(grad_fn, 0)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  return jax.lax.scan(add, zeros, jnp.arange(microbatches))[0]
+  return jax.lax.scan(add, zeros, jnp.arange(parts))[0]
+
+
+# (params, index of a microbatch) -> its share of the loss, its decisions.
+_Run = Callable[[Any, Array | int], tuple[Array, list[Routing]]]
+
+
+def _apart(run: _Run, microbatches: int) -> tuple[_Run, int]:
+  """Differentiates every microbatch by itself."""
+  return run, microbatches
+
+
+def _together(run: _Run, microbatches: int) -> tuple[_Run, int]:
+  """Differentiates all at once, keeping of each only its decisions."""
+  if microbatches == 1:
+    return run, 1
+
+  def run_all(params, index):
+    del index
+
+    def add(total, index):
+      loss, routings = jax.checkpoint(run)(params, index)
+      return total + loss, routings
+
+    zero = jnp.zeros((), jnp.float32)
+    loss, stacked = jax.lax.scan(add, zero, jnp.arange(microbatches))
+    return loss, [routing.join(each) for each in stacked]
+
+  return run_all, 1
+
+
+# What the balance losses are taken over.
+BALANCE_OVER = {"microbatch": _apart, "batch": _together}
 
 
 def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
@@ -125,9 +163,13 @@ def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
 
   Every metric but `words` is to be divided by the words in the end.
   """
-  loss, sown = model.apply(
-    {"params": params}, batch, train=False, mutable=[ROUTING], method="loss"
-  )
+
+  def run(params):
+    return model.apply(
+      {"params": params}, batch, train=False, mutable=[ROUTING], method="loss"
+    )
+
+  loss, sown = sharding.gathered(run)(params)
   words = batch["mask"].sum().astype(jnp.float32)
   balance = {n: v * words for n, v in losses.balance(sown).items()}
   return {"loss": loss.sum(), "words": words, **balance}

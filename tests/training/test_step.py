@@ -4,11 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import optax
 import pytest
 
-from moejax import experts, moe, router, sharding
+from moejax import experts, losses, moe, router, sharding
 from moejax.models import layers, lstm_lm
 from moejax.training import state, step
 
@@ -56,7 +57,15 @@ def make(net, layout=LAYOUT, devices=1, tx=SGD, rows=B):
 
 @functools.cache
 def step_fn(
-  net, layout=LAYOUT, devices=1, tx=SGD, rows=B, aux=(), parts=1, scope="batch"
+  net,
+  layout=LAYOUT,
+  devices=1,
+  tx=SGD,
+  rows=B,
+  aux=(),
+  parts=1,
+  scope="batch",
+  over="microbatch",
 ):
   current, _ = make(net, layout, devices, tx, rows)
   fn = functools.partial(
@@ -67,16 +76,21 @@ def step_fn(
     aux_scope=scope,
     seed=0,
     microbatches=parts,
+    balance_over=over,
   )
-  return jax.jit(fn, out_shardings=(state.shardings(current), None))
+  return jax.jit(
+    fn,
+    out_shardings=(state.shardings(current), None),
+    compiler_options=kinds.IN_HASTE,
+  )
 
 
-def run(net, batch=BATCH, steps=1, aux=(), parts=1, scope="batch", **where):
+def run(net, batch=BATCH, steps=1, layout=LAYOUT, devices=1, tx=SGD, **options):
   """Trains from the same start; compiles once for the same settings."""
   rows = len(batch["mask"])
-  current, mesh = make(net, rows=rows, **where)
-  fn = step_fn(net, rows=rows, aux=aux, parts=parts, scope=scope, **where)
-  layout = where.get("layout", LAYOUT)
+  where = (layout, devices, tx, rows)
+  current, mesh = make(net, *where)
+  fn = step_fn(net, *where, **options)
   lie = sharding.batch_sharding(layout, mesh, rows)
   with sharding.use(layout, mesh):
     for _ in range(steps):
@@ -153,9 +167,12 @@ def test_padding_changes_nothing():
   assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_microbatches_have_the_same_task_gradient():
+@pytest.mark.parametrize(
+  "parts, over", [(2, "microbatch"), (4, "microbatch"), (4, "batch")]
+)
+def test_microbatches_have_the_same_task_gradient(parts, over):
   want, metrics = run(model())
-  got, part_metrics = run(model(), parts=4)
+  got, part_metrics = run(model(), parts=parts, over=over)
   assert_close(got, want)
   for name in ("loss", "grad_norm", "words"):
     np.testing.assert_allclose(part_metrics[name], metrics[name], rtol=1e-5)
@@ -172,6 +189,82 @@ def test_microbatches_average_the_balance_losses_of_their_own():
   np.testing.assert_allclose(metrics["auxiliary"], want, rtol=1e-5)
   _, whole = run(net, aux=IMPORTANCE)
   assert abs(whole["auxiliary"] - want) > 1e-3  # CV^2 is not linear
+
+
+def cv_squared(x):
+  return jnp.var(x) / jnp.mean(x) ** 2
+
+
+def judge(decisions):
+  """CV^2 of importance and of load, of one layer's decisions together."""
+
+  def total(name, found=decisions):
+    return sum(getattr(each, name).sum(axis=0) for each in found)
+
+  load = total("load")
+  if decisions[0].primary is not None:
+    above = [each.primary for each in decisions]
+    reached = total("count", above) - total("dropped", above)
+    share = total("load", above) / reached
+    load = (load.reshape(share.size, -1) * share[:, None]).reshape(-1)
+  return jnp.stack([cv_squared(total("importance")), cv_squared(load)])
+
+
+WITHIN = moe.MoE(router.NoisyTopK(3, 2), experts.FeedForward(3, 6))
+MIXTURES = {
+  "flat": moe.MoE(router.NoisyTopK(8, 2), experts.FeedForward(8, 6), L),
+  "two levels": moe.HierarchicalMoE(router.NoisyTopK(4, 2), WITHIN, L),
+  "in experts": moe.MoE(router.NoisyTopK(2, 1), experts.Each(2, WITHIN), L),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_balance_over_the_batch_is_that_of_all_decisions_together(kind):
+  """Value and gradient, from the decisions of each microbatch by itself."""
+  net, parts = lstm_lm.LSTMLM(V, D, (MIXTURES[kind],)), 2
+  weights = jnp.array([0.5, 0.25])
+
+  def of_part(params, i):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), i)
+    loss, sown = net.apply(
+      {"params": params},
+      {name: jnp.asarray(rows[i::parts]) for name, rows in BATCH.items()},
+      train=True,
+      rngs={"router": jax.random.fold_in(key, 1)},
+      mutable=["routing"],
+      method="loss",
+    )
+    return loss.sum() / jnp.float32(BATCH["mask"].sum()), losses.routings(sown)
+
+  @functools.partial(jax.jit, compiler_options=kinds.IN_HASTE)
+  @functools.partial(jax.grad, has_aux=True)
+  def by_hand(params):
+    tasks, found = zip(*(of_part(params, i) for i in range(parts)), strict=True)
+    layers = list(zip(*found, strict=True))
+    together = jnp.stack([judge(layer) for layer in layers])
+    apart = sum(judge([one]) for layer in layers for one in layer) / parts
+    metrics = {
+      "loss": sum(tasks),
+      "auxiliary": (weights * together.sum(axis=0)).sum(),
+      "cv_importance": jnp.sqrt(together[:, 0]).mean(),
+      "cv_load": jnp.sqrt(together[:, 1]).mean(),
+    }
+    total = metrics["loss"] + metrics["auxiliary"]
+    return total, (metrics, (weights * apart).sum())
+
+  before = make(net)[0].params
+  slope, (want, mean) = by_hand(before)
+  aux = (("importance", 0.5), ("load", 0.25))
+  after, metrics = run(net, aux=aux, parts=parts, over="batch")
+  assert_close({name: metrics[name] for name in want}, want)
+  assert_close(jax.tree.map(jnp.subtract, before, after.params), slope)
+  # CV^2 is not linear: the mean over microbatches is another quantity.
+  assert mean > 1.02 * want["auxiliary"]
+
+
+def test_balance_is_taken_over_what_there_is():
+  with pytest.raises(ValueError, match="balance_over is 'bath'.*'microbatch'"):
+    run(model(), over="bath")
 
 
 def test_microbatches_must_divide():

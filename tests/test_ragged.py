@@ -1,0 +1,342 @@
+"""Sorted rows over split experts: both ways to travel, against one device."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import dispatch, experts, moe, ragged, router, routing, sharding
+from moejax.seats import Block
+
+# Two groups a device, two experts a device where 4 devices share them.
+G, S, D, E, F, K, A = 16, 3, 4, 8, 6, 2, 7
+# The devices that share an expert have the same tokens.
+COPIES = sharding.Layout(
+  "copies", (1, -1, 2), sharding.rules(batch=("data", "expert"))
+)
+SPLIT = [
+  layout
+  for layout in (*sharding.LAYOUTS.values(), COPIES)
+  if sharding.make_mesh(layout).shape["expert"] > 1
+]
+LAYOUT = pytest.mark.parametrize("layout", SPLIT, ids=lambda each: each.name)
+WAY = pytest.mark.parametrize("way", ["all_gather", "all_to_all"])
+BLOCKS = (Block(3, 2), Block(5, 1))
+
+
+def emulated(
+  operand,
+  output,
+  input_offsets,
+  send_sizes,
+  output_offsets,
+  recv_sizes,
+  *,
+  axis_name,
+):
+  """What jax.lax.ragged_all_to_all is documented to do; NaN if misused."""
+  n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+  operands, *slices = (
+    jax.lax.all_gather(a, axis_name)
+    for a in (operand, input_offsets, send_sizes, output_offsets)
+  )
+  # Of the slices that come here, sender by sender.
+  start, size, to = (a.reshape(n, n, -1)[:, me].reshape(-1) for a in slices)
+  sender = jnp.arange(n).repeat(start.size // n)
+  row = jnp.arange(output.shape[0])[:, None]
+  inside = (row >= to[None]) & (row < (to + size)[None])
+  of_row = inside.argmax(axis=1)
+  source = start[of_row] + row[:, 0] - to[of_row]
+  got = operands[sender[of_row], source]
+  right = (
+    (size == recv_sizes).all()
+    & (inside.sum(axis=1) <= 1).all()
+    & (to + size <= output.shape[0]).all()
+    & (start + size <= operand.shape[0]).all()
+  )
+  result = jnp.where(inside.any(axis=1)[:, None], got, output)
+  return jnp.where(right, result, jnp.nan)
+
+
+def pretend(patch):
+  """Gives a CPU what it does not have."""
+  patch.setattr(jax.lax, "ragged_all_to_all", emulated)
+  patch.setattr(ragged, "_can_send_rows", lambda: True)
+
+
+def draw(seed):
+  random = np.random.default_rng(seed)
+  shapes = {"x": (G, S, D), "w_in": (E, D, F), "w_out": (E, F, D)}
+  return {
+    name: jnp.asarray(random.normal(size=shape), jnp.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def choices(random):
+  """Tokens choose; most want expert 0, and some are padding."""
+  order = np.argsort(random.random((G, S, E)), -1)
+  order[random.random((G, S)) < 0.5] = np.arange(E)
+  expert = order[..., :K]
+  expert[random.random((G, S)) < 0.2] = E
+  gate = random.uniform(0.1, 1, expert.shape)
+  return routing.from_choices(
+    jnp.asarray(expert, jnp.int32), jnp.asarray(gate, jnp.float32)
+  )
+
+
+def picks(random):
+  """Experts choose: pairs of a token and an expert, and unused edges."""
+  pair = np.argsort(random.random((G, S * E)), -1)[:, :A]
+  expert = np.where(random.random(pair.shape) < 0.2, E, pair // S)
+  gate = random.uniform(0.1, 1, pair.shape)
+  return routing.Assignment(
+    jnp.asarray(expert, jnp.int32),
+    jnp.asarray(gate, jnp.float32),
+    jnp.asarray(pair % S, jnp.int32),
+  )
+
+
+def crowd(random):
+  """All tokens choose the same experts: as many rows as can come."""
+  expert = np.broadcast_to(np.array([3, 6], np.int32), (G, S, K))
+  gate = random.uniform(0.1, 1, expert.shape)
+  return routing.from_choices(
+    jnp.asarray(expert), jnp.asarray(gate, jnp.float32)
+  )
+
+
+KINDS = {"choices": choices, "picks": picks, "crowd": crowd}
+
+
+def feed_forward(weights, rows, real):
+  """Experts who make something of nothing, which must be lost."""
+  end = jnp.cumsum(real)
+  rank = jnp.arange(rows.shape[0], dtype=jnp.int32)
+  expert = jnp.searchsorted(end, rank, side="right").clip(max=real.size - 1)
+  h = nn.relu(jnp.einsum("ND,NDF->NF", rows, weights["w_in"][expert]))
+  y = jnp.einsum("NF,NFO->NO", h, weights["w_out"][expert])
+  past = (rank >= end[-1])[:, None]
+  # Products of sorted rows are promised zeros there.
+  clean = jnp.where(past, rows == 0, True).all()
+  return jnp.where(clean, jnp.where(past, jnp.float32(7), y), jnp.nan)
+
+
+def score(capacity, at, assignment, out, expert_fn=feed_forward):
+  weights = {key: at[key] for key in ("w_in", "w_out")}
+  assignment = assignment._replace(gate=at["gate"])
+  y = dispatch.DISPATCH["ragged"](
+    expert_fn, weights, at["x"], assignment, E, capacity
+  )
+  return (y * out).sum(), y
+
+
+def places(mesh, at):
+  """Where the arrays lie; the experts' hidden axis may lie over "model"."""
+  axes = {
+    "x": ("group", None, None),
+    "gate": ("group", None),
+    "w_in": ("expert", None, "mlp"),
+    "w_out": ("expert", "mlp", None),
+  }
+  return {
+    name: jax.sharding.NamedSharding(mesh, nn.logical_to_mesh_axes(axes[name]))
+    for name in at
+  }
+
+
+@functools.cache
+def on_one_device(capacity):
+  return jax.jit(
+    jax.value_and_grad(functools.partial(score, capacity), has_aux=True)
+  )
+
+
+@functools.cache
+def on_all_devices(layout, way, capacity, kind, forward=False):
+  """Returns the compiled program, (at, assignment, out) -> as on one."""
+  mesh = sharding.make_mesh(layout)
+  fn = functools.partial(score, capacity)
+  example = arguments(kind, 0)
+  with pytest.MonkeyPatch.context() as patch, sharding.use(layout, mesh):
+    if way == "all_to_all":
+      pretend(patch)
+    there = places(mesh, example[0])
+    of_group = there["x"]
+    kept = ((None, of_group), there)
+    if not forward:
+      fn = jax.value_and_grad(fn, has_aux=True)
+    run = jax.jit(
+      fn,
+      in_shardings=(there, there["gate"], of_group),
+      out_shardings=kept[0] if forward else kept,
+    )
+    return run.lower(*example).compile()
+
+
+def arguments(kind, seed):
+  random = np.random.default_rng(seed)
+  assignment = KINDS[kind](random)
+  at = {**draw(seed), "gate": assignment.gate}
+  out = jnp.asarray(random.normal(size=(G, S, D)), jnp.float32)
+  return at, assignment, out
+
+
+@pytest.mark.parametrize(
+  "kind, capacity", [("choices", None), ("choices", 1), ("picks", 1)]
+)
+@WAY
+@LAYOUT
+def test_layouts_agree_with_one_device(layout, way, kind, capacity):
+  """Values and gradients; where tokens choose, however many choose alike."""
+  run = on_all_devices(layout, way, capacity, kind)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  for case in (kind, "crowd") if kind == "choices" else (kind,):
+    for seed in range(2):
+      at, *rest = arguments(case, seed)
+      (_, y), slopes = run(at, *rest)
+      (_, want), want_slopes = on_one_device(capacity)(at, *rest)
+      close(y, want)
+      jax.tree.map(close, slopes, want_slopes)
+      taken = set(np.asarray(rest[0].expert).flat)
+      for e in range(E):
+        assert np.any(slopes["w_in"][e]) == (e in taken)
+
+
+@pytest.mark.parametrize(
+  "name, capacity, room",
+  [
+    # Of each of its experts all tokens, but never more than all edges.
+    ("expert", None, G * S),
+    ("data_expert", None, G // 2 * S * K),
+    ("data_expert", S + 1, G // 2 * S * K),
+    ("data_expert", 1, G // 2 * 2),
+    ("data_expert", BLOCKS, G // 2 * 4),
+  ],
+)
+@WAY
+def test_room_is_set_aside_for_all_rows_that_can_come(
+  monkeypatch, way, name, capacity, room
+):
+  layout, seen = sharding.LAYOUTS[name], []
+
+  def spy(weights, rows, real):
+    seen.append((weights["w_in"].shape, rows.shape, real.shape))
+    return rows
+
+  if way == "all_to_all":
+    pretend(monkeypatch)
+  mesh = sharding.make_mesh(layout)
+  mine = E // mesh.shape["expert"]
+  with sharding.use(layout, mesh):
+    run = functools.partial(score, capacity, expert_fn=spy)
+    jax.eval_shape(run, *arguments("choices", 0))
+  assert seen == [((mine, D, F), (room, D), (mine,))]
+
+
+KIND = "all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def collectives(text):
+  """The kind of every collective operation but all-reduce, and its entries."""
+  found = re.findall(rf"= \w+\[([\d,]*)\]\S* ({KIND})\(", text)
+  return sorted((kind, np.prod(eval(f"[{sizes}]"))) for sizes, kind in found)
+
+
+@LAYOUT
+def test_tokens_are_gathered_once_and_sums_scattered_home(layout):
+  """And of every edge its expert and its gate; no weights, unless split."""
+  mesh = sharding.make_mesh(layout)
+  n, split = mesh.shape["expert"], mesh.shape["model"] > 1
+  groups = n * G // (4 if layout is COPIES else 8)
+  tokens, edges = groups * S, groups * S * K
+  weights = 2 * [("all-gather", E // n * D * F)] if split else []
+  there = [("all-gather", edges), ("all-gather", edges)]
+  there += [("all-gather", tokens * D)]
+  home = [("reduce-scatter", tokens * D // n)]
+  run = on_all_devices(layout, "all_gather", None, "choices", forward=True)
+  assert collectives(run.as_text()) == sorted(weights + there + home)
+  run = on_all_devices(layout, "all_gather", None, "choices")
+  back = [("all-gather", tokens * D), ("reduce-scatter", tokens * D // n)]
+  back += [("reduce-scatter", edges // n)]
+  assert collectives(run.as_text()) == sorted(weights + there + home + back)
+
+
+def layer(kind, num_experts):
+  return moe.MoE(
+    router.TopK(num_experts, min(K, num_experts)),
+    kind,
+    group_size=S,
+    capacity_factor=None,
+    dispatch="ragged",
+  )
+
+
+@pytest.mark.parametrize(
+  "kind",
+  [
+    experts.FeedForward(1, F),
+    experts.Identity(E),
+    experts.Mixed((experts.Linear(E), experts.Identity(E))),
+  ],
+  ids=lambda kind: type(kind).__name__,
+)
+def test_experts_without_an_axis_of_their_own_are_visited_at_home(kind):
+  """A lone one, those without weights and those of several kinds."""
+  module, x = layer(kind, kind.num_experts), draw(0)["x"]
+  params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x))
+  layout = sharding.LAYOUTS["expert"]
+
+  def loss(params, x):
+    return jnp.square(module.apply(params, x, train=True)).sum()
+
+  want = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+  with sharding.use(layout, sharding.make_mesh(layout)):
+    got = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, got, want)
+
+
+@pytest.fixture(scope="module")
+def chips():
+  pytest.importorskip("libtpu")
+  from jax.experimental import topologies
+
+  with pytest.MonkeyPatch.context() as patch:
+    # Else it asks the cloud what machine this is, and waits long.
+    patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    yield topologies.get_topology_desc("v5e:2x4", "tpu").devices
+
+
+@pytest.mark.parametrize("name", ["expert", "data_expert"])
+def test_rows_travel_straight_to_their_experts_on_a_tpu(name, chips):
+  """Compiled ahead of time: the rows go there and back, and so do slopes."""
+  layout, width = sharding.LAYOUTS[name], 128
+  mesh = sharding.make_mesh(layout, chips)
+  module = layer(experts.FeedForward(E, width), E)
+  x = jax.ShapeDtypeStruct((8, S, width), jnp.bfloat16)
+
+  def loss(params, x):
+    y = module.apply({"params": params}, x, train=True)
+    return y.astype(jnp.float32).sum()
+
+  init = functools.partial(module.init, jax.random.key(0))
+  boxed = jax.eval_shape(init, x)["params"]
+  there = sharding.shardings(boxed, layout, mesh)
+  batch = sharding.batch_sharding(layout, mesh, 8)
+  params = nn.unbox(boxed)
+  with sharding.use(layout, mesh):
+    for fn, kept, times in (
+      (loss, None, 2),
+      (jax.grad(loss, (0, 1)), (there, batch), 4),
+    ):
+      run = jax.jit(fn, in_shardings=(there, batch), out_shardings=kept)
+      text = run.lower(params, x).compile().as_text()
+      assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) == times
+      # Nothing else travels but how many rows there are of each expert.
+      others = re.findall(rf"= (.+?) (?:{KIND})(?:-start)?\(", text)
+      assert all(re.fullmatch(r"s32\[\d+\]\S*", shape) for shape in others)
