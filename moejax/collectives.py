@@ -54,7 +54,7 @@ def read(
 
   Reads what XLA prints for CPUs, GPUs and TPUs. An asynchronous one counts
   once, and so does one that a TPU spreads over several fusions; both branches
-  of a condition count.
+  of a condition count; one of each device with itself does not.
 
   Args:
     text: `jax.stages.Compiled.as_text()`.
@@ -73,6 +73,8 @@ def read(
     if chain:
       chains.add(chain[1])
     groups, axes = _groups(op.rest, mesh)
+    if groups == 1:
+      continue
     of_result = _bytes(_result(op))
     if kind == "all-reduce" and op.within.startswith("all-reduce-scatter"):
       # A TPU's way to write it: every device keeps its part of the sums.

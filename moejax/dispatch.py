@@ -9,7 +9,7 @@ how rows travel, never in what is computed.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,9 @@ from moejax.ragged import ragged
 from moejax.routing import Assignment
 from moejax.seats import Capacity
 
-_HOME = (None, "group", None)
-_AWAY = ("expert", "group_away", None)
+# Where the slots of each expert and group lie on their way: where their tokens
+# are; with one of the devices that share the expert; with all of these.
+_WAY = ((None, "group"), ("expert", "group_sent"), ("expert", "group_away"))
 
 _BY_SLOTS = {
   # GShard's moves: one-hot masks of G*N*S entries turn both into matrix
@@ -87,16 +88,13 @@ def depart(
       jnp.split(of_slot, ends, axis=1), blocks, strict=True
     ):
       part = part.reshape(G, *block, *of_slot.shape[2:]).swapaxes(0, 1)
-      rest = (None,) * (part.ndim - 3)
-      part = sharding.constrain(part, *_HOME, *rest)
-      parts.append(sharding.constrain(part, *_AWAY, *rest))
+      parts.append(_travel(part, _WAY))
     return parts
 
   def home(parts):
     back = []
     for part in parts:
-      part = sharding.constrain(part, *_AWAY, None)
-      part = sharding.constrain(part, *_HOME, None)
+      part = _travel(part, reversed(_WAY))
       back.append(part.swapaxes(0, 1).reshape(G, -1, part.shape[-1]))
     rows = jnp.concatenate(back, axis=1)
     return jax.vmap(lambda *args: combine(*args, S))(rows, seats, assignment)
@@ -108,6 +106,12 @@ def depart(
     away(gate),
     home,
   )
+
+
+def _travel(part: Array, way: Iterable[tuple[str | None, str | None]]) -> Array:
+  for axes in way:
+    part = sharding.constrain(part, *axes, *(None,) * (part.ndim - 2))
+  return part
 
 
 def _by_slots(

@@ -278,7 +278,8 @@ def over_experts(
       metadata_params={nn.PARTITION_NAME: axis},
       spmd_axis_name=rules.get("expert") if on_mesh else None,
     )
-    away = {"group": rules.get("group_away"), "expert": None}
+    away = rules.get("group_away")
+    away = {"group": away, "group_sent": away, "expert": None}
     token = _IN_EXPERT.set(True)
     try:
       with nn.logical_axis_rules(tuple((rules | away).items())):
@@ -306,22 +307,42 @@ def gathered(fn: Callable[..., Any]) -> Callable[..., Any]:
   at_rest = dict(nn.get_logical_axis_rules()).get("at_rest")
   if mesh.empty or _parts(at_rest, mesh) == 1:
     return fn
-  whole = jax.sharding.PartitionSpec()
 
   def keep(primitive, *_, **params):
     if primitive.name == "sharding_constraint":
       return any(params["sharding"].spec)
     return primitive.name not in _CASTS
 
+  def asked(params, spec):
+    return jax.tree.map(
+      lambda w: jax.lax.with_sharding_constraint(w, spec(w.shape)), params
+    )
+
   def run(params, *args):
+    whole = asked(params, lambda _: jax.sharding.PartitionSpec())
+    return fn(whole, *args)
+
+  def from_parts(params, *args):
     # Else XLA gathers all of them before a loop over microbatches.
     params, args = jax.lax.optimization_barrier((params, args))
-    params = jax.tree.map(
-      lambda w: jax.lax.with_sharding_constraint(w, whole), params
-    )
-    return fn(params, *args)
+    parts = asked(params, lambda shape: _at_rest(shape, at_rest, mesh))
+    return jax.checkpoint(run, policy=keep)(parts, *args)
 
-  return jax.checkpoint(run, policy=keep)
+  return from_parts
+
+
+def _at_rest(
+  shape: Sequence[int],
+  over: str | tuple[str, ...],
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> jax.sharding.PartitionSpec:
+  """Splits the largest axis that divides, so that parts are thick."""
+  parts = _parts(over, mesh)
+  fit = [size * (size % parts == 0) for size in shape]
+  spec = [None] * len(shape)
+  if any(fit):
+    spec[np.argmax(fit)] = over
+  return jax.sharding.PartitionSpec(*spec)
 
 
 def unbox(boxed_tree: Any) -> Any:
@@ -345,16 +366,11 @@ def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
   at_rest = dict(layout.rules).get("at_rest")
-  parts = _parts(at_rest, mesh)
-  if parts > 1:
+  if _parts(at_rest, mesh) > 1:
 
     def split(leaf):
-      shape = (leaf.value if is_boxed(leaf) else leaf).shape
-      fit = [size * (size % parts == 0) for size in shape]
-      spec = [None] * len(shape)
-      if any(fit):
-        spec[np.argmax(fit)] = at_rest
-      return jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+      leaf = leaf.value if is_boxed(leaf) else leaf
+      return jax.NamedSharding(mesh, _at_rest(leaf.shape, at_rest, mesh))
 
     return jax.tree.map(split, boxed_tree, is_leaf=is_boxed)
   for leaf in jax.tree.leaves(boxed_tree, is_leaf=is_boxed):
