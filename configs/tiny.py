@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
       "train": {
         "steps": 400,
         "microbatches": 1,
+        "balance_over": "microbatch",
         "log_every": 10,
         "eval_every": 200,
         "checkpoint_every": 100,

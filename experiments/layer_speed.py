@@ -144,19 +144,12 @@ class Program:
     self._run = jitted.lower(*args, donated).compile()
     self._args, self._donated = args, donated
     self.flops = self._run.cost_analysis().get("flops", 0)
-    self.peak_bytes = needed(self._run)
+    self.peak_bytes = harness.peak_bytes(self._run)
 
   def run(self) -> Any:
     """Runs once; the result's buffers serve the next turn."""
     self._donated = self._run(*self._args, self._donated)
     return self._donated
-
-
-def needed(compiled: jax.stages.Compiled) -> int:
-  """Returns the bytes of arguments, results and temporaries together."""
-  about = compiled.memory_analysis()
-  results = about.output_size_in_bytes - about.alias_size_in_bytes
-  return about.argument_size_in_bytes + results + about.temp_size_in_bytes
 
 
 def forward(module: nn.Module, params: Any, x: jax.Array) -> Program:
@@ -291,7 +284,7 @@ def tpu(
       cost = compiled.cost_analysis()
       row[f"{part}_flops"] = round(cost["flops"] / (times * flops), 3)
       row[f"{part}_GB_moved"] = round(cost["bytes accessed"] / 1e9, 2)
-      row["GB"] = round(needed(compiled) / 1e9, 2)
+      row["GB"] = round(harness.peak_bytes(compiled) / 1e9, 2)
     yield row
 
 

@@ -159,6 +159,6 @@ def fastest(capacity: Capacity, needs_slots: bool) -> str:
     return "gather"
   if capacity is None:
     return "ragged"
-  if jax.default_backend() == "cpu" and not sharding.splits_experts():
+  if sharding.platform() == "cpu" and not sharding.splits_experts():
     return "ragged"
   return "gather"

@@ -98,7 +98,8 @@ def threshold(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   levels; 0 where no thresholds are being learned.
 
   It is the literal sum, whatever the scope: the gradient of T_e is a number of
-  tokens, those chosen less those above T_e. Where gradients are clipped by
+  tokens, those chosen less those above T_e. So over M microbatches together it
+  counts M times what the mean of theirs does. Where gradients are clipped by
   their common norm it would shrink all others; give it a small weight there.
   """
   del scope

@@ -64,7 +64,8 @@ def ragged(
       num_edges = assignment.expert.size
       return _in_line(run, x, assignment, num_experts, num_edges)
     room = _room(blocks, jax.lax.axis_size(axis), assignment)
-    travel = _all_to_all if _can_send_rows() else _all_gather
+    # A CPU cannot send rows each its own way.
+    travel = _all_gather if sharding.platform() == "cpu" else _all_to_all
     return travel(run, x, assignment, here, room, axis)
 
   expert = None if axis is None else "expert"
@@ -88,12 +89,6 @@ def _split_over(weights: Any, num_experts: int) -> Axis | None:
   if not sharding.splits_experts():
     return None
   return dict(nn.get_logical_axis_rules())["expert"]
-
-
-def _can_send_rows() -> bool:
-  """Says whether the mesh's devices have a ragged all-to-all."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return device is not None and device.platform in ("tpu", "gpu")
 
 
 def _room(

@@ -18,6 +18,11 @@ from jaxtyping import Array
 
 MESH_AXES = ("data", "expert", "model")
 
+# Mesh axes that one array axis is split over.
+_Over = str | tuple[str, ...] | None
+_Fn = Callable[..., Any]
+_AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -32,7 +37,7 @@ class Layout:
 
   name: str
   mesh_shape: tuple[int, int, int]
-  rules: tuple[tuple[str, str | tuple[str, ...] | None], ...]
+  rules: tuple[tuple[str, _Over], ...]
 
 
 # Most layouts differ in the shape of their mesh alone: an axis of one device
@@ -59,9 +64,7 @@ RULES = {
 }
 
 
-def rules(
-  **changes: str | tuple[str, ...] | None,
-) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
+def rules(**changes: _Over) -> tuple[tuple[str, _Over], ...]:
   """Returns the rules of a layout: `RULES`, with changes.
 
   Groups lie as the batch does unless they are said to lie elsewhere.
@@ -75,7 +78,7 @@ def rules(
   return tuple((table | follow | changes).items())
 
 
-def _axes(over: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _axes(over: _Over) -> tuple[str, ...]:
   """Returns the mesh axes that one axis is split over."""
   return (over,) if isinstance(over, str) else over or ()
 
@@ -149,11 +152,14 @@ def _check_gathers_whole(layout: Layout, mesh: jax.sharding.Mesh) -> None:
       )
 
 
-def _parts(
-  over: str | tuple[str, ...] | None,
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-) -> int:
+def _parts(over: _Over, mesh: _AnyMesh) -> int:
   return math.prod(mesh.shape[name] for name in _axes(over))
+
+
+def platform() -> str:
+  """Returns what the code being traced will run on: "cpu", "gpu" or "tpu"."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 @contextlib.contextmanager
@@ -189,7 +195,7 @@ def _check_divides(
   axes: Sequence[str | None],
   shape: Sequence[int],
   spec: jax.sharding.PartitionSpec,
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  mesh: _AnyMesh,
 ) -> None:
   for axis, size, over in zip(axes, shape, spec, strict=False):
     parts = _parts(over, mesh)
@@ -201,9 +207,7 @@ def _check_divides(
       )
 
 
-def manual(
-  fn: Callable[..., Any], in_axes: Any, out_axes: Any
-) -> Callable[..., Any]:
+def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
   """`jax.shard_map` in logical axis names; `fn` itself off the mesh.
 
   Args:
@@ -255,9 +259,7 @@ def splits_experts() -> bool:
   return not mesh.empty and _parts(axes, mesh) > 1
 
 
-def over_experts(
-  fn: Callable[..., Any], num_experts: int
-) -> Callable[..., Any]:
+def over_experts(fn: _Fn, num_experts: int) -> _Fn:
   """Lifts fn(module, *args) to run once for each expert, on its own device.
 
   Every variable and argument gets an axis of experts in front, and every rng
@@ -294,7 +296,7 @@ def over_experts(
 _CASTS = ("convert_element_type", "reshape", "transpose")
 
 
-def gathered(fn: Callable[..., Any]) -> Callable[..., Any]:
+def gathered(fn: _Fn) -> _Fn:
   """Lets fn(params, ...) take parameters as they lie at rest.
 
   Where a layout splits them at rest ("fsdp") each is gathered where `fn` uses
@@ -332,9 +334,7 @@ def gathered(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _at_rest(
-  shape: Sequence[int],
-  over: str | tuple[str, ...],
-  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  shape: Sequence[int], over: _Over, mesh: _AnyMesh
 ) -> jax.sharding.PartitionSpec:
   """Splits the largest axis that divides, so that parts are thick."""
   parts = _parts(over, mesh)
@@ -373,10 +373,9 @@ def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
       return jax.NamedSharding(mesh, _at_rest(leaf.shape, at_rest, mesh))
 
     return jax.tree.map(split, boxed_tree, is_leaf=is_boxed)
-  for leaf in jax.tree.leaves(boxed_tree, is_leaf=is_boxed):
-    if is_boxed(leaf):
-      spec = nn.logical_to_mesh_axes(leaf.names, layout.rules)
-      _check_divides(leaf.names, leaf.value.shape, spec, mesh)
+  for leaf in filter(is_boxed, jax.tree.leaves(boxed_tree, is_leaf=is_boxed)):
+    spec = nn.logical_to_mesh_axes(leaf.names, layout.rules)
+    _check_divides(leaf.names, leaf.value.shape, spec, mesh)
   return nn.logical_to_mesh_sharding(
     nn.get_partition_spec(boxed_tree), mesh, layout.rules
   )

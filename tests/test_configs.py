@@ -95,6 +95,15 @@ def test_scope_of_the_balance_losses():
     config_lib.check(config)
 
 
+def test_what_the_balance_losses_are_taken_over():
+  config = load("tiny.py")
+  assert config_lib.train(config).balance_over == "microbatch"
+  config.train.balance_over = "bath"
+  message = "config.train.balance_over is 'bath'.*'batch'"
+  with pytest.raises(ValueError, match=message):
+    config_lib.check(config)
+
+
 def own_layout(**fields):
   config = load("tiny.py")
   with config.unlocked():

@@ -377,7 +377,7 @@ def test_a_trip_there_and_back(name, kind):
 
 
 @pytest.mark.parametrize(
-  "backend, capacity, needs_slots, want",
+  "platform, capacity, needs_slots, want",
   [
     ("cpu", None, False, "ragged"),
     ("cpu", 4, False, "ragged"),
@@ -388,10 +388,10 @@ def test_a_trip_there_and_back(name, kind):
   ],
 )
 def test_auto_is_what_measured_fastest(
-  backend, capacity, needs_slots, want, monkeypatch
+  platform, capacity, needs_slots, want, monkeypatch
 ):
   """Where experts are split over devices, slots, but not S of them each."""
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
   assert dispatch.fastest(capacity, needs_slots) == want
   split = want if capacity is None else "gather"
   for name, expected in (("replicated", want), ("expert", split)):

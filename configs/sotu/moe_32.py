@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
       "train": {
         "steps": 2400,
         "microbatches": 1,
+        "balance_over": "microbatch",
         "log_every": 10,
         "eval_every": 400,
         "checkpoint_every": 200,

@@ -1,0 +1,232 @@
+"""Question: what does a layout of the mesh cost, and does it change a number?
+
+Method: one layer, forward and backward with its balance losses, over 8 devices
+in every layout and by every dispatch: 4096 tokens in 8 groups, D=256, 32 noisy
+top-4 experts of F=512 ("two_level": 8 groups of 4, two of each), float32,
+capacity factor 1.25 but for "dropless". "one device" is the same layer there.
+Collectives are those of the compiled program: how many, and the megabytes that
+one device sends by them (`moejax.collectives.KINDS`). MB is what arguments,
+results and temporaries take of one device. Differences to one device: of the
+loss, relative; of the gradients, the largest entry over the largest entry of
+its array. ms is the median of the repeats, all candidates in turn.
+
+Where there are fewer than 8 accelerators the devices are 8 threads of the CPU:
+then a collective is a copy in memory, and ms says what the program's work
+costs, not what a network would add. Multiply the megabytes by yours for that.
+
+Result:
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+
+from experiments import harness
+from moejax import collectives, experts, losses, moe, router, sharding
+
+SEED = 0
+DEVICES = 8
+WEIGHTS = {"importance": 0.1, "load": 0.1}
+CANDIDATES = {
+  "einsum": {"dispatch": "einsum"},
+  "gather": {"dispatch": "gather"},
+  "ragged": {"dispatch": "ragged"},
+  "dropless": {"dispatch": "ragged", "capacity_factor": None},
+  "two_level": None,
+}
+
+
+class Sizes(NamedTuple):
+  """Of the layer and its batch."""
+
+  tokens: int = 4096
+  width: int = 256
+  hidden: int = 512
+  num_experts: int = 32
+
+
+class Candidate(NamedTuple):
+  """A layer compiled for one layout, and its arguments there.
+
+  Attributes:
+    run: (params, x, buffers of the turn before) -> ((loss, metrics), gradients)
+    args: params and x.
+    found: its collectives.
+    peak_bytes: on one device.
+  """
+
+  run: jax.stages.Compiled
+  args: tuple[Any, jax.Array]
+  found: list[collectives.Collective]
+  peak_bytes: int
+
+
+def rows(quick: bool) -> Iterator[harness.Row]:
+  """Yields a row for each layout and dispatch."""
+  # Says nothing to accelerators; too late where the CPU is in use already.
+  if jax.config.jax_num_cpu_devices < DEVICES:
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+  devices = jax.devices()
+  if len(devices) < DEVICES:
+    devices = jax.devices("cpu")
+  sizes = Sizes(256, 8, 16, 16) if quick else Sizes()
+  one = sharding.Layout("one device", (1, 1, 1), sharding.rules())
+  layouts = {one: devices[:1]}
+  layouts |= dict.fromkeys(sharding.LAYOUTS.values(), devices[:DEVICES])
+  candidates = {
+    (layout.name, name): compiled(module, sizes, layout, devices)
+    for layout, devices in layouts.items()
+    for name, module in modules(sizes).items()
+  }
+  times = harness.interleaved(
+    {key: functools.partial(run, each) for key, each in candidates.items()},
+    2 if quick else 5,
+  )
+  found = [each for one in candidates.values() for each in one.found]
+  kinds = [
+    k for k in collectives.KINDS if any(each.kind == k for each in found)
+  ]
+  for (layout, name), candidate in candidates.items():
+    yield {
+      "layout": layout,
+      "dispatch": name,
+      "ms": round(times[layout, name].median, 1),
+      "MB": round(candidate.peak_bytes / 1e6, 3),
+      **exchanged(candidate.found, kinds),
+      **differences(candidate, candidates[one.name, name]),
+    }
+
+
+def modules(sizes: Sizes) -> dict[str, nn.Module]:
+  """Returns the layer by every dispatch."""
+  E, F = sizes.num_experts, sizes.hidden
+  group = {"group_size": sizes.tokens // DEVICES}
+
+  def layer(options):
+    if options is None:
+      within = moe.MoE(
+        router.NoisyTopK(E // 8, 2), experts.FeedForward(E // 8, F)
+      )
+      return moe.HierarchicalMoE(router.NoisyTopK(8, 2), within, **group)
+    gate, own = router.NoisyTopK(E, 4), experts.FeedForward(E, F)
+    return moe.MoE(gate, own, **group, **options)
+
+  return {name: layer(options) for name, options in CANDIDATES.items()}
+
+
+def compiled(
+  module: nn.Module,
+  sizes: Sizes,
+  layout: sharding.Layout,
+  devices: list[jax.Device],
+) -> Candidate:
+  """Compiles the layer's losses and gradients for a layout."""
+  shape = (DEVICES, sizes.tokens // DEVICES, sizes.width)
+  mesh = sharding.make_mesh(layout, devices)
+  batch = sharding.batch_sharding(layout, mesh, DEVICES)
+
+  def init():
+    """Not the modules' own: their router begins at zero."""
+    boxed = module.init(jax.random.key(SEED), jnp.zeros(shape))["params"]
+    leaves, tree = jax.tree.flatten(boxed)
+    keys = jax.random.split(jax.random.key(SEED), len(leaves))
+    return tree.unflatten(
+      jax.random.normal(key, w.shape) / np.sqrt(w.shape[-2])
+      for key, w in zip(keys, leaves, strict=True)
+    )
+
+  with sharding.use(layout, mesh):
+    places = sharding.shardings(jax.eval_shape(init), layout, mesh)
+    params = jax.jit(lambda: sharding.unbox(init()), out_shardings=places)()
+    x = jax.jit(
+      lambda: jax.random.normal(jax.random.key(1), shape), out_shardings=batch
+    )()
+    step = jax.jit(
+      functools.partial(losses_and_gradients, module),
+      out_shardings=(None, (places, batch)),
+    )
+    program = step.lower(params, x).compile()
+  found = collectives.read(program.as_text(), mesh)
+  return Candidate(program, (params, x), found, harness.peak_bytes(program))
+
+
+def losses_and_gradients(module: nn.Module, params: Any, x: jax.Array) -> Any:
+  """Returns the loss of task and balance, and its gradient by params and x."""
+
+  def loss(params, x):
+    y, sown = module.apply(
+      {"params": params},
+      x,
+      train=True,
+      rngs={"router": jax.random.key(2)},
+      mutable=[moe.ROUTING],
+    )
+    balance, _ = losses.auxiliary(losses.routings(sown), WEIGHTS)
+    return jnp.square(y).mean() + balance
+
+  return jax.value_and_grad(sharding.gathered(loss), (0, 1))(params, x)
+
+
+def run(candidate: Candidate) -> Any:
+  return candidate.run(*candidate.args)
+
+
+def exchanged(
+  found: list[collectives.Collective], kinds: list[str]
+) -> harness.Row:
+  """Counts collectives, and the megabytes that one device sends by them."""
+
+  def sent(some):
+    return round(sum(each.wire_bytes * each.times for each in some) / 1e6, 3)
+
+  row = {"sent_MB": sent(found)}
+  for kind in kinds:
+    same = [each for each in found if each.kind == kind]
+    row[kind] = sum(each.times for each in same)
+    row[f"{kind}_MB"] = sent(same)
+  return row
+
+
+def differences(candidate: Candidate, one: Candidate) -> harness.Row:
+  """Compares loss and gradients with those of one device."""
+  got, want = jax.device_get((run(candidate), run(one)))
+
+  def off(got, want):
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+  slopes = jax.tree.leaves(jax.tree.map(off, got[1], want[1]))
+  return {
+    "loss_difference": float(f"{off(got[0], want[0]):.1e}"),
+    "gradient_difference": float(f"{max(slopes):.1e}"),
+  }
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws what is sent by kind, what a device holds, and the time."""
+  figure.set_size_inches(10, 6)
+  sent, held, took = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+  names = [f"{row['layout']}, {row['dispatch']}" for row in table]
+  start = np.zeros(len(table))
+  for kind in collectives.KINDS:
+    if kind in table[0]:
+      width = np.array([row[f"{kind}_MB"] for row in table])
+      sent.barh(names, width, left=start, label=kind)
+      start += width
+  sent.invert_yaxis()
+  sent.tick_params(axis="y", labelsize=7)
+  sent.set_xlabel("MB that one device sends a step")
+  sent.legend(fontsize=7)
+  held.barh(names, [row["MB"] for row in table], color="tab:gray")
+  held.set_xlabel("MB on one device")
+  took.barh(names, [row["ms"] for row in table], color="tab:gray")
+  took.set_xlabel("ms, forward and backward")
+
+
+if __name__ == "__main__":
+  harness.main("sharding_layouts", rows, draw, SEED)
