@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import topology
 from jax.sharding import PartitionSpec as P
 
 from moejax import (
@@ -324,54 +323,6 @@ def test_xla_says_where_it_finds_none():
   with jax.set_mesh(mesh), stderr() as warnings:
     jax.jit(fn).lower(x).compile()
   assert INVOLUNTARY in warnings[0]
-
-
-def for_chips(layout, width=256):
-  """The gather layer's gradient in bfloat16, as a TPU would run it."""
-  layout = sharding.LAYOUTS[layout]
-  mesh = sharding.make_mesh(layout, topology.chips())
-  module = moe.MoE(
-    router.TopK(E, K),
-    experts.FeedForward(E, 8 * width),
-    group_size=64,
-    capacity_factor=FACTOR,
-    dispatch="gather",
-  )
-  x = jax.ShapeDtypeStruct((B, 64, width), jnp.bfloat16)
-  boxed = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), x)
-  params, places = nn.unbox(boxed), sharding.shardings(boxed, layout, mesh)
-  batch = sharding.batch_sharding(layout, mesh, B)
-
-  def loss(params, x):
-    y = module.apply(params, x, train=True)
-    return jnp.square(y.astype(jnp.float32)).mean()
-
-  with sharding.use(layout, mesh):
-    run = jax.jit(
-      jax.grad(sharding.gathered(loss), (0, 1)),
-      in_shardings=(places, batch),
-      out_shardings=(places, batch),
-    )
-    compiled = run.lower(params, x).compile()
-  return collectives.read(compiled.as_text(), mesh)
-
-
-def test_a_tpu_sends_tokens_alone():
-  found = for_chips("expert")
-  want = round(2 * K * FACTOR * 64 * 256)
-  assert moves(found) == 4 * [("all-to-all", want, ("expert",))]
-  assert {each.dtype for each in found if each.kind == "all-to-all"} == {"bf16"}
-
-
-def test_a_tpu_keeps_its_part_of_sums():
-  """And gathers every matrix twice, in the precision it is used in."""
-  found = for_chips("fsdp")
-  matrix = 2 * E * 256 * 8 * 256
-  large = [each for each in found if each.bytes * 8 >= matrix]
-  gather = ("all-gather", matrix, ("data",))
-  scatter = ("reduce-scatter", matrix // 8, ("data",))
-  assert moves(large) == 4 * [gather] + 2 * [scatter]
-  assert not sums(large)
 
 
 @pytest.mark.parametrize("name", ["expert", "fsdp"])
