@@ -68,14 +68,16 @@ class FeedForward(nn.Module):
   activation: Callable[[Array], Array] = nn.relu
   gated: bool = False
 
-  def _widths(self) -> tuple[int, ...]:
+  @property
+  def widths(self) -> tuple[int, ...]:
+    """Of the hidden layers in turn."""
     hidden = self.hidden
     return (hidden,) if isinstance(hidden, int) else tuple(hidden)
 
   @nn.compact
   def __call__(self, width: int) -> Weights:
     E = self.num_experts
-    inner = self._widths()
+    inner = self.widths
 
     def matrix(name, shape, *axes):
       init = _partitioned(E, *axes)
@@ -96,7 +98,7 @@ class FeedForward(nn.Module):
     self, weights: Weights, rows: Rows, real: Real = None, train: bool = False
   ) -> Rows:
     del train
-    depth = len(self._widths())
+    depth = len(self.widths)
 
     def layers(weights, rows, dot):
       h = self.activation(dot(rows, weights["w_in"]))

@@ -1,66 +1,86 @@
 """Every config builds a model, and the twins cost the same."""
 
-import importlib.util
-import pathlib
-
-import flax.linen as nn
-import jax
 import pytest
+from config_shapes import (
+  CONFIGS,
+  NAMES,
+  VOCABULARY,
+  load,
+  parameters,
+  parameters_of,
+)
 
 from moejax import config as config_lib
-from moejax import sharding
-from moejax.data import text, vocab
+from moejax import cost, sharding
+from moejax.data import vocab
 from moejax.training import optim
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-NAMES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.py"))
-VOCABULARY = 100
-
-
-def load(name):
-  spec = importlib.util.spec_from_file_location("config", CONFIGS / name)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
-
-
-def parameters(config):
-  """Shapes of the parameters of a config's model; allocates nothing."""
-  net = config_lib.model(config, VOCABULARY)
-  shape = (config.data.batch_size, config.data.row_length)
-  batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype)
-    for name, dtype in text.TYPES.items()
-  }
-  tree = jax.eval_shape(
-    lambda batch: net.init(jax.random.key(0), batch, method="loss"), batch
-  )
-  return nn.unbox(tree)["params"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds(name):
   config = load(name)
   config_lib.check(config)
-  tree = parameters(config)
+  tree = parameters_of(name)
   shape = (VOCABULARY, config.model.width)
   assert tree["embed"]["table"].shape == shape
   assert tree["head"]["table"].shape == shape
-  assert tree["layers_1"]
+  layers = [f"layers_{i}" for i in range(len(config.model.layers))]
+  assert sorted(tree) == sorted(["embed", "head", *layers])
 
 
-def size(tree):
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+@pytest.mark.parametrize(
+  "name", [name for name in NAMES if name.startswith(("lm1b/", "news/"))]
+)
+def test_a_row_of_the_paper_is_trained_as_in_the_paper(name):
+  config = load(name)
+  news = name.startswith("news/")
+  words = config.data.batch_size * config.data.row_length
+  assert words == pytest.approx(2_500_000 if news else 300_000, rel=0.02)
+  draft = "draft" in name
+  assert config.optimizer.warmup_steps == (200 if draft else 1000)
+  assert config.optimizer.hold_steps == (200 if draft else 0)
+  assert config.aux.to_dict() == {"importance": 0.1, "load": 0.1}
+  assert config.data.kind == "lm1b"
+
+
+def test_flat_mixtures_of_the_paper_drop_nothing():
+  moe = config_lib.model(load("lm1b/moe_32.py"), VOCABULARY).layers[1]
+  assert moe.capacity_factor is moe.eval_capacity_factor is None
+
+
+def test_every_row_of_the_tables_has_a_config():
+  lm1b = {p.stem for p in (CONFIGS / "lm1b").glob("*.py")} - {"common"}
+  assert lm1b == {
+    "lstm_512_512",
+    "lstm_1024_512",
+    "lstm_2048_512",
+    "four_lstm_512",
+    "two_lstm_8192_1024",
+    "moe_1_wide",
+    "moe_1_deep",
+    "moe_4",
+    "moe_32",
+    "moe_256",
+    "moe_256_h",
+    "moe_1024_h",
+    "moe_4096_h",
+    "moe_34m",
+    "moe_143m",
+    "draft_131072_linear",
+  }
+  news = {p.stem for p in (CONFIGS / "news").glob("*.py")} - {"common"}
+  two_levels = (256, 1024, 4096, 16_384, 65_536, 131_072)
+  assert news == {"four_lstm_512", "moe_32"} | {
+    f"moe_{experts}_h" for experts in two_levels
+  }
 
 
 def test_the_twins_have_the_same_ops_per_timestep():
   sparse, dense = load("sotu/moe_32.py"), load("sotu/moe_1_wide.py")
-  sparse_layer = parameters(sparse)["layers_1"]
-  dense_layer = parameters(dense)["layers_1"]
-  moe = sparse.model.moe
-  active = size(sparse_layer["experts"]) * moe.router.k // moe.num_experts
-  assert active == size(dense_layer) == 65_536
-  assert size(sparse_layer["router"]) == 4_096
+  router = 4_096
+  dense_ops = cost.count(dense, VOCABULARY).ops
+  assert cost.count(sparse, VOCABULARY).ops == dense_ops + router
+  assert dense_ops == 131_072
   for section in ("data", "optimizer", "train", "aux"):
     assert sparse[section].to_dict() == dense[section].to_dict()
 

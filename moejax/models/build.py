@@ -19,6 +19,7 @@ def _lstm_lm(
   layers: Iterable[str],
   dropout: float = 0.0,
   num_samples: int = 0,
+  lstm: Mapping[str, Any] | None = None,
   moe: Mapping[str, Any] | None = None,
   hierarchical_moe: Mapping[str, Any] | None = None,
   one_expert: Mapping[str, Any] | None = None,
@@ -33,7 +34,9 @@ def _lstm_lm(
       " the full softmax."
     )
   builders = {
-    "lstm": lambda: LSTM(width),
+    "lstm": lambda: named.make(
+      LSTM, lstm or {}, "config.model.lstm", width=width
+    ),
     "moe": lambda: named.make(
       _moe, moe or {}, "config.model.moe", path="config.model.moe"
     ),

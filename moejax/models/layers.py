@@ -17,16 +17,18 @@ def lstm(
   x: Float[Array, "B L D"],
   start: Bool[Array, "B L"],
   w_in: Float[Array, "D gates"],
-  w_rec: Float[Array, "H gates"],
+  w_rec: Float[Array, "O gates"],
   bias: Float[Array, "gates"],
-) -> Float[Array, "B L H"]:
+  w_out: Float[Array, "H O"] | None = None,
+) -> Float[Array, "B L O"]:
   """Runs an LSTM without peepholes over packed rows, from zero state.
 
   With (i, f, g, o) = x_t w_in + y_{t-1} w_rec + bias, four blocks of width H
   each ("gates" is 4H):
 
     c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
-    y_t = sigmoid(o) tanh(c_t)
+    m_t = sigmoid(o) tanh(c_t)
+    y_t = m_t w_out, or m_t where there is no w_out
 
   Matrix products take operands in the dtype of `x`; the state and every sum
   are float32. Differentiable once, in reverse mode.
@@ -38,6 +40,7 @@ def lstm(
     w_in: input weights.
     w_rec: recurrent weights.
     bias: biases.
+    w_out: projection of the units (1402.1128); it is what recurs.
 
   Returns:
     y, in the dtype of `x`.
@@ -45,19 +48,19 @@ def lstm(
   Raises:
     ValueError: the weights do not hold four gates per unit.
   """
-  width, gates = w_rec.shape
-  if gates != 4 * width:
+  units, gates = (w_rec if w_out is None else w_out).shape[0], w_rec.shape[1]
+  if gates != 4 * units:
     raise ValueError(
-      f"w_rec has {gates} columns for {width} units; an LSTM has four gates"
-      f" per unit, so give it {4 * width} columns."
+      f"w_rec has {gates} columns for {units} units; an LSTM has four gates"
+      f" per unit, so give it {4 * units} columns."
     )
   keep = 1 - start.T.astype(jnp.float32)
-  y = _lstm(x.swapaxes(0, 1), keep[:, :, None], w_in, w_rec, bias)
+  y = _lstm(x.swapaxes(0, 1), keep[:, :, None], w_in, w_rec, bias, w_out)
   return y.swapaxes(0, 1)
 
 
 @jax.custom_vjp
-def _lstm(x, keep, w_in, w_rec, bias):
+def _lstm(x, keep, w_in, w_rec, bias, w_out):
   """Runs time-major: x [L B D], keep [L B 1] zero where a sentence starts."""
 
   def step(state, inputs):
@@ -66,25 +69,25 @@ def _lstm(x, keep, w_in, w_rec, bias):
     z = z + _dot(y * keep, w_rec, x.dtype) + bias[None]
     i, f, g, o = _gates(z)
     c = f * (c * keep) + i * g
-    y = o * jnp.tanh(c)
+    y = _project(o * jnp.tanh(c), w_out, x.dtype)
     return (y, c), y
 
-  zero = jnp.zeros((x.shape[1], w_rec.shape[0]), jnp.float32)
-  _, y = jax.lax.scan(step, (zero, zero), (_dot(x, w_in, x.dtype), keep))
+  zero = _zero_state(x, w_rec)
+  _, y = jax.lax.scan(step, zero, (_dot(x, w_in, x.dtype), keep))
   return y.astype(x.dtype)
 
 
-def _forward(x, keep, w_in, w_rec, bias):
+def _forward(x, keep, w_in, w_rec, bias, w_out):
   """Is `_lstm`, saving the local derivatives of each step.
 
-  slope is d(c, c, c, y)/d(i, f, g, o): what each pre-activation does to the
-  state it acts through. y_by_c is dy_t/dc_t and c_by_c is dc_t/dc_{t-1}.
+  slope is d(c, c, c, m)/d(i, f, g, o): what each pre-activation does to the
+  state it acts through. m_by_c is dm_t/dc_t and c_by_c is dc_t/dc_{t-1}.
   Taken here, where the gates are at hand, they leave the backward loop little
-  more than its matrix product.
+  more than its matrix products. Without a projection m is y, and not saved.
   """
 
   def step(t, carry):
-    y, c, slope, ys, y_by_c, c_by_c = carry
+    y, c, slope, ys, ms, m_by_c, c_by_c = carry
     # The slopes replace the pre-activations they come from. The barrier ends
     # the reading before the writing; without it XLA copies the whole array.
     z = jax.lax.optimization_barrier(_at(slope, t))
@@ -94,65 +97,88 @@ def _forward(x, keep, w_in, w_rec, bias):
     c_before = c * keep_t
     c = f * c_before + i * g
     tanh_c = jnp.tanh(c)
-    y = o * tanh_c
+    m = o * tanh_c
+    y = _project(m, w_out, x.dtype)
     slope_t = (
       g * i * (1 - i),
       c_before * f * (1 - f),
       i * (1 - g * g),
-      y * (1 - o),
+      m * (1 - o),
     )
     return (
       y,
       c,
       _put(slope, t, jnp.concatenate(slope_t, -1)),
       _put(ys, t, y),
-      _put(y_by_c, t, o * (1 - tanh_c * tanh_c)),
+      None if w_out is None else _put(ms, t, m),
+      _put(m_by_c, t, o * (1 - tanh_c * tanh_c)),
       _put(c_by_c, t, f * keep_t),
     )
 
-  length, batch, _ = x.shape
-  zero = jnp.zeros((batch, w_rec.shape[0]), jnp.float32)
-  zeros = jnp.zeros((length, *zero.shape), jnp.float32)
-  carry = zero, zero, _dot(x, w_in, x.dtype), zeros, zeros, zeros
-  _, _, slope, y, y_by_c, c_by_c = jax.lax.fori_loop(0, length, step, carry)
-  saved = x, keep, w_in, w_rec, bias, y, slope, y_by_c, c_by_c
+  length = x.shape[0]
+  y, c = _zero_state(x, w_rec)
+  ys, zeros = (jnp.zeros((length, *a.shape), a.dtype) for a in (y, c))
+  ms = None if w_out is None else zeros
+  carry = y, c, _dot(x, w_in, x.dtype), ys, ms, zeros, zeros
+  carry = jax.lax.fori_loop(0, length, step, carry)
+  _, _, slope, y, m, m_by_c, c_by_c = carry
+  saved = x, keep, w_in, w_rec, bias, w_out, y, m, slope, m_by_c, c_by_c
   return y.astype(x.dtype), saved
 
 
 def _backward(saved, dy):
   """Takes dy and dc back in time, then the weights' gradients all at once."""
-  x, keep, w_in, w_rec, bias, y, slope, y_by_c, c_by_c = saved
+  x, keep, w_in, w_rec, bias, w_out, y, m, slope, m_by_c, c_by_c = saved
   length = x.shape[0]
   keep_next = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
   dy = dy.astype(jnp.float32)
 
   def step(step_back, carry):
-    dy_rec, dc, dz = carry
+    dy_rec, dc, dz, dys = carry
     t = length - 1 - step_back
     dy_t = _at(dy, t) + dy_rec * _at(keep_next, t)
-    dc = dc + dy_t * _at(y_by_c, t)
+    dm = dy_t if w_out is None else _dot(dy_t, w_out.T, x.dtype)
+    dc = dc + dm * _at(m_by_c, t)
     slope_t = jax.lax.optimization_barrier(_at(dz, t))
-    dz_t = jnp.concatenate([dc, dc, dc, dy_t], -1) * slope_t
+    dz_t = jnp.concatenate([dc, dc, dc, dm], -1) * slope_t
     dy_rec = _dot(dz_t, w_rec.T, x.dtype)
-    return dy_rec, dc * _at(c_by_c, t), _put(dz, t, dz_t)
+    dys = None if w_out is None else _put(dys, t, dy_t)
+    return dy_rec, dc * _at(c_by_c, t), _put(dz, t, dz_t), dys
 
-  zero = jnp.zeros_like(y[0])
-  _, _, dz = jax.lax.fori_loop(0, length, step, (zero, zero, slope))
+  dys = None if w_out is None else jnp.zeros_like(y)
+  carry = *_zero_state(x, w_rec), slope, dys
+  _, _, dz, dys = jax.lax.fori_loop(0, length, step, carry)
 
   y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]) * keep
   dx = _dot(dz, w_in.T, x.dtype)
   dw_in = _sum_outer(x, dz, x.dtype)
   dw_rec = _sum_outer(y_before, dz, x.dtype)
+  dw_out = None
+  if w_out is not None:
+    dw_out = _sum_outer(m, dys, x.dtype).astype(w_out.dtype)
   return (
     dx.astype(x.dtype),
     None,
     dw_in.astype(w_in.dtype),
     dw_rec.astype(w_rec.dtype),
     dz.sum((0, 1)).astype(bias.dtype),
+    dw_out,
   )
 
 
 _lstm.defvjp(_forward, _backward)
+
+
+def _zero_state(x, w_rec):
+  """Returns y and c before the first step."""
+  width, gates = w_rec.shape
+  return tuple(
+    jnp.zeros((x.shape[1], size), jnp.float32) for size in (width, gates // 4)
+  )
+
+
+def _project(m, w_out, dtype):
+  return m if w_out is None else _dot(m, w_out, dtype)
 
 
 def _gates(z):
@@ -204,17 +230,21 @@ class LSTM(nn.Module):
   """One LSTM layer over packed rows (app. C.1).
 
   Attributes:
-    width: units H, the width of the output.
+    width: O of the output.
+    hidden: units H, projected to `width`; None has `width` units and no
+      projection.
   """
 
   width: int
+  hidden: int | None = None
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "B L D"], start: Bool[Array, "B L"]
-  ) -> Float[Array, "B L H"]:
+  ) -> Float[Array, "B L O"]:
     """Runs the layer; `start` is True at the first token of each sentence."""
-    gates = 4 * self.width
+    units = self.width if self.hidden is None else self.hidden
+    gates = 4 * units
 
     def param(name, init, axes, shape):
       init = nn.with_logical_partitioning(init, axes)
@@ -223,7 +253,11 @@ class LSTM(nn.Module):
     w_in = param("w_in", _FAN_IN, ("embed", "hidden"), (x.shape[-1], gates))
     w_rec = param("w_rec", _FAN_IN, (None, "hidden"), (self.width, gates))
     bias = param("bias", _forget_one, ("hidden",), (gates,))
-    return lstm(x, start, w_in, w_rec, bias)
+    w_out = None
+    if self.hidden is not None:
+      shape = (units, self.width)
+      w_out = param("w_out", _FAN_IN, ("hidden", "embed"), shape)
+    return lstm(x, start, w_in, w_rec, bias, w_out)
 
 
 class Embed(nn.Module):

@@ -9,17 +9,22 @@ import pytest
 from moejax import sharding
 from moejax.models import layers
 
-NAMES = ("x", "w_in", "w_rec", "bias")
+NAMES = ("x", "w_in", "w_rec", "bias", "w_out")
+projections = pytest.mark.parametrize("projected", [None, 3])
 
 
-def inputs(batch, length, width, hidden, seed=0):
+def inputs(batch, length, width, hidden, projected=None, seed=0):
   """Returns x, start, and the weights, as float64 NumPy arrays."""
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(batch, length, width))
   start = rng.random((batch, length)) < 0.3
+  recurrent = projected or hidden
   w_in = rng.normal(size=(width, 4 * hidden)) / width**0.5
-  w_rec = rng.normal(size=(hidden, 4 * hidden)) / hidden**0.5
-  return x, start, w_in, w_rec, rng.normal(size=4 * hidden)
+  w_rec = rng.normal(size=(recurrent, 4 * hidden)) / recurrent**0.5
+  weights = w_in, w_rec, rng.normal(size=4 * hidden)
+  if projected:
+    weights += (rng.normal(size=(hidden, projected)) / hidden**0.5,)
+  return x, start, *weights
 
 
 def on_device(x, start, *weights):
@@ -29,29 +34,30 @@ def on_device(x, start, *weights):
   )
 
 
-def loop(x, start, w_in, w_rec, bias):
+def loop(x, start, w_in, w_rec, bias, w_out=None):
   """One row, one step, one unit at a time."""
 
   def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
-  hidden = len(w_rec)
-  out = np.zeros((*start.shape, hidden))
+  width, hidden = len(w_rec), len(bias) // 4
+  out = np.zeros((*start.shape, width))
   for b in range(len(x)):
-    y, c = np.zeros(hidden), np.zeros(hidden)
+    y, c = np.zeros(width), np.zeros(hidden)
     for t in range(x.shape[1]):
       if start[b, t]:
-        y, c = np.zeros(hidden), np.zeros(hidden)
+        y, c = np.zeros(width), np.zeros(hidden)
       z = x[b, t] @ w_in + y @ w_rec + bias
+      m = np.zeros(hidden)
       for u in range(hidden):
         i, f, g, o = z[u], z[u + hidden], z[u + 2 * hidden], z[u + 3 * hidden]
         c[u] = sigmoid(f) * c[u] + sigmoid(i) * np.tanh(g)
-        out[b, t, u] = sigmoid(o) * np.tanh(c[u])
-      y = out[b, t].copy()
+        m[u] = sigmoid(o) * np.tanh(c[u])
+      y = out[b, t] = m if w_out is None else m @ w_out
   return out
 
 
-def naive(x, start, w_in, w_rec, bias):
+def naive(x, start, w_in, w_rec, bias, w_out=None):
   """The whole cell in a scan, differentiated by JAX."""
 
   def step(state, now):
@@ -61,35 +67,41 @@ def naive(x, start, w_in, w_rec, bias):
     i, f, g, o = jnp.split(z, 4, -1)
     c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(g)
     y = nn.sigmoid(o) * jnp.tanh(c)
+    y = y if w_out is None else y @ w_out
     return (y, c), y
 
-  zero = jnp.zeros((len(x), len(w_rec)))
-  _, y = jax.lax.scan(step, (zero, zero), (x.swapaxes(0, 1), start.T))
+  zero = tuple(jnp.zeros((len(x), n)) for n in (len(w_rec), len(bias) // 4))
+  _, y = jax.lax.scan(step, zero, (x.swapaxes(0, 1), start.T))
   return y.swapaxes(0, 1)
 
 
 def gradients(lstm, x, start, *weights):
-  """Gradients of a weighted sum of all outputs, for x and each weight."""
+  """Gradients of a weighted sum of all outputs, by the name of the input."""
   shape = (*start.shape, len(weights[1]))
   pull = jnp.asarray(np.random.default_rng(9).normal(size=shape), x.dtype)
 
   def total(*args):
     return (lstm(*args) * pull).astype(jnp.float32).sum()
 
-  return jax.jit(jax.grad(total, (0, 2, 3, 4)))(x, start, *weights)
+  places = (0, *range(2, 2 + len(weights)))
+  values = jax.jit(jax.grad(total, places))(x, start, *weights)
+  return dict(zip(NAMES[: len(places)], values, strict=True))
 
 
-def test_value_is_the_loops():
-  args = inputs(3, 6, 5, 4)
+@projections
+def test_value_is_the_loops(projected):
+  args = inputs(3, 6, 5, 4, projected)
   got = layers.lstm(*on_device(*args))
   np.testing.assert_allclose(got, loop(*args), rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_are_the_loops_finite_differences():
-  args = inputs(2, 5, 3, 4)
+@projections
+def test_gradients_are_the_loops_finite_differences(projected):
+  args = inputs(2, 5, 3, 4, projected)
   got = gradients(layers.lstm, *on_device(*args))
-  pull = np.random.default_rng(9).normal(size=(2, 5, 4))
-  for name, index, gradient in zip(NAMES, (0, 2, 3, 4), got, strict=True):
+  pull = np.random.default_rng(9).normal(size=(2, 5, projected or 4))
+  for index in (0, *range(2, len(args))):
+    name = NAMES[max(index - 1, 0)]
     expected = np.zeros_like(args[index])
     for at in np.ndindex(expected.shape):
       ends = []
@@ -99,20 +111,23 @@ def test_gradients_are_the_loops_finite_differences():
         ends.append((loop(*moved) * pull).sum())
       expected[at] = (ends[0] - ends[1]) / 2e-6
     np.testing.assert_allclose(
-      gradient, expected, rtol=1e-4, atol=1e-5, err_msg=name
+      got[name], expected, rtol=1e-4, atol=1e-5, err_msg=name
     )
 
 
-def test_gradients_are_those_of_plain_autodiff():
-  args = on_device(*inputs(8, 20, 16, 24))
+@pytest.mark.parametrize("projected", [None, 12])
+def test_gradients_are_those_of_plain_autodiff(projected):
+  args = on_device(*inputs(8, 20, 16, 24, projected))
   got = gradients(layers.lstm, *args)
   expected = gradients(naive, *args)
-  for name, a, b in zip(NAMES, got, expected, strict=True):
+  for name, a in got.items():
+    b = expected[name]
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_packed_row_is_its_sentences_one_by_one():
-  x, _, *weights = inputs(1, 9, 5, 4)
+@projections
+def test_a_packed_row_is_its_sentences_one_by_one(projected):
+  x, _, *weights = inputs(1, 9, 5, 4, projected)
   start = np.zeros((1, 9), bool)
   start[0, [0, 4, 5]] = True
   whole = layers.lstm(*on_device(x, start, *weights))
@@ -164,8 +179,9 @@ def test_flax_computes_the_same():
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_rounds_the_operands_only():
-  x, start, *weights = on_device(*inputs(4, 12, 8, 8))
+@projections
+def test_bfloat16_rounds_the_operands_only(projected):
+  x, start, *weights = on_device(*inputs(4, 12, 8, 8, projected))
   half = x.astype(jnp.bfloat16)
   got = layers.lstm(half, start, *weights)
   assert got.dtype == jnp.bfloat16
@@ -175,20 +191,23 @@ def test_bfloat16_rounds_the_operands_only():
   )
   wide = gradients(layers.lstm, x, start, *weights)
   narrow = gradients(layers.lstm, half, start, *weights)
-  assert [str(g.dtype) for g in narrow] == ["bfloat16"] + 3 * ["float32"]
-  for name, a, b in zip(NAMES, narrow, wide, strict=True):
+  types = [str(g.dtype) for g in narrow.values()]
+  assert types == ["bfloat16"] + len(weights) * ["float32"]
+  for name, a in narrow.items():
+    b = wide[name]
     far = np.abs(a.astype(jnp.float32) - b).max() / np.abs(b).max()
     assert far < 0.03, name
 
 
-def test_eight_devices_agree_with_one_and_only_sum_weight_gradients():
-  args = on_device(*inputs(16, 6, 8, 8))
+@projections
+def test_eight_devices_agree_with_one_and_only_sum_weight_gradients(projected):
+  args = on_device(*inputs(16, 6, 8, 8, projected))
   alone = gradients(layers.lstm, *args)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
   batch = sharding.batch_sharding(layout, mesh, args[0].shape[0])
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  places = (batch, batch, everywhere, everywhere, everywhere)
+  places = (batch, batch, *(everywhere,) * len(args[2:]))
   args = tuple(jax.device_put(a, s) for a, s in zip(args, places, strict=True))
   value = jax.jit(layers.lstm)(*args)
   assert value.sharding.is_equivalent_to(batch, 3)
@@ -196,7 +215,8 @@ def test_eight_devices_agree_with_one_and_only_sum_weight_gradients():
 
   whole = jax.jit(lambda *args: gradients(layers.lstm, *args))
   compiled = whole.lower(*args).compile()
-  for name, a, b in zip(NAMES, compiled(*args), alone, strict=True):
+  for name, a in compiled(*args).items():
+    b = alone[name]
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
   loops, entry = compiled.as_text().split("\nENTRY")
   assert "while(" in entry
@@ -210,6 +230,12 @@ def test_three_gates_are_refused():
   x, start, w_in, w_rec, bias = on_device(*inputs(1, 2, 3, 4))
   with pytest.raises(ValueError, match="12 columns for 4 units.* 16 columns"):
     layers.lstm(x, start, w_in[:, :12], w_rec[:, :12], bias[:12])
+
+
+def test_a_projection_of_other_units_is_refused():
+  args = on_device(*inputs(1, 2, 3, 4, 3))
+  with pytest.raises(ValueError, match="16 columns for 5 units.* 20 columns"):
+    layers.lstm(*args[:5], jnp.zeros((5, 3)))
 
 
 def test_lstm_module_starts_remembering_with_named_axes():
@@ -226,6 +252,19 @@ def test_lstm_module_starts_remembering_with_named_axes():
   expected = layers.lstm(
     x, start, params["w_in"], params["w_rec"], params["bias"]
   )
+  np.testing.assert_array_equal(module.apply(boxed, x, start), expected)
+
+
+def test_lstm_module_projects_its_hidden_units():
+  x, start, *_ = on_device(*inputs(2, 3, 5, 4))
+  module = layers.LSTM(width=3, hidden=4)
+  boxed = module.init(jax.random.key(0), x, start)
+  axes = nn.get_partition_spec(boxed)["params"]
+  assert tuple(axes["w_out"]) == ("hidden", "embed")
+  params = nn.unbox(boxed)["params"]
+  weights = [params[name] for name in ("w_in", "w_rec", "bias", "w_out")]
+  assert [w.shape for w in weights] == [(5, 16), (3, 16), (16,), (4, 3)]
+  expected = layers.lstm(x, start, *weights)
   np.testing.assert_array_equal(module.apply(boxed, x, start), expected)
 
 
