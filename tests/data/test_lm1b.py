@@ -9,7 +9,9 @@ import http.server
 import importlib.util
 import io
 import json
+import pathlib
 import re
+import runpy
 import shutil
 import sys
 import tarfile
@@ -17,7 +19,6 @@ import threading
 import types
 
 import pytest
-import test_configs
 from ml_collections import ConfigDict
 from tensorflow_datasets.core.download import downloader, extractor
 from tensorflow_datasets.datasets.lm1b import lm1b_dataset_builder
@@ -151,19 +152,20 @@ def test_the_published_test_is_one_file(prepared, files):
 def test_ids_are_those_of_the_vocabulary_file(section, vocab_file, tmp_path):
   data = data_of(section, tmp_path)
   entries = vocab_file.read_text(encoding="utf-8").splitlines()
+  line = {entry: number for number, entry in enumerate(entries)}
   for split, texts in data.texts.items():
-    known = [
-      [word if word in entries else "<UNK>" for word in text.split(" ")]
-      for text in texts
-    ]
-    want = [i for words in known for i in [*map(entries.index, words), 0]]
+    want = []
+    for text in texts:
+      want += [line.get(word, line["<UNK>"]) for word in text.split(" ")]
+      want.append(line["</S>"])
     assert data.tokens(split).ids.tolist() == want
-  assert "5\xa0%" in entries
+  assert "5\xa0%" in line and "neverseen" not in line
 
 
 def test_tensorflow_is_not_needed(section, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorflow", None)
   data = data_of(section, tmp_path)
+  assert all(data.texts["test"])
   assert len(data.rows(data.tokens("test"))) > 10
 
 
@@ -209,19 +211,20 @@ def test_a_model_trains(
   section, files, tmp_path, standard_promotion, monkeypatch
 ):
   del standard_promotion
-  config = test_configs.load("tiny.py")
-  values = config.to_dict() | {"data": section}
+  tiny = pathlib.Path(__file__).parents[2] / "configs" / "tiny.py"
+  values = runpy.run_path(str(tiny))["get_config"]().to_dict()
+  values["data"] = section
   values["model"] |= {"width": 8, "num_samples": 16}
   values["model"]["moe"] |= {"group_size": 32}
   values["train"] |= {"steps": 4, "eval_every": 4, "log_every": 2}
   config = ConfigDict(values)
   workdir = tmp_path / "run"
   result = loop.train(config, workdir)
+  monkeypatch.setattr(word_ids, "_make", None)  # nothing is left to make
   data = config_lib.data(config, workdir)
   assert result["test"]["words"] == len(data.tokens("test").ids)
   assert result["test"]["perplexity"] < 2 * len(data.vocabulary)
 
-  monkeypatch.setattr(word_ids, "_make", None)  # nothing is left to make
   held_out = tmp_path / "held_out.txt"
   held_out.write_text("\n".join(files[HELD_OUT.format(0)]), encoding="utf-8")
   own = loop.evaluate_run(workdir, "test", [str(held_out)])
