@@ -51,7 +51,7 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "notebooks": ["ipykernel", "jupyterlab"],
     "test": TEST,
-    "tfds": ["tensorflow-cpu"],
+    "tfds": ["tensorflow-cpu"],  # to prepare lm1b; nothing reads by it
     "tpu": ["jax[tpu]"],
   },
   entry_points={"console_scripts": ["moejax = moejax.main:console"]},

@@ -3,9 +3,10 @@
 Nothing below this file has ever seen a config.
 """
 
+import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from moejax import files as files_lib
 from moejax import losses, named, sharding
-from moejax.data import corpora, text, vocab
+from moejax.data import corpora, lm1b, text, vocab, word_ids
 from moejax.models.build import MODELS
 from moejax.training import optim, step
 
@@ -53,17 +54,24 @@ class Data(NamedTuple):
     vocabulary: the words of the training split.
     texts: split -> its sentences.
     row_length: words L of a row.
-    batch_size: rows B of a batch, over all devices.
+    batch_size: rows B of a batch, over all devices. The paper counts a batch in
+      words: that is B x L, of which packing leaves less than one in a hundred
+      empty where rows are longer than most sentences.
+    split_words: cuts a sentence into words.
   """
 
   vocabulary: vocab.Vocabulary
   texts: Mapping[str, Iterable[str]]
   row_length: int
   batch_size: int
+  split_words: Callable[[str], list[str]] = vocab.words
 
   def tokens(self, split: str) -> text.Tokens:
-    """Reads a split as word ids."""
-    return text.tokenise(self.texts[split], self.vocabulary)
+    """Reads a split as word ids; those of a prepared corpus are kept."""
+    texts = self.texts[split]
+    if isinstance(texts, corpora.Records):
+      return word_ids.tokenise(texts, self.vocabulary, self.split_words)
+    return text.tokenise(texts, self.vocabulary, self.split_words)
 
   def rows(self, tokens: text.Tokens) -> text.PackedRows:
     """Packs word ids into rows."""
@@ -125,19 +133,15 @@ def data(
     workdir: of the run.
     files: text files to read, as the only split "data", in place of the corpus.
   """
-  return named.make(
-    _data,
-    config.data.to_dict(),
-    "config.data",
-    workdir=workdir,
-    files=files,
+  return named.choose(
+    DATA, config.data.to_dict(), "config.data", workdir=workdir, files=files
   )
 
 
-def _data(
+def _prose(
+  kind: str,
   workdir,
   files,
-  kind: str,
   row_length: int,
   batch_size: int,
   min_count: int = 3,
@@ -151,11 +155,43 @@ def _data(
   else:
     own = _files(kind, train=train, validation=validation, test=test)
     texts = corpora.open_corpus(kind, data_dir or None, **own)
-  if (workdir / CONFIG_FILE).exists():
-    vocabulary = vocab.Vocabulary.load(workdir / VOCABULARY_FILE)
-  else:
+  vocabulary = _vocabulary_of_run(workdir)
+  if vocabulary is None:
     vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
   return Data(vocabulary, texts, row_length, batch_size)
+
+
+def _lm1b(
+  workdir,
+  files,
+  vocab_file: str,
+  vocab_size: int,
+  row_length: int,
+  batch_size: int,
+  data_dir: str = "",
+  test: str = "",
+) -> Data:
+  vocabulary = _vocabulary_of_run(workdir)
+  if vocabulary is None:
+    vocabulary = lm1b.load_vocabulary(vocab_file, vocab_size)
+  if files:
+    texts = {"data": corpora.read_lines(files)}
+  else:
+    texts = lm1b.open_lm1b(data_dir or None, test)
+  return Data(vocabulary, texts, row_length, batch_size, vocab.tokens)
+
+
+def _vocabulary_of_run(workdir: pathlib.Path) -> vocab.Vocabulary | None:
+  if (workdir / CONFIG_FILE).exists():
+    return vocab.Vocabulary.load(workdir / VOCABULARY_FILE)
+  return None
+
+
+DATA = {
+  "sotu": functools.partial(_prose, "sotu"),
+  "text": functools.partial(_prose, "text"),
+  "lm1b": _lm1b,
+}
 
 
 def _files(kind: str, **splits: str) -> dict[str, list[str]]:

@@ -6,7 +6,8 @@ a position in the data is one integer, whatever the number of processes.
 
 import array
 import hashlib
-from collections.abc import Iterable
+import io
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import grain
@@ -41,7 +42,7 @@ class Tokens(NamedTuple):
 
   def digest(self) -> str:
     """Returns a short name that another text would not have."""
-    return hashlib.blake2b(self.ids.tobytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(self.ids, digest_size=8).hexdigest()
 
 
 class Packing(NamedTuple):
@@ -58,22 +59,47 @@ class Packing(NamedTuple):
   first: Int64[np.ndarray, "rows_1"]
 
 
-def tokenise(texts: Iterable[str], vocabulary: Vocabulary) -> Tokens:
-  """Turns sentences of raw prose into ids; leaves out those without words.
+def tokenise(
+  texts: Iterable[str],
+  vocabulary: Vocabulary,
+  split: Callable[[str], list[str]] = words,
+) -> Tokens:
+  """Turns sentences into ids; leaves out those without words.
+
+  Args:
+    texts: sentences.
+    vocabulary: gives the ids.
+    split: cuts a sentence into words.
 
   Raises:
     ValueError: there are no words at all.
   """
-  ids, lengths = array.array("i"), array.array("i")
+  ids, lengths = io.BytesIO(), io.BytesIO()
+  write_tokens(texts, vocabulary, split, ids, lengths)
+  return Tokens(
+    np.frombuffer(ids.getbuffer(), np.int32),
+    np.frombuffer(lengths.getbuffer(), np.int32),
+  )
+
+
+def write_tokens(
+  texts: Iterable[str],
+  vocabulary: Vocabulary,
+  split: Callable[[str], list[str]],
+  ids: io.BufferedIOBase,
+  lengths: io.BufferedIOBase,
+) -> None:
+  """Writes what `tokenise` returns to two files, holding little of it."""
+  empty = True
   for text in texts:
-    sentence = vocabulary.encode(words(text))
+    sentence = vocabulary.encode(split(text))
     if sentence:
       sentence.append(vocabulary.end)
-      ids.extend(sentence)
-      lengths.append(len(sentence))
-  if not lengths:
+      ids.write(array.array("i", sentence))
+      lengths.write(array.array("i", [len(sentence)]))
+      empty = False
+  if empty:
     raise ValueError("the corpus holds 0 words; give more text")
-  return Tokens(np.frombuffer(ids, np.int32), np.frombuffer(lengths, np.int32))
 
 
 def _cut(

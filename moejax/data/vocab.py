@@ -31,6 +31,15 @@ def words(text: str) -> list[str]:
   return _WORD.findall(text)
 
 
+def tokens(text: str) -> list[str]:
+  """Splits text that is tokenised, at spaces only; case is kept.
+
+  A no-break space, at which `str.split` would cut too, is part of a word.
+  """
+  found = text.split(" ")
+  return found if all(found) else [token for token in found if token]
+
+
 class Vocabulary:
   """Words and their ids.
 
@@ -110,10 +119,11 @@ class Vocabulary:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a special symbol is missing or an entry occurs twice.
+      ValueError: it is not UTF-8, or a special symbol is missing or an entry
+        occurs twice.
     """
-    text = pathlib.Path(path).read_text(encoding="utf-8")
     try:
+      text = pathlib.Path(path).read_text(encoding="utf-8")
       return cls(text.removesuffix("\n").split("\n"))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None

@@ -99,7 +99,8 @@ def test_sotu_holds_every_speech_word_by_word(records):
     assert read == original[document].split()
 
 
-def test_records_come_in_order_and_by_index(presidents, records):
+def test_records_come_in_order_and_by_index(presidents, records, monkeypatch):
+  monkeypatch.setattr(corpora, "_READ_RECORDS", 1024)
   _, splits = presidents
   assert {split: len(splits[split]) for split in SPLITS} == {
     split: len(records[split]) for split in SPLITS

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from moejax.data.text import (
   PackedRows,
+  Tokens,
   eval_batches,
   pack,
   tokenise,
@@ -137,6 +139,16 @@ def test_sentences_without_words_are_left_out():
   a, b = vocabulary.encode(["a", "b"])
   assert tokens.ids.tolist() == [a, unknown, end, b, end]
   assert tokens.lengths.tolist() == [3, 2]
+
+
+def test_a_digest_copies_nothing():
+  ids = np.arange(2**20, dtype=np.int32)
+  tracemalloc.start()
+  digest = Tokens(ids, ids[:1]).digest()
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < ids.nbytes / 10
+  assert digest != Tokens(ids + np.int32(1), ids[:1]).digest()
 
 
 # -- order --------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.data.vocab import Vocabulary, words
+from moejax.data.vocab import Vocabulary, tokens, words
 
 TEXTS = ["b a a c", "the the the the a b", "d </S> <UNK>"]
 SPECIALS = ["</S>", "<S>", "<UNK>"]
@@ -26,6 +26,14 @@ SPECIALS = ["</S>", "<S>", "<UNK>"]
 )
 def test_words(text, expected):
   assert words(text) == expected
+
+
+def test_tokens_are_cut_at_spaces_only():
+  assert tokens("He said : 5\xa0% , don 't") == [
+    *("He", "said", ":", "5\xa0%", ",", "don", "'t")
+  ]
+  assert tokens("  two  spaces ") == ["two", "spaces"]
+  assert tokens("") == []
 
 
 @given(st.text())
@@ -85,6 +93,13 @@ def test_save_and_load(tmp_path):
   everything = range(len(saved))
   assert loaded.decode(everything) == saved.decode(everything)
   assert [path.name for path in tmp_path.iterdir()] == ["vocab.txt"]
+
+
+def test_load_names_a_file_that_is_no_text(tmp_path):
+  path = tmp_path / "vocab.txt.gz"
+  path.write_bytes(b"\x1f\x8b")
+  with pytest.raises(ValueError, match="vocab.txt.gz: .*can't decode"):
+    Vocabulary.load(path)
 
 
 def test_load_finds_the_specials_by_name(tmp_path):
