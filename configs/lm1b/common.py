@@ -41,6 +41,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
         "data_dir": "",  # where it was prepared; "" is TFDS's own place
         "vocab_file": "",  # one word a line, most frequent first
         "vocab_size": 793_471,
+        "test": "",  # news.en.heldout-00000-of-00050; "" is what TFDS holds out
         "row_length": ROW_LENGTH,
         "batch_size": BATCH_SIZE,
       },
@@ -66,6 +67,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
       "train": {
         "steps": 27_000,  # 10 epochs
         "microbatches": 4,
+        "balance_over": "microbatch",
         "log_every": 10,
         "eval_every": 1000,
         "checkpoint_every": 500,
