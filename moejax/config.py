@@ -3,9 +3,10 @@
 Nothing below this file has ever seen a config.
 """
 
+import functools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -188,7 +189,8 @@ def optimizer(config: ConfigDict) -> tuple[optim.Schedule, optim.Update]:
   )
 
 
-def _adam(
+def _scheduled(
+  rule: Callable[..., optim.Update],
   peak: float,
   warmup_steps: int,
   hold_steps: int = 0,
@@ -198,10 +200,13 @@ def _adam(
   clip_norm: float | None = None,
 ) -> tuple[optim.Schedule, optim.Update]:
   schedule = optim.warmup_rsqrt(peak, warmup_steps, hold_steps)
-  return schedule, optim.adam(schedule, b1, b2, eps, clip_norm)
+  return schedule, rule(schedule, b1, b2, eps, clip_norm)
 
 
-OPTIMIZERS = {"adam": _adam}
+OPTIMIZERS = {
+  "adam": functools.partial(_scheduled, optim.adam),
+  "factored_adam": functools.partial(_scheduled, optim.factored_adam),
+}
 
 
 def layout(config: ConfigDict) -> sharding.Layout:
