@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         "layers": ("lstm", "moe", "lstm"),
         "dropout": 0.1,
         "num_samples": 256,
+        "dtype": "float32",  # of activations; or "bfloat16"
         "moe": {
           "num_experts": 8,
           "router": {"kind": "noisy_top_k", "k": 2},
@@ -36,11 +37,12 @@ def get_config() -> ConfigDict:
           "capacity_factor": 1.25,
           "eval_capacity_factor": 2.0,
           "dispatch": "gather",
+          "recompute": False,  # hidden layers of experts, in the backward pass
         },
       },
       "aux": {"importance": 0.1, "load": 0.1},
       "optimizer": {
-        "kind": "adam",
+        "kind": "adam",  # or "factored_adam", with less memory for experts
         "peak": 5e-3,
         "warmup_steps": 50,
         "hold_steps": 0,

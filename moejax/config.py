@@ -224,7 +224,8 @@ def optimizer(config: ConfigDict) -> tuple[optim.Schedule, optim.Update]:
   )
 
 
-def _adam(
+def _scheduled(
+  rule: Callable[..., optim.Update],
   peak: float,
   warmup_steps: int,
   hold_steps: int = 0,
@@ -234,10 +235,13 @@ def _adam(
   clip_norm: float | None = None,
 ) -> tuple[optim.Schedule, optim.Update]:
   schedule = optim.warmup_rsqrt(peak, warmup_steps, hold_steps)
-  return schedule, optim.adam(schedule, b1, b2, eps, clip_norm)
+  return schedule, rule(schedule, b1, b2, eps, clip_norm)
 
 
-OPTIMIZERS = {"adam": _adam}
+OPTIMIZERS = {
+  "adam": functools.partial(_scheduled, optim.adam),
+  "factored_adam": functools.partial(_scheduled, optim.factored_adam),
+}
 
 
 def layout(config: ConfigDict) -> sharding.Layout:

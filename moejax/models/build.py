@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from moejax import named
 from moejax.experts import EXPERTS
@@ -23,6 +24,7 @@ def _lstm_lm(
   moe: Mapping[str, Any] | None = None,
   hierarchical_moe: Mapping[str, Any] | None = None,
   one_expert: Mapping[str, Any] | None = None,
+  dtype: str = "float32",
 ) -> LSTMLM:
   if not 0 <= dropout < 1:
     raise ValueError(
@@ -51,7 +53,8 @@ def _lstm_lm(
     builders[named.known(name, builders, "config.model.layers")]()
     for name in layers
   )
-  return LSTMLM(vocab_size, width, built, dropout, num_samples)
+  dtype = DTYPES[named.known(dtype, DTYPES, "config.model.dtype")]
+  return LSTMLM(vocab_size, width, built, dropout, num_samples, dtype)
 
 
 def _moe(
@@ -143,4 +146,5 @@ def _expert(section: Mapping[str, Any], where: str, **given: Any) -> nn.Module:
 
 
 ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = {"lstm_lm": _lstm_lm}

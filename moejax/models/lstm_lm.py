@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moejax.models.layers import LSTM, Embed
@@ -26,6 +27,8 @@ class LSTMLM(nn.Module):
     layers: LSTMs, and modules called as MoE is.
     dropout: chance of zeroing an output; the rng stream is "dropout".
     num_samples: classes of the sampled softmax; 0 is the full one.
+    dtype: of the activations and of the operands of matrix products. Whatever
+      it is, parameters, routers, cells of LSTMs and the softmax are float32.
   """
 
   vocab_size: int
@@ -33,6 +36,7 @@ class LSTMLM(nn.Module):
   layers: Sequence[nn.Module]
   dropout: float = 0.0
   num_samples: int = 0
+  dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
     self.embed = Embed(self.vocab_size, self.width)
@@ -43,7 +47,8 @@ class LSTMLM(nn.Module):
     self, batch: Batch, *, train: bool = False
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next word."""
-    x = self.drop(self.embed(batch["inputs"]), deterministic=not train)
+    x = self.embed(batch["inputs"]).astype(self.dtype)
+    x = self.drop(x, deterministic=not train)
     for layer in self.layers:
       if isinstance(layer, LSTM):
         y = layer(x, batch["start"])

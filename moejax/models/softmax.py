@@ -38,6 +38,41 @@ def log_expected_count(
   return jnp.log(-jnp.expm1(num_samples * jnp.log1p(-chance)))
 
 
+@jax.custom_vjp
+def _scores(
+  h: Float[Array, "B L D"], rows: Float[Array, "V D"]
+) -> Float[Array, "B L V"]:
+  """h W^T: operands in the dtype of h, sums and scores in float32.
+
+  So are its gradients. JAX's own would multiply in float32: scores, and what
+  flows back to them, are.
+  """
+  return _product("BLD,VD->BLV", h, rows, h.dtype)
+
+
+def _scores_forward(h, rows):
+  return _scores(h, rows), (h, rows)
+
+
+def _scores_backward(saved, slope):
+  h, rows = saved
+  to_h = _product("BLV,VD->BLD", slope, rows, h.dtype)
+  to_rows = _product("BLV,BLD->VD", slope, h, h.dtype)
+  return to_h.astype(h.dtype), to_rows.astype(rows.dtype)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _product(subscripts, a, b, dtype):
+  return jnp.einsum(
+    subscripts,
+    a.astype(dtype),
+    b.astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
 class Softmax(nn.Module):
   """p(word | h) = softmax(h W^T), without bias (app. C.1).
 
@@ -79,9 +114,7 @@ class Softmax(nn.Module):
 
   def logits(self, h: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
     """Returns the score of every word."""
-    return jnp.einsum("BLD,VD->BLV", h, self.table.astype(h.dtype)).astype(
-      jnp.float32
-    )
+    return _scores(h, self.table)
 
   def _full(
     self, h: Float[Array, "B L D"], targets: Int[Array, "B L"]
@@ -105,12 +138,13 @@ class Softmax(nn.Module):
   ) -> Float[Array, "B L"]:
     size = (self.num_samples, self.vocab_size)
     sampled, first = log_uniform(rng, *size)
-    rows = self.table[sampled].astype(h.dtype)
-    others = jnp.einsum("BLD,PD->BLP", h, rows).astype(jnp.float32)
+    others = _scores(h, self.table[sampled])
     others = others - log_expected_count(sampled, *size)[None, None]
     # A sample that is the target, or drawn before, would count it twice.
     other = first[None, None] & (sampled[None, None] != targets[..., None])
     others = jnp.where(other, others, -jnp.inf)
-    own = (h * self.table[targets].astype(h.dtype)).sum(axis=-1)
-    own = own.astype(jnp.float32) - log_expected_count(targets, *size)
+    rows = self.table[targets].astype(h.dtype)
+    # The products of two bfloat16 numbers are exact in float32.
+    own = (h.astype(jnp.float32) * rows.astype(jnp.float32)).sum(axis=-1)
+    own = own - log_expected_count(targets, *size)
     return jnp.logaddexp(jax.nn.logsumexp(others, axis=-1), own) - own

@@ -74,7 +74,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   )
   identity = {split: tokens[split].digest() for split in tokens}
   processes.check_same(json.dumps(identity), "text")
-  for line in _introduction(target.params, data, rows, layout, mesh):
+  for line in _introduction(target, data, rows, layout, mesh):
     _print(line)
   _print("compiling the training step")
   step_fn = _compile_step(config, data, parts)
@@ -313,7 +313,7 @@ def _check_finite(
 
 
 def _introduction(
-  params: Mapping[str, Any],
+  target: state.TrainState,
   data: config_lib.Data,
   rows: Mapping[str, text.PackedRows],
   layout: sharding.Layout,
@@ -324,12 +324,18 @@ def _introduction(
   def size(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
+  params, opt_state = target.params, jax.tree.leaves(target.opt_state)
   inner = {n: p for n, p in params.items() if n not in ("embed", "head")}
+  num_bytes = sum(size(leaf) * leaf.dtype.itemsize for leaf in opt_state)
   kind = mesh.devices.flat[0].platform
   yield (
     f"{size(params):,} parameters, {size(inner):,} of them outside embedding"
     f" and softmax; layout {layout.name} on {mesh.size} {kind} device(s)"
     f"{processes.how_many()}"
+  )
+  yield (
+    f"optimiser state of {num_bytes:,} bytes,"
+    f" {num_bytes / size(params):.2f} a parameter"
   )
   words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
   yield f"vocabulary of {len(data.vocabulary):,}; words: {words}"

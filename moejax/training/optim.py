@@ -1,9 +1,18 @@
-"""The paper's optimiser: Adam on a linear, constant, 1/sqrt schedule."""
+"""The paper's optimisers: Adam, and one with little memory for experts.
+
+Both follow a schedule that rises, holds, and falls as 1/sqrt.
+"""
 
 import math
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
+
+from moejax import sharding
 
 Schedule = optax.Schedule
 Update = optax.GradientTransformation
@@ -54,7 +63,136 @@ def adam(
   The norm is over the logical arrays, wherever their parts lie: experts and
   dense layers are clipped alike on every mesh.
   """
-  update = optax.adam(schedule, b1, b2, eps)
+  return _clipped(optax.adam(schedule, b1, b2, eps), clip_norm)
+
+
+def factored_adam(
+  schedule: Schedule,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  clip_norm: float | None = None,
+) -> Update:
+  r"""Adam that keeps next to nothing of experts (app. D).
+
+  Experts have no first moment (their b1 is 0), and of the second moment of a
+  matrix only the means over each row, R, and over each column, C, are kept:
+
+  .. math:: V_{ij} = R_i C_j / mean(R)
+
+  which has the means that it was made of. Each expert's matrices are factored
+  by themselves; its biases keep a second moment of their own. All are corrected
+  for their start at zero, as in Adam, which updates everything else.
+
+  A parameter is an expert's where it lies below a field `experts`.
+
+  Args:
+    schedule: the learning rate.
+    b1: decay of the first moment outside the experts.
+    b2: decay of the second moment, or of R and C.
+    eps: added to its root.
+    clip_norm: as for `adam`.
+  """
+  rules = {
+    "adam": optax.scale_by_adam(b1, b2, eps),
+    "factored": _scale_by_factors(b2, eps),
+    "unfactored": optax.scale_by_rms(
+      b2, eps, eps_in_sqrt=False, bias_correction=True
+    ),
+  }
+  update = optax.chain(
+    optax.partition(rules, _rule_of_each),
+    optax.scale_by_learning_rate(schedule),
+  )
+  return _clipped(update, clip_norm)
+
+
+def _clipped(update: Update, clip_norm: float | None) -> Update:
   if clip_norm is None:
     return update
   return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+# Fields of modules that hold one set of parameters for each expert, or for each
+# group of them, along an axis in front.
+_IN_FRONT = ("experts", "secondary")
+
+
+def _rule_of_each(params: Any) -> Any:
+  """Names the rule that updates each parameter.
+
+  By its path, as logical names would not do: a lone expert has no axis
+  "expert", the routers within groups of experts do, and a user's own module may
+  have no names at all.
+  """
+
+  def rule(path, w):
+    fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    if "experts" not in fields:
+      return "adam"
+    in_front = sum(field in _IN_FRONT for field in fields)
+    return "factored" if w.ndim - in_front >= 2 else "unfactored"
+
+  return jax.tree.map_with_path(rule, sharding.unbox(params))
+
+
+class FactoredState(NamedTuple):
+  """Second moments of matrices [..., I, O], by their means.
+
+  Attributes:
+    count: updates so far.
+    rows: R [..., I] of each matrix.
+    columns: C [..., O] of each.
+  """
+
+  count: Int[Array, ""]
+  rows: Any
+  columns: Any
+
+
+def _scale_by_factors(b2: float, eps: float) -> Update:
+  """Divides by the root of a second moment that is factored.
+
+  optax's `scale_by_factored_rms` would factor the two largest axes, of which
+  the experts may be one, knows no constant decay with a correction for the
+  start, and gives its state no names of axes.
+  """
+
+  def init(params):
+    zeros = optax.tree.zeros_like((_means(params, -1), _means(params, -2)))
+    return FactoredState(jnp.zeros((), jnp.int32), *zeros)
+
+  def update(gradients, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    squares = jax.tree.map(jnp.square, gradients)
+    now = _means(squares, -1), _means(squares, -2)
+    kept = optax.tree.update_moment(now, (state.rows, state.columns), b2, 1)
+
+    def scale(gradient, row, column):
+      # Zero for an expert that no token has visited yet.
+      mean = jnp.maximum(row.mean(-1, keepdims=True), jnp.finfo(row.dtype).tiny)
+      second = (row / mean)[..., None] * column[..., None, :]
+      return gradient / (jnp.sqrt(second) + eps)
+
+    corrected = optax.tree.bias_correction(kept, b2, count)
+    scaled = jax.tree.map(scale, gradients, *corrected)
+    return scaled, FactoredState(count, *kept)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _means(tree: Any, axis: int) -> Any:
+  """Means over an axis; the other axes keep their logical names."""
+
+  def is_boxed(leaf):
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+  def mean(leaf):
+    if not is_boxed(leaf):
+      return leaf.mean(axis)
+    names = list(leaf.names)
+    del names[axis]
+    return leaf.replace(value=leaf.value.mean(axis), names=tuple(names))
+
+  return jax.tree.map(mean, tree, is_leaf=is_boxed)

@@ -49,6 +49,12 @@ def test_a_run_reports_and_remembers(whole):
   assert f"test perplexity {result['test']['perplexity']:,.2f}" in output
   assert str(workdir) in output
   assert "left" in output
+  # Adam's two moments, and two counts of updates.
+  size, num_bytes = (
+    int(re.search(rf"([\d,]+) {unit}", output)[1].replace(",", ""))
+    for unit in ("parameters", "bytes, 8.00 a parameter")
+  )
+  assert num_bytes == 4 * (2 * size + 2)
   assert list((workdir / "tensorboard").iterdir())
   # Twelve steps already teach something.
   halfway, end = (ln["loss"] for ln in lines if ln["split"] == "validation")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import kinds
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -50,6 +51,7 @@ class Case(NamedTuple):
     steps: how many.
     microbatches: in how many parts.
     balance_over: what the balance losses are taken over.
+    optimizer: the kind.
   """
 
   layers: tuple[str, ...] = ("lstm", "moe")
@@ -58,6 +60,7 @@ class Case(NamedTuple):
   steps: int = STEPS
   microbatches: int = 1
   balance_over: str = "microbatch"
+  optimizer: str = "adam"
 
   def build(self):
     """Returns the model and its update rule, with all that draws or clips."""
@@ -72,7 +75,7 @@ class Case(NamedTuple):
           self.layers[-1]: self.section,
         },
         "optimizer": {
-          "kind": "adam",
+          "kind": self.optimizer,
           "peak": 2e-2,
           "warmup_steps": 10,
           "clip_norm": CLIP,
@@ -91,6 +94,7 @@ def short(router, aux, **options):
 CASES = {
   "flat": Case(),
   "two levels": Case(("lstm", "hierarchical_moe"), TWO_LEVELS),
+  "factored": short(NOISY, BALANCE)._replace(optimizer="factored_adam"),
   "microbatches": Case(section=FLAT | SMALLER, steps=10, microbatches=2),
   "microbatches together": Case(
     ("hierarchical_moe",),
@@ -111,7 +115,8 @@ CASES = {
 }
 EVERYWHERE = [
   *((name, on) for name in ("flat", "two levels") for on in sharding.LAYOUTS),
-  *((name, "data_expert") for name in list(CASES)[2:]),
+  *(("factored", on) for on in ("expert", "expert_model", "fsdp")),
+  *((name, "data_expert") for name in list(CASES)[3:]),
 ]
 
 
@@ -167,7 +172,7 @@ def train(name, on=None):
       current, metrics = step_fn(current, step.place(batch_of(i), where))
       curve.append(metrics)
       if i == 0:
-        slope = jax.device_get(current.opt_state[1][0].mu)
+        slope = jax.device_get(optax.tree.get(current.opt_state, "mu"))
   curve = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(curve))
   return curve, slope, jax.device_get(current.params)
 
