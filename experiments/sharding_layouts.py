@@ -14,7 +14,14 @@ Where there are fewer than 8 accelerators the devices are 8 threads of the CPU:
 then a collective is a copy in memory, and ms says what the program's work
 costs, not what a network would add. Multiply the megabytes by yours for that.
 
-Result:
+Result: 8 threads of two cores of an Intel Xeon, jax 0.10.2. No number changes:
+the loss by at most 8e-8 of itself, a gradient by 1.3e-6 of its largest entry.
+By gather "expert" sends 9.3 MB and holds 32, "replicated" 59 and 106; "fsdp"
+sends twice that and saves less than one would think, as a layer alone is all at
+work: its gain is the other layers' weights and optimiser state. Sorted rows
+over split experts send 15 MB by all-gathers here (a TPU sends each row its own
+way), and dropless sets room aside for the worst case, which the CPU works
+through: 3.9 times gather's time. Time is least where least is copied.
 """
 
 import functools
