@@ -9,9 +9,9 @@ so that microbatches times devices may be up to 128: here 4 and 32, the paper's
 devices.
 
 The paper's memory (app. D): an expert's hidden units are computed again in the
-backward pass, as here; its optimiser holds no first moment and a factored
-second one for experts, where here all is Adam's. No dropout: no word comes
-twice in the paper's run of one epoch, for which `steps` is.
+backward pass, and the optimiser holds no first moment of experts and a factored
+second one. No dropout: no word comes twice in the paper's run of one epoch, for
+which `steps` is.
 """
 
 import pathlib
@@ -50,6 +50,7 @@ def _as_news(config: ConfigDict, *mixtures: Any) -> ConfigDict:
   config.data.vocab_size = 100_000
   config.data.batch_size = BATCH_SIZE
   config.model.dropout = 0.0
+  config.optimizer.kind = "factored_adam"
   config.train.steps = 40_000
   for mixture in mixtures:
     mixture.group_size = BATCH_SIZE * config.data.row_length // GROUPS
