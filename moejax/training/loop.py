@@ -76,6 +76,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   processes.check_same(json.dumps(identity), "text")
   for line in _introduction(target, data, rows, layout, mesh):
     _print(line)
+  in_layout = functools.partial(state.target, model, tx, data.batch_shapes())
+  state.check_fits(target, in_layout, layout, mesh)
   _print("compiling the training step")
   step_fn = _compile_step(config, data, parts)
   evaluate_on = evaluate.evaluator(model, data.batch_size, layout, mesh)

@@ -1,6 +1,8 @@
 """What training changes, created straight into its sharding."""
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -43,6 +45,74 @@ def target(
     nn.unbox(boxed),
     sharding.shardings(boxed, layout, mesh),
   )
+
+
+def check_fits(
+  wanted: TrainState,
+  in_layout: Callable[[sharding.Layout, jax.sharding.Mesh], TrainState],
+  layout: sharding.Layout,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Refuses what a device cannot hold, whatever activations need besides.
+
+  Args:
+    wanted: the target in `layout` on `mesh`.
+    in_layout: returns the target in another one.
+    layout: what was asked for.
+    mesh: that it is laid over.
+
+  Raises:
+    ValueError: names the bytes of parameters, gradients and optimiser state on
+      a device, those that it has, and the layouts in which they would fit.
+  """
+  has = _memory(mesh)
+  needs = bytes_per_device(wanted)
+  if needs <= has:
+    return
+  least, fits = needs, []
+  for other in sharding.LAYOUTS.values():
+    try:
+      those = sharding.make_mesh(other, mesh.devices.flatten().tolist())
+      there = bytes_per_device(in_layout(other, those))
+    except ValueError:
+      continue
+    least = min(least, there)
+    fits += [other.name] if there <= has else []
+  devices = -(-least * mesh.size // has)
+  way_out = (
+    f"config.layout {' or '.join(map(repr, fits))} would fit"
+    if fits
+    else f"no layout fits on {mesh.size} device(s); take {devices} or more,"
+    " fewer experts, or config.optimizer.kind 'factored_adam'"
+  )
+  raise ValueError(
+    f"parameters, gradients and optimiser state take {needs:,} bytes of each"
+    f" device in layout {layout.name!r}, which has {has:,}; {way_out}."
+  )
+
+
+def bytes_per_device(state: TrainState) -> int:
+  """Returns what a state and the gradients of its parameters take of a device.
+
+  Args:
+    state: or its `target`.
+  """
+
+  def take(leaf):
+    part = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(part) * leaf.dtype.itemsize
+
+  return sum(map(take, jax.tree.leaves((state, state.params))))
+
+
+def _memory(mesh: jax.sharding.Mesh) -> int:
+  """The bytes of a device; of a CPU's, its share of the machine's."""
+  device = mesh.local_devices[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return pages // len(mesh.local_devices)
 
 
 def create(
