@@ -36,7 +36,15 @@ import matplotlib.figure
 import numpy as np
 
 from experiments import harness
-from moejax import collectives, experts, losses, moe, router, sharding
+from moejax import (
+  collectives,
+  experts,
+  losses,
+  moe,
+  placement,
+  router,
+  sharding,
+)
 
 SEED = 0
 DEVICES = 8
@@ -146,8 +154,8 @@ def compiled(
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   boxed = jax.eval_shape(module.init, jax.random.key(SEED), x)["params"]
   mesh = sharding.make_mesh(layout, devices)
-  places = sharding.shardings(boxed, layout, mesh)
-  batch = sharding.batch_sharding(layout, mesh, DEVICES)
+  places = placement.shardings(boxed, layout, mesh)
+  batch = placement.batch_sharding(layout, mesh, DEVICES)
   generator = np.random.default_rng(SEED)
 
   def draw(w, where, scale):
@@ -186,7 +194,7 @@ def losses_and_gradients(module: nn.Module, params: Any, x: jax.Array) -> Any:
     balance, _ = losses.auxiliary(losses.routings(sown), WEIGHTS)
     return jnp.square(y).mean() + balance
 
-  return jax.value_and_grad(sharding.gathered(loss), (0, 1))(params, x)
+  return jax.value_and_grad(placement.gathered(loss), (0, 1))(params, x)
 
 
 def run(candidate: Candidate) -> Any:

@@ -1,7 +1,8 @@
-"""Named layouts: the only file that knows what the device mesh looks like.
+"""Named layouts: how arrays lie over the device mesh while they are used.
 
-The rest of moejax speaks of logical axes ("batch", "group", "expert", ...); a
-`Layout` is the table that lays them over the mesh axes (data, expert, model).
+Only this file and `placement` know the mesh. The rest of moejax speaks of
+logical axes ("batch", "group", "expert", ...); a `Layout` is the table that lays
+them over the mesh axes (data, expert, model).
 """
 
 import contextlib
@@ -19,9 +20,9 @@ from jaxtyping import Array
 MESH_AXES = ("data", "expert", "model")
 
 # Mesh axes that one array axis is split over.
-_Over = str | tuple[str, ...] | None
+Over = str | tuple[str, ...] | None
 _Fn = Callable[..., Any]
-_AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Layout:
 
   name: str
   mesh_shape: tuple[int, int, int]
-  rules: tuple[tuple[str, _Over], ...]
+  rules: tuple[tuple[str, Over], ...]
 
 
 # Most layouts differ in the shape of their mesh alone: an axis of one device
@@ -64,7 +65,7 @@ RULES = {
 }
 
 
-def rules(**changes: _Over) -> tuple[tuple[str, _Over], ...]:
+def rules(**changes: Over) -> tuple[tuple[str, Over], ...]:
   """Returns the rules of a layout: `RULES`, with changes.
 
   Groups lie as the batch does unless they are said to lie elsewhere.
@@ -78,7 +79,7 @@ def rules(**changes: _Over) -> tuple[tuple[str, _Over], ...]:
   return tuple((table | follow | changes).items())
 
 
-def _axes(over: _Over) -> tuple[str, ...]:
+def _axes(over: Over) -> tuple[str, ...]:
   """Returns the mesh axes that one axis is split over."""
   return (over,) if isinstance(over, str) else over or ()
 
@@ -95,7 +96,7 @@ LAYOUTS = {
     # Two devices share an expert: each has half of its hidden units.
     Layout("expert_model", (1, -1, 2), rules()),
     # Data parallelism with one copy of the parameters, which lie split over all
-    # devices, their optimiser state with them (see `gathered`).
+    # devices, their optimiser state with them (see `placement.gathered`).
     Layout("fsdp", (-1, 1, 1), rules(at_rest="data")),
   )
 }
@@ -143,7 +144,7 @@ def _check_gathers_whole(layout: Layout, mesh: jax.sharding.Mesh) -> None:
   if not table["at_rest"]:
     return
   for axis in ("expert", "embed", "mlp", "hidden", "vocab"):
-    parts = _parts(table[axis], mesh)
+    parts = num_parts(table[axis], mesh)
     if parts > 1:
       raise ValueError(
         f"layout {layout.name!r} splits parameters over {table['at_rest']!r}"
@@ -152,7 +153,8 @@ def _check_gathers_whole(layout: Layout, mesh: jax.sharding.Mesh) -> None:
       )
 
 
-def _parts(over: _Over, mesh: _AnyMesh) -> int:
+def num_parts(over: Over, mesh: AnyMesh) -> int:
+  """Returns how many devices one array axis is split over."""
   return math.prod(mesh.shape[name] for name in _axes(over))
 
 
@@ -179,7 +181,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
   if mesh.empty:
     return x
   spec = nn.logical_to_mesh_axes(axes)
-  _check_divides(axes, x.shape, spec, mesh)
+  check_divides(axes, x.shape, spec, mesh)
   return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -191,14 +193,19 @@ _SET_BY = {
 }
 
 
-def _check_divides(
+def check_divides(
   axes: Sequence[str | None],
   shape: Sequence[int],
   spec: jax.sharding.PartitionSpec,
-  mesh: _AnyMesh,
+  mesh: AnyMesh,
 ) -> None:
+  """Says of which logical axis the size and the devices do not go together.
+
+  Raises:
+    ValueError: an axis does not divide by the devices it is split over.
+  """
   for axis, size, over in zip(axes, shape, spec, strict=False):
-    parts = _parts(over, mesh)
+    parts = num_parts(over, mesh)
     if size % parts:
       raise ValueError(
         f"the {axis!r} axis has {size} entries, which do not divide over"
@@ -256,7 +263,7 @@ def splits_experts() -> bool:
     return True
   mesh = jax.sharding.get_abstract_mesh()
   axes = dict(nn.get_logical_axis_rules()).get("expert")
-  return not mesh.empty and _parts(axes, mesh) > 1
+  return not mesh.empty and num_parts(axes, mesh) > 1
 
 
 def over_experts(fn: _Fn, num_experts: int) -> _Fn:
@@ -290,111 +297,3 @@ def over_experts(fn: _Fn, num_experts: int) -> _Fn:
       _IN_EXPERT.reset(token)
 
   return run
-
-
-# Cheaper to do again than to keep.
-_CASTS = ("convert_element_type", "reshape", "transpose")
-
-
-def gathered(fn: _Fn) -> _Fn:
-  """Lets fn(params, ...) take parameters as they lie at rest.
-
-  Where a layout splits them at rest ("fsdp") each is gathered where `fn` uses
-  it, and again in the backward pass (ZeRO-3, 1910.02054): between the two only
-  the parts are kept, and every gradient is summed up in parts. So no more than
-  the parameters at work need be whole on a device. Elsewhere they rest where
-  they are used, and this is `fn` itself.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  at_rest = dict(nn.get_logical_axis_rules()).get("at_rest")
-  if mesh.empty or _parts(at_rest, mesh) == 1:
-    return fn
-
-  def keep(primitive, *_, **params):
-    if primitive.name == "sharding_constraint":
-      return any(params["sharding"].spec)
-    return primitive.name not in _CASTS
-
-  def asked(params, spec):
-    return jax.tree.map(
-      lambda w: jax.lax.with_sharding_constraint(w, spec(w.shape)), params
-    )
-
-  def run(params, *args):
-    whole = asked(params, lambda _: jax.sharding.PartitionSpec())
-    return fn(whole, *args)
-
-  def from_parts(params, *args):
-    # Else XLA gathers all of them before a loop over microbatches.
-    params, args = jax.lax.optimization_barrier((params, args))
-    parts = asked(params, lambda shape: _at_rest(shape, at_rest, mesh))
-    return jax.checkpoint(run, policy=keep)(parts, *args)
-
-  return from_parts
-
-
-def _at_rest(
-  shape: Sequence[int], over: _Over, mesh: _AnyMesh
-) -> jax.sharding.PartitionSpec:
-  """Splits the largest axis that divides, so that parts are thick."""
-  parts = _parts(over, mesh)
-  fit = [size * (size % parts == 0) for size in shape]
-  spec = [None] * len(shape)
-  if any(fit):
-    spec[np.argmax(fit)] = over
-  return jax.sharding.PartitionSpec(*spec)
-
-
-def unbox(boxed_tree: Any) -> Any:
-  """Takes the logical names off.
-
-  Within `use` flax's own would ask for every parameter to lie as it is used,
-  whole where it only rests in parts.
-  """
-  with nn.logical_axis_rules(()):
-    return nn.unbox(boxed_tree)
-
-
-def shardings(boxed_tree: Any, layout: Layout, mesh: jax.sharding.Mesh) -> Any:
-  """Returns the sharding at rest of every leaf of a tree with logical names.
-
-  Raises:
-    ValueError: an axis does not divide by the devices it is split over.
-  """
-
-  def is_boxed(leaf):
-    return isinstance(leaf, nn.LogicallyPartitioned)
-
-  at_rest = dict(layout.rules).get("at_rest")
-  if _parts(at_rest, mesh) > 1:
-
-    def split(leaf):
-      leaf = leaf.value if is_boxed(leaf) else leaf
-      return jax.NamedSharding(mesh, _at_rest(leaf.shape, at_rest, mesh))
-
-    return jax.tree.map(split, boxed_tree, is_leaf=is_boxed)
-  for leaf in filter(is_boxed, jax.tree.leaves(boxed_tree, is_leaf=is_boxed)):
-    spec = nn.logical_to_mesh_axes(leaf.names, layout.rules)
-    _check_divides(leaf.names, leaf.value.shape, spec, mesh)
-  return nn.logical_to_mesh_sharding(
-    nn.get_partition_spec(boxed_tree), mesh, layout.rules
-  )
-
-
-def batch_sharding(
-  layout: Layout, mesh: jax.sharding.Mesh, batch_size: int
-) -> jax.sharding.NamedSharding:
-  """Returns how a batch lies: its first axis over every data replica.
-
-  Raises:
-    ValueError: the rows do not divide over the replicas.
-  """
-  spec = nn.logical_to_mesh_axes(("batch",), layout.rules)
-  _check_divides(("batch",), (batch_size,), spec, mesh)
-  return jax.sharding.NamedSharding(mesh, spec)
-
-
-def device_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Returns how an array with one entry a device lies."""
-  spec = jax.sharding.PartitionSpec(mesh.axis_names)
-  return jax.sharding.NamedSharding(mesh, spec)

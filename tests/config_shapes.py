@@ -7,7 +7,7 @@ import runpy
 import jax
 
 from moejax import config as config_lib
-from moejax import sharding
+from moejax import placement, sharding
 from moejax.data import text
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -51,7 +51,7 @@ def parameters(config):
 
   loss, tree = jax.eval_shape(init, batch)
   assert loss.shape == (rows, config.data.row_length)
-  return sharding.unbox(tree)["params"]
+  return placement.unbox(tree)["params"]
 
 
 def size(tree):

@@ -22,6 +22,7 @@ from moejax import (
   experts,
   losses,
   moe,
+  placement,
   router,
   sharding,
 )
@@ -106,7 +107,7 @@ def forward(name, params, x):
 
 
 def step(name, params, x):
-  run = sharding.gathered(functools.partial(forward, name))
+  run = placement.gathered(functools.partial(forward, name))
   return jax.value_and_grad(run, (0, 1), has_aux=True)(params, x)
 
 
@@ -129,9 +130,9 @@ class OnMesh(NamedTuple):
 def on_all_devices(layout_name, name, fn=step):
   layout = sharding.LAYOUTS[layout_name]
   mesh = sharding.make_mesh(layout)
-  places = sharding.shardings(boxed(name), layout, mesh)
+  places = placement.shardings(boxed(name), layout, mesh)
   params = jax.device_put(nn.unbox(boxed(name)), places)
-  batch = sharding.batch_sharding(layout, mesh, len(inputs()))
+  batch = placement.batch_sharding(layout, mesh, len(inputs()))
   x = jax.device_put(inputs(), batch)
   kept = (None, (places, batch)) if fn is step else None
   with sharding.use(layout, mesh), stderr() as warnings:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax import experts, moe, router, sharding
+from moejax import experts, moe, placement, router, sharding
 
 B, L, D, E = 8, 16, 5, 8
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
@@ -91,7 +91,7 @@ def test_off_the_mesh_nothing_is_asked_for():
 def test_batch_lies_over_every_device(layout):
   layout = sharding.LAYOUTS[layout]
   mesh = sharding.make_mesh(layout)
-  place = sharding.batch_sharding(layout, mesh, len(inputs()))
+  place = placement.batch_sharding(layout, mesh, len(inputs()))
   # Rows follow the devices, so that a process has those it reads.
   for i, device in enumerate(jax.devices()):
     assert place.addressable_devices_indices_map((B,))[device] == (
@@ -111,7 +111,7 @@ def test_what_does_not_divide_rests_whole():
   mesh = sharding.make_mesh(layout)
   shapes = {"odd": (9, 5), "two": (8, 24, 16), "step": ()}
   tree = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
-  places = sharding.shardings(tree, layout, mesh)
+  places = placement.shardings(tree, layout, mesh)
   assert places["odd"].is_fully_replicated
   assert places["step"].is_fully_replicated
   assert places["two"].shard_shape((8, 24, 16)) == (8, 3, 16)
@@ -131,4 +131,4 @@ def test_rules_follow_the_experts():
 def test_batch_must_divide():
   layout = sharding.LAYOUTS["expert"]
   with pytest.raises(ValueError, match="12 entries.*8 devices; choose batch"):
-    sharding.batch_sharding(layout, sharding.make_mesh(layout), 12)
+    placement.batch_sharding(layout, sharding.make_mesh(layout), 12)

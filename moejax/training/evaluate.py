@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from moejax import sharding
+from moejax import placement, sharding
 from moejax.data import text
 from moejax.training import step
 
@@ -35,7 +35,7 @@ def evaluator(
     batches = text.eval_batches(
       rows, batch_size, jax.process_index(), jax.process_count()
     )
-    where = sharding.batch_sharding(layout, mesh, batch_size)
+    where = placement.batch_sharding(layout, mesh, batch_size)
     with sharding.use(layout, mesh):
       for batch in batches:
         part = jax.device_get(eval_fn(params, step.place(batch, where)))

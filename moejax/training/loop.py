@@ -13,7 +13,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax import files as files_lib
-from moejax import sharding
+from moejax import placement, sharding
 from moejax.data import text
 from moejax.training import (
   evaluate,
@@ -261,7 +261,7 @@ def build(config: config_lib.Config, data: config_lib.Data) -> Parts:
   schedule, tx = config_lib.optimizer(config)
   layout = config_lib.layout(config)
   mesh = sharding.make_mesh(layout)
-  where = sharding.batch_sharding(layout, mesh, data.batch_size)
+  where = placement.batch_sharding(layout, mesh, data.batch_size)
   target = state.target(model, tx, data.batch_shapes(), layout, mesh)
   return Parts(model, schedule, tx, layout, mesh, where, target)
 

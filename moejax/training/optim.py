@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from moejax import sharding
+from moejax import placement
 
 Schedule = optax.Schedule
 Update = optax.GradientTransformation
@@ -133,7 +133,7 @@ def _rule_of_each(params: Any) -> Any:
     in_front = sum(field in _IN_FRONT for field in fields)
     return "factored" if w.ndim - in_front >= 2 else "unfactored"
 
-  return jax.tree.map_with_path(rule, sharding.unbox(params))
+  return jax.tree.map_with_path(rule, placement.unbox(params))
 
 
 class FactoredState(NamedTuple):

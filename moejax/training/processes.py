@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import sharding
+from moejax import placement
 
 _Made = TypeVar("_Made")
 
@@ -222,7 +222,7 @@ def vote(here: bool, mesh: jax.sharding.Mesh) -> jax.Array:
 
   A step that takes it along costs no exchange of its own.
   """
-  where = sharding.device_sharding(mesh)
+  where = placement.device_sharding(mesh)
   entry = np.full(1, here, np.int32)
   return jax.make_array_from_callback((mesh.size,), where, lambda _: entry)
 

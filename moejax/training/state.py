@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from moejax import sharding
+from moejax import placement, sharding
 
 
 class TrainState(NamedTuple):
@@ -43,7 +43,7 @@ def target(
       leaf.shape, leaf.dtype, sharding=where
     ),
     nn.unbox(boxed),
-    sharding.shardings(boxed, layout, mesh),
+    placement.shardings(boxed, layout, mesh),
   )
 
 
@@ -131,7 +131,8 @@ def create(
   where = shardings(target(model, tx, batch, layout, mesh))
   with sharding.use(layout, mesh):
     init = jax.jit(
-      lambda: sharding.unbox(_init(model, tx, batch, seed)), out_shardings=where
+      lambda: placement.unbox(_init(model, tx, batch, seed)),
+      out_shardings=where,
     )
     return init()
 

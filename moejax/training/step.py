@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from moejax import losses, named, routing, sharding
+from moejax import losses, named, placement, routing
 from moejax.moe import ROUTING
 from moejax.routing import Routing
 from moejax.training.state import TrainState
@@ -84,7 +84,7 @@ def train_step(
     )
     return loss.sum() / words, losses.routings(sown)
 
-  run, parts = BALANCE_OVER[balance_over](sharding.gathered(run), microbatches)
+  run, parts = BALANCE_OVER[balance_over](placement.gathered(run), microbatches)
 
   def loss_fn(params, index):
     task, routings = run(params, index)
@@ -169,7 +169,7 @@ def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
       {"params": params}, batch, train=False, mutable=[ROUTING], method="loss"
     )
 
-  loss, sown = sharding.gathered(run)(params)
+  loss, sown = placement.gathered(run)(params)
   words = batch["mask"].sum().astype(jnp.float32)
   balance = {n: v * words for n, v in losses.balance(sown).items()}
   return {"loss": loss.sum(), "words": words, **balance}

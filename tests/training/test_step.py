@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax import experts, losses, moe, router, sharding
+from moejax import experts, losses, moe, placement, router, sharding
 from moejax.models import layers, lstm_lm
 from moejax.training import state, step
 
@@ -91,7 +91,7 @@ def run(net, batch=BATCH, steps=1, layout=LAYOUT, devices=1, tx=SGD, **options):
   where = (layout, devices, tx, rows)
   current, mesh = make(net, *where)
   fn = step_fn(net, *where, **options)
-  lie = sharding.batch_sharding(layout, mesh, rows)
+  lie = placement.batch_sharding(layout, mesh, rows)
   with sharding.use(layout, mesh):
     for _ in range(steps):
       current, metrics = fn(current, step.place(batch, lie))

@@ -1,0 +1,145 @@
+"""Question: what does a training step cost as experts are added at constant k?
+
+Method: the model of configs/sotu/moe_32.py (width 64, experts of hidden 128,
+4 a token), its layer flat and dropless, or of two levels (sqrt(E) groups of
+sqrt(E), 2 of each, capacity 1.25 at each), for E from 4 to 16,384; whole
+training steps with Adam on batches of 4096 random words, all cores. Beside them
+in turns the dense twin moe_1_wide: `of_dense` is the ratio of medians. GB is
+what XLA sets aside for state, batch and temporaries. ops/timestep and
+parameters are `moejax.cost`'s, without embedding and softmax.
+
+Result:
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+
+from experiments import harness, sparse_against_dense
+from moejax import config as config_lib
+from moejax import cost, sharding
+from moejax.training import state, step
+
+SEED = 0
+VOCABULARY = 10_000
+KINDS = ("flat", "two_level")
+
+
+def rows(quick: bool) -> Iterator[harness.Row]:
+  """Yields a row per number of experts and kind of layer."""
+  for num_experts in (4,) if quick else (4**i for i in range(1, 8)):
+    programs = {"dense": program(dense(), quick)}
+    for kind in KINDS:
+      programs[kind] = program(mixture(kind, num_experts), quick)
+    times = harness.interleaved(
+      {name: run for name, (run, _, _) in programs.items()}, 2 if quick else 7
+    )
+    for name, (_, gigabytes, count) in programs.items():
+      yield {
+        "E": num_experts,
+        "layer": name,
+        "ops": count.ops,
+        "parameters": count.parameters,
+        "ms": round(times[name].median, 1),
+        "of_dense": round(times[name].median / times["dense"].median, 2),
+        "GB": round(gigabytes, 3),
+      }
+
+
+def dense() -> config_lib.Config:
+  return sparse_against_dense.load("moe_1_wide")
+
+
+def mixture(kind: str, num_experts: int) -> config_lib.Config:
+  """Returns the config of a flat layer, or of one of two levels."""
+  config = sparse_against_dense.load("moe_32")
+  moe = config.model.moe.to_dict()
+  del config.model["moe"]
+  del config.model["layers"]
+  tokens = config.data.batch_size * config.data.row_length
+  with config.unlocked():
+    if kind == "flat":
+      config.model.layers = ("lstm", "moe", "lstm")
+      config.model.moe = moe | {
+        "num_experts": num_experts,
+        "group_size": tokens,
+        "dispatch": "ragged",
+        "capacity_factor": None,
+      }
+    else:
+      router = moe["router"] | {"k": 2}
+      config.model.layers = ("lstm", "hierarchical_moe", "lstm")
+      config.model.hierarchical_moe = {
+        "num_experts": num_experts,
+        "num_groups": math.isqrt(num_experts),
+        "group_size": tokens,
+        "primary": router,
+        "secondary": {"router": router, "experts": moe["experts"]},
+      }
+  return config
+
+
+def program(
+  config: config_lib.Config, quick: bool
+) -> tuple[Callable[[], Any], float, cost.Count]:
+  """Compiles a training step.
+
+  Returns:
+    What runs it once, on the state that the turn before left; the gigabytes it
+    takes; the model's cost.
+  """
+  if quick:
+    config.update_from_flattened_dict({"data.batch_size": 2, "model.width": 8})
+    for name in ("moe", "hierarchical_moe"):
+      if name in config.model:
+        config.model[name].group_size = 2 * config.data.row_length
+  shape = (config.data.batch_size, config.data.row_length)
+  words = jax.random.randint(jax.random.key(SEED), shape, 0, VOCABULARY)
+  mask = jnp.ones(shape, bool)
+  batch = {"inputs": words, "targets": words, "mask": mask, "start": ~mask}
+  model = config_lib.model(config, VOCABULARY)
+  _, tx = config_lib.optimizer(config)
+  layout = config_lib.layout(config)
+  mesh = sharding.make_mesh(layout, jax.devices()[:1])
+  current = state.create(model, tx, batch, SEED, layout, mesh)
+  aux, _ = config_lib.aux(config)
+  train_step = functools.partial(
+    step.train_step, model=model, tx=tx, aux_weights=aux, seed=SEED
+  )
+  compiled = (
+    jax.jit(train_step, donate_argnums=0).lower(current, batch).compile()
+  )
+
+  def run():
+    nonlocal current
+    current, metrics = compiled(current, batch)
+    return metrics
+
+  count = cost.count(config, VOCABULARY)
+  return run, harness.peak_bytes(compiled) / 1e9, count
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws time and memory over the number of experts."""
+  time, memory = figure.subplots(1, 2)
+  for name in ("dense", *KINDS):
+    of_kind = [row for row in table if row["layer"] == name]
+    numbers = [row["E"] for row in of_kind]
+    time.plot(numbers, [row["of_dense"] for row in of_kind], "o-", label=name)
+    memory.plot(numbers, [row["GB"] for row in of_kind], "o-", label=name)
+  time.set_ylabel("time of a training step over the dense twin's")
+  memory.set_ylabel("GB")
+  memory.set_yscale("log")
+  for axes in (time, memory):
+    axes.set_xscale("log", base=4)
+    axes.set_xlabel("experts")
+    axes.legend()
+
+
+if __name__ == "__main__":
+  harness.main("expert_count_cost", rows, draw, SEED)
