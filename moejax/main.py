@@ -36,8 +36,9 @@ def main(argv: Sequence[str]) -> int:
     The exit status: 0, 1 where the command failed, 2 where it was not
     understood. What went wrong stands on stderr in one sentence.
   """
-  # Orbax and TFDS warn of what is no trouble; ours come as exceptions.
-  logging.set_verbosity(logging.ERROR)
+  # Orbax and TFDS warn of what is no trouble, and log every error that they
+  # raise, from many threads: what counts comes as an exception.
+  logging.set_verbosity(logging.FATAL)
   if len(argv) < 2 or argv[1] in ("help", "-h", "--help"):
     print(USAGE)
     return 0 if len(argv) > 1 else 2

@@ -1,6 +1,7 @@
 """The training loop: data, step, validation, checkpoint, resume."""
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
