@@ -1,8 +1,8 @@
 """Named layouts: how arrays lie over the device mesh while they are used.
 
 Only this file and `placement` know the mesh. The rest of moejax speaks of
-logical axes ("batch", "group", "expert", ...); a `Layout` is the table that lays
-them over the mesh axes (data, expert, model).
+logical axes ("batch", "group", "expert", ...); a `Layout` is the table that
+lays them over the mesh axes (data, expert, model).
 """
 
 import contextlib
