@@ -53,7 +53,7 @@ def count(config: config_lib.Config, vocab_size: int) -> Count:
   costs = [
     _look_up(_LAYERS, layer)(layer, model.width) for layer in model.layers
   ]
-  table = vocab_size * model.width
+  table = layers.table_rows(vocab_size, model.vocab_multiple) * model.width
   return Count(
     parameters=sum(cost.parameters for cost in costs),
     ops=sum(cost.ops for cost in costs),

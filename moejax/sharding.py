@@ -53,6 +53,8 @@ RULES = {
   # without the axes of "expert", and without those of "mlp".
   "group_sent": ("data", "model"),
   "group_away": ("data",),
+  # Of rows that meet a table of words: what is left of "batch" without "vocab".
+  "batch_at_vocab": ("data", "model", "expert"),
   "expert": "expert",
   "embed": None,
   "mlp": "model",
@@ -72,7 +74,8 @@ def rules(**changes: Over) -> tuple[tuple[str, Over], ...]:
   """
   table = RULES | changes
   left = changes.get("group", table["batch"])
-  follow = {"group": left}
+  meet = [a for a in _axes(table["batch"]) if a not in _axes(table["vocab"])]
+  follow = {"group": left, "batch_at_vocab": tuple(meet) or None}
   for name, to in (("group_sent", "expert"), ("group_away", "mlp")):
     left = tuple(axis for axis in _axes(left) if axis not in _axes(table[to]))
     follow[name] = left or None
@@ -257,13 +260,16 @@ def expert_axis() -> str | None:
   return None if _IN_EXPERT.get() else "expert"
 
 
+def splits(axis: str) -> bool:
+  """Says whether the layout in use splits a logical axis over devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  over = dict(nn.get_logical_axis_rules()).get(axis)
+  return not mesh.empty and num_parts(over, mesh) > 1
+
+
 def splits_experts() -> bool:
   """Says whether the code being traced must keep to its part of the experts."""
-  if _IN_EXPERT.get():
-    return True
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = dict(nn.get_logical_axis_rules()).get("expert")
-  return not mesh.empty and num_parts(axes, mesh) > 1
+  return _IN_EXPERT.get() or splits("expert")
 
 
 def over_experts(fn: _Fn, num_experts: int) -> _Fn:

@@ -13,6 +13,7 @@ from config_shapes import (
 from moejax import config as config_lib
 from moejax import cost, sharding
 from moejax.data import vocab
+from moejax.models.layers import table_rows
 from moejax.training import optim
 
 
@@ -21,7 +22,8 @@ def test_config_builds(name):
   config = load(name)
   config_lib.check(config)
   tree = parameters_of(name)
-  shape = (VOCABULARY, config.model.width)
+  rows = table_rows(VOCABULARY, config.model.get("vocab_multiple", 1))
+  shape = (rows, config.model.width)
   assert tree["embed"]["table"].shape == shape
   assert tree["head"]["table"].shape == shape
   layers = [f"layers_{i}" for i in range(len(config.model.layers))]

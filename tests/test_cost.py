@@ -13,6 +13,7 @@ from config_shapes import (
 )
 
 from moejax import cost, experts, moe, router
+from moejax.models import layers
 
 # What a layer adds and no matrix multiplies.
 BIASES = ("bias", "log_thresholds")
@@ -72,7 +73,8 @@ def test_counts_of_the_paper(name):
   config = load(f"{name}.py")
   count = cost.count(config, config.data.vocab_size)
   assert (count.parameters, count.ops) == EXACT[name]
-  table = config.data.vocab_size * config.model.width
+  rows = layers.table_rows(config.data.vocab_size, config.model.vocab_multiple)
+  table = rows * config.model.width
   assert count.total - count.biases == count.parameters + 2 * table
 
 

@@ -35,7 +35,12 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "layout": "expert",
+      # As "expert", and the tables of words split as the experts are.
+      "layout": {
+        "name": "expert_vocab",
+        "mesh_shape": (1, -1, 1),
+        "rules": {"vocab": "expert"},
+      },
       "data": {
         "kind": "lm1b",
         "data_dir": "",  # where it was prepared; "" is TFDS's own place
@@ -51,6 +56,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
         "layers": layers,
         "dropout": 0.1,
         "num_samples": 8192,
+        "vocab_multiple": 128,  # devices that may share the tables
         **fields,
       },
       "aux": {"importance": 0.1, "load": 0.1},

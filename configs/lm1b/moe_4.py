@@ -14,5 +14,7 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 def get_config() -> ConfigDict:
   """MoE-4."""
   config = common["flat"](num_experts=4)
-  config.layout = "replicated"  # 4 experts for any number of devices
+  # 4 experts for any number of devices.
+  config.layout.mesh_shape = (-1, 1, 1)
+  config.layout.rules.vocab = "data"
   return config

@@ -25,6 +25,7 @@ def _lstm_lm(
   hierarchical_moe: Mapping[str, Any] | None = None,
   one_expert: Mapping[str, Any] | None = None,
   dtype: str = "float32",
+  vocab_multiple: int = 1,
 ) -> LSTMLM:
   if not 0 <= dropout < 1:
     raise ValueError(
@@ -54,7 +55,13 @@ def _lstm_lm(
     for name in layers
   )
   dtype = DTYPES[named.known(dtype, DTYPES, "config.model.dtype")]
-  return LSTMLM(vocab_size, width, built, dropout, num_samples, dtype)
+  if vocab_multiple < 1:
+    raise ValueError(
+      f"config.model.vocab_multiple is {vocab_multiple}; give 1 or more."
+    )
+  return LSTMLM(
+    vocab_size, width, built, dropout, num_samples, dtype, vocab_multiple
+  )
 
 
 def _moe(

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax import sharding
+
 
 def lstm(
   x: Float[Array, "B L D"],
@@ -261,21 +263,43 @@ class LSTM(nn.Module):
     return lstm(x, start, w_in, w_rec, bias, w_out)
 
 
+def table_rows(vocab_size: int, multiple: int) -> int:
+  """Returns the rows of a table of words: no fewer, and a multiple of it."""
+  return -(-vocab_size // multiple) * multiple
+
+
+def look_up(
+  table: Float[Array, "rows D"], ids: Int[Array, "B L"]
+) -> Float[Array, "B L D"]:
+  """Returns rows of a table; an id outside it gives NaN.
+
+  Where the table is split over devices, ids go to all of them and rows come
+  back as sums, of which all terms but one are zero: a table is never gathered.
+  """
+  if not sharding.splits("vocab"):
+    return jnp.take(table, ids, axis=0)
+  ids = sharding.constrain(ids, "batch_at_vocab", None)
+  rows = jnp.take(table, ids, axis=0)
+  rows = sharding.constrain(rows, "batch_at_vocab", None, None)
+  return sharding.constrain(rows, "batch", None, None)
+
+
 class Embed(nn.Module):
   """A table of word vectors (app. C.1).
 
   Attributes:
-    vocab_size: rows of the table, V.
+    vocab_size: words, V.
     width: entries of a word's vector, D.
+    multiple: of which the table's rows are one, see `LSTMLM.vocab_multiple`.
   """
 
   vocab_size: int
   width: int
+  multiple: int = 1
 
   @nn.compact
   def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Looks words up; an id outside [0, vocab_size) gives NaN."""
+    """Looks words up; an id outside the table gives NaN."""
     init = nn.with_logical_partitioning(_UNIT_ROWS, ("vocab", "embed"))
-    shape = (self.vocab_size, self.width)
-    table = self.param("table", init, shape, jnp.float32)
-    return jnp.take(table, ids, axis=0)
+    shape = (table_rows(self.vocab_size, self.multiple), self.width)
+    return look_up(self.param("table", init, shape, jnp.float32), ids)

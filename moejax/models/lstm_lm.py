@@ -29,6 +29,8 @@ class LSTMLM(nn.Module):
     num_samples: classes of the sampled softmax; 0 is the full one.
     dtype: of the activations and of the operands of matrix products. Whatever
       it is, parameters, routers, cells of LSTMs and the softmax are float32.
+    vocab_multiple: rows of embedding and softmax are filled up to a multiple of
+      it, so that a layout may split "vocab" over as many devices.
   """
 
   vocab_size: int
@@ -37,11 +39,13 @@ class LSTMLM(nn.Module):
   dropout: float = 0.0
   num_samples: int = 0
   dtype: DTypeLike = jnp.float32
+  vocab_multiple: int = 1
 
   def setup(self) -> None:
-    self.embed = Embed(self.vocab_size, self.width)
+    size = self.vocab_size, self.width
+    self.embed = Embed(*size, self.vocab_multiple)
     self.drop = nn.Dropout(self.dropout)
-    self.head = Softmax(self.vocab_size, self.width, self.num_samples)
+    self.head = Softmax(*size, self.num_samples, self.vocab_multiple)
 
   def __call__(
     self, batch: Batch, *, train: bool = False

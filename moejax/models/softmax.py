@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from moejax import sharding
+from moejax.models.layers import look_up, table_rows
+
 
 def log_uniform(
   rng: PRNGKeyArray, num_samples: int, vocab_size: int
@@ -83,11 +86,13 @@ class Softmax(nn.Module):
       (sampled softmax as in Jozefowicz et al. 2016: one set a batch, logits
       less log expected count, for target and samples alike); 0 trains with the
       full softmax. The rng stream is "softmax". Evaluation is always full.
+    multiple: of which the table's rows are one, see `LSTMLM.vocab_multiple`.
   """
 
   vocab_size: int
   width: int
   num_samples: int = 0
+  multiple: int = 1
 
   def setup(self) -> None:
     init = nn.initializers.variance_scaling(
@@ -96,7 +101,7 @@ class Softmax(nn.Module):
     self.table = self.param(
       "table",
       nn.with_logical_partitioning(init, ("vocab", "embed")),
-      (self.vocab_size, self.width),
+      (table_rows(self.vocab_size, self.multiple), self.width),
       jnp.float32,
     )
 
@@ -112,9 +117,19 @@ class Softmax(nn.Module):
       return self._sampled(h, targets, self.make_rng("softmax"))
     return self._full(h, targets)
 
-  def logits(self, h: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-    """Returns the score of every word."""
-    return _scores(h, self.table)
+  def logits(self, h: Float[Array, "B L D"]) -> Float[Array, "B L rows"]:
+    """Returns the score of every row; -inf for those that are no word."""
+    split = sharding.splits("vocab")
+    if split:
+      # The states meet the parts of the table, which is much larger.
+      h = sharding.constrain(h, "batch_at_vocab", None, None)
+    scores = _scores(h, self.table)
+    if split:
+      scores = sharding.constrain(scores, "batch_at_vocab", None, "vocab")
+    if scores.shape[-1] == self.vocab_size:
+      return scores
+    is_word = jnp.arange(scores.shape[-1]) < self.vocab_size
+    return jnp.where(is_word[None, None], scores, -jnp.inf)
 
   def _full(
     self, h: Float[Array, "B L D"], targets: Int[Array, "B L"]
@@ -125,7 +140,9 @@ class Softmax(nn.Module):
     def at_step(step):
       h, target = step
       logits = self.logits(h[:, None])[:, 0]
-      chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+      # Not by index: over devices that would gather the scores of all.
+      is_target = jnp.arange(logits.shape[1])[None] == target[:, None]
+      chosen = jnp.where(is_target, logits, 0).sum(axis=1)
       return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     return jax.lax.map(at_step, (h.swapaxes(0, 1), targets.T)).T
@@ -143,7 +160,7 @@ class Softmax(nn.Module):
     # A sample that is the target, or drawn before, would count it twice.
     other = first[None, None] & (sampled[None, None] != targets[..., None])
     others = jnp.where(other, others, -jnp.inf)
-    rows = self.table[targets].astype(h.dtype)
+    rows = look_up(self.table, targets).astype(h.dtype)
     # The products of two bfloat16 numbers are exact in float32.
     own = (h.astype(jnp.float32) * rows.astype(jnp.float32)).sum(axis=-1)
     own = own - log_expected_count(targets, *size)

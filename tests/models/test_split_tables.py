@@ -1,0 +1,123 @@
+"""Tables of words split over devices: the numbers of whole ones."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import collectives, placement, sharding
+from moejax.data import text
+from moejax.models import lstm_lm
+
+# Rows up to a multiple of 8: six of them are no word.
+B, L, V, D, ROWS = 8, 3, 2042, 64, 2048
+TABLE = 4 * ROWS * D
+LAYOUTS = {
+  "all": sharding.Layout("all", (1, -1, 1), sharding.rules(vocab="expert")),
+  "half": sharding.Layout("half", (2, -1, 1), sharding.rules(vocab="expert")),
+}
+
+
+def model(num_samples):
+  return lstm_lm.LSTMLM(V, D, (), num_samples=num_samples, vocab_multiple=8)
+
+
+def batch():
+  random = np.random.default_rng(0)
+  words = random.integers(0, V, (2, B, L)).astype(np.int32)
+  # The last word of all, whose rows are next to those that are none.
+  words[:, 0, 0] = V - 1
+  mask = np.ones((B, L), bool)
+  fields = {"inputs": words[0], "targets": words[1], "mask": mask}
+  fields["start"] = ~mask
+  assert {n: a.dtype for n, a in fields.items()} == text.TYPES
+  return jax.tree.map(jnp.asarray, fields)
+
+
+@functools.cache
+def boxed():
+  init = functools.partial(model(0).init, jax.random.key(0), method="loss")
+  return jax.jit(init)(batch())["params"]
+
+
+def gradient(num_samples, params, batch):
+  def loss(params):
+    return (
+      model(num_samples)
+      .apply(
+        {"params": params},
+        batch,
+        train=num_samples > 0,
+        method="loss",
+        rngs={"softmax": jax.random.key(1)},
+      )
+      .mean()
+    )
+
+  return jax.value_and_grad(loss)(params)
+
+
+@functools.cache
+def on_mesh(num_samples, name):
+  layout = LAYOUTS[name]
+  mesh = sharding.make_mesh(layout)
+  places = placement.shardings(boxed(), layout, mesh)
+  params = jax.device_put(nn.unbox(boxed()), places)
+  where = placement.batch_sharding(layout, mesh, B)
+  rows = jax.device_put(batch(), where)
+  with sharding.use(layout, mesh):
+    run = jax.jit(
+      functools.partial(gradient, num_samples), out_shardings=(None, places)
+    )
+    compiled = run.lower(params, rows).compile()
+  found = collectives.read(compiled.as_text(), mesh)
+  return params, compiled(params, rows), found
+
+
+SAMPLES = pytest.mark.parametrize("num_samples", [0, 16])
+NAMES = pytest.mark.parametrize("name", LAYOUTS)
+
+
+def test_rows_that_are_no_word_have_no_chance():
+  params, rows = nn.unbox(boxed()), batch()
+  assert params["head"]["table"].shape == (ROWS, D)
+  whole = lstm_lm.LSTMLM(V, D, ())
+  cut = jax.tree.map(lambda table: table[:V], params)
+  loss = functools.partial(whole.apply, method="loss")
+  want = loss({"params": cut}, rows)
+  got = model(0).apply({"params": params}, rows, method="loss")
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  _, slope = gradient(0, params, rows)
+  assert not slope["head"]["table"][V:].any()
+  assert slope["head"]["table"][:V].any(axis=1).all()
+
+
+@SAMPLES
+@NAMES
+def test_split_tables_agree_with_whole_ones(num_samples, name):
+  params, got, _ = on_mesh(num_samples, name)
+  parts = {"all": 8, "half": 4}[name]
+  for table in jax.tree.leaves(params):
+    assert table.addressable_shards[0].data.shape == (ROWS // parts, D)
+  want = jax.jit(functools.partial(gradient, num_samples))(
+    nn.unbox(boxed()), batch()
+  )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, got, want)
+
+
+@SAMPLES
+@NAMES
+def test_no_split_table_is_ever_on_the_wire(num_samples, name):
+  """But sums over its copies, of the part that each device has."""
+  _, _, found = on_mesh(num_samples, name)
+  assert found
+  part = 2 * TABLE // 4 if name == "half" else 0
+  for each in found:
+    if each.axes == ("data",):
+      assert each.bytes <= part
+    else:
+      assert each.bytes < TABLE // 8, each
