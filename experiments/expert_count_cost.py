@@ -106,7 +106,8 @@ def program(
   _, tx = config_lib.optimizer(config)
   layout = config_lib.layout(config)
   mesh = sharding.make_mesh(layout, jax.devices()[:1])
-  current = state.create(model, tx, batch, SEED, layout, mesh)
+  shapes = jax.eval_shape(lambda: batch)
+  current = state.create(model, tx, shapes, SEED, layout, mesh)
   aux, _ = config_lib.aux(config)
   train_step = functools.partial(
     step.train_step, model=model, tx=tx, aux_weights=aux, seed=SEED
