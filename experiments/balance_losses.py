@@ -9,7 +9,7 @@ the table; max/mean of tokens counted, which is what a device waits for. `paper`
 are Table 6's own test perplexities, of MoE-256 on another text. Runs lie under
 runs/balance_losses and are resumed there.
 
-Result:
+Result: not run to its end yet.
 """
 
 import pathlib
