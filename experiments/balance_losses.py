@@ -1,7 +1,7 @@
 """Question: what do the balance losses do, and does it cost quality (Table 6)?
 
 Method: configs/sotu/moe_32.py with the six pairs of weights of the paper's
-appendix A, the same steps on the same batches (seed 0), dropless, so that an
+appendix A, the same 1200 steps on the same batches (seed 0), dropless: an
 overloaded expert serves all its tokens and only the choice of experts counts.
 Balance is the mean over the last tenth of the training batches, as the layer
 reports it: CV(Importance); CV and max/mean of the smooth Load (eq. 10), as in
@@ -12,17 +12,13 @@ runs/balance_losses and are resumed there.
 Result: not run to its end yet.
 """
 
-import pathlib
-import tempfile
 from collections.abc import Iterator
 
 import matplotlib.figure
-import numpy as np
 
-from experiments import harness, sparse_against_dense
-from moejax.training import loop, metrics
+from experiments import harness, training
 
-RUNS = sparse_against_dense.ROOT / "runs" / "balance_losses"
+STEPS = 1200
 SEED = 0
 # (w_importance, w_load) -> the paper's test perplexity.
 PAPER = {
@@ -43,12 +39,13 @@ REPORTED = (
 
 def rows(quick: bool) -> Iterator[harness.Row]:
   """Yields a row per pair of weights."""
-  with tempfile.TemporaryDirectory() as scratch:
+  with training.folder("balance_losses", quick) as runs:
     for weights in list(PAPER)[3:4] if quick else PAPER:
-      config = sparse_against_dense.load("moe_32")
+      config = training.load("sotu/moe_32")
       config.seed = SEED
+      config.train.steps = STEPS
       if quick:
-        config.update_from_flattened_dict(sparse_against_dense.QUICK)
+        config.update_from_flattened_dict(training.QUICK)
       moe = config.model.moe.to_dict()
       del config.model["moe"]
       with config.unlocked():
@@ -58,19 +55,12 @@ def rows(quick: bool) -> Iterator[harness.Row]:
           "eval_capacity_factor": None,
         }
       config.aux = dict(zip(("importance", "load"), weights, strict=True))
-      name = "_".join(map(str, weights))
-      workdir = (pathlib.Path(scratch) if quick else RUNS) / name
-      result = loop.train(config, workdir)
-      if not result:
-        raise KeyboardInterrupt("stopped; the same command goes on from there")
-      lines = metrics.read(workdir / metrics.METRICS_FILE)
-      lines = [line for line in lines if line["split"] == "train"]
-      last = lines[-max(1, len(lines) // 10) :]
+      run = training.train(config, runs / "_".join(map(str, weights)))
       yield {
         "w_importance": weights[0],
         "w_load": weights[1],
-        "test_perplexity": round(result["test"]["perplexity"], 2),
-        **{n: round(float(np.mean([x[n] for x in last])), 3) for n in REPORTED},
+        "test_perplexity": round(run.result["test"]["perplexity"], 2),
+        **{name: round(run.last(name), 3) for name in REPORTED},
         "paper": PAPER[weights],
       }
 

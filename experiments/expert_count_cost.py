@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 
-from experiments import harness, sparse_against_dense
+from experiments import harness, training
 from moejax import config as config_lib
 from moejax import cost, sharding
 from moejax.training import state, step
@@ -56,12 +56,12 @@ def rows(quick: bool) -> Iterator[harness.Row]:
 
 
 def dense() -> config_lib.Config:
-  return sparse_against_dense.load("moe_1_wide")
+  return training.load("sotu/moe_1_wide")
 
 
 def mixture(kind: str, num_experts: int) -> config_lib.Config:
   """Returns the config of a flat layer, or of one of two levels."""
-  config = sparse_against_dense.load("moe_32")
+  config = training.load("sotu/moe_32")
   moe = config.model.moe.to_dict()
   del config.model["moe"]
   del config.model["layers"]

@@ -72,10 +72,11 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 def main(
   name: str,
-  rows: Callable[[bool], Iterable[Row]],
+  rows: Callable[..., Iterable[Row]],
   draw: Callable[[matplotlib.figure.Figure, list[Row]], None],
   seed: int = 0,
   argv: Sequence[str] | None = None,
+  **options: str,
 ) -> list[Row]:
   """Runs an experiment: prints its table and writes `<name>.csv/.json/.png`.
 
@@ -84,10 +85,12 @@ def main(
 
   Args:
     name: the experiment's module, and the stem of its files.
-    rows: given whether to be quick, yields the rows of the table.
+    rows: given whether to be quick, and the options by name, yields the rows
+      of the table.
     draw: draws the rows on an empty figure.
     seed: recorded with the results.
     argv: the arguments; those of the command line by default.
+    **options: further ones that take a text, and what they are.
 
   Returns:
     The rows.
@@ -100,12 +103,15 @@ def main(
     type=pathlib.Path,
     help=f"folder for the files (full runs: {RESULTS.parent.name}/results)",
   )
+  for option, meaning in options.items():
+    parser.add_argument(f"--{option}", default="", help=meaning)
   args = parser.parse_args(argv)
   # Orbax warns of what is no trouble.
   logging.set_verbosity(logging.ERROR)
   begin = time.perf_counter()
   table = []
-  for row in rows(args.quick):
+  given = {option: getattr(args, option) for option in options}
+  for row in rows(args.quick, **given):
     table.append(row)
     passed = time.perf_counter() - begin
     cells = " ".join(f"{name}={value}" for name, value in row.items())

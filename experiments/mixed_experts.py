@@ -29,7 +29,6 @@ import collections
 import contextlib
 import functools
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,14 +36,13 @@ import jax
 import matplotlib.figure
 import numpy as np
 
-from experiments import harness, sparse_against_dense
+from experiments import harness, training
 from moejax import config as config_lib
 from moejax import losses, sharding
 from moejax.data import text
-from moejax.training import loop, step
+from moejax.training import step
 from moejax.training.checkpoint import Checkpoints
 
-RUNS = sparse_against_dense.ROOT / "runs" / "mixed_experts"
 SEED = 0
 KINDS = (
   {"kind": "feed_forward", "num_experts": 8, "hidden": 384},
@@ -52,15 +50,15 @@ KINDS = (
   {"kind": "linear", "num_experts": 8},
   {"kind": "identity", "num_experts": 8},
 )
-QUICK = sparse_against_dense.QUICK | {"train.eval_every": 10}
+QUICK = training.QUICK | {"train.eval_every": 10}
 NAMES = ("wide", "narrow", "linear", "identity")
 
 
 def rows(quick: bool) -> Iterator[harness.Row]:
   """Yields a row per model and kind of expert."""
-  with tempfile.TemporaryDirectory() as scratch:
+  with training.folder("mixed_experts", quick) as runs:
     for name in ("uniform", "mixed"):
-      config = sparse_against_dense.load("moe_32")
+      config = training.load("sotu/moe_32")
       config.seed = SEED
       if quick:
         config.update_from_flattened_dict(QUICK)
@@ -68,11 +66,8 @@ def rows(quick: bool) -> Iterator[harness.Row]:
         del config.model.moe["experts"]
         with config.unlocked():
           config.model.moe.experts = KINDS
-      workdir = (pathlib.Path(scratch) if quick else RUNS) / name
-      result = loop.train(config, workdir)
-      if not result:
-        raise KeyboardInterrupt("stopped; the same command goes on from there")
-      yield from report(name, workdir, result)
+      run = training.train(config, runs / name)
+      yield from report(name, runs / name, run.result)
 
 
 def report(

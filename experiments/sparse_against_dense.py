@@ -17,65 +17,35 @@ against 92.1 for the mixture, 90.1 against 94.8 for its twin (validation after
 1500 steps). One seed.
 """
 
-import importlib.util
-import pathlib
-import tempfile
 from collections.abc import Iterator
 
 import matplotlib.figure
 
-from experiments import harness
-from moejax import config as config_lib
-from moejax.training import loop, metrics
+from experiments import harness, training
 
-ROOT = pathlib.Path(__file__).parents[1]
-RUNS = ROOT / "runs" / "sparse_against_dense"
 CONFIGS = ("moe_32", "moe_1_wide")
 SEEDS = (0,)
-QUICK = {
-  "data.row_length": 16,
-  "data.batch_size": 256,
-  "data.min_count": 100,
-  "model.width": 16,
-  "model.num_samples": 64,
-  "train.steps": 10,
-  "train.eval_every": 5,
-}
 
 
 def rows(quick: bool) -> Iterator[harness.Row]:
   """Yields a row per validation, and one per test."""
-  seeds, runs = (SEEDS, RUNS) if not quick else (SEEDS[:1], None)
-  with tempfile.TemporaryDirectory() as scratch:
-    for seed in seeds:
+  with training.folder("sparse_against_dense", quick) as runs:
+    for seed in SEEDS[:1] if quick else SEEDS:
       for name in CONFIGS:
-        config = load(name)
+        config = training.load(f"sotu/{name}")
         config.seed = seed
         if quick:
-          config.update_from_flattened_dict(QUICK)
-        workdir = (runs or pathlib.Path(scratch)) / f"{name}_{seed}"
-        yield from run(name, seed, config, workdir)
+          config.update_from_flattened_dict(training.QUICK)
+        run = training.train(config, runs / f"{name}_{seed}")
+        yield from report(name, seed, run)
 
 
-def load(name: str) -> config_lib.Config:
-  """Reads a config of configs/sotu."""
-  path = ROOT / "configs" / "sotu" / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
-
-
-def run(
-  name: str, seed: int, config: config_lib.Config, workdir: pathlib.Path
-) -> Iterator[harness.Row]:
-  """Trains one model; yields its validations and its test."""
-  result = loop.train(config, workdir)
-  if not result:
-    raise KeyboardInterrupt("stopped; the same command goes on from there")
-  lines = metrics.read(workdir / metrics.METRICS_FILE)
-  speeds = [ln["words_per_second"] for ln in lines if ln["split"] == "train"]
-  for line in lines:
+def report(name: str, seed: int, run: training.Run) -> Iterator[harness.Row]:
+  """Yields the validations of a run and its test."""
+  speeds = [
+    ln["words_per_second"] for ln in run.lines if ln["split"] == "train"
+  ]
+  for line in run.lines:
     if line["split"] != "train":
       yield {
         "config": name,
@@ -83,7 +53,7 @@ def run(
         "split": line["split"],
         "step": line["step"],
         "perplexity": round(line["perplexity"], 2),
-        "seconds": round(result["seconds"]),
+        "seconds": round(run.result["seconds"]),
         "words_per_second": round(sorted(speeds)[len(speeds) // 2]),
       }
 

@@ -10,8 +10,8 @@ import pytest
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "harness")
-NAMES.remove("__init__")
+SHARED = {"__init__", "harness", "training"}
+NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - SHARED)
 
 
 @pytest.mark.parametrize("name", NAMES)

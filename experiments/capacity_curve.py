@@ -1,0 +1,138 @@
+"""Question: does perplexity fall as experts are added at equal ops/timestep?
+
+Method: the rows of configs/lm1b of about 8 M ops/timestep (Fig. 2, left) with
+an eighth of every width, which makes that about 0.13 M: the same steps on the
+same batches of 4096 words (seed 0), optimiser and sampled softmax those of
+configs/sotu/moe_32.py. Flat mixtures drop nothing; `dropped` is what those of
+two levels did and `cv_load` the balance, means over the last tenth of training.
+Perplexity per word, `</S>` counted, by the full softmax; the test is that of
+the checkpoint of lowest validation perplexity. Beside them the interpolated
+Kneser-Ney 5-gram of the same words. `paper` is Table 7's. Runs lie under
+runs/curves and are resumed there. The text is the presidents' messages, or that
+of --text, of which words seen 20 times are known.
+
+Result: not run to its end yet.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib.figure
+
+from experiments import harness, training
+from moejax import config as config_lib
+from moejax import cost
+
+SEED = 0
+STEPS = 2400
+# The files of configs/lm1b, and the perplexity of Table 7 after 10 epochs.
+PAPER = {
+  "four_lstm_512": 46.0,
+  "lstm_2048_512": 44.7,
+  "moe_1_wide": 46.1,
+  "moe_1_deep": 45.7,
+  "moe_4": 45.0,
+  "moe_32": 39.7,
+  "moe_256": 35.7,
+  "moe_256_h": 36.0,
+  "moe_1024_h": 34.6,
+}
+QUICK = ("moe_1_wide", "moe_256_h")
+TEXT = "comma-separated files (.txt, .gz, .xz) in place of the messages"
+
+
+def rows(quick: bool, text: str = "") -> Iterator[harness.Row]:
+  """Yields a row per model."""
+  for name in QUICK if quick else PAPER:
+    yield row(name, 8, text, quick) | {"paper": PAPER[name]}
+
+
+def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
+  """Trains a row of configs/lm1b; returns what it costs and how good it is.
+
+  Args:
+    name: of the file.
+    smaller: what its widths are divided by.
+    text: files to read, comma-separated; "" is the presidents' messages.
+    quick: whether to make it smaller still.
+  """
+  config = scaled(name, smaller, text)
+  if quick:
+    config.update_from_flattened_dict(training.QUICK)
+  with training.folder("curves", quick) as runs:
+    run = training.train(config, runs / f"{name}_{smaller}")
+  return {"model": name, **report(config, run)}
+
+
+def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
+  """Returns a row of configs/lm1b for a laptop; arguments as of `row`."""
+  config = training.load("sotu/moe_32")
+  tokens = config.data.batch_size * config.data.row_length
+
+  def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: change(key, value) for key, value in fields.items()}
+
+  def change(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+      return shrunk(value)
+    if key == "hidden" and isinstance(value, tuple):
+      return tuple(width // smaller for width in value)
+    if key in ("width", "hidden"):
+      return value // smaller
+    return tokens if key == "group_size" else value
+
+  model = shrunk(training.load(f"lm1b/{name}").model.to_dict())
+  model |= {"num_samples": config.model.num_samples, "vocab_multiple": 1}
+  with config.unlocked():
+    del config.model
+    config.model = model
+  config.train.update({"steps": STEPS, "eval_every": STEPS // 2})
+  config.seed = SEED
+  # 2e-2 is the better of two rates at width 64, 1e-2 at 128.
+  config.optimizer.peak *= 64 / config.model.width
+  if text:
+    config.data.update({"kind": "text", "train": text, "min_count": 20})
+  return config
+
+
+def report(config: config_lib.Config, run: training.Run) -> harness.Row:
+  """Returns what a model costs and how good it is."""
+  count = cost.count(config, 1)
+  validations = [ln for ln in run.lines if ln["split"] == "validation"]
+  row = {
+    "ops": count.ops,
+    "parameters": count.parameters,
+    "validation": round(min(ln["perplexity"] for ln in validations), 2),
+    "test": round(run.result["test"]["perplexity"], 2),
+    "cv_load": None,
+    "dropped": None,
+    "minutes": round(run.result["seconds"] / 60, 1),
+  }
+  if "cv_load" in run.lines[0]:
+    row["cv_load"] = round(run.last("cv_load"), 3)
+    row["dropped"] = round(run.last("dropped_fraction"), 3)
+  return row
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws test perplexity over parameters, ours and the paper's."""
+  axes = figure.subplots()
+  for row in table:
+    if "parameters" in row:
+      sparse = row["cv_load"] is not None
+      axes.plot(row["parameters"], row["test"], "C0o" if sparse else "C1s")
+      axes.annotate(
+        row["model"],
+        (row["parameters"], row["test"]),
+        textcoords="offset points",
+        xytext=(5, 5),
+        fontsize=7,
+      )
+  axes.set_xscale("log")
+  axes.set_yscale("log")
+  axes.set_xlabel("parameters outside embedding and softmax")
+  axes.set_ylabel("test perplexity per word")
+
+
+if __name__ == "__main__":
+  harness.main("capacity_curve", rows, draw, SEED, text=TEXT)
