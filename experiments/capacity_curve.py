@@ -19,7 +19,7 @@ from typing import Any
 
 import matplotlib.figure
 
-from experiments import harness, training
+from experiments import harness, kneser_ney, training
 from moejax import config as config_lib
 from moejax import cost
 
@@ -45,6 +45,9 @@ def rows(quick: bool, text: str = "") -> Iterator[harness.Row]:
   """Yields a row per model."""
   for name in QUICK if quick else PAPER:
     yield row(name, 8, text, quick) | {"paper": PAPER[name]}
+  counted = kneser_ney.perplexities(scaled(name, 8, text))
+  counted = {split: round(value, 2) for split, value in counted.items()}
+  yield {"model": "kneser_ney_5", **counted, "paper": 67.6}
 
 
 def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
@@ -118,7 +121,10 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
   """Draws test perplexity over parameters, ours and the paper's."""
   axes = figure.subplots()
   for row in table:
-    if "parameters" in row:
+    if "parameters" not in row:
+      axes.axhline(row["test"], color="grey", ls=":", label=row["model"])
+      axes.legend()
+    else:
       sparse = row["cv_load"] is not None
       axes.plot(row["parameters"], row["test"], "C0o" if sparse else "C1s")
       axes.annotate(

@@ -30,7 +30,7 @@ import matplotlib.figure
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from experiments import harness, sparse_against_dense
+from experiments import harness, training
 from moejax import config as config_lib
 from moejax.data.text import Tokens
 from moejax.data.vocab import Vocabulary
@@ -70,9 +70,9 @@ class Model(NamedTuple):
 
 def rows(quick: bool) -> Iterator[harness.Row]:
   """Yields a row per order and split."""
-  config = sparse_against_dense.load("moe_32")
+  config = training.load("sotu/moe_32")
   if quick:
-    config.update_from_flattened_dict(sparse_against_dense.QUICK)
+    config.update_from_flattened_dict(training.QUICK)
   vocabulary, tokens = read(config)
   for order in ORDERS[:2] if quick else ORDERS:
     begin = time.perf_counter()

@@ -2,9 +2,14 @@
 
 import os
 
-# Before jax is imported: it counts its devices once.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before jax is imported: it counts its devices once. On a machine that is busy
+# otherwise, eight of them on one core may wait for each other for long.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+  )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -170,10 +170,11 @@ def train(name, on=None):
   with sharding.use(layout, mesh):
     for i in range(case.steps):
       current, metrics = step_fn(current, step.place(batch_of(i), where))
-      curve.append(metrics)
+      # As the loop does: no step is begun before the last one is done.
+      curve.append(jax.device_get(metrics))
       if i == 0:
         slope = jax.device_get(optax.tree.get(current.opt_state, "mu"))
-  curve = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(curve))
+  curve = jax.tree.map(lambda *steps: np.stack(steps), *curve)
   return curve, slope, jax.device_get(current.params)
 
 
