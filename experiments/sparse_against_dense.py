@@ -57,9 +57,9 @@ def rows(quick: bool) -> Iterator[harness.Row]:
         yield from run(name, seed, config, workdir)
 
 
-def load(name: str) -> config_lib.Config:
-  """Reads a config of configs/sotu."""
-  path = ROOT / "configs" / "sotu" / f"{name}.py"
+def load(name: str, folder: str = "sotu") -> config_lib.Config:
+  """Reads a config of a folder of configs/."""
+  path = ROOT / "configs" / folder / f"{name}.py"
   spec = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
