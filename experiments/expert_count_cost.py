@@ -37,9 +37,12 @@ KINDS = ("flat", "two_level")
 def rows(quick: bool) -> Iterator[harness.Row]:
   """Yields a row per number of experts and kind of layer."""
   for num_experts in (4,) if quick else (4**i for i in range(1, 8)):
-    programs = {"dense": program(dense(), quick)}
-    for kind in KINDS:
-      programs[kind] = program(mixture(kind, num_experts), quick)
+    configs = {"dense": dense()}
+    configs |= {kind: mixture(kind, num_experts) for kind in KINDS}
+    if quick:
+      for config in configs.values():
+        shrink(config)
+    programs = {name: program(config) for name, config in configs.items()}
     times = harness.interleaved(
       {name: run for name, (run, _, _) in programs.items()}, 2 if quick else 7
     )
@@ -88,20 +91,22 @@ def mixture(kind: str, num_experts: int) -> config_lib.Config:
   return config
 
 
+def shrink(config: config_lib.Config) -> None:
+  config.update_from_flattened_dict({"data.batch_size": 2, "model.width": 8})
+  for name in ("moe", "hierarchical_moe"):
+    if name in config.model:
+      config.model[name].group_size = 2 * config.data.row_length
+
+
 def program(
-  config: config_lib.Config, quick: bool
+  config: config_lib.Config,
 ) -> tuple[Callable[[], Any], float, cost.Count]:
-  """Compiles a training step.
+  """Compiles a training step on a batch of random words.
 
   Returns:
     What runs it once, on the state that the turn before left; the gigabytes it
     takes; the model's cost.
   """
-  if quick:
-    config.update_from_flattened_dict({"data.batch_size": 2, "model.width": 8})
-    for name in ("moe", "hierarchical_moe"):
-      if name in config.model:
-        config.model[name].group_size = 2 * config.data.row_length
   shape = (config.data.batch_size, config.data.row_length)
   words = jax.random.randint(jax.random.key(SEED), shape, 0, VOCABULARY)
   mask = jnp.ones(shape, bool)

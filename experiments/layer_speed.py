@@ -52,6 +52,7 @@ CANDIDATES = {
   "dropless": {"dispatch": "ragged", "capacity_factor": None},
 }
 TPU = "v5e:2x2"
+PEER_GROUP = 512
 
 
 def rows(quick: bool) -> Iterator[harness.Row]:
@@ -188,27 +189,15 @@ def peer(
 ) -> Iterator[harness.Row]:
   """Yields a row for the PyTorch package and one for a dense torch block."""
   try:
-    import mixture_of_experts
     import torch
+
+    module = peer_layer(num_experts, width, hidden)
   except ImportError:
     print("torch or mixture-of-experts is not installed: no rows for the peer")
     return
-  torch.set_num_threads(os.cpu_count() or 1)
-  torch.manual_seed(SEED)
-  module = mixture_of_experts.MoE(
-    width,
-    num_experts,
-    hidden_dim=hidden,
-    second_policy_train="all",
-    # Of first choices alone: 1.25 of all edges.
-    capacity_factor_train=2.5,
-  )
-  dense = torch.nn.Sequential(
-    torch.nn.Linear(width, 2 * hidden, bias=False),
-    torch.nn.ReLU(),
-    torch.nn.Linear(2 * hidden, width, bias=False),
-  )
-  x = torch.randn(max(tokens // 512, 1), min(tokens, 512), width)
+  dense = peer_dense(width, 2 * hidden)
+  group = min(tokens, PEER_GROUP)
+  x = torch.randn(tokens // group, group, width)
 
   def candidate(run, parameters):
     def forward_only():
@@ -245,6 +234,40 @@ def peer(
       "both_ms": round(both[name].median, 1),
       "both_of_dense": ratio(both, name),
     }
+
+
+def peer_layer(num_experts: int, width: int, hidden: int) -> Any:
+  """Returns the package's layer: rows [B, L, D] -> rows, its balance loss.
+
+  Every token visits 2 experts. A row is a group: PEER_GROUP long is best.
+
+  Raises:
+    ImportError: torch or the package is not installed.
+  """
+  import mixture_of_experts
+  import torch
+
+  torch.set_num_threads(os.cpu_count() or 1)
+  torch.manual_seed(SEED)
+  return mixture_of_experts.MoE(
+    width,
+    num_experts,
+    hidden_dim=hidden,
+    second_policy_train="all",
+    # Of first choices alone: 1.25 of all edges.
+    capacity_factor_train=2.5,
+  )
+
+
+def peer_dense(width: int, hidden: int) -> Any:
+  """Returns a dense block of torch."""
+  import torch
+
+  return torch.nn.Sequential(
+    torch.nn.Linear(width, hidden, bias=False),
+    torch.nn.ReLU(),
+    torch.nn.Linear(hidden, width, bias=False),
+  )
 
 
 def tpu(
