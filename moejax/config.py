@@ -29,7 +29,8 @@ class Train(NamedTuple):
 
   Attributes:
     steps: updates in all.
-    microbatches: parts of a batch whose gradients are added up.
+    microbatches: parts of a batch whose gradients are added up; evaluation
+      reads as many rows at once as one has.
     balance_over: what the balance losses are taken over, each "microbatch" or
       the whole "batch", see `step.train_step`.
     log_every: steps between lines of metrics.
