@@ -73,7 +73,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     jax.process_index(),
     jax.process_count(),
   )
-  identity = {split: tokens[split].digest() for split in tokens}
+  identity = {split: tokens[split].digest for split in tokens}
   processes.check_same(json.dumps(identity), "text")
   for line in _introduction(target, data, rows, layout, mesh):
     _print(line)

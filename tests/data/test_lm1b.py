@@ -24,7 +24,7 @@ from tensorflow_datasets.core.download import downloader, extractor
 from tensorflow_datasets.datasets.lm1b import lm1b_dataset_builder
 
 from moejax import config as config_lib
-from moejax.data import corpora, lm1b, text, vocab, word_ids
+from moejax.data import corpora, kept, lm1b, text, vocab
 from moejax.training import loop
 
 TOP = "1-billion-word-language-modeling-benchmark-r13output"
@@ -223,7 +223,7 @@ def test_a_model_trains(
   workdir = tmp_path / "run"
   evaluated = sizes_of_evaluation(monkeypatch)
   result = loop.train(config, workdir)
-  monkeypatch.setattr(word_ids, "_make", None)  # nothing is left to make
+  monkeypatch.setattr(kept, "_make", None)  # nothing is left to make
   data = config_lib.data(config, workdir)
   assert result["test"]["words"] == len(data.tokens("test").ids)
   assert result["test"]["perplexity"] < 2 * len(data.vocabulary)
