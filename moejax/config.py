@@ -29,7 +29,8 @@ class Train(NamedTuple):
 
   Attributes:
     steps: updates in all.
-    microbatches: parts of a batch whose gradients are added up.
+    microbatches: parts of a batch whose gradients are added up; evaluation
+      reads as many rows at once as one has.
     balance_over: what the balance losses are taken over, each "microbatch" or
       the whole "batch", see `step.train_step`.
     log_every: steps between lines of metrics.
@@ -74,8 +75,9 @@ class Data(NamedTuple):
     return text.tokenise(texts, self.vocabulary, self.split_words)
 
   def rows(self, tokens: text.Tokens) -> text.PackedRows:
-    """Packs word ids into rows."""
-    return text.PackedRows(tokens, self.vocabulary, self.row_length)
+    """Packs word ids into rows; how is kept where they are."""
+    packing = word_ids.pack(tokens, self.row_length)
+    return text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
 
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes [B, L] and types of a batch's arrays."""

@@ -41,7 +41,9 @@ def capacity(
     num_experts: E.
     factor: slots over the mean load edges / E; None, as the result, seats every
       edge.
-    minimum: least capacity, so that tiny groups do not drop by bad luck.
+    minimum: least capacity, so that tiny groups do not drop by bad luck: where
+      experts get 0.6 edges in the mean, 1 slot turns away a quarter of them,
+      4 slots less than one in a thousand. What it costs, larger groups save.
 
   Raises:
     ValueError: the factor is not positive.

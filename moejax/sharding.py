@@ -190,7 +190,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 # How a user changes the size of a logical axis.
 _SET_BY = {
-  "batch": "choose batch_size",
+  "batch": "choose batch_size, and microbatches, so that the rows are",
   "group": "choose group_size, and the batch, so that the number of groups is",
   "expert": "choose num_experts",
 }

@@ -11,7 +11,7 @@ from config_shapes import (
 )
 
 from moejax import config as config_lib
-from moejax import cost, sharding
+from moejax import cost, seats, sharding
 from moejax.data import vocab
 from moejax.models.layers import table_rows
 from moejax.training import optim
@@ -48,6 +48,20 @@ def test_a_row_of_the_paper_is_trained_as_in_the_paper(name):
 def test_flat_mixtures_of_the_paper_drop_nothing():
   moe = config_lib.model(load("lm1b/moe_32.py"), VOCABULARY).layers[1]
   assert moe.capacity_factor is moe.eval_capacity_factor is None
+
+
+@pytest.mark.parametrize(
+  "name", [name for name in NAMES if "hierarchical_moe" in load(name).model]
+)
+def test_experts_have_the_slots_that_the_factors_ask_for(name):
+  """And not many more, as there are where groups are small for them."""
+  layer = config_lib.model(load(name), VOCABULARY).layers[1]
+  inner, size = layer.secondary, layer.group_size
+  groups, experts = layer.primary.num_experts, inner.router.num_experts
+  rows = seats.capacity(2 * size, size, groups, layer.capacity_factor)
+  slots = seats.capacity(2 * rows, rows, experts, inner.capacity_factor)
+  a_token = groups * experts * slots / size
+  assert 6.25 <= a_token < (15 if "draft" in name else 6.8)
 
 
 def test_every_row_of_the_tables_has_a_config():

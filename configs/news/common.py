@@ -6,7 +6,10 @@ frequent words: the paper gives no vocabulary, but its totals leave 75,000 to
 110,000. For the rest the models are those of configs/lm1b/common.py, with
 batches of about 2.5 million words: 19,456 rows of 128, in 128 groups of tokens,
 so that microbatches times devices may be up to 128: here 4 and 32, the paper's
-devices.
+devices. The two largest mixtures have fewer and larger groups: an expert has at
+least 4 slots in each, which in small ones are several times what it needs. In
+these it is sent 2.4 tokens in the mean, so that 4 slots turn away 6 of 100 even
+where the gate is in balance; smaller groups turn away fewer, and cost more.
 
 The paper's memory (app. D): an expert's hidden units are computed again in the
 backward pass, and the optimiser holds no first moment of experts and a factored

@@ -7,6 +7,7 @@ a position in the data is one integer, whatever the number of processes.
 import array
 import hashlib
 import io
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -35,14 +36,14 @@ class Tokens(NamedTuple):
     ids: the words of all sentences one after the other, each sentence closed by
       `</S>`, which occurs nowhere else.
     lengths: words of each sentence, its `</S>` counted.
+    digest: of the ids, a short name that another text would not have.
+    folder: where they are kept, and what is made of them may be; None if not.
   """
 
   ids: Int32[np.ndarray, "words"]
   lengths: Int32[np.ndarray, "sentences"]
-
-  def digest(self) -> str:
-    """Returns a short name that another text would not have."""
-    return hashlib.blake2b(self.ids, digest_size=8).hexdigest()
+  digest: str
+  folder: pathlib.Path | None = None
 
 
 class Packing(NamedTuple):
@@ -76,10 +77,13 @@ def tokenise(
   """
   ids, lengths = io.BytesIO(), io.BytesIO()
   write_tokens(texts, vocabulary, split, ids, lengths)
-  return Tokens(
-    np.frombuffer(ids.getbuffer(), np.int32),
-    np.frombuffer(lengths.getbuffer(), np.int32),
-  )
+  own = np.frombuffer(ids.getbuffer(), np.int32)
+  return Tokens(own, np.frombuffer(lengths.getbuffer(), np.int32), digest(own))
+
+
+def digest(array: np.ndarray) -> str:
+  """Returns a short name that another content would not have."""
+  return hashlib.blake2b(array, digest_size=8).hexdigest()
 
 
 def write_tokens(
@@ -171,17 +175,26 @@ class PackedRows:
   state is zero: the first place of a piece and of the padding. `mask` marks
   targets that are real; padding is id 0.
 
+  They are packed by `pack`, unless it is given what that returned before.
+
   Attributes:
     row_length: L.
     num_words: real targets in all rows, `</S>` counted.
   """
 
-  def __init__(self, tokens: Tokens, vocabulary: Vocabulary, row_length: int):
+  def __init__(
+    self,
+    tokens: Tokens,
+    vocabulary: Vocabulary,
+    row_length: int,
+    packing: Packing | None = None,
+  ):
     self.row_length = row_length
     self.num_words = len(tokens.ids)
     self._ids = tokens.ids
     self._end_id, self._start_id = vocabulary.end, vocabulary.start
-    self._begin, self._length, self._first = pack(tokens.lengths, row_length)
+    packing = packing or pack(tokens.lengths, row_length)
+    self._begin, self._length, self._first = packing
 
   def __len__(self) -> int:
     return len(self._first) - 1

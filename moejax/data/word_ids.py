@@ -1,22 +1,17 @@
-"""Word ids kept beside the prepared corpus they are made of.
+"""Word ids, and how they are packed, kept beside the corpus they are made of.
 
-They are made once, by one process, which holds no more than a sentence of them;
-every start after that, and every other process, maps them into memory.
+They are made once, by one process, which holds no more than a sentence of the
+ids; every start after that, and every other process, maps them into memory.
 """
 
-import contextlib
-import fcntl
+import functools
 import hashlib
-import os
-import pathlib
-import shutil
-import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-from moejax.data import text
+from moejax.data import kept, text
 from moejax.data.corpora import Records
 from moejax.data.vocab import Vocabulary
 
@@ -24,6 +19,10 @@ _FOLDER = "word_ids"
 # To be raised with any change of the ids that a text becomes: `vocab.words`,
 # `vocab.tokens`, `Vocabulary.encode`, `text.write_tokens`.
 _VERSION = 1
+_TYPES = {"ids": np.int32, "lengths": np.int32}
+# To be raised with any change of what `text.pack` returns.
+_PACKING_VERSION = 1
+_PACKING_TYPES = {"begin": np.int64, "length": np.int32, "first": np.int64}
 
 
 def tokenise(
@@ -33,26 +32,60 @@ def tokenise(
 
   What is kept is found by the corpus, the split, the vocabulary and the name of
   `split`. It is whole or not there at all, and of several processes one makes
-  it while the others wait. Where nothing can be written it is made in memory.
+  it while the others wait. A file that has become shorter or longer is made
+  anew; other damage is not looked for, as that is to read all of it. Where
+  nothing can be written it is made in memory.
 
   Args, raises: as `text.tokenise`.
   """
-  folder = texts.folder / _FOLDER
-  try:
-    kept = folder / _key(texts, vocabulary, split)
-    if not kept.exists():
-      folder.mkdir(exist_ok=True)
-      with _alone_in(folder):
-        if not kept.exists():
-          _make(kept, texts, vocabulary, split)
-    return text.Tokens(*(_map(kept / name) for name in text.Tokens._fields))
-  except OSError as error:
+
+  def write(ids, lengths):
     print(
-      f"word ids of {len(texts):,} sentences are made in memory, at every start"
-      f" ({error})",
+      f"turning {len(texts):,} sentences into word ids (once), in {path}",
       file=sys.stderr,
     )
+    text.write_tokens(texts, vocabulary, split, ids, lengths)
+
+  try:
+    path = texts.folder / _FOLDER / _key(texts, vocabulary, split)
+    arrays, digests = kept.keep(path, _TYPES, write)
+  except OSError as error:
+    _not_kept(f"word ids of {len(texts):,} sentences are made", error)
     return text.tokenise(texts, vocabulary, split)
+  return text.Tokens(**arrays, digest=digests["ids"], folder=path)
+
+
+def pack(tokens: text.Tokens, row_length: int) -> text.Packing:
+  """Returns what `text.pack` does; makes it where it is not kept.
+
+  It is kept where word ids are, for each row_length, and made anew where it is
+  no more what was written. Else all is as for `tokenise`.
+
+  Args, raises: as `text.pack`.
+  """
+
+  @functools.cache
+  def make():
+    return text.pack(tokens.lengths, row_length)
+
+  if tokens.folder is None:
+    return make()
+
+  def write(*files):
+    for file, array in zip(files, make(), strict=True):
+      file.write(array)
+
+  path = tokens.folder / f"packing_{_PACKING_VERSION}_{row_length}"
+  try:
+    arrays, _ = kept.keep(path, _PACKING_TYPES, write, thorough=True)
+  except OSError as error:
+    _not_kept(f"{len(tokens.lengths):,} sentences are packed", error)
+    return make()
+  return text.Packing(**arrays)
+
+
+def _not_kept(what: str, error: OSError) -> None:
+  print(f"{what} in memory, at every start ({error})", file=sys.stderr)
 
 
 def _key(
@@ -70,48 +103,3 @@ def _key(
   parts += vocabulary.decode(range(len(vocabulary)))
   everything = "\n".join(map(str, parts)).encode()
   return hashlib.blake2b(everything, digest_size=12).hexdigest()
-
-
-def _make(
-  kept: pathlib.Path,
-  texts: Records,
-  vocabulary: Vocabulary,
-  split: Callable[[str], list[str]],
-) -> None:
-  print(
-    f"turning {len(texts):,} sentences into word ids (once), in {kept}",
-    file=sys.stderr,
-  )
-  # By machine: a lock may not reach another one. On this one, a draft that is
-  # there is what a killed process left.
-  draft = kept.with_suffix(f".{socket.gethostname()}.draft")
-  shutil.rmtree(draft, ignore_errors=True)
-  draft.mkdir()
-  try:
-    with contextlib.ExitStack() as stack:
-      files = [
-        stack.enter_context(open(draft / name, "wb"))
-        for name in text.Tokens._fields
-      ]
-      text.write_tokens(texts, vocabulary, split, *files)
-      for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(kept)
-  except OSError:
-    # Another machine may have been first.
-    if not kept.exists():
-      raise
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)
-
-
-def _map(path: pathlib.Path) -> np.ndarray:
-  return np.memmap(path, np.int32, mode="r").view(np.ndarray)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: pathlib.Path) -> Iterator[None]:
-  with open(folder / "lock", "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield

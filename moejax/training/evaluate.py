@@ -23,19 +23,29 @@ def evaluator(
   """Returns a function (params, rows) -> loss (nats), perplexity, words, ...
 
   It is compiled once and counts every word of the rows once. What the routing
-  reports (`losses.balance`) is the mean over words of each batch's.
+  reports (`losses.balance`) is the mean over words of each batch's. All else is
+  the same for any batch_size where groups have a `group_size`: rows follow each
+  other, so a group holds the same ones.
 
-  Raises, when called:
-    FloatingPointError: the loss is not a finite number.
+  Args:
+    model: the model.
+    batch_size: rows at once, over all devices. The full softmax of one time
+      step has a number for each of them and each word of the vocabulary.
+    layout: where arrays lie.
+    mesh: of the devices.
+
+  Raises:
+    ValueError: the rows do not divide over the devices.
+    FloatingPointError: when called, the loss is not a finite number.
   """
   eval_fn = jax.jit(functools.partial(step.eval_step, model=model))
+  where = placement.batch_sharding(layout, mesh, batch_size)
 
   def evaluate(params, rows):
     sums: collections.Counter[str] = collections.Counter()
     batches = text.eval_batches(
       rows, batch_size, jax.process_index(), jax.process_count()
     )
-    where = placement.batch_sharding(layout, mesh, batch_size)
     with sharding.use(layout, mesh):
       for batch in batches:
         part = jax.device_get(eval_fn(params, step.place(batch, where)))

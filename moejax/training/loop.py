@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -73,7 +73,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     jax.process_index(),
     jax.process_count(),
   )
-  identity = {split: tokens[split].digest() for split in tokens}
+  identity = {split: tokens[split].digest for split in tokens}
   processes.check_same(json.dumps(identity), "text")
   for line in _introduction(target, data, rows, layout, mesh):
     _print(line)
@@ -81,7 +81,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   state.check_fits(target, in_layout, layout, mesh)
   _print("compiling the training step")
   step_fn = _compile_step(config, data, parts)
-  evaluate_on = evaluate.evaluator(model, data.batch_size, layout, mesh)
+  evaluate_on = _evaluator(config, data, parts)
 
   with contextlib.ExitStack() as stack:
     # From here on there is a run; what is wrong with it has shown above.
@@ -232,14 +232,13 @@ def evaluate_run(
   config = config_lib.recall(workdir)
   data = config_lib.data(config, workdir, files)
   tokens = data.tokens("data" if files else split)
-  model, _, _, layout, mesh, _, target = build(config, data)
+  parts = build(config, data)
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
-    best = checkpoints.best(target)
+    best = checkpoints.best(parts.target)
   if best is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
-  run = evaluate.evaluator(model, data.batch_size, layout, mesh)
-  values = run(best.state.params, data.rows(tokens))
+  values = _evaluator(config, data, parts)(best.state.params, data.rows(tokens))
   unknown = float((tokens.ids == data.vocabulary.unknown).mean())
   return values | {"unknown": unknown, "step": int(best.state.step)}
 
@@ -300,6 +299,14 @@ def _compile_step(
   asked = processes.vote(False, parts.mesh)
   with sharding.use(parts.layout, parts.mesh):
     return step_fn.lower(parts.target, batch, asked).compile()
+
+
+def _evaluator(
+  config: config_lib.Config, data: config_lib.Data, parts: Parts
+) -> Callable[[Any, text.PackedRows], dict[str, float]]:
+  """Evaluates by rows of a microbatch: what is in memory at once is no more."""
+  rows = data.batch_size // config_lib.train(config).microbatches
+  return evaluate.evaluator(parts.model, rows, parts.layout, parts.mesh)
 
 
 def _check_finite(

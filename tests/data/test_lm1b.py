@@ -24,7 +24,7 @@ from tensorflow_datasets.core.download import downloader, extractor
 from tensorflow_datasets.datasets.lm1b import lm1b_dataset_builder
 
 from moejax import config as config_lib
-from moejax.data import corpora, lm1b, vocab, word_ids
+from moejax.data import corpora, kept, lm1b, text, vocab
 from moejax.training import loop
 
 TOP = "1-billion-word-language-modeling-benchmark-r13output"
@@ -145,7 +145,7 @@ def test_the_published_test_is_one_file(prepared, files):
   texts = lm1b.open_lm1b(prepared, str(path))
   assert texts["test"] == files[HELD_OUT.format(0)]
   few = list(lm1b.open_lm1b(prepared)["validation"])
-  want = [text for text in few if text in files[HELD_OUT.format(1)]]
+  want = [line for line in few if line in files[HELD_OUT.format(1)]]
   assert texts["validation"] == want != few
 
 
@@ -155,8 +155,9 @@ def test_ids_are_those_of_the_vocabulary_file(section, vocab_file, tmp_path):
   line = {entry: number for number, entry in enumerate(entries)}
   for split, texts in data.texts.items():
     want = []
-    for text in texts:
-      want += [line.get(word, line["<UNK>"]) for word in text.split(" ")]
+    for sentence in texts:
+      words = sentence.split(" ")
+      want += [line.get(word, line["<UNK>"]) for word in words]
       want.append(line["</S>"])
     assert data.tokens(split).ids.tolist() == want
   assert "5\xa0%" in line and "neverseen" not in line
@@ -217,10 +218,12 @@ def test_a_model_trains(
   values["model"] |= {"width": 8, "num_samples": 16}
   values["model"]["moe"] |= {"group_size": 32}
   values["train"] |= {"steps": 4, "eval_every": 4, "log_every": 2}
+  values["train"]["microbatches"] = 2
   config = ConfigDict(values)
   workdir = tmp_path / "run"
+  evaluated = sizes_of_evaluation(monkeypatch)
   result = loop.train(config, workdir)
-  monkeypatch.setattr(word_ids, "_make", None)  # nothing is left to make
+  monkeypatch.setattr(kept, "_make", None)  # nothing is left to make
   data = config_lib.data(config, workdir)
   assert result["test"]["words"] == len(data.tokens("test").ids)
   assert result["test"]["perplexity"] < 2 * len(data.vocabulary)
@@ -230,3 +233,18 @@ def test_a_model_trains(
   own = loop.evaluate_run(workdir, "test", [str(held_out)])
   sentences = files[HELD_OUT.format(0)]
   assert own["words"] == sum(len(s.split(" ")) + 1 for s in sentences)
+  # Validation, test, and the file of one's own: by rows of a microbatch.
+  assert evaluated == [section["batch_size"] // 2] * 3
+
+
+def sizes_of_evaluation(monkeypatch):
+  """The rows that every evaluation reads at once."""
+  sizes = []
+  batches = text.eval_batches
+
+  def seen(rows, batch_size, *rest):
+    sizes.append(batch_size)
+    return batches(rows, batch_size, *rest)
+
+  monkeypatch.setattr(text, "eval_batches", seen)
+  return sizes

@@ -1,9 +1,11 @@
-"""Word ids are made once, whole or not at all, and then only mapped."""
+"""Word ids and packings are made once, whole or not, and then only mapped."""
 
 import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -45,6 +47,20 @@ def made(monkeypatch):
   return texts
 
 
+@pytest.fixture
+def packed(monkeypatch):
+  """The row lengths that were packed to."""
+  row_lengths = []
+  pack = text.pack
+
+  def counted(lengths, row_length):
+    row_lengths.append(row_length)
+    return pack(lengths, row_length)
+
+  monkeypatch.setattr(text, "pack", counted)
+  return row_lengths
+
+
 def folders(records):
   """What is kept, or left, beside a corpus."""
   return [p for p in (records.folder / "word_ids").iterdir() if p.is_dir()]
@@ -53,6 +69,14 @@ def folders(records):
 def assert_same(got, want):
   np.testing.assert_array_equal(got.ids, want.ids)
   np.testing.assert_array_equal(got.lengths, want.lengths)
+  assert got.digest == want.digest
+
+
+def assert_packed(got, want):
+  for name in text.Packing._fields:
+    found, expected = getattr(got, name), getattr(want, name)
+    np.testing.assert_array_equal(found, expected, name)
+    assert found.dtype == expected.dtype
 
 
 def test_a_second_start_maps_what_the_first_one_made(records, vocabulary, made):
@@ -86,18 +110,22 @@ def test_every_split_has_its_own(splits, vocabulary):
     assert_same(got, text.tokenise(records, vocabulary))
 
 
-def test_one_makes_while_the_others_wait(records, vocabulary, made):
-  threads = [
-    threading.Thread(
-      target=word_ids.tokenise, args=(records, vocabulary, vocab.words)
-    )
-    for _ in range(4)
-  ]
+def test_one_makes_while_the_others_wait(records, vocabulary, made, packed):
+  barrier = threading.Barrier(4)
+
+  def start():
+    barrier.wait()
+    tokens = word_ids.tokenise(records, vocabulary, vocab.words)
+    barrier.wait()
+    word_ids.pack(tokens, 8)
+
+  threads = [threading.Thread(target=start) for _ in range(4)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
   assert made == [records]
+  assert packed == [8]
 
 
 def test_what_a_killed_process_left_is_thrown_away(records, vocabulary):
@@ -150,3 +178,134 @@ def test_a_disk_that_keeps_nothing_does_no_harm(
     capfd.readouterr().err,
   )
   assert not folders(records)
+
+
+def test_a_second_start_neither_packs_nor_hashes(
+  records, vocabulary, packed, monkeypatch
+):
+  want = word_ids.tokenise(records, vocabulary, vocab.words)
+  rows = {length: word_ids.pack(want, length) for length in (8, 9)}
+  assert packed == [8, 9]
+  hashed = []
+  digest = text.digest
+  monkeypatch.setattr(
+    text, "digest", lambda array: hashed.append(array.size) or digest(array)
+  )
+  got = word_ids.tokenise(records, vocabulary, vocab.words)
+  assert_same(got, want)
+  assert not hashed
+  for length in rows:
+    found = word_ids.pack(got, length)
+    assert_packed(found, rows[length])
+    assert_packed(found, text.pack(want.lengths, length))
+    assert isinstance(found.begin.base, np.memmap)
+  assert packed == [8, 9] * 2
+  # Those of the packing, which is all that is read of what is kept.
+  assert len(hashed) == 6 and want.ids.size not in hashed
+
+
+def test_packings_lie_with_their_word_ids(records, vocabulary, packed):
+  for split in (vocab.words, vocab.tokens):
+    tokens = word_ids.tokenise(records, vocabulary, split)
+    for _ in range(2):
+      word_ids.pack(tokens, 8)
+  word_ids.pack(text.tokenise(records, vocabulary), 8)
+  assert packed == [8] * 3
+
+
+def test_a_packing_of_another_version_is_not_taken(
+  records, vocabulary, packed, monkeypatch
+):
+  tokens = word_ids.tokenise(records, vocabulary, vocab.words)
+  word_ids.pack(tokens, 8)
+  monkeypatch.setattr(word_ids, "_PACKING_VERSION", 0)
+  word_ids.pack(tokens, 8)
+  assert packed == [8, 8]
+
+
+def shorten(path):
+  path.write_bytes(path.read_bytes()[:-4])
+
+
+def change(path):
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["ids", "lengths", "record.json"])
+@pytest.mark.parametrize("damage", [shorten, os.remove])
+def test_damaged_word_ids_are_made_anew(
+  records, vocabulary, made, capfd, name, damage
+):
+  want = word_ids.tokenise(records, vocabulary, vocab.words)
+  word_ids.pack(want, 8)
+  (kept,) = folders(records)
+  whole = text.Tokens(*(np.copy(a) for a in want[:2]), *want[2:])
+  damage(kept / name)
+  for _ in range(2):
+    got = word_ids.tokenise(records, vocabulary, vocab.words)
+    assert_same(got, whole)
+  assert len(made) == 2
+  assert capfd.readouterr().err.count(f"{kept} is damaged; it is made") == 1
+
+
+@pytest.mark.parametrize("name", [*text.Packing._fields, "record.json"])
+@pytest.mark.parametrize("damage", [shorten, change, os.remove])
+def test_a_damaged_packing_is_made_anew(
+  records, vocabulary, packed, name, damage
+):
+  tokens = word_ids.tokenise(records, vocabulary, vocab.words)
+  want = text.Packing(*map(np.copy, word_ids.pack(tokens, 8)))
+  (folder,) = (p for p in tokens.folder.iterdir() if p.is_dir())
+  damage(folder / name)
+  for _ in range(2):
+    assert_packed(word_ids.pack(tokens, 8), want)
+  assert packed == [8, 8]
+
+
+def test_where_no_packing_can_be_kept_there_is_one(
+  records, vocabulary, packed, monkeypatch, capfd
+):
+  tokens = word_ids.tokenise(records, vocabulary, vocab.words)
+
+  def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  for _ in range(2):
+    got = word_ids.pack(tokens, 8)
+    assert_packed(got, text.pack(tokens.lengths, 8))
+  assert len(packed) == 4
+  said = capfd.readouterr().err
+  assert "36 sentences are packed in memory, at every start" in said
+  assert not [p for p in tokens.folder.iterdir() if p.is_dir()]
+
+
+STARTED = """
+import sys
+from moejax.data import corpora, vocab, word_ids
+
+folder, path = sys.argv[1:]
+texts = corpora.open_corpus("text", folder, train=[path])["train"]
+vocabulary = vocab.Vocabulary.build(texts, min_count=1)
+tokens = word_ids.tokenise(texts, vocabulary, vocab.words)
+print(tokens.digest, word_ids.pack(tokens, 8).begin.tolist())
+"""
+
+
+def test_processes_that_start_at_once_do_each_other_no_harm(
+  records, vocabulary, tmp_path
+):
+  command = [sys.executable, "-c", STARTED, tmp_path, tmp_path / "a.txt"]
+  processes = [
+    subprocess.Popen(
+      command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for _ in range(2)
+  ]
+  outputs = [process.communicate() for process in processes]
+  tokens = text.tokenise(records, vocabulary)
+  begin = text.pack(tokens.lengths, 8).begin.tolist()
+  assert [out for out, _ in outputs] == [f"{tokens.digest} {begin}\n"] * 2
+  assert sum("into word ids" in said for _, said in outputs) == 1
+  assert not any("in memory" in said for _, said in outputs)
