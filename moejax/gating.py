@@ -277,9 +277,11 @@ def _largest(
   # Each device on its own groups: a CPU's top_k is opaque to the partitioner,
   # which would gather the values of all devices on each.
   axes = ("group", None, None)
-  return sharding.manual(
+  largest = sharding.manual(
     lambda values: tuple(jax.lax.top_k(values, k)), (axes,), (axes, axes)
-  )(values)
+  )
+  # A slice of the result would make XLA take it for a sort of all values.
+  return jax.lax.optimization_barrier(largest(values))
 
 
 def _softmax_of(
@@ -294,10 +296,8 @@ def _softmax_of(
 def _draw(
   sample, rng: PRNGKeyArray, shape: tuple[int, ...], dtype
 ) -> Float[Array, "G ..."]:
-  def one_group(group):
-    return sample(jax.random.fold_in(rng, group), shape[1:], dtype)
-
-  return jax.vmap(one_group)(jnp.arange(shape[0]))
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
+  return jax.vmap(lambda key: sample(key, shape[1:], dtype))(keys)
 
 
 def _mix(x: UInt[Array, "..."]) -> UInt[Array, "..."]:

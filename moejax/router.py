@@ -32,12 +32,11 @@ class _Logits(nn.Module):
     kernel = self.param(
       "kernel", init, (x.shape[-1], self.num_experts), jnp.float32
     )
-    return jnp.einsum(
-      "GSD,DE->GSE",
-      x.astype(jnp.float32),
-      kernel,
-      precision=jax.lax.Precision.HIGHEST,
-    )
+    # Over two axes G and S XLA would sum, for the kernel's gradient, along the
+    # columns of a transposed copy, and compute all that led there once more.
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    y = jnp.dot(flat, kernel, precision=jax.lax.Precision.HIGHEST)
+    return y.reshape(*x.shape[:-1], self.num_experts)
 
 
 class Router(nn.Module):
