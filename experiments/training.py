@@ -65,9 +65,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
   """Trains, or goes on where the workdir left off.
 
   Raises:
-    KeyboardInterrupt: a signal stopped it.
+    SystemExit: a signal stopped it.
   """
   result = loop.train(config, workdir)
   if not result:
-    raise KeyboardInterrupt("stopped; the same command goes on from there")
+    raise SystemExit("stopped; the same command goes on from there")
   return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
