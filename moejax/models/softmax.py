@@ -60,7 +60,10 @@ def _scores_forward(h, rows):
 def _scores_backward(saved, slope):
   h, rows = saved
   to_h = _product("BLV,VD->BLD", slope, rows, h.dtype)
-  to_rows = _product("BLV,BLD->VD", slope, h, h.dtype)
+  # Over two axes, B and L, XLA would sum along the columns of a transposed
+  # copy of the slope, and compute all that led there once more.
+  flat = slope.reshape(-1, slope.shape[-1]), h.reshape(-1, h.shape[-1])
+  to_rows = _product("NV,ND->VD", *flat, h.dtype)
   return to_h.astype(h.dtype), to_rows.astype(rows.dtype)
 
 
