@@ -40,7 +40,7 @@ from experiments import harness, training
 from moejax import config as config_lib
 from moejax import losses, sharding
 from moejax.data import text
-from moejax.training import step
+from moejax.training import loop, step
 from moejax.training.checkpoint import Checkpoints
 
 SEED = 0

@@ -25,6 +25,7 @@ def tokens(sentences):
   return text.Tokens(
     np.array(list(itertools.chain(*closed)), np.int32),
     np.array(list(map(len, closed)), np.int32),
+    digest="",
   )
 
 
