@@ -16,10 +16,15 @@ forward and backward, on the same shapes; "other" is what they leave of a step.
 
 Beside other work the ratios mean nothing: a busy core stops all of torch.
 
-Result: not run to its end yet. In CPU time on one core, 32 rows of 32 (an Intel
-Xeon), a step took 1045 ms, torch's of half as many experts 886, the dense ones
-857 and 797; LSTMs 236 (torch 200), experts 299 (244), softmax 271 (316), Adam
-97 (57), dropout 22 (21). Products are most of it: no 1.5 is in sight there.
+Result: as fast as torch, not 1.5 times. With as many experts a token (2 of 32)
+0.93 of torch's speed at 32 rows of 32 words and 1.17 at 32 rows of 128; with
+the paper's 4 of 32 against the peer's 2, 0.87 and 0.96; dense 1.11 and 0.99
+(fastest of 9 in turns, two quiet cores of an Intel Xeon, results/lm_speed.csv).
+Expected was more, from what the peer's layer costs alone. At rows of 128 a step
+of 1823 ms goes to LSTMs (562, torch's 391), experts (521; 391 for half as many
+edges), softmax (486; 734), "other" (123; 32), Adam (55; 32), dropout (55; 70)
+and router (17; 95). Nearly all is products, at the rate of a bare one in both;
+ours gains in softmax and router what it loses in the LSTM's loop.
 """
 
 import functools
