@@ -8,11 +8,15 @@ in turns the dense twin moe_1_wide: `of_dense` is the ratio of medians. GB is
 what XLA sets aside for state, batch and temporaries. ops/timestep and
 parameters are `moejax.cost`'s, without embedding and softmax.
 
-Result: not run to its end yet. Up to E=4096 on two cores of an Intel Xeon, two
-levels take 1.4 (E=4), 2.2 (256) and 8.4 (4096) times the dense step, flat 1.3,
-4.5 and 81. At E=4096 the flat noisy router alone takes 5 of the 8 seconds,
-though its draws, top-k and normal distribution take 0.4 s by themselves: what
-costs the rest is to be found.
+Result: two cores of an Intel Xeon, times of the dense step: flat 1.14 (E=4),
+1.45 (64), 2.11 (256), 5.0 (1024), 12.9 (4096), 46.7 (16,384); two levels 1.18,
+1.61, 1.94, 3.4, 6.9, 15.6, the faster from 256 on. At constant k what grows is
+the router (flat: 2 D E multiply-adds a word, as many as all else at E=1024) and
+the traffic of weights, gradients and Adam's moments, all E experts' a step for
+4096 words: 0.6 GB of state at E=1024, 9 GB at E=16,384. Before, flat took 4.5
+(256), 18.6 (1024) and 81 (4096): XLA sorted all logits for the k largest and
+computed the router's kernel gradient along the columns of a transposed copy;
+both are cured (results/expert_count_cost.csv).
 """
 
 import functools
