@@ -58,7 +58,8 @@ def rows(quick: bool, text: str = "") -> Iterator[harness.Row]:
   """Yields a row per model."""
   for name in QUICK if quick else PAPER:
     yield row(name, 8, text, quick) | {"paper": PAPER[name]}
-  counted = kneser_ney.perplexities(scaled(name, 8, text))
+  # Of a config it reads the text alone, and that is the same in all.
+  counted = kneser_ney.perplexities(scaled("moe_32", 8, text))
   counted = {split: round(value, 2) for split, value in counted.items()}
   yield {"model": "kneser_ney_5", **counted, "paper": 67.6}
 
@@ -75,10 +76,8 @@ def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
   config = scaled(name, smaller, text)
   if quick:
     config.update_from_flattened_dict(training.QUICK)
-    for mixture in ("moe", "hierarchical_moe"):
-      if mixture in config.model:
-        # A group on each of eight devices, should there be as many.
-        config.model[mixture].group_size //= 8
+    # A group on each of eight devices, should there be as many.
+    training.regroup(config, tokens_of_batch(config) // 8)
   with training.folder("curves", quick) as runs:
     run = training.train(config, runs / f"{name}_{smaller}")
   return {"model": name, **report(config, run)}
@@ -87,7 +86,6 @@ def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
 def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
   """Returns a row of configs/lm1b for a laptop; arguments as of `row`."""
   config = training.load("sotu/moe_32")
-  tokens = config.data.batch_size * config.data.row_length
 
   def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: change(key, value) for key, value in fields.items()}
@@ -97,15 +95,14 @@ def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
       return shrunk(value)
     if key == "hidden" and isinstance(value, tuple):
       return tuple(width // smaller for width in value)
-    if key in ("width", "hidden"):
-      return value // smaller
-    return tokens if key == "group_size" else value
+    return value // smaller if key in ("width", "hidden") else value
 
   model = shrunk(training.load(f"lm1b/{name}").model.to_dict())
   model |= {"num_samples": config.model.num_samples, "vocab_multiple": 1}
   with config.unlocked():
     del config.model
     config.model = model
+  training.regroup(config, tokens_of_batch(config))
   config.train.update({"steps": STEPS, "eval_every": STEPS // 2})
   config.seed = SEED
   # 2e-2 is the better of two rates at width 64, 1e-2 at 128.
@@ -113,6 +110,11 @@ def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
   if text:
     config.data.update({"kind": "text", "train": text, "min_count": 20})
   return config
+
+
+def tokens_of_batch(config: config_lib.Config) -> int:
+  """Returns the places for words in a batch."""
+  return config.data.batch_size * config.data.row_length
 
 
 def report(config: config_lib.Config, run: training.Run) -> harness.Row:

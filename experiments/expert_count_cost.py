@@ -63,6 +63,7 @@ def rows(quick: bool) -> Iterator[harness.Row]:
 
 
 def dense() -> config_lib.Config:
+  """Returns the config of the dense twin."""
   return training.load("sotu/moe_1_wide")
 
 
@@ -96,10 +97,9 @@ def mixture(kind: str, num_experts: int) -> config_lib.Config:
 
 
 def shrink(config: config_lib.Config) -> None:
+  """Makes a model small and rough, for a quick run."""
   config.update_from_flattened_dict({"data.batch_size": 2, "model.width": 8})
-  for name in ("moe", "hierarchical_moe"):
-    if name in config.model:
-      config.model[name].group_size = 2 * config.data.row_length
+  training.regroup(config, 2 * config.data.row_length)
 
 
 def program(

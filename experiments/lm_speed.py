@@ -74,11 +74,10 @@ def load(
   """Reads a config of configs/lm1b, for batches of `size`, all one group."""
   config = training.load(f"lm1b/{name}")
   fields |= {"data.batch_size": size[0], "data.row_length": size[1]}
-  if "moe" in config.model:
-    fields["model.moe.group_size"] = size[0] * size[1]
   if quick:
     fields |= {"model.width": 8, "model.num_samples": 16}
   config.update_from_flattened_dict(fields)
+  training.regroup(config, size[0] * size[1])
   return config
 
 

@@ -51,6 +51,13 @@ def load(name: str) -> config_lib.Config:
   return module.get_config()
 
 
+def regroup(config: config_lib.Config, tokens: int) -> None:
+  """Makes groups of so many tokens, of whichever mixture the model has."""
+  for name in ("moe", "hierarchical_moe"):
+    if name in config.model:
+      config.model[name].group_size = tokens
+
+
 @contextlib.contextmanager
 def folder(name: str, quick: bool) -> Iterator[pathlib.Path]:
   """Gives the folder for an experiment's runs; a quick one's goes away."""

@@ -87,6 +87,7 @@ _sum.defvjp(_sum_forward, _sum_backward)
 def send_by_index(
   x: Float[Array, "S D"], seats: Seats, assignment: Assignment
 ) -> Float[Array, "N D"]:
+  """Returns the token's row in every slot, zeros in empty ones; by reading."""
   if assignment.token is None:
     return _copy(x, seats)
   nobody = jnp.full(1, x.shape[0], assignment.token.dtype)
@@ -99,6 +100,10 @@ def combine_by_index(
   assignment: Assignment,
   num_tokens: int,
 ) -> Float[Array, "S O"]:
+  """Adds up each token's rows, weighed by their gates (eq. 1), by index.
+
+  A token without a seat gives zeros.
+  """
   gate = assignment.gate.astype(rows.dtype)
   if assignment.token is None:
     return _sum(rows, gate.reshape(-1, num_tokens), seats)
@@ -125,6 +130,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 def send_by_product(
   x: Float[Array, "S D"], seats: Seats, assignment: Assignment
 ) -> Float[Array, "N D"]:
+  """Returns what `send_by_index` does, by a product with a mask [N, S]."""
   token, _ = _tokens_and_gates(seats, assignment, x.shape[0])
   mask = jax.nn.one_hot(token, x.shape[0], dtype=x.dtype)
   return jnp.einsum("NS,SD->ND", mask, x, precision=_EXACT)
@@ -136,6 +142,7 @@ def combine_by_product(
   assignment: Assignment,
   num_tokens: int,
 ) -> Float[Array, "S O"]:
+  """Returns what `combine_by_index` does, by a product with a mask [N, S]."""
   token, gate = _tokens_and_gates(seats, assignment, num_tokens)
   mask = jax.nn.one_hot(token, num_tokens, dtype=rows.dtype)
   weights = mask * gate.astype(rows.dtype)[:, None]

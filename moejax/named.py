@@ -42,6 +42,11 @@ def make(
 def refuse_unknown(
   section: Mapping[str, Any], known: Iterable[str], where: str
 ) -> None:
+  """Lets no field pass that nobody reads.
+
+  Raises:
+    ValueError: names the field, and the nearest that exists.
+  """
   known = list(known)
   for name in section:
     if name not in known:
@@ -52,6 +57,11 @@ def refuse_unknown(
 
 
 def known(name: str, table: Mapping[str, Any], where: str) -> str:
+  """Returns the name, if the table has it.
+
+  Raises:
+    ValueError: it has not; lists all names, and says which is the nearest.
+  """
   if name not in table:
     raise ValueError(
       f"{where} is {name!r}; choose one of {', '.join(map(repr, table))}"

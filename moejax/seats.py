@@ -91,6 +91,7 @@ class Line(NamedTuple):
 
 
 def line_up(expert: Int[Array, "A"], num_experts: int) -> Line:
+  """Sorts the edges of one group by expert; E, an unused edge, comes last."""
   num_edges = expert.size
   rank = jnp.arange(num_edges, dtype=jnp.int32)
   # One number for expert and edge sorts five times faster than a pair.
@@ -111,6 +112,12 @@ def line_up(expert: Int[Array, "A"], num_experts: int) -> Line:
 def blocks_of(
   capacity: Capacity, num_experts: int, tokens: int
 ) -> tuple[Block, ...]:
+  """Returns the blocks that a capacity stands for; None is a slot per token.
+
+  Raises:
+    ValueError: a block without slots, or blocks of more or fewer than
+      num_experts.
+  """
   if capacity is None:
     capacity = tokens
   if isinstance(capacity, int):
