@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from moejax import hlo
 
 
 class Collective(NamedTuple):
@@ -63,122 +65,32 @@ def read(
   Raises:
     ValueError: the program runs on another number of devices.
   """
-  program = _parse(text)
   found, chains = [], set()
-  for op, times, is_bounded in _walk(program, program[""], 1, True):
+  for op, times, is_bounded, _ in hlo.walk(hlo.parse(text)):
     kind = op.opcode.removesuffix("-start")
+    if kind not in KINDS:
+      continue
     chain = re.search(r'chain_id="(\d+)"', op.rest)
-    if kind not in KINDS or (chain and chain[1] in chains):
+    if chain and chain[1] in chains:
       continue
     if chain:
       chains.add(chain[1])
     groups, axes = _groups(op.rest, mesh)
     if groups == 1:
       continue
-    of_result = _bytes(_result(op))
-    if kind == "all-reduce" and op.within.startswith("all-reduce-scatter"):
+    of_result = hlo.size(hlo.result(op))
+    if kind == "all-reduce" and op.within.name.startswith("all-reduce-scatter"):
       # A TPU's way to write it: every device keeps its part of the sums.
       kind, of_result = "reduce-scatter", of_result // groups
     sent = of_result
     if kind == "ragged-all-to-all":
-      sent = _bytes(op.siblings[_names(op.operands)[0]].shape)
-    dtype = re.search(r"[a-z]\w*(?=\[)", op.shape)[0]
+      sent = hlo.size(hlo.operands(op)[0].shape)
+    dtype = hlo.arrays(op.shape)[0].dtype
     wire = KINDS[kind](sent, groups)
     found.append(
       Collective(kind, dtype, of_result, wire, axes, times, is_bounded)
     )
   return found
-
-
-# -- the text -----------------------------------------------------------------
-
-
-class _Op(NamedTuple):
-  """An instruction: %name = shape opcode(operands)rest."""
-
-  shape: str
-  opcode: str
-  operands: str
-  rest: str
-  within: str  # the name of its computation
-  name: str
-  siblings: dict[str, "_Op"]  # all instructions of its computation
-
-
-_Program = Mapping[str, dict[str, _Op]]
-
-
-def _parse(text: str) -> _Program:
-  """Returns the instructions of every computation; "" is the entry."""
-  program: dict[str, dict[str, _Op]] = {}
-  within, siblings = "", {}
-  for line in text.splitlines():
-    if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):
-      within, siblings = head[2], {}
-      program["" if head[1] else within] = siblings
-    elif found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*)", line):
-      name, rest = found.groups()
-      shape, rest = _cut(rest) if rest[0] == "(" else rest.split(" ", 1)
-      opcode, bracket, rest = rest.strip().partition("(")
-      operands, rest = _cut(bracket + rest)
-      siblings[name] = _Op(
-        shape, opcode, operands, rest, within, name, siblings
-      )
-  return program
-
-
-def _cut(text: str) -> tuple[str, str]:
-  """Splits a text after the bracket that closes its first."""
-  depth = 0
-  for place, letter in enumerate(text):
-    depth += (letter == "(") - (letter == ")")
-    if not depth:
-      return text[: place + 1], text[place + 1 :]
-  return text, ""
-
-
-def _names(text: str) -> list[str]:
-  return re.findall(r"%([\w.-]+)", text)
-
-
-def _walk(
-  program: _Program, ops: Mapping[str, _Op], times: int, is_bounded: bool
-) -> Iterator[tuple[_Op, int, bool]]:
-  """Yields what runs, and how often."""
-  for op in ops.values():
-    yield op, times, is_bounded
-    if op.opcode in ("async-update", "async-done"):
-      continue
-    rounds, is_known = 1, is_bounded
-    if op.opcode == "while":
-      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest)
-      rounds, is_known = (int(trips[1]), is_bounded) if trips else (1, False)
-    called = re.findall(
-      r"\b(?:calls|to_apply|body|condition|\w+_computations?)="
-      r"(\{[^}]*\}|%[\w.-]+)",
-      op.rest,
-    )
-    for name in _names(" ".join(called)):
-      yield from _walk(program, program[name], rounds * times, is_known)
-
-
-def _result(op: _Op) -> str:
-  """Returns the shape of what comes out; that of a start holds more."""
-  if op.opcode.endswith("-start"):
-    for other in op.siblings.values():
-      if other.opcode.endswith("-done") and op.name in _names(other.operands):
-        return other.shape
-  return op.shape
-
-
-def _bytes(shape: str) -> int:
-  total = 0
-  for dtype, sizes in re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape):
-    bits = re.search(r"\d+", dtype)
-    width = int(bits[0]) if bits else 8 * (dtype == "pred")
-    entries = math.prod(int(n) for n in re.findall(r"\d+", sizes))
-    total += math.ceil(entries * width / 8)
-  return total
 
 
 # -- groups of devices --------------------------------------------------------
