@@ -171,7 +171,7 @@ def make(
   took = time.monotonic() - begin
   text = compiled.as_text()
   found = collectives.read(text, parts.mesh)
-  done = work.read(text)
+  done = list(work.instructions(text))
   total, inner = program.sizes(parts.target.params)
   memory = _memory(compiled, parts.target, topology)
   here = topology.is_here and memory.fits
@@ -184,7 +184,7 @@ def make(
     total,
     memory,
     cost.flops_per_step(config, vocab_size) / len(topology.devices),
-    sum(each.flops * each.times for each in done),
+    sum(each.flops for each in done),
     found,
     _estimate(done, found, topology, parts.mesh) if topology.chip else None,
     math.prod(parts.shapes["mask"].shape),
@@ -229,8 +229,8 @@ def _estimate(
 ) -> Estimate:
   matrix = memory = 0.0
   for each in done:
-    by_product = each.flops / topology.chip.flops * each.times
-    by_bytes = each.bytes / topology.chip.memory_rate * each.times
+    by_product = each.flops / topology.chip.flops
+    by_bytes = each.bytes / topology.chip.memory_rate
     if by_product > by_bytes:
       matrix += by_product
     else:
