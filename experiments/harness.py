@@ -90,7 +90,8 @@ def main(
     draw: draws the rows on an empty figure.
     seed: recorded with the results.
     argv: the arguments; those of the command line by default.
-    **options: further ones that take a text, and what they are.
+    **options: further ones that take a text, and what they are. One that is
+      given becomes part of the files' stem: its results are others.
 
   Returns:
     The rows.
@@ -130,7 +131,8 @@ def main(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "seconds": round(seconds, 1),
   }
-  write(out / name, table, about, draw)
+  stem = "_".join([name, *(option for option in given if given[option])])
+  write(out / stem, table, about, draw)
   return table
 
 

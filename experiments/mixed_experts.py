@@ -40,7 +40,7 @@ from experiments import harness, training
 from moejax import config as config_lib
 from moejax import losses, sharding
 from moejax.data import text
-from moejax.training import loop, step
+from moejax.training import loop, program, step
 from moejax.training.checkpoint import Checkpoints
 
 SEED = 0
@@ -126,7 +126,7 @@ def visits_of(
   config: config_lib.Config, data: config_lib.Data, workdir: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
   """Counts the edges of each word to each kind, and sums each kind's gates."""
-  parts = loop.build(config, data)
+  parts = program.build(config, len(data.vocabulary))
   checkpoints = Checkpoints(workdir / loop.CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     params = checkpoints.best(parts.target).state.params

@@ -10,6 +10,11 @@ results and temporaries take of one device. Differences to one device: of the
 loss, relative; of the gradients, the largest entry over the largest entry of
 its array. ms is the median of the repeats, all candidates in turn.
 
+With --topology=v5e:4x4,... whole models take the layer's place: the training
+step of the paper's MoE-256, MoE-4096-h (configs/lm1b) and MoE-131072-h
+(configs/news), compiled for chips that need not be there (`moejax plan`), in
+every layout and in the config's own; ms is then an estimate.
+
 Where there are fewer than 8 accelerators the devices are 8 threads of the CPU:
 then a collective is a copy in memory, and ms says what the program's work
 costs, not what a network would add. Multiply the megabytes by yours for that.
@@ -26,7 +31,7 @@ through: 3.9 times gather's time. Time is least where least is copied.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -35,7 +40,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
-from experiments import harness
+from experiments import harness, training
 from moejax import (
   collectives,
   experts,
@@ -45,6 +50,8 @@ from moejax import (
   router,
   sharding,
 )
+from moejax import config as config_lib
+from moejax.planning import chips, search
 
 SEED = 0
 DEVICES = 8
@@ -61,6 +68,10 @@ CANDIDATES = {
   "dropless": {"dispatch": "ragged", "capacity_factor": None},
   "two_level": None,
 }
+
+
+# Of configs/; planned whole where there is a --topology.
+MODELS = ("lm1b/moe_256", "lm1b/moe_4096_h", "news/moe_131072_h")
 
 
 class Sizes(NamedTuple):
@@ -88,8 +99,11 @@ class Candidate(NamedTuple):
   peak_bytes: int
 
 
-def rows(quick: bool) -> Iterator[harness.Row]:
-  """Yields a row for each layout and dispatch."""
+def rows(quick: bool, topology: str = "") -> Iterator[harness.Row]:
+  """Yields a row for each layout and dispatch, or of whole models' plans."""
+  if topology:
+    yield from planned(topology.split(","))
+    return
   # Says nothing to accelerators. Refused where the CPU is in use already.
   with contextlib.suppress(RuntimeError):
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -123,6 +137,37 @@ def rows(quick: bool) -> Iterator[harness.Row]:
       **exchanged(candidate.found, kinds),
       **differences(candidate, candidates[one.name, name]),
     }
+
+
+def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
+  """Yields a row for each model, topology and layout."""
+  for name in MODELS:
+    config = training.load(name)
+    vocab_size = config_lib.vocab_size(config)
+    for topology in map(chips.find, topologies):
+      for outcome in search.with_layouts(
+        config, vocab_size, topology, list(search.layouts(config)), print
+      ):
+        about = {"model": name, "topology": topology.name}
+        yield about | planned_row(outcome)
+
+
+def planned_row(outcome: search.Outcome) -> harness.Row:
+  """Returns what is known of a plan."""
+  row = {"layout": outcome.layout, "fits": False}
+  if isinstance(outcome, search.Refusal):
+    needs = outcome.needs and round(outcome.needs / 1e9, 2)
+    return row | {"GB": needs, "refused": outcome.reason}
+  estimate = outcome.estimate
+  return row | {
+    "fits": outcome.memory.fits,
+    "GB": round(outcome.memory.needs / 1e9, 2),
+    "ms": estimate and round(1e3 * estimate.seconds, 1),
+    "bound": estimate and estimate.bound,
+    "flops_over_model": round(outcome.flops / outcome.model_flops, 3),
+    **exchanged(outcome.collectives, list(collectives.KINDS)),
+    "refused": None,
+  }
 
 
 def modules(sizes: Sizes) -> dict[str, nn.Module]:
@@ -234,6 +279,9 @@ def differences(candidate: Candidate, one: Candidate) -> harness.Row:
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
   """Draws what is sent by kind, what a device holds, and the time."""
   figure.set_size_inches(10, 6)
+  if "model" in table[0]:
+    draw_planned(figure, table)
+    return
   sent, held, took = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
   names = [f"{row['layout']}, {row['dispatch']}" for row in table]
   start = np.zeros(len(table))
@@ -252,5 +300,29 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
   took.set_xlabel("ms, forward and backward")
 
 
+def draw_planned(
+  figure: matplotlib.figure.Figure, table: list[harness.Row]
+) -> None:
+  """Draws what whole models need, send and take, where they compile."""
+  table = [row for row in table if "sent_MB" in row]
+  names = [f"{r['model']}\n{r['topology']}, {r['layout']}" for r in table]
+  held, sent, took = figure.subplots(1, 3, sharey=True)
+  colours = ["tab:blue" if row["fits"] else "tab:red" for row in table]
+  held.barh(names, [row["GB"] for row in table], color=colours)
+  held.invert_yaxis()
+  held.tick_params(axis="y", labelsize=7)
+  held.set_xlabel("GB on one device (red: too much)")
+  sent.barh(names, [row["sent_MB"] / 1e3 for row in table], color="tab:gray")
+  sent.set_xlabel("GB that one device sends a step")
+  took.barh(names, [row["ms"] or 0 for row in table], color="tab:gray")
+  took.set_xlabel("ms a step, estimated")
+
+
 if __name__ == "__main__":
-  harness.main("sharding_layouts", rows, draw, SEED)
+  harness.main(
+    "sharding_layouts",
+    rows,
+    draw,
+    SEED,
+    topology="devices that need not be there, such as v5e:4x4,v5p:4x4x8",
+  )

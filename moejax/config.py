@@ -79,14 +79,6 @@ class Data(NamedTuple):
     packing = word_ids.pack(tokens, self.row_length)
     return text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
 
-  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes [B, L] and types of a batch's arrays."""
-    shape = (self.batch_size, self.row_length)
-    return {
-      name: jax.ShapeDtypeStruct(shape, dtype)
-      for name, dtype in text.TYPES.items()
-    }
-
 
 def check(config: ConfigDict) -> None:
   """Refuses sections that no builder here reads.
@@ -126,18 +118,27 @@ def train(config: ConfigDict) -> Train:
 
 
 def data(
-  config: ConfigDict, workdir: pathlib.Path, files: Sequence[str] = ()
+  config: ConfigDict, workdir: pathlib.Path | None, files: Sequence[str] = ()
 ) -> Data:
   """Opens the corpus; the vocabulary is the run's own once there is a run.
 
   Args:
     config: the whole config.
-    workdir: of the run.
+    workdir: of the run; None where there is to be none.
     files: text files to read, as the only split "data", in place of the corpus.
   """
   return named.choose(
     DATA, config.data.to_dict(), "config.data", workdir=workdir, files=files
   )
+
+
+def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes [B, L] and types of a batch's arrays."""
+  shape = (config.data.batch_size, config.data.row_length)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype)
+    for name, dtype in text.TYPES.items()
+  }
 
 
 def _prose(
@@ -183,8 +184,17 @@ def _lm1b(
   return Data(vocabulary, texts, row_length, batch_size, vocab.tokens)
 
 
-def _vocabulary_of_run(workdir: pathlib.Path) -> vocab.Vocabulary | None:
-  if (workdir / CONFIG_FILE).exists():
+def vocab_size(config: ConfigDict) -> int:
+  """Returns the words of the vocabulary; reads the text only if it must."""
+  if "vocab_size" in config.data:
+    return config.data.vocab_size
+  return len(data(config, None).vocabulary)
+
+
+def _vocabulary_of_run(
+  workdir: pathlib.Path | None,
+) -> vocab.Vocabulary | None:
+  if workdir is not None and (workdir / CONFIG_FILE).exists():
     return vocab.Vocabulary.load(workdir / VOCABULARY_FILE)
   return None
 

@@ -63,6 +63,21 @@ def count(config: config_lib.Config, vocab_size: int) -> Count:
   )
 
 
+def flops_per_step(config: config_lib.Config, vocab_size: int) -> int:
+  """Counts what a training step needs to compute, in floating-point operations.
+
+  Two for a multiply-add; the backward pass is twice the forward pass. Of every
+  place for a word, embedding excluded, softmax included: of its samples and its
+  target where it is sampled. Nothing for slots that stay empty, for dispatch,
+  or for what is computed a second time to save memory.
+  """
+  ops = count(config, vocab_size).ops
+  model = config_lib.model(config, vocab_size)
+  samples = model.num_samples
+  ops += model.width * (samples + 1 if samples else vocab_size)
+  return 6 * ops * config.data.batch_size * config.data.row_length
+
+
 class _Cost(NamedTuple):
   """Of one layer; see `Count`."""
 

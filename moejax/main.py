@@ -1,4 +1,4 @@
-"""The command line: moejax train | eval."""
+"""The command line: moejax train | eval | plan."""
 
 import contextlib
 import difflib
@@ -18,6 +18,10 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          with --coordinator_address=HOST:PORT --num_processes=N --process_id=I
   eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]]
          perplexity of a run's best checkpoint
+  plan   --config=FILE [--topology=v5p:4x4x8,...] [--layout=NAME,...]
+         [--suggest] [--config.FIELD=VALUE ...]
+         what layouts cost on devices that need not be there: memory, exchanges,
+         an estimate of the time; --suggest looks for the fastest that fits
 
 moejax COMMAND --help lists the flags of a command."""
 
@@ -48,14 +52,15 @@ def main(argv: Sequence[str]) -> int:
     if values["help"].value:
       print(_help(values))
       return 0
-    if not values.workdir:
-      raise UsageError("give --workdir=DIR, where the run lives.")
-    workdir = pathlib.Path(values.workdir)
+    if "workdir" in values:
+      if not values.workdir:
+        raise UsageError("give --workdir=DIR, where the run lives.")
+      workdir = pathlib.Path(values.workdir)
     COMMANDS[argv[1]](values)
   except (UsageError, flags.Error) as error:
     print(f"moejax: {error}", file=sys.stderr)
     return 2
-  except (FloatingPointError, OSError, ValueError) as error:
+  except (FloatingPointError, ImportError, OSError, ValueError) as error:
     print(f"moejax: {_sentence(error)}", file=sys.stderr)
     _keep_traceback(workdir)
     return 1
@@ -101,7 +106,16 @@ def _eval(values: flags.FlagValues) -> None:
   )
 
 
-COMMANDS = {"train": _train, "eval": _eval}
+def _plan(values: flags.FlagValues) -> None:
+  from moejax.planning import command
+
+  out = pathlib.Path(values.out) if values.out else None
+  command.run(
+    values.config, values.topology, values.layout, values.suggest, out
+  )
+
+
+COMMANDS = {"train": _train, "eval": _eval, "plan": _plan}
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -112,8 +126,12 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
       f"unknown command {command!r}; the nearest is {nearest!r}.\n{USAGE}"
     )
   values = flags.FlagValues()
-  flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
   flags.DEFINE_bool("help", False, "show the flags", flag_values=values)
+  if command == "plan":
+    _define_plan(values)
+    _define_config(values, argv)
+    return _parsed(values, argv)
+  flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
   if command == "train":
     _define_processes(values)
     _define_config(values, argv)
@@ -128,6 +146,10 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_list(
       "data", [], "text files to read instead", flag_values=values
     )
+  return _parsed(values, argv)
+
+
+def _parsed(values: flags.FlagValues, argv: Sequence[str]) -> flags.FlagValues:
   rest = values(argv[1:])
   if rest[1:]:
     raise UsageError(
@@ -148,6 +170,30 @@ def _define_processes(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer(
     "process_id", None, "which one this is, from 0", flag_values=values
+  )
+
+
+def _define_plan(values: flags.FlagValues) -> None:
+  flags.DEFINE_list(
+    "topology",
+    [],
+    "devices, such as v5p:4x4x8, v5e:4x4 or cpu:8; those at hand by default",
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    "layout",
+    [],
+    "names of layouts; the config's own by default",
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    "suggest",
+    False,
+    "search all layouts, group sizes, capacities, microbatches and recompute",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "out", "", "a folder for plan.json and plan.png", flag_values=values
   )
 
 

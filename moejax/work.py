@@ -6,6 +6,7 @@ often it goes round; here it counts each time.
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from moejax import hlo
@@ -41,14 +42,32 @@ def read(text: str) -> Work:
   Args:
     text: `jax.stages.Compiled.as_text()` of a CPU, GPU or TPU.
   """
+  parts = list(instructions(text))
+  return Work(
+    sum(part.flops for part in parts),
+    sum(part.bytes for part in parts),
+    all(part.is_bounded for part in parts),
+  )
+
+
+def instructions(text: str) -> Iterator[Work]:
+  """Yields what each instruction that runs on its own works, in all its runs.
+
+  Args:
+    text: as of `read`.
+  """
   program = hlo.parse(text)
-  flops, moved, is_bounded = 0, 0, True
+  flops = moved = 0
+  is_bounded = True
   for run in hlo.walk(program):
+    if run.is_alone:
+      yield Work(flops, moved, is_bounded)
+      flops, is_bounded = 0, True
+      moved = run.times * _moved(program, run.op)
     of_op = _FLOPS.get(run.op.opcode)
     flops += run.times * of_op(run.op) if of_op else 0
-    moved += run.times * _moved(program, run.op) if run.is_alone else 0
     is_bounded &= run.is_bounded
-  return Work(flops, moved, is_bounded)
+  yield Work(flops, moved, is_bounded)
 
 
 # -- products -----------------------------------------------------------------

@@ -7,20 +7,19 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 
 from moejax import config as config_lib
 from moejax import files as files_lib
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.data import text
 from moejax.training import (
   evaluate,
   metrics,
-  optim,
   processes,
+  program,
   state,
   step,
 )
@@ -64,8 +63,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   data = processes.first_then_others(lambda: config_lib.data(config, workdir))
   tokens = {split: data.tokens(split) for split in data.texts}
   rows = {split: data.rows(tokens[split]) for split in tokens}
-  parts = build(config, data)
-  model, schedule, tx, layout, mesh, where, target = parts
+  parts = program.build(config, len(data.vocabulary))
+  model, schedule, tx, layout, mesh, where, shapes, target = parts
   batches = text.train_batches(
     rows["train"],
     data.batch_size,
@@ -77,11 +76,11 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   processes.check_same(json.dumps(identity), "text")
   for line in _introduction(target, data, rows, layout, mesh):
     _print(line)
-  in_layout = functools.partial(state.target, model, tx, data.batch_shapes())
+  in_layout = functools.partial(state.target, model, tx, shapes)
   state.check_fits(target, in_layout, layout, mesh)
   _print("compiling the training step")
-  step_fn = _compile_step(config, data, parts)
-  evaluate_on = _evaluator(config, data, parts)
+  step_fn = program.lower(config, parts).compile()
+  evaluate_on = _evaluator(config, parts)
 
   with contextlib.ExitStack() as stack:
     # From here on there is a run; what is wrong with it has shown above.
@@ -100,9 +99,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       batches.set_state(restored.progress["data"])
       seconds = restored.progress["seconds"]
     else:
-      current = state.create(
-        model, tx, data.batch_shapes(), config.seed, layout, mesh
-      )
+      current = state.create(model, tx, shapes, config.seed, layout, mesh)
     del restored
     done = saved = int(current.step)
     begun = time.monotonic() - seconds
@@ -232,80 +229,22 @@ def evaluate_run(
   config = config_lib.recall(workdir)
   data = config_lib.data(config, workdir, files)
   tokens = data.tokens("data" if files else split)
-  parts = build(config, data)
+  parts = program.build(config, len(data.vocabulary))
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     best = checkpoints.best(parts.target)
   if best is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
-  values = _evaluator(config, data, parts)(best.state.params, data.rows(tokens))
+  values = _evaluator(config, parts)(best.state.params, data.rows(tokens))
   unknown = float((tokens.ids == data.vocabulary.unknown).mean())
   return values | {"unknown": unknown, "step": int(best.state.step)}
 
 
-class Parts(NamedTuple):
-  """What a config describes, on the devices at hand; nothing is allocated."""
-
-  model: nn.Module
-  schedule: optim.Schedule
-  tx: optim.Update
-  layout: sharding.Layout
-  mesh: jax.sharding.Mesh
-  where: jax.sharding.Sharding  # of a batch
-  target: state.TrainState
-
-
-def build(config: config_lib.Config, data: config_lib.Data) -> Parts:
-  """Builds what a config describes, for the devices at hand."""
-  model = config_lib.model(config, len(data.vocabulary))
-  schedule, tx = config_lib.optimizer(config)
-  layout = config_lib.layout(config)
-  mesh = sharding.make_mesh(layout)
-  where = placement.batch_sharding(layout, mesh, data.batch_size)
-  target = state.target(model, tx, data.batch_shapes(), layout, mesh)
-  return Parts(model, schedule, tx, layout, mesh, where, target)
-
-
-def _compile_step(
-  config: config_lib.Config, data: config_lib.Data, parts: Parts
-) -> jax.stages.Compiled:
-  """Compiles the step, which also brings all processes' votes together."""
-  aux_weights, aux_scope = config_lib.aux(config)
-  options = config_lib.train(config)
-
-  def run(current, batch, asked):
-    current, measured = step.train_step(
-      current,
-      batch,
-      model=parts.model,
-      tx=parts.tx,
-      aux_weights=aux_weights,
-      aux_scope=aux_scope,
-      seed=config.seed,
-      microbatches=options.microbatches,
-      balance_over=options.balance_over,
-    )
-    return current, measured | {"asked": asked.max()}
-
-  step_fn = jax.jit(
-    run,
-    out_shardings=(state.shardings(parts.target), None),
-    donate_argnums=0,
-  )
-  batch = {
-    name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parts.where)
-    for name, a in data.batch_shapes().items()
-  }
-  asked = processes.vote(False, parts.mesh)
-  with sharding.use(parts.layout, parts.mesh):
-    return step_fn.lower(parts.target, batch, asked).compile()
-
-
 def _evaluator(
-  config: config_lib.Config, data: config_lib.Data, parts: Parts
+  config: config_lib.Config, parts: program.Parts
 ) -> Callable[[Any, text.PackedRows], dict[str, float]]:
   """Evaluates by rows of a microbatch: what is in memory at once is no more."""
-  rows = data.batch_size // config_lib.train(config).microbatches
+  rows = config.data.batch_size // config_lib.train(config).microbatches
   return evaluate.evaluator(parts.model, rows, parts.layout, parts.mesh)
 
 
@@ -330,22 +269,18 @@ def _introduction(
   mesh: jax.sharding.Mesh,
 ) -> Iterator[str]:
   """Yields what a run is made of, for the person who started it."""
-
-  def size(tree):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-  params, opt_state = target.params, jax.tree.leaves(target.opt_state)
-  inner = {n: p for n, p in params.items() if n not in ("embed", "head")}
-  num_bytes = sum(size(leaf) * leaf.dtype.itemsize for leaf in opt_state)
+  total, inner = program.sizes(target.params)
+  opt_state = jax.tree.leaves(target.opt_state)
+  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
   kind = mesh.devices.flat[0].platform
   yield (
-    f"{size(params):,} parameters, {size(inner):,} of them outside embedding"
+    f"{total:,} parameters, {inner:,} of them outside embedding"
     f" and softmax; layout {layout.name} on {mesh.size} {kind} device(s)"
     f"{processes.how_many()}"
   )
   yield (
     f"optimiser state of {num_bytes:,} bytes,"
-    f" {num_bytes / size(params):.2f} a parameter"
+    f" {num_bytes / total:.2f} a parameter"
   )
   words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
   yield f"vocabulary of {len(data.vocabulary):,}; words: {words}"

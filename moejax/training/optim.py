@@ -60,10 +60,19 @@ def adam(
 ) -> Update:
   """Adam, after clipping the whole gradient's norm if `clip_norm` is given.
 
+  Without a first moment where b1 is 0: it would be the gradient (app. D).
+
   The norm is over the logical arrays, wherever their parts lie: experts and
   dense layers are clipped alike on every mesh.
   """
-  return _clipped(optax.adam(schedule, b1, b2, eps), clip_norm)
+  scale = optax.scale_by_adam(b1, b2, eps) if b1 else _scale_by_rms(b2, eps)
+  rule = optax.chain(scale, optax.scale_by_learning_rate(schedule))
+  return _clipped(rule, clip_norm)
+
+
+def _scale_by_rms(b2: float, eps: float) -> Update:
+  """Adam's with b1 = 0."""
+  return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
 
 
 def factored_adam(
@@ -96,9 +105,7 @@ def factored_adam(
   rules = {
     "adam": optax.scale_by_adam(b1, b2, eps),
     "factored": _scale_by_factors(b2, eps),
-    "unfactored": optax.scale_by_rms(
-      b2, eps, eps_in_sqrt=False, bias_correction=True
-    ),
+    "unfactored": _scale_by_rms(b2, eps),
   }
   update = optax.chain(
     optax.partition(rules, _rule_of_each),

@@ -222,9 +222,17 @@ def vote(here: bool, mesh: jax.sharding.Mesh) -> jax.Array:
 
   A step that takes it along costs no exchange of its own.
   """
+  wanted = votes(mesh)
+  entry = np.full(1, here, wanted.dtype)
+  return jax.make_array_from_callback(
+    wanted.shape, wanted.sharding, lambda _: entry
+  )
+
+
+def votes(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+  """Returns the shape, type and sharding of what `vote` makes."""
   where = placement.device_sharding(mesh)
-  entry = np.full(1, here, np.int32)
-  return jax.make_array_from_callback((mesh.size,), where, lambda _: entry)
+  return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=where)
 
 
 def how_many() -> str:

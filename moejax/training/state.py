@@ -65,15 +65,15 @@ def check_fits(
     ValueError: names the bytes of parameters, gradients and optimiser state on
       a device, those that it has, and the layouts in which they would fit.
   """
-  has = _memory(mesh)
-  needs = bytes_per_device(wanted)
+  has = device_memory(mesh.local_devices[0])
+  needs = _with_gradients(wanted)
   if needs <= has:
     return
   least, fits = needs, []
   for other in sharding.LAYOUTS.values():
     try:
       those = sharding.make_mesh(other, mesh.devices.flatten().tolist())
-      there = bytes_per_device(in_layout(other, those))
+      there = _with_gradients(in_layout(other, those))
     except ValueError:
       continue
     least = min(least, there)
@@ -91,28 +91,31 @@ def check_fits(
   )
 
 
-def bytes_per_device(state: TrainState) -> int:
-  """Returns what a state and the gradients of its parameters take of a device.
+def _with_gradients(target: TrainState) -> int:
+  return bytes_per_device((target, target.params))
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Returns what the arrays of a tree take of one device.
 
   Args:
-    state: or its `target`.
+    tree: of arrays, or of shapes with their shardings.
   """
 
   def take(leaf):
     part = leaf.sharding.shard_shape(leaf.shape)
     return math.prod(part) * leaf.dtype.itemsize
 
-  return sum(map(take, jax.tree.leaves((state, state.params))))
+  return sum(map(take, jax.tree.leaves(tree)))
 
 
-def _memory(mesh: jax.sharding.Mesh) -> int:
-  """The bytes of a device; of a CPU's, its share of the machine's."""
-  device = mesh.local_devices[0]
+def device_memory(device: jax.Device) -> int:
+  """Returns the bytes of a device here; a CPU's share of the machine's."""
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
   pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return pages // len(mesh.local_devices)
+  return pages // len(jax.local_devices(backend=device.platform))
 
 
 def create(

@@ -36,29 +36,33 @@ def target(name):
   return in_layout(layout, mesh), layout, mesh
 
 
+def needed(target):
+  return state.bytes_per_device((target, target.params))
+
+
 @pytest.mark.parametrize(
   "name, copies", [("replicated", 8), ("expert", 1), ("data_expert", 2)]
 )
 def test_bytes_of_a_device(name, copies):
   want = BYTES * (EXPERTS * copies // 8 + OTHERS) + COUNTERS
-  assert state.bytes_per_device(target(name)[0]) == want
+  assert needed(target(name)[0]) == want
 
 
 def check(name, has, monkeypatch):
-  monkeypatch.setattr(state, "_memory", lambda mesh: has)
+  monkeypatch.setattr(state, "device_memory", lambda device: has)
   wanted, layout, mesh = target(name)
   state.check_fits(wanted, in_layout, layout, mesh)
 
 
 def test_what_fits_is_let_through(monkeypatch):
-  needs = state.bytes_per_device(target("replicated")[0])
+  needs = needed(target("replicated")[0])
   check("replicated", needs, monkeypatch)
   with pytest.raises(ValueError, match=f"take {needs:,} bytes of each"):
     check("replicated", needs - 1, monkeypatch)
 
 
 def test_what_does_not_names_the_layouts_that_would(monkeypatch):
-  has = state.bytes_per_device(target("data_expert")[0])
+  has = needed(target("data_expert")[0])
   with pytest.raises(ValueError, match=f"which has {has:,}") as caught:
     check("replicated", has, monkeypatch)
   named = set(re.findall("'([a-z_]+)'", str(caught.value)))
@@ -67,11 +71,10 @@ def test_what_does_not_names_the_layouts_that_would(monkeypatch):
 
 
 def test_what_fits_nowhere_names_how_many_devices_it_takes(monkeypatch):
-  least = state.bytes_per_device(target("fsdp")[0])
+  least = needed(target("fsdp")[0])
   with pytest.raises(ValueError, match=r"on 8 device\(s\); take 16 or more"):
     check("expert", least // 2, monkeypatch)
 
 
 def test_this_machine_has_memory():
-  mesh = target("expert")[2]
-  assert 1e8 < state._memory(mesh) < 1e13
+  assert 1e8 < state.device_memory(jax.devices()[0]) < 1e13

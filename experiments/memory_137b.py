@@ -1,0 +1,100 @@
+"""Question: what does each of the paper's memory tricks save (app. D)?
+
+Method: the training step of configs/news/moe_131072_h.py, 137 B parameters, on
+128 chips of a v5p (`moejax plan`, layout "expert"): compiled from shapes alone
+with another optimiser, and with and without the hidden units of experts
+computed again in the backward pass. GB are of one chip, which has 102;
+`others_GB` is batch, gradients and activations. What cannot fit is refused by
+the sizes of its parameters and state, or by the compiler, which then says how
+much it would need.
+
+Result: not run to its end yet.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib.figure
+
+from experiments import harness, training
+from moejax import config as config_lib
+from moejax.planning import chips, search
+
+TOPOLOGY, QUICK_TOPOLOGY = "v5p:4x4x8", "cpu:8"
+CONFIG, QUICK_CONFIG = "news/moe_131072_h", "tiny"
+OPTIMIZERS = {
+  "Adam": {"config.optimizer.kind": "adam"},
+  "Adam, beta1 = 0": {
+    "config.optimizer.kind": "adam",
+    "config.optimizer.b1": 0.0,
+  },
+  "factored": {"config.optimizer.kind": "factored_adam"},
+}
+
+
+def rows(quick: bool) -> Iterator[harness.Row]:
+  """Yields a row for each optimiser, with and without recompute."""
+  config = training.load(QUICK_CONFIG if quick else CONFIG)
+  topology = chips.find(QUICK_TOPOLOGY if quick else TOPOLOGY)
+  vocab_size = config_lib.vocab_size(config)
+  layer = "moe" if "moe" in config.model else "hierarchical_moe.secondary"
+  attempt = functools.partial(
+    search.attempt, config, vocab_size, topology, say=print
+  )
+  for name, optimizer in OPTIMIZERS.items():
+    for recompute in (False, True):
+      changes = {
+        "config.layout": "expert",
+        f"config.model.{layer}.recompute": recompute,
+        **optimizer,
+      }
+      yield {
+        "optimizer": name,
+        "recompute": recompute,
+        **needs(attempt(changes)),
+      }
+
+
+def needs(outcome: search.Outcome) -> harness.Row:
+  """Returns the memory of one chip, as far as it is known."""
+
+  def giga(number: float | None) -> Any:
+    return number and round(number / 1e9, 2)
+
+  if isinstance(outcome, search.Refusal):
+    return {"GB": giga(outcome.needs), "fits": False}
+  memory = outcome.memory
+  return {
+    "GB": giga(memory.needs),
+    "fits": memory.fits,
+    "parameters_GB": giga(memory.parameters),
+    "optimizer_GB": giga(memory.optimizer),
+    "others_GB": giga(memory.rest),
+  }
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws what a chip has to hold."""
+  axes = figure.subplots()
+  names = [
+    f"{row['optimizer']}{', recompute' if row['recompute'] else ''}"
+    for row in table
+  ]
+  left = [0.0] * len(table)
+  for part in ("parameters", "optimizer", "others"):
+    widths = [row.get(f"{part}_GB") or 0.0 for row in table]
+    axes.barh(names, widths, left=left, label=part)
+    left = [a + b for a, b in zip(left, widths, strict=True)]
+  rest = [
+    max(0.0, (row["GB"] or 0.0) - known)
+    for row, known in zip(table, left, strict=True)
+  ]
+  axes.barh(names, rest, left=left, color="tab:red", label="refused")
+  axes.invert_yaxis()
+  axes.set_xlabel("GB of each chip")
+  axes.legend()
+
+
+if __name__ == "__main__":
+  harness.main("memory_137b", rows, draw)

@@ -1,0 +1,165 @@
+"""Devices to plan for: those at hand, fake ones, and TPUs that are not there.
+
+A TPU's compiler runs on any Linux machine (libtpu is a Python package), so that
+a program for a pod can be looked at from a laptop.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from moejax import named
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """What a device can do at best, as its maker says.
+
+  Attributes:
+    flops: of its matrix units a second, bfloat16 operands, without sparsity.
+    memory: bytes of its large memory.
+    memory_rate: bytes to or from it a second.
+    link_rate: bytes a second that one link to another device takes one way.
+    links: how many it has.
+    axes: of the torus that the links make; 0 is a switch that joins all.
+    wraps: a side of so many devices, or of a multiple, closes to a ring.
+  """
+
+  flops: float
+  memory: float
+  memory_rate: float
+  link_rate: float
+  links: int
+  axes: int
+  wraps: int = 0
+
+
+# Of TPUs: Google's Cloud documentation, one page each ("TPU v4", ..., read in
+# November 2026). The rate of a link is its "bidirectional bandwidth per chip"
+# over links and directions; v4's page gives the bisection of a pod instead,
+# 24 TB/s over 2 x 16 x 16 links. Of GPUs: NVIDIA's H100 and H200 data sheets,
+# SXM, dense; 900 GB/s of NVLink is both directions of 18 links.
+CHIPS = {
+  "v4": Chip(275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4),
+  "v5e": Chip(197e12, 16e9, 819e9, 50e9, 4, 2, 16),
+  "v5p": Chip(459e12, 95 * GIB, 2765e9, 100e9, 6, 3, 4),
+  "v6e": Chip(918e12, 32e9, 1638e9, 100e9, 4, 2, 16),
+  "h100": Chip(989e12, 80e9, 3350e9, 25e9, 18, 0),
+  "h200": Chip(989e12, 141e9, 4800e9, 25e9, 18, 0),
+}
+# How a device at hand calls itself.
+_KINDS = {
+  "v4": "TPU v4",
+  "v5e": "TPU v5 lite",
+  "v5p": "TPU v5",
+  "v6e": "TPU v6 lite",
+  "h100": "NVIDIA H100",
+  "h200": "NVIDIA H200",
+}
+TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
+
+
+class Topology(NamedTuple):
+  """Devices to compile for.
+
+  Attributes:
+    name: as `find` takes it.
+    devices: they need not be there.
+    chip: what one can do; None where nobody says, as of a CPU.
+    sides: of the torus in which they lie; one number where it is none.
+    is_here: whether a program compiled for them runs.
+  """
+
+  name: str
+  devices: Sequence[jax.Device]
+  chip: Chip | None
+  sides: tuple[int, ...]
+  is_here: bool
+
+
+def find(name: str) -> Topology:
+  """Returns the devices of a name such as "v5p:4x4x8" or "cpu:8".
+
+  "" are the devices at hand.
+
+  Raises:
+    ValueError: names no topology; says which are known.
+    ModuleNotFoundError: the TPU's compiler is missing; says how to install it.
+  """
+  if not name:
+    return _at_hand()
+  kind, _, shape = name.partition(":")
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    raise ValueError(f"topology {name!r}: {_HOW}")
+  sides = tuple(int(side) for side in shape.split("x"))
+  if kind == "cpu":
+    return _fake(name, math.prod(sides))
+  chip = CHIPS[named.known(kind, dict.fromkeys((*TPUS, "cpu")), "topology")]
+  if len(sides) != chip.axes:
+    raise ValueError(
+      f"topology {name!r} has {len(sides)} sides, but {kind} chips lie in"
+      f" {chip.axes} dimensions; {_HOW}"
+    )
+  return Topology(name, _tpus(name), chip, sides, False)
+
+
+_HOW = (
+  f"write a kind of chip ({', '.join(TPUS)}) and how many lie along each side,"
+  " such as v5p:4x4x8 or v5e:4x4; or cpu:8 for fake devices; or nothing for"
+  " the devices at hand."
+)
+
+
+def _at_hand() -> Topology:
+  devices = jax.devices()
+  kind = devices[0].device_kind
+  # "TPU v5" begins the names of two.
+  fit = [k for k, begins in _KINDS.items() if kind.startswith(begins)]
+  chip = CHIPS[max(fit, key=lambda k: len(_KINDS[k]))] if fit else None
+  sides = (len(devices),)
+  if chip and chip.axes:
+    places = [device.coords for device in devices]
+    sides = tuple(1 + max(each) for each in zip(*places, strict=True))
+    sides = sides[: chip.axes]
+  name = f"{len(devices)} x {kind}"
+  return Topology(name, devices, chip, sides, True)
+
+
+def _fake(name: str, count: int) -> Topology:
+  with contextlib.suppress(RuntimeError):  # the CPU is in use already
+    jax.config.update("jax_num_cpu_devices", count)
+  devices = jax.devices("cpu")
+  if len(devices) < count:
+    raise ValueError(
+      f"topology {name!r} comes too late: this process has made"
+      f" {len(devices)} CPU device(s) already; name the largest cpu topology"
+      " first, or set JAX_NUM_CPU_DEVICES."
+    )
+  return Topology(name, devices[:count], None, (count,), False)
+
+
+def _tpus(name: str) -> Sequence[jax.Device]:
+  from jax.experimental import topologies
+
+  if importlib.util.find_spec("libtpu") is None:
+    raise ModuleNotFoundError(
+      f"topology {name!r} needs the TPU's compiler, which runs on any Linux"
+      " machine but is not installed; run: pip install libtpu"
+    )
+  # Else it asks the cloud what machine this is, and waits long.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # Nobody runs on it, so nobody need wait for another.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  try:
+    return topologies.get_topology_desc(name, "tpu").devices
+  except Exception as error:  # Whatever the compiler's own code raises.
+    raise ValueError(
+      f"the TPU's compiler knows no topology {name!r} ({error}); {_HOW}"
+    ) from error

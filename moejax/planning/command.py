@@ -1,0 +1,59 @@
+"""`moejax plan`: what layouts cost on devices that need not be there."""
+
+import pathlib
+from collections.abc import Sequence
+
+from moejax import config as config_lib
+from moejax.planning import chips, report, search
+
+
+def run(
+  config: config_lib.Config,
+  topologies: Sequence[str],
+  layouts: Sequence[str],
+  suggest: bool,
+  out: pathlib.Path | None = None,
+) -> list[report.Outcome]:
+  """Plans, prints tables, and writes files if told where.
+
+  Args:
+    config: of the run that is planned.
+    topologies: names as of `chips.find`; none are the devices at hand.
+    layouts: names; none are the config's own.
+    suggest: whether to search for the fastest that fits, on each topology.
+    out: folder for the files.
+
+  Returns:
+    All that was tried.
+
+  Raises:
+    ValueError: a name that is unknown, nothing that can be, or nothing that
+      fits where one is to be suggested.
+    ModuleNotFoundError: the TPU's compiler is missing.
+  """
+  config_lib.check(config)
+  found = [chips.find(name) for name in topologies or [""]]
+  vocab_size = config_lib.vocab_size(config)
+  by_topology = []
+
+  def say(line: str) -> None:
+    print(line, flush=True)
+
+  for topology in found:
+    about = config, vocab_size, topology
+    if suggest:
+      tried = list(search.suggest(*about, say))
+    else:
+      tried = list(search.with_layouts(*about, layouts, say))
+    by_topology.append(tried)
+  outcomes = [each for tried in by_topology for each in tried]
+  say(f"\n{report.text(outcomes)}\n")
+  if out is not None:
+    report.write(outcomes, out)
+    say(f"wrote {out / report.PLAN_FILE} and {out / report.FIGURE_FILE}")
+  if suggest:
+    for tried in by_topology:
+      say(search.verdict(tried))
+  if all(isinstance(each, search.Refusal) for each in outcomes):
+    raise ValueError(outcomes[0].reason)
+  return outcomes

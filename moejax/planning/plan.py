@@ -1,0 +1,296 @@
+"""What a layout costs: the real training step, compiled for devices elsewhere.
+
+Only shapes go in: no array of the model is ever made.
+"""
+
+import math
+import re
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from moejax import collectives, cost, work
+from moejax import config as config_lib
+from moejax.planning import network
+from moejax.planning.chips import Topology
+from moejax.training import processes, program, state, step
+
+REPEATS = 3
+
+
+class Memory(NamedTuple):
+  """Bytes of one device while a step runs.
+
+  Attributes:
+    parameters: its part of them.
+    optimizer: of the optimiser's state.
+    rest: batch, gradients, activations, and whatever else is in between.
+    has: what there is; None where nobody says.
+  """
+
+  parameters: int
+  optimizer: int
+  rest: int
+  has: int | None
+
+  @property
+  def needs(self) -> int:
+    """In all, at the peak."""
+    return self.parameters + self.optimizer + self.rest
+
+  @property
+  def fits(self) -> bool:
+    """Whether it fits, as far as is known."""
+    return self.has is None or self.needs <= self.has
+
+
+class Estimate(NamedTuple):
+  """Seconds of a step, if every part ran as fast as the chip's maker says.
+
+  Every instruction takes what is longer, its products or its bytes (a
+  roofline); collectives come on top, as if nothing ran beside them. What a
+  scheduler hides makes it less, and small products, short loops and waiting
+  make it more.
+
+  Attributes:
+    matrix: of instructions that matrix units bound.
+    memory: of those that memory bounds.
+    network: of collectives.
+  """
+
+  matrix: float
+  memory: float
+  network: float
+
+  @property
+  def seconds(self) -> float:
+    """Of the step."""
+    return sum(self)
+
+  @property
+  def bound(self) -> str:
+    """Which of the three takes longest."""
+    return max(self._fields, key=lambda name: getattr(self, name))
+
+
+class Plan(NamedTuple):
+  """What was found out about one layout on one topology.
+
+  Attributes:
+    topology: its name.
+    layout: its name.
+    changes: what differs from the config, as the command line takes it.
+    devices: how many.
+    inner: parameters outside embedding and softmax.
+    parameters: all of them, on all devices.
+    memory: of one device.
+    model_flops: of one device in a step, by formula (`cost.flops_per_step`).
+    flops: of one device in a step, of the compiled program.
+    collectives: those of a step.
+    estimate: of a step; None where the chip is unknown.
+    words: places for words in a step.
+    compile_seconds: how long compiling took here.
+    peak_flops: of one chip; None where nobody says.
+    measured: seconds of a step that ran; None where none did.
+  """
+
+  topology: str
+  layout: str
+  changes: dict[str, Any]
+  devices: int
+  inner: int
+  parameters: int
+  memory: Memory
+  model_flops: float
+  flops: int
+  collectives: list[collectives.Collective]
+  estimate: Estimate | None
+  words: int
+  compile_seconds: float
+  peak_flops: float | None
+  measured: float | None
+
+  @property
+  def words_per_second(self) -> float | None:
+    """If the estimate held."""
+    return self.words / self.estimate.seconds if self.estimate else None
+
+  @property
+  def utilisation(self) -> float | None:
+    """The model's own operations over those the chip could do meanwhile."""
+    if self.estimate is None:
+      return None
+    return self.model_flops / (self.peak_flops * self.estimate.seconds)
+
+
+class DoesNotFit(ValueError):
+  """There is no room for the program.
+
+  Attributes:
+    needs: bytes of one device, at least.
+    has: bytes there are.
+  """
+
+  def __init__(self, message: str, needs: float, has: float):
+    super().__init__(message)
+    self.needs, self.has = needs, has
+
+
+def make(
+  config: config_lib.Config,
+  vocab_size: int,
+  topology: Topology,
+  changes: dict[str, Any] | None = None,
+) -> Plan:
+  """Compiles the training step of a config, and looks at it.
+
+  On devices at hand the step also runs, a few times, if it fits.
+
+  Args:
+    config: whose layout is asked about.
+    vocab_size: words of the vocabulary.
+    topology: what to compile for.
+    changes: kept with the plan, see there.
+
+  Raises:
+    DoesNotFit: parameters and optimiser state alone need more than there is, or
+      the compiler said so; names both numbers.
+    ValueError: the layout does not divide the devices, or the config; names
+      both numbers.
+  """
+  parts = program.build(config, vocab_size, topology.devices)
+  _check_room(parts, topology)
+  lowered = program.lower(config, parts)
+  begin = time.monotonic()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    raise _explained(error, parts.layout.name, topology) from error
+  took = time.monotonic() - begin
+  text = compiled.as_text()
+  found = collectives.read(text, parts.mesh)
+  done = list(work.instructions(text))
+  total, inner = program.sizes(parts.target.params)
+  memory = _memory(compiled, parts.target, topology)
+  here = topology.is_here and memory.fits
+  return Plan(
+    topology.name,
+    parts.layout.name,
+    changes or {},
+    len(topology.devices),
+    inner,
+    total,
+    memory,
+    cost.flops_per_step(config, vocab_size) / len(topology.devices),
+    sum(each.flops for each in done),
+    found,
+    _estimate(done, found, topology, parts.mesh) if topology.chip else None,
+    math.prod(parts.shapes["mask"].shape),
+    took,
+    topology.chip.flops if topology.chip else None,
+    _measure(config, compiled, parts) if here else None,
+  )
+
+
+def _check_room(parts: program.Parts, topology: Topology) -> None:
+  """Refuses what no compiler could make fit, before it tries for minutes."""
+  has = _has(topology)
+  needs = state.bytes_per_device(parts.target)
+  if has is not None and needs > has:
+    raise _does_not_fit(parts.layout.name, topology, needs, has)
+
+
+def _has(topology: Topology) -> int | None:
+  if topology.is_here:
+    return state.device_memory(topology.devices[0])
+  return int(topology.chip.memory) if topology.chip else None
+
+
+def _memory(
+  compiled: jax.stages.Compiled, target: state.TrainState, topology: Topology
+) -> Memory:
+  about = compiled.memory_analysis()
+  results = about.output_size_in_bytes - about.alias_size_in_bytes
+  peak = about.argument_size_in_bytes + results + about.temp_size_in_bytes
+  parameters = state.bytes_per_device(target.params)
+  optimizer = state.bytes_per_device(target.opt_state)
+  return Memory(
+    parameters, optimizer, peak - parameters - optimizer, _has(topology)
+  )
+
+
+def _estimate(
+  done: list[work.Work],
+  found: list[collectives.Collective],
+  topology: Topology,
+  mesh: jax.sharding.Mesh,
+) -> Estimate:
+  matrix = memory = 0.0
+  for each in done:
+    by_product = each.flops / topology.chip.flops
+    by_bytes = each.bytes / topology.chip.memory_rate
+    if by_product > by_bytes:
+      matrix += by_product
+    else:
+      memory += by_bytes
+  exchanged = sum(
+    network.seconds(each, topology, mesh) * each.times for each in found
+  )
+  return Estimate(matrix, memory, exchanged)
+
+
+def _measure(
+  config: config_lib.Config,
+  compiled: jax.stages.Compiled,
+  parts: program.Parts,
+) -> float:
+  """Returns the median seconds of a step, after one for nothing."""
+  current = state.create(
+    parts.model,
+    parts.tx,
+    parts.shapes,
+    config.seed,
+    parts.layout,
+    parts.mesh,
+  )
+  ones = {n: jax.numpy.ones(a.shape, a.dtype) for n, a in parts.shapes.items()}
+  batch, asked = (
+    step.place(ones, parts.where),
+    processes.vote(False, parts.mesh),
+  )
+  times = []
+  for _ in range(REPEATS + 1):
+    begin = time.perf_counter()
+    current, metrics = jax.block_until_ready(compiled(current, batch, asked))
+    times.append(time.perf_counter() - begin)
+  return statistics.median(times[1:])
+
+
+def _explained(error: Exception, layout: str, topology: Topology) -> Exception:
+  """Makes the compiler's report of too little memory a sentence."""
+  found = re.search(
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error)
+  )
+  if found is None:
+    return error
+  needs = float(found[1]) * 2 ** _BINARY[found[2]]
+  has = float(found[3]) * 2 ** _BINARY[found[4]]
+  return _does_not_fit(layout, topology, needs, has)
+
+
+def _does_not_fit(
+  layout: str, topology: Topology, needs: float, has: float
+) -> DoesNotFit:
+  return DoesNotFit(
+    f"layout {layout!r} on {topology.name} needs {needs / 1e9:,.1f} GB of each"
+    f" device or more, which has {has / 1e9:,.1f} GB; take more devices, a"
+    " layout that splits more, or more config.train.microbatches (--suggest"
+    " looks for them).",
+    needs,
+    has,
+  )
+
+
+_BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}

@@ -1,0 +1,226 @@
+"""Plans for several layouts, and the search for the fastest that fits."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from moejax import config as config_lib
+from moejax import named, sharding
+from moejax.planning import plan as plan_lib
+from moejax.planning.chips import Topology
+from moejax.planning.plan import Plan
+
+# Times that the search takes a step: each doubles or halves something.
+ROUNDS = 4
+
+
+class Refusal(NamedTuple):
+  """A layout that cannot be: it divides no devices, or fits into none.
+
+  Attributes:
+    topology: its name.
+    layout: its name.
+    changes: as of `Plan`.
+    reason: a sentence.
+    needs: bytes of a device, where that is the reason.
+    has: bytes that there are.
+  """
+
+  topology: str
+  layout: str
+  changes: dict[str, Any]
+  reason: str
+  needs: float | None = None
+  has: float | None = None
+
+
+Outcome = Plan | Refusal
+Say = Callable[[str], None]
+
+
+def layouts(config: config_lib.Config) -> dict[str, Any]:
+  """Returns the values for config.layout by name, the config's own first."""
+  own = {config_lib.layout(config).name: config.layout}
+  return own | {name: name for name in sharding.LAYOUTS if name not in own}
+
+
+def with_layouts(
+  config: config_lib.Config,
+  vocab_size: int,
+  topology: Topology,
+  names: Sequence[str],
+  say: Say,
+) -> Iterator[Outcome]:
+  """Yields a plan for each layout, or why there can be none.
+
+  Args:
+    config: of the run.
+    vocab_size: words of the vocabulary.
+    topology: the devices.
+    names: of layouts; none are the config's own.
+    say: told what is being compiled.
+
+  Raises:
+    ValueError: unknown layouts; names those that exist.
+  """
+  known = layouts(config)
+  for name in names or list(known)[:1]:
+    choice = known[named.known(name, known, "--layout")]
+    yield attempt(config, vocab_size, topology, {"config.layout": choice}, say)
+
+
+def suggest(
+  config: config_lib.Config, vocab_size: int, topology: Topology, say: Say
+) -> Iterator[Outcome]:
+  """Yields all that is tried in search of the fastest estimate that fits.
+
+  First every layout as the config stands, then from the best of them, step by
+  step, whatever makes it faster: twice or half the microbatches, groups of
+  twice or half the size, recompute or not, less capacity. Where nothing fits
+  it goes on from what needs least.
+
+  Raises:
+    ValueError: nobody says how fast these devices are.
+  """
+  if topology.chip is None:
+    raise ValueError(
+      f"how fast a device of {topology.name} is, nobody says, so there is no"
+      " fastest layout to suggest; give --topology of a TPU, such as v5e:4x4."
+    )
+  tried = []
+
+  def look(changes):
+    outcome = attempt(config, vocab_size, topology, changes, say)
+    tried.append((outcome, changes))
+    return outcome
+
+  for choice in layouts(config).values():
+    yield look({"config.layout": choice})
+  for _ in range(ROUNDS):
+    best, changes = min(tried, key=lambda each: rank(each[0]))
+    known = [each for _, each in tried]
+    for step in _steps(config, changes):
+      if changes | step not in known:
+        yield look(changes | step)
+    if rank(min(tried, key=lambda each: rank(each[0]))[0]) == rank(best):
+      return
+
+
+def rank(outcome: Outcome) -> tuple[int, float]:
+  """Orders outcomes: fitting ones by time, then others by what they need."""
+  if isinstance(outcome, Plan):
+    if outcome.memory.fits:
+      return 0, outcome.estimate.seconds
+    return 1, outcome.memory.needs
+  return (1, outcome.needs) if outcome.needs else (2, 0.0)
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+  """Says which outcome is to be taken, and why.
+
+  Raises:
+    ValueError: none fits; names the least that one needs.
+  """
+  best, *others = sorted(outcomes, key=rank)
+  if rank(best)[0]:
+    needs = f"{rank(best)[1] / 1e9:,.1f} GB" if rank(best)[0] == 1 else "more"
+    raise ValueError(
+      f"nothing fits on {best.topology}: the least, layout {best.layout!r},"
+      f" needs {needs} of each device; take more devices, or"
+      " config.optimizer.kind 'factored_adam'."
+    )
+  fitting = [each for each in others if rank(each)[0] == 0]
+  lines = [
+    " ".join(
+      [f"suggested for {best.topology}: layout {best.layout!r}", *_flags(best)]
+    ),
+    f"  it needs {best.memory.needs / 1e9:,.1f} of {best.memory.has / 1e9:,.1f}"
+    f" GB, and {1e3 * best.estimate.seconds:,.1f} ms a step by the estimate"
+    f" ({best.words_per_second:,.0f} words/s), bound by {best.estimate.bound}",
+  ]
+  other = next((e for e in fitting if e.layout != best.layout), None)
+  if other:
+    ratio = other.estimate.seconds / best.estimate.seconds
+    lines.append(
+      f"  the next layout that fits, {other.layout!r}, takes {ratio:.2f} times"
+      " as long"
+    )
+  out = {e.layout for e in outcomes} - {e.layout for e in (best, *fitting)}
+  if out:
+    lines.append(f"  {', '.join(sorted(out))}: no way to fit was found")
+  return "\n".join(lines)
+
+
+def _flags(outcome: Outcome) -> list[str]:
+  return [f"--{name}={value}" for name, value in outcome.changes.items()]
+
+
+def attempt(
+  config: config_lib.Config,
+  vocab_size: int,
+  topology: Topology,
+  changes: dict[str, Any],
+  say: Say,
+) -> Outcome:
+  """Plans a config with other values, or says why that cannot be.
+
+  Args:
+    config: of the run.
+    vocab_size: words of the vocabulary.
+    topology: the devices.
+    changes: values by name, which begins with "config.".
+    say: told what is being compiled.
+  """
+  changed = changed_config(config, changes)
+  layout = config_lib.layout(changed).name
+  shown = {n: v for n, v in changes.items() if n != "config.layout"}
+  also = "".join(f", {n.rpartition('.')[2]} {v}" for n, v in shown.items())
+  say(f"compiling {layout} for {topology.name}{also}")
+  try:
+    return plan_lib.make(changed, vocab_size, topology, shown)
+  except plan_lib.DoesNotFit as error:
+    return Refusal(
+      topology.name, layout, shown, str(error), error.needs, error.has
+    )
+  except ValueError as error:
+    return Refusal(topology.name, layout, shown, str(error))
+
+
+def changed_config(
+  config: config_lib.Config, changes: dict[str, Any]
+) -> config_lib.Config:
+  """Returns a copy with other values; names begin with "config."."""
+  changed = copy.deepcopy(config)
+  with changed.unlocked(), changed.ignore_type():
+    for name, value in changes.items():
+      *path, last = name.split(".")[1:]
+      section = changed
+      for each in path:
+        section = section[each]
+      section[last] = value
+  return changed
+
+
+def _steps(
+  config: config_lib.Config, changes: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+  """Yields what may be tried next to a config with these changes."""
+  now = changed_config(config, changes)
+  for count in (2 * now.train.microbatches, now.train.microbatches // 2):
+    if count and now.data.batch_size % count == 0:
+      yield {"config.train.microbatches": count}
+  for name in ("moe", "hierarchical_moe"):
+    if name not in now.model:
+      continue
+    layer, path = now.model[name], f"config.model.{name}"
+    size = layer.get("group_size")
+    if size:
+      yield {f"{path}.group_size": 2 * size}
+      if size % 2 == 0:
+        yield {f"{path}.group_size": size // 2}
+    inner = layer.get("secondary")
+    if inner is not None:
+      layer, path = inner, f"{path}.secondary"
+    yield {f"{path}.recompute": not layer.get("recompute", False)}
+    if layer.get("capacity_factor", 1.25) != 1.0:
+      yield {f"{path}.capacity_factor": 1.0}

@@ -1,0 +1,114 @@
+"""What a config describes, on devices: shapes, and the step compiled of them.
+
+Training runs the program, planning only looks at it: nothing is allocated.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from moejax import config as config_lib
+from moejax import placement, sharding
+from moejax.training import optim, processes, state, step
+
+
+class Parts(NamedTuple):
+  """What a config describes, on devices.
+
+  Attributes:
+    model: for the vocabulary.
+    schedule: of the learning rate.
+    tx: the update rule.
+    layout: where arrays lie.
+    mesh: of the devices.
+    where: a batch lies.
+    shapes: of a batch's arrays.
+    target: shapes, types and shardings of what training changes.
+  """
+
+  model: nn.Module
+  schedule: optim.Schedule
+  tx: optim.Update
+  layout: sharding.Layout
+  mesh: jax.sharding.Mesh
+  where: jax.sharding.Sharding
+  shapes: Mapping[str, jax.ShapeDtypeStruct]
+  target: state.TrainState
+
+
+def build(
+  config: config_lib.Config,
+  vocab_size: int,
+  devices: Sequence[jax.Device] | None = None,
+) -> Parts:
+  """Builds what a config describes.
+
+  Args:
+    config: plain values, see configs/.
+    vocab_size: words of the vocabulary.
+    devices: those at hand by default; they need not be there at all.
+
+  Raises:
+    ValueError: a value that cannot be used, or that does not divide over the
+      devices.
+  """
+  model = config_lib.model(config, vocab_size)
+  schedule, tx = config_lib.optimizer(config)
+  layout = config_lib.layout(config)
+  mesh = sharding.make_mesh(layout, devices)
+  where = placement.batch_sharding(layout, mesh, config.data.batch_size)
+  shapes = config_lib.batch_shapes(config)
+  target = state.target(model, tx, shapes, layout, mesh)
+  return Parts(model, schedule, tx, layout, mesh, where, shapes, target)
+
+
+def sizes(params: Any) -> tuple[int, int]:
+  """Returns the number of all parameters, and without embedding and softmax.
+
+  The latter is the paper's number, but for biases.
+  """
+
+  def size(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+  inner = {n: p for n, p in params.items() if n not in ("embed", "head")}
+  return size(params), size(inner)
+
+
+def lower(config: config_lib.Config, parts: Parts) -> jax.stages.Lowered:
+  """Lowers the step (state, batch, votes) -> (state, metrics).
+
+  The first argument is donated. The votes are those of `processes.vote`, which
+  the step brings together in the metric "asked".
+  """
+  aux_weights, aux_scope = config_lib.aux(config)
+  options = config_lib.train(config)
+
+  def run(current, batch, asked):
+    current, measured = step.train_step(
+      current,
+      batch,
+      model=parts.model,
+      tx=parts.tx,
+      aux_weights=aux_weights,
+      aux_scope=aux_scope,
+      seed=config.seed,
+      microbatches=options.microbatches,
+      balance_over=options.balance_over,
+    )
+    return current, measured | {"asked": asked.max()}
+
+  step_fn = jax.jit(
+    run,
+    out_shardings=(state.shardings(parts.target), None),
+    donate_argnums=0,
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parts.where)
+    for name, a in parts.shapes.items()
+  }
+  with sharding.use(parts.layout, parts.mesh):
+    return step_fn.lower(parts.target, batch, processes.votes(parts.mesh))
