@@ -165,7 +165,9 @@ def _moved(program: Program, op: Op) -> int:
   """Returns the bytes that an instruction reads and writes."""
   if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")):
     return 0
-  if re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"', op.rest):
+  is_fusion = op.opcode == "fusion"
+  made_by = program[hlo.called(op)[0]].root if is_fusion else op
+  if re.search(_NOTHING, made_by.rest):
     return 0
   reads = (
     min(_in_memory(operand.shape), _read(program, op, place))
@@ -180,6 +182,8 @@ def _in_memory(shape: str) -> int:
 
 def _read(program: Program, op: Op, place: int) -> int:
   """Returns how many bytes of an operand an instruction looks at."""
+  if _is_unfinished(op) or _DONE in op.rest:
+    return 0
   kind = op.opcode.removesuffix("-start")
   operands = hlo.operands(op)
   if kind in _SLICES and place == 0:
@@ -202,7 +206,7 @@ def _looked_at(program: Program, op: Op) -> int:
   for user, place in op.within.users[op.name]:
     if user.opcode in _VIEWS:
       total += _looked_at(program, user)
-    else:
+    elif user.opcode != "tuple":
       total += _read(program, user, place)
   return min(hlo.size(op.shape), total)
 
@@ -229,6 +233,10 @@ def _changes(program: Program, op: Op) -> list[tuple[Op, int] | None]:
   """
   kind = op.opcode.removesuffix("-start")
   operands = hlo.operands(op)
+  if kind == "parameter":
+    return [(op, 0)]
+  if _is_unfinished(op):
+    return [(operands[0], 0)]
   if kind in _IN_PLACE:
     base, change = (operands[place] for place in _IN_PLACE[kind])
     return [(base, hlo.size(change.shape))]
@@ -256,6 +264,21 @@ def _outside(
   return operands[place], changed
 
 
+def _is_unfinished(op: Op) -> bool:
+  """Whether a collective goes on in a later fusion, where it counts.
+
+  A TPU spreads one over several fusions and rounds of loops, each of which
+  takes and returns all of it.
+  """
+  if 'chain_id="' not in op.rest:
+    return False
+  return not any(_DONE in user.rest for user, _ in op.within.users[op.name])
+
+
+_DONE = 'custom_call_target="AsyncCollectiveDone"'
+_NOTHING = (
+  r'custom_call_target="(AllocateBuffer|AsyncCollectiveStart|ConcatBitcast)"'
+)
 # Instructions that only say what is where, or that others run for.
 _FREE = (
   "add-dependency",

@@ -325,6 +325,69 @@ def test_what_is_kept_on_the_chip_costs_nothing():
   assert outside.bytes == 4 * (2 * 8 * 6 + 2 * 6 + 1)
 
 
+SPREAD = """HloModule jit_f, num_partitions=2
+
+%begin (a: f32[4,8]) -> (f32[4,8], f32[8,8], s32[2]) {
+  %a = f32[4,8]{1,0} parameter(0)
+  %ag = f32[8,8]{1,0} all-gather(%a), channel_id=1, \
+replica_groups=[1,2]<=[2], frontend_attributes={chain_id="1"}
+  ROOT %open = (f32[4,8]{1,0}, f32[8,8]{1,0}, s32[2]{0:S(4)}) \
+custom-call(%ag), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (b: f32[4,8], c: f32[8,8], f: s32[2], d: f32[8,8], e: f32[8,8]) -> \
+(f32[8,8], f32[4,8], f32[8,8], f32[8,8], s32[2]) {
+  %b = f32[4,8]{1,0} parameter(0)
+  %c = f32[8,8]{1,0} parameter(1)
+  %f = s32[2]{0:S(4)} parameter(2)
+  %d = f32[8,8]{1,0} parameter(3)
+  %e = f32[8,8]{1,0} parameter(4)
+  %ag.1 = f32[8,8]{1,0} all-gather(%b), channel_id=2, \
+replica_groups=[1,2]<=[2], frontend_attributes={chain_id="1"}
+  %product = f32[8,8]{1,0} convolution(%d, %e), dim_labels=bf_io->bf
+  ROOT %all = (f32[8,8]{1,0}, f32[4,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}, \
+s32[2]{0:S(4)}) tuple(%product, %b, %c, %ag.1, %f)
+}
+
+%end (g: f32[4,8], h: f32[8,8], i: s32[2]) -> f32[8,8] {
+  %g = f32[4,8]{1,0} parameter(0)
+  %h = f32[8,8]{1,0} parameter(1)
+  %i = s32[2]{0:S(4)} parameter(2)
+  %ag.2 = f32[8,8]{1,0} all-gather(%g), channel_id=1, \
+replica_groups=[1,2]<=[2], frontend_attributes={chain_id="1"}
+  ROOT %close = f32[8,8]{1,0} custom-call(%g, %h, %ag.2, %i), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[4,8], y: f32[8,8], z: f32[8,8]) -> (f32[8,8], f32[8,8]) {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  %z = f32[8,8]{1,0} parameter(2)
+  %s = (f32[4,8]{1,0}, f32[8,8]{1,0}, s32[2]{0:S(4)}) fusion(%x), \
+kind=kCustom, calls=%begin
+  %s.0 = f32[4,8]{1,0} get-tuple-element(%s), index=0
+  %s.1 = f32[8,8]{1,0} get-tuple-element(%s), index=1
+  %s.2 = s32[2]{0:S(4)} get-tuple-element(%s), index=2
+  %m = (f32[8,8]{1,0}, f32[4,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}, \
+s32[2]{0:S(4)}) fusion(%s.0, %s.1, %s.2, %y, %z), kind=kOutput, \
+calls=%meanwhile
+  %m.0 = f32[8,8]{1,0} get-tuple-element(%m), index=0
+  %m.1 = f32[4,8]{1,0} get-tuple-element(%m), index=1
+  %m.3 = f32[8,8]{1,0} get-tuple-element(%m), index=3
+  %m.4 = s32[2]{0:S(4)} get-tuple-element(%m), index=4
+  %gathered = f32[8,8]{1,0} fusion(%m.1, %m.3, %m.4), kind=kCustom, calls=%end
+  ROOT %t = (f32[8,8]{1,0}, f32[8,8]{1,0}) tuple(%m.0, %gathered)
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once():
+  """Half a matrix is read and a whole one written; a product of others."""
+  found = work.read(SPREAD)
+  assert found.flops == 2 * 8**3
+  assert found.bytes == 4 * (4 * 8 + 8 * 8) + 3 * 4 * 8 * 8
+
+
 def test_walk_goes_into_everything():
   """What runs within others, and what does so alone."""
   runs = list(hlo.walk(hlo.parse(ON_CHIP)))
