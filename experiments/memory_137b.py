@@ -59,7 +59,7 @@ def rows(quick: bool) -> Iterator[harness.Row]:
 def needs(outcome: search.Outcome) -> harness.Row:
   """Returns the memory of one chip, as far as it is known."""
 
-  def giga(number: float | None) -> Any:
+  def giga(number: int | None) -> Any:
     return number and round(number / 1e9, 2)
 
   if isinstance(outcome, search.Refusal):

@@ -136,7 +136,7 @@ def _cells(outcome: Outcome) -> dict[str, str]:
     "needs": _bytes(memory.needs),
     "has": _bytes(memory.has) if memory.has else "?",
     "fits": "yes" if memory.fits else "no",
-    "FLOP of a device": _with_unit(outcome.flops, ""),
+    "FLOP of a device": _with_unit(float(outcome.flops), ""),
     "over the model's": f"{outcome.flops / outcome.model_flops:.2f}",
   }
   if estimate:
@@ -167,15 +167,15 @@ def _exchanges(plan: Plan) -> list[list[str]]:
       kind,
       axes,
       f"{times:,}",
-      _bytes(sent / times),
+      _bytes(sent // times),
       _bytes(sent),
     ]
     for (kind, axes), (times, sent) in ordered
   ]
 
 
-def _bytes(number: float) -> str:
-  return _with_unit(number, "B")
+def _bytes(number: int) -> str:
+  return _with_unit(float(number), "B")
 
 
 def _with_unit(number: float, unit: str) -> str:

@@ -19,7 +19,7 @@ def made_up(config, vocab_size, topology, changes):
   seconds = 1 + 0.1 * count + 0.3 * moe.recompute + 0.2 * moe.capacity_factor
   seconds += 0.5 * (layout != "expert") + 64 / moe.group_size
   if needs > 100e9:
-    raise plan.DoesNotFit("too large", needs, 16e9)
+    raise plan.DoesNotFit("too large", int(needs), int(16e9))
   memory = plan.Memory(0, 0, int(needs), int(16e9))
   estimate = plan.Estimate(0.0, seconds, 0.0)
   return plan.Plan(
