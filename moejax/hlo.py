@@ -50,6 +50,10 @@ class Computation:
 
 # The entry is "".
 Program = Mapping[str, Computation]
+# Numbers among the elements of the tuple that a computation takes, by place.
+_Known = Mapping[int, int]
+# An element of that tuple, or None of them, plus a number.
+_Value = tuple[int | None, int]
 
 
 class Run(NamedTuple):
@@ -178,7 +182,7 @@ def _walk(
   times: int,
   is_bounded: bool,
   is_alone: bool,
-  known: "_Known",
+  known: _Known,
 ) -> Iterator[Run]:
   """Yields what runs of a computation, given the numbers that it takes."""
   for op in computation.ops.values():
@@ -204,11 +208,6 @@ _CALLS = ("while", "conditional", "call", "async-start", "call-start")
 
 # -- how often a loop goes round ----------------------------------------------
 
-# Numbers among the elements of the tuple that a computation takes, by place.
-_Known = Mapping[int, int]
-# An element of that tuple, or None of them, plus a number.
-_Value = tuple[int | None, int]
-
 
 def _loop(
   program: Program, op: Op, known: _Known
@@ -222,10 +221,8 @@ def _loop(
     program[re.search(rf"{part}=%([\w.-]+)", op.rest)[1]]
     for part in ("condition", "body")
   )
-  first, after = (
-    _numbers(program, operands(op)[0]),
-    _numbers(program, body.root),
-  )
+  first = _numbers(program, operands(op)[0])
+  after = _numbers(program, body.root)
   start = {i: _number(value, known) for i, value in first.items()}
   start = {i: number for i, number in start.items() if number is not None}
   same = {i: n for i, n in start.items() if after.get(i) == (i, 0)}
