@@ -202,9 +202,24 @@ def _looked_at(program: Program, op: Op) -> int:
   for user, place in op.within.users[op.name]:
     if user.opcode in _VIEWS:
       total += _looked_at(program, user)
-    else:
+    elif not _is_passed_on(user, op):
       total += _read(program, user, place)
   return min(hlo.size(op.shape), total)
+
+
+def _is_passed_on(user: Op, op: Op) -> bool:
+  """Says whether an array is in a fusion for the sake of a collective only.
+
+  A TPU has some go on beside the products of other instructions, fused with
+  them, a part at a time; their bytes count where they end.
+  """
+  everything = user.within.ops.values()
+  if not any(each.opcode in _COLLECTIVES for each in everything):
+    return False
+  ends = ("parameter", *_COLLECTIVES)
+  return user.opcode in _COLLECTIVES or (
+    user.opcode == "tuple" and op.opcode in ends
+  )
 
 
 def _written(program: Program, op: Op) -> int:
@@ -238,7 +253,12 @@ def _changes(program: Program, op: Op) -> list[tuple[Op, int] | None]:
     return [None]
   root = program[hlo.called(op)[0]].root
   roots = hlo.operands(root) if root.opcode == "tuple" else [root]
-  return [_outside(operands, _changes(program, each)) for each in roots]
+  return [
+    (each, 0)
+    if _is_passed_on(root, each)
+    else _outside(operands, _changes(program, each))
+    for each in roots
+  ]
 
 
 def _outside(
@@ -280,6 +300,7 @@ _IN_PLACE = {
   "scatter": (0, 2),
   "ragged-all-to-all": (1, 0),
 }
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter")
 # The same bytes, seen in another way.
 _VIEWS = ("bitcast", "reshape")
 _FLOPS = {
