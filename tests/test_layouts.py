@@ -42,21 +42,28 @@ TRAVELLING = 4 * D * E * CAPACITY * B // 8
 MASK = jnp.asarray(np.arange(B * L).reshape(B, L) % 7 > 0)
 BY_SLOTS = pytest.mark.parametrize("name", ["einsum", "gather"])
 EACH = pytest.mark.parametrize("name", [*dispatch.DISPATCH, "hierarchical"])
+TWO_LEVELS = ("hierarchical", "together")
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
 
 
 def layer(name, num_experts=E, group_size=L):
-  """E experts by a way of dispatch, or E groups of Q experts."""
+  """E experts by a way of dispatch, or E groups of Q experts.
+
+  "together": these route half of the groups of tokens as one.
+  """
   gate = router.NoisyTopK(num_experts, K)
   options = {"group_size": group_size, "capacity_factor": FACTOR}
-  if name == "hierarchical":
+  if name in TWO_LEVELS:
     within = moe.MoE(
       router.NoisyTopK(Q, K),
       experts.FeedForward(Q, F),
       capacity_factor=1.0,
       recompute=True,
     )
-    return moe.HierarchicalMoE(gate, within, **options)
+    together = B // 2 if name == "together" else 1
+    return moe.HierarchicalMoE(
+      gate, within, groups_together=together, **options
+    )
   return moe.MoE(
     gate,
     experts.FeedForward(num_experts, F),
@@ -83,7 +90,7 @@ def boxed(name):
       for key, leaf in zip(keys, leaves, strict=True)
     ]
   )
-  gate = tree["primary" if name == "hierarchical" else "router"]["gate"]
+  gate = tree["primary" if name in TWO_LEVELS else "router"]["gate"]
   kernel = gate["kernel"]
   gate["kernel"] = kernel.replace_boxed(kernel.value.at[:, 0].add(1))
   return tree
@@ -304,6 +311,18 @@ def test_tokens_travel_once_to_each_group_of_experts(layout):
 
 
 INVOLUNTARY = "Involuntary full rematerialization"
+
+
+@pytest.mark.parametrize("layout", ["expert", "data_expert", "expert_model"])
+def test_groups_of_tokens_that_are_together_exchange_no_more(layout):
+  """At the second level; and all is what it is on one device."""
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
+  got = on_all_devices(layout, "together")
+  jax.tree.map(close, got.result, on_one_device("together"))
+  apart = on_all_devices(layout, "hierarchical")
+  assert moves(got.found) == moves(apart.found)
+  assert sums(got.found) == sums(apart.found)
+  assert INVOLUNTARY not in got.warnings
 
 
 @ALL
