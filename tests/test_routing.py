@@ -202,11 +202,12 @@ def test_joined_groups_stay_where_they_lie():
 
 @pytest.mark.parametrize("number", [4, 8])
 def test_groups_that_are_together_stay_where_they_lie(number):
-  """But for their sums."""
-  decision = make_level(0, 8, E, (8, E), picks=True)
-  decision = drop(decision._replace(thresholds=None, bias=None))
+  """Their losses cost sums."""
+  decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
 
-  def fn(decision):
-    return routing.together(decision, number)
+  def judge(decision):
+    decision = routing.together(drop(decision), number)
+    values = [loss(decision) for loss in losses.LOSSES.values()]
+    return values, losses.balance(decision)
 
-  assert not moved(fn, decision, "group")
+  assert not moved(judge, decision, "group")
