@@ -38,6 +38,8 @@ from moejax import cost
 
 SEED = 0
 STEPS = 2400
+# Of 64 words: so that an expert of MoE-256 is sent 256 words a batch.
+BATCH_SIZE = 256
 # The files of configs/lm1b, and the perplexity of Table 7 after 10 epochs.
 PAPER = {
   "four_lstm_512": 46.0,
@@ -79,7 +81,7 @@ def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
     # A group on each of eight devices, should there be as many.
     training.regroup(config, tokens_of_batch(config) // 8)
   with training.folder("curves", quick) as runs:
-    run = training.train(config, runs / f"{name}_{smaller}")
+    run = training.train(config, runs / f"{name}_{smaller}_{BATCH_SIZE}")
   return {"model": name, **report(config, run)}
 
 
@@ -102,6 +104,7 @@ def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
   with config.unlocked():
     del config.model
     config.model = model
+  config.data.batch_size = BATCH_SIZE
   training.regroup(config, tokens_of_batch(config))
   config.train.update({"steps": STEPS, "eval_every": STEPS // 2})
   config.seed = SEED

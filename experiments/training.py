@@ -52,10 +52,15 @@ def load(name: str) -> config_lib.Config:
 
 
 def regroup(config: config_lib.Config, tokens: int) -> None:
-  """Makes groups of so many tokens, of whichever mixture the model has."""
+  """Makes groups of so many tokens, of whichever mixture the model has.
+
+  Each is one at the second level too, if there is one.
+  """
   for name in ("moe", "hierarchical_moe"):
     if name in config.model:
       config.model[name].group_size = tokens
+      if "groups_together" in config.model[name]:
+        config.model[name].groups_together = 1
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moejax import dispatch as dispatch_lib
 from moejax import routing as routing_lib
@@ -111,14 +111,23 @@ class HierarchicalMoE(nn.Module):
 
   The one Routing it leaves speaks of all experts, expert j of group i being
   i * Q + j: importance is eq. 13, load becomes eq. 14 in `losses`. Tokens that
-  found their group full have no secondary gates and count in neither.
+  found their group full have no secondary gates and count in neither. Groups of
+  tokens that are together at the second level are one group in it, whose
+  balance by itself is that of scope "group".
 
   Attributes:
     primary: router between the P groups.
     secondary: the mixture within a group of Q experts; every group has its own
-      weights. It splits into no groups: its tokens are those that one group of
-      tokens sent to one group of experts.
+      weights. It splits into no groups: its tokens are those that
+      `groups_together` groups of tokens sent to one group of experts.
     group_size: S, tokens routed together at the first level.
+    groups_together: how many groups of tokens that follow each other are one
+      for the secondary mixtures. What they sent lies on one device, so that it
+      costs no exchange. An expert has slots for all of them, which go to the
+      first choices, then the second; among these to those of earlier groups.
+      Where groups are small for their experts this saves slots, as there are 4
+      at least. Data replicas of the experts keep to their own tokens: what it
+      leaves of groups must divide over them.
     capacity_factor: a group's slots over its mean load in training. Those of
       `secondary` multiply with it.
     eval_capacity_factor: the same in evaluation.
@@ -128,6 +137,7 @@ class HierarchicalMoE(nn.Module):
   primary: nn.Module
   secondary: MoE
   group_size: int | None = None
+  groups_together: int = 1
   capacity_factor: float | None = 1.25
   eval_capacity_factor: float | None = 2.0
   dispatch: str = "gather"
@@ -166,7 +176,13 @@ class HierarchicalMoE(nn.Module):
     ids: Int[Array, "G S"] | None,
   ) -> tuple[Float[Array, "G S D"], Routing]:
     """Mixes tokens that are in groups; reports nothing but what it returns."""
-    num_groups = self.primary.num_experts
+    num_groups, together = self.primary.num_experts, self.groups_together
+    if together < 1 or x.shape[0] % together:
+      raise ValueError(
+        f"groups_together {together} does not divide the {x.shape[0]} groups of"
+        f" {x.shape[1]} tokens that a batch, or a microbatch, has; choose one"
+        " that does, or other microbatches."
+      )
     routing = self.primary(x, train=train, mask=mask, ids=ids)
     # Else the losses, whose sums lie with the groups of experts, would have
     # every device count the edges of all.
@@ -180,15 +196,16 @@ class HierarchicalMoE(nn.Module):
     trip = dispatch_lib.depart(
       self.dispatch, x, routing.assignment, num_groups, capacity
     )
-    (rows,), (real,), (gate,) = trip[:3]
+    shape = trip.gate[0].shape
+    rows, real, gate = (_side_by_side(slots, together) for (slots,) in trip[:3])
     mix = sharding.over_experts(
       lambda secondary, rows, real: secondary.mix(rows, train, real, None),
       num_groups,
     )
     y, inner = mix(self.secondary, rows, real)
-    return trip.home([y]), _flatten(
-      _count_dropped(routing, capacity), inner, gate
-    )
+    routing = _count_dropped(routing, capacity)
+    routing = routing_lib.together(routing, together)
+    return trip.home([y.reshape(*shape, -1)]), _flatten(routing, inner, gate)
 
 
 def _mix_in_groups(module, x, train, mask, ids):
@@ -293,6 +310,16 @@ def _count_dropped(routing: Routing, capacity: Capacity) -> Routing:
     dropped=jnp.maximum(routing.count - slots, 0),
     dropped_first=jnp.maximum(first - slots, 0),
   )
+
+
+def _side_by_side(
+  slots: Shaped[Array, "P G C ..."], together: int
+) -> Shaped[Array, "P _ _ ..."]:
+  """Puts the slots of every `together` groups of tokens side by side."""
+  P, G, C = slots.shape[:3]
+  slots = slots.reshape(P, G // together, together * C, *slots.shape[3:])
+  rest = (None,) * (slots.ndim - 2)
+  return sharding.constrain(slots, "expert", "group_away", *rest)
 
 
 def _flatten(

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax import moves, sharding
+from moejax import routing as routing_lib
 from moejax import seats as seats_lib
 from moejax.moves import ExpertFn
 from moejax.routing import Assignment
@@ -118,7 +119,7 @@ def _in_line(
     room: rows to set aside, no fewer than used edges.
   """
   G, S, D = x.shape
-  one = seats_lib.merge(assignment, S)
+  one = routing_lib.merge(assignment, S)
   line = seats_lib.line_up(one.expert, num_experts)
   rank = jnp.arange(room, dtype=jnp.int32)
   seats = Seats(

@@ -52,9 +52,10 @@ class Routing(NamedTuple):
     dropped: the edges that capacity turned away; the layer fills it in.
     dropped_first: those of `dropped` that were their token's first choice.
     primary: the decision between P groups of experts, where this one was made
-      within them (app. B). Sums, thresholds and biases are then those of the
-      experts of all groups, flat; assignment, logits and mask are each group's
-      own, side by side: no mesh could split P and G as one axis.
+      within them (app. B), about the same groups of tokens. Sums, thresholds
+      and biases are then those of the experts of all groups, flat; assignment,
+      logits and mask are each group's own, side by side: no mesh could split P
+      and G as one axis.
   """
 
   assignment: Assignment
@@ -130,6 +131,60 @@ def decision(
     load=count,
     count=count,
     mask=mask,
+  )
+
+
+def merge(assignment: Assignment, num_tokens: int) -> Assignment:
+  """Makes one group, without its axis, of all."""
+  G = assignment.expert.shape[0]
+  if assignment.token is None:
+    # Choices stay outermost, as tokens that choose have it.
+    return Assignment(
+      *(
+        a.reshape(G, -1, num_tokens).swapaxes(0, 1).reshape(-1)
+        for a in assignment[:2]
+      )
+    )
+  first = num_tokens * jnp.arange(G, dtype=jnp.int32)[:, None]
+  # A token out of range must not become one of the next group.
+  token = jnp.where(
+    assignment.token < num_tokens, assignment.token + first, G * num_tokens
+  )
+  return Assignment(
+    *(a.reshape(-1) for a in (assignment.expert, assignment.gate, token))
+  )
+
+
+def together(routing: Routing, number: int) -> Routing:
+  """Makes one group of every `number` that follow each other.
+
+  It has the tokens, edges and sums of all. Tokens stay on the device where they
+  lie, whether it had the whole group or has a part of it now.
+  """
+  S = routing.logits.shape[1]
+
+  def add(value):
+    if value is None:
+      return None
+    return value.reshape(-1, number, value.shape[1]).sum(axis=1)
+
+  def in_a_row(value):
+    if value is None:
+      return None
+    return value.reshape(-1, number * S, *value.shape[2:])
+
+  edges = jax.tree.map(
+    lambda value: value.reshape(-1, number, value.shape[1]), routing.assignment
+  )
+  return routing._replace(
+    assignment=jax.vmap(lambda each: merge(each, S))(edges),
+    logits=in_a_row(routing.logits),
+    importance=add(routing.importance),
+    load=add(routing.load),
+    count=add(routing.count),
+    mask=in_a_row(routing.mask),
+    dropped=add(routing.dropped),
+    dropped_first=add(routing.dropped_first),
   )
 
 

@@ -176,24 +176,3 @@ def drop(assignment: Assignment, blocks: Sequence[Block]) -> Assignment:
     return jnp.where(position < capacity_of[expert], expert, num_experts)
 
   return assignment._replace(expert=jax.vmap(one_group)(assignment.expert))
-
-
-def merge(assignment: Assignment, num_tokens: int) -> Assignment:
-  """Makes one group, without its axis, of all."""
-  G = assignment.expert.shape[0]
-  if assignment.token is None:
-    # Choices stay outermost, as tokens that choose have it.
-    return Assignment(
-      *(
-        a.reshape(G, -1, num_tokens).swapaxes(0, 1).reshape(-1)
-        for a in assignment[:2]
-      )
-    )
-  first = num_tokens * jnp.arange(G, dtype=jnp.int32)[:, None]
-  # A token out of range must not become one of the next group.
-  token = jnp.where(
-    assignment.token < num_tokens, assignment.token + first, G * num_tokens
-  )
-  return Assignment(
-    *(a.reshape(-1) for a in (assignment.expert, assignment.gate, token))
-  )

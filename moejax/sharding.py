@@ -192,6 +192,9 @@ def constrain(x: Array, *axes: str | None) -> Array:
 _SET_BY = {
   "batch": "choose batch_size, and microbatches, so that the rows are",
   "group": "choose group_size, and the batch, so that the number of groups is",
+  "group_away": (
+    "choose a smaller groups_together, so that the groups it leaves are"
+  ),
   "expert": "choose num_experts",
 }
 

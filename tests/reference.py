@@ -275,8 +275,9 @@ class TwoLevels(NamedTuple):
   """What P groups of Q experts decide for one group of tokens.
 
   Attributes:
-    primary: G_primary, between the groups.
-    sent: X^(i), the tokens that group i has room for: first come, first served.
+    primary: G_primary, between the groups; its edges are those they had room
+      for (see `together`).
+    sent: X^(i), the tokens of these edges.
     secondary: G_i, of group i about these tokens, in this order.
     gates: G_primary(x)_i G_i(x)_j, zero where x is not in X^(i) [S, P, Q].
     seats: 1 where E_ij has room for x too, else 0 [S, P, Q].
@@ -289,23 +290,38 @@ class TwoLevels(NamedTuple):
   seats: np.ndarray
 
 
-def two_levels(primary, decide, capacity=None, inner_capacity=None):
+def two_levels(primary, decide, capacity=None):
   """`decide(i, tokens)` is the decision of group i about those sent to it."""
   sent = [[] for _ in primary.gates[0]]
-  has_seat = seated(primary.edges, capacity)
-  for (s, i, _), stays in zip(primary.edges, has_seat, strict=True):
-    if stays:
-      sent[i].append(s)
+  for s, i, _ in primary.edges:
+    sent[i].append(s)
   secondary = [decide(i, tokens) for i, tokens in enumerate(sent)]
   shape = (*primary.gates.shape, secondary[0].gates.shape[1])
   gates, seats = np.zeros(shape), np.zeros(shape)
   for i, inner in enumerate(secondary):
-    has_seat = seated(inner.edges, inner_capacity)
+    has_seat = seated(inner.edges, capacity)
     for (row, j, gate), stays in zip(inner.edges, has_seat, strict=True):
       s = sent[i][row]
       gates[s, i, j] = primary.gates[s, i] * gate
       seats[s, i, j] = stays
   return TwoLevels(primary, sent, secondary, gates, seats)
+
+
+def together(decisions, capacity=None):
+  """Makes one of the decisions of groups of tokens, in turn.
+
+  Its edges are those that have a seat in their group; its sums are of all.
+  """
+  edges = []
+  for i, each in enumerate(decisions):
+    first = i * len(each.gates)
+    has_seat = seated(each.edges, capacity)
+    for (s, e, gate), stays in zip(each.edges, has_seat, strict=True):
+      if stays:
+        edges.append((first + s, e, gate))
+  gates = np.concatenate([each.gates for each in decisions])
+  sums = [sum(each[i] for each in decisions) for i in (2, 3, 4)]
+  return Decision(gates, edges, *sums)
 
 
 def two_level_mixture(x, levels, expert):

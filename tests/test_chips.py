@@ -14,15 +14,23 @@ B, S, D, F, E, Q, K = 8, 64, 256, 2048, 8, 4, 2
 # The bytes of the routed tokens that one chip has, in bfloat16.
 WAY = 2 * K * S * D
 NAMES = ("einsum", "gather", "ragged", "hierarchical")
+SPLIT = ("expert", "data_expert", "expert_model")
+# Two levels, whose secondary mixtures route half of all tokens as one.
+TOGETHER = "hierarchical, together"
 
 
 def layer(name):
   """By slots without one to spare; ragged, without any."""
-  feed_forward = experts.FeedForward(Q if name == "hierarchical" else E, F)
-  if name == "hierarchical":
+  two_levels = "hierarchical" in name
+  feed_forward = experts.FeedForward(Q if two_levels else E, F)
+  if two_levels:
     within = moe.MoE(router.TopK(Q, K), feed_forward, capacity_factor=1.0)
     return moe.HierarchicalMoE(
-      router.TopK(E, K), within, group_size=S, capacity_factor=1.0
+      router.TopK(E, K),
+      within,
+      group_size=S,
+      groups_together=B // 2 if name == TOGETHER else 1,
+      capacity_factor=1.0,
     )
   return moe.MoE(
     router.TopK(E, K),
@@ -62,12 +70,12 @@ def expected(layout, name):
 
   The weights' gradients come in float32 from sorted rows.
   """
-  matrix = 2 * E * D * F * (Q if name == "hierarchical" else 1)
+  matrix = 2 * E * D * F * (Q if "hierarchical" in name else 1)
   slope = 2 * matrix if name == "ragged" else matrix
   ways = 4 * [("all-to-all", WAY, ("expert",))]
   copies = 2 * [("all-gather", 2 * WAY, ("model",))]
   # The choices of all experts of a group of experts come back, each by itself.
-  sums = 2 * WAY * (K if name == "hierarchical" else 1)
+  sums = 2 * WAY * (K if "hierarchical" in name else 1)
   copies += 2 * [("all-reduce", sums, ("model",))]
   if name == "ragged":
     # Room for whatever comes: all the tokens of those that share the experts.
@@ -87,8 +95,11 @@ def expected(layout, name):
   return sorted(found[layout])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", sharding.LAYOUTS)
+@pytest.mark.parametrize(
+  "layout, name",
+  [(layout, name) for layout in sharding.LAYOUTS for name in NAMES]
+  + [(layout, TOGETHER) for layout in SPLIT],
+)
 def test_layout_on_chips_sends_tokens_or_weights_and_nothing_else(layout, name):
   """And sums of the router's gradients, and which slots are taken."""
   found = [each for each in gradient(layout, name) if each.bytes >= WAY]

@@ -30,6 +30,7 @@ class Case(NamedTuple):
     masked: whether there is padding.
     dispatch: how rows travel to groups, and within them.
     recompute: whether the experts run again in the backward pass.
+    together: groups of tokens that are one at the second level.
   """
 
   train: bool = True
@@ -39,6 +40,7 @@ class Case(NamedTuple):
   masked: bool = True
   dispatch: tuple[str, str] = ("gather", "auto")
   recompute: bool = False
+  together: int = 1
 
   def layer(self):
     gate = router.Balanced if self.strict else router.NoisyTopK
@@ -55,7 +57,7 @@ class Case(NamedTuple):
       **inner,
     )
     return moe.HierarchicalMoE(
-      gate(P, K), secondary, group_size=S, dispatch=travels, **outer
+      gate(P, K), secondary, S, self.together, dispatch=travels, **outer
     )
 
   @property
@@ -72,6 +74,10 @@ CASES = {
   ),
   "strict": Case(strict=True, factors=(1.0, 1.0), capacities=(5, 4)),
   "thresholds": Case(train=False, strict=True, factors=(0.6, 0.5)),
+  "together": Case(together=G),
+  "strict together": Case(
+    strict=True, factors=(1.0, 1.0), capacities=(5, 5), together=G
+  ),
 }
 ALL = pytest.mark.parametrize("name", CASES)
 
@@ -156,12 +162,17 @@ def decide(case, router, rows, noise, mask=None):
   return reference.noisy_top_k(logits, noise, std, K, mask)
 
 
+def in_joint_groups(case, x):
+  """Rows of tokens, by the groups of the second level."""
+  return np.asarray(x).reshape(-1, case.together * S, *x.shape[2:])
+
+
 def of_group(tree, i):
   return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 def in_loops(case, at, noise=None, inner_noise=None):
-  """Returns y and what was decided about each group of tokens."""
+  """Returns y and what was decided about each group of the second level."""
   inner = at["secondary"]["router"]
   expert = reference.feed_forward(
     {
@@ -169,19 +180,24 @@ def in_loops(case, at, noise=None, inner_noise=None):
       for name, w in at["secondary"]["experts"].items()
     }
   )
-  y, found = [], []
+  primary = []
   for g, rows in enumerate(at["x"]):
-
-    def in_group(i, tokens, g=g, rows=rows):
-      drawn = inner_noise and inner_noise[g][i][: len(tokens)]
-      return decide(case, of_group(inner, i), rows[tokens], drawn)
-
     drawn = None if noise is None else noise[g]
     mask = np.asarray(MASK)[g] if case.masked else None
-    primary = decide(case, at["primary"], rows, drawn, mask)
-    found.append(reference.two_levels(primary, in_group, *case.capacities))
+    primary.append(decide(case, at["primary"], rows, drawn, mask))
+  outer, within = case.capacities
+  y, found = [], []
+  for h, rows in enumerate(in_joint_groups(case, at["x"])):
+
+    def in_group(i, tokens, h=h, rows=rows):
+      drawn = inner_noise and inner_noise[h][i][: len(tokens)]
+      return decide(case, of_group(inner, i), rows[tokens], drawn)
+
+    first = h * case.together
+    joint = reference.together(primary[first : first + case.together], outer)
+    found.append(reference.two_levels(joint, in_group, within))
     y.append(reference.two_level_mixture(rows, found[-1], expert))
-  return np.stack(y), found
+  return np.concatenate(y).reshape(at["x"].shape), found
 
 
 def recover_noise(case, at, routing):
@@ -189,17 +205,19 @@ def recover_noise(case, at, routing):
   if case.strict or not case.train:
     return None, None
   logits, std = logits_and_std(at["primary"], at["x"])
-  noise = (np.asarray(routing.primary.logits, np.float64) - logits) / std
+  noisy = np.asarray(routing.primary.logits, np.float64)
+  noise = (noisy.reshape(logits.shape) - logits) / std
   # Who is sent where does not depend on what is drawn there.
-  none_yet = [[np.zeros((S, Q))] * P] * G
+  none_yet = [[np.zeros((G * S, Q))] * P] * G
   _, found = in_loops(case, at, noise, none_yet)
-  noisy = np.asarray(routing.logits, np.float64).reshape(P, G, -1, Q)
-  inner = [[None] * P for _ in range(G)]
-  for g, levels in enumerate(found):
+  noisy = np.asarray(routing.logits, np.float64)
+  real, x = np.asarray(routing.mask), in_joint_groups(case, at["x"])
+  inner = [[None] * P for _ in found]
+  for h, levels in enumerate(found):
     for i, tokens in enumerate(levels.sent):
       gate = of_group(at["secondary"]["router"], i)
-      logits, std = logits_and_std(gate, at["x"][g][tokens])
-      inner[g][i] = (noisy[i, g, : len(tokens)] - logits) / std
+      logits, std = logits_and_std(gate, x[h][tokens])
+      inner[h][i] = (noisy[i, h][real[i, h]] - logits) / std
   return noise, inner
 
 
@@ -212,16 +230,17 @@ def expected(case):
   return *in_loops(case, at, *noise), noise
 
 
-def threshold_loss(at, held, found):
+def threshold_loss(case, at, held, found):
   """Eq. 20, of both levels; but for the thresholds all is held fixed."""
-  x, inner = held["x"], held["secondary"]["router"]
+  x, inner = in_joint_groups(case, held["x"]), held["secondary"]["router"]
+  mask = in_joint_groups(case, MASK)
   total = 0
   for g, levels in enumerate(found):
     total += reference.threshold_loss(
       x[g] @ held["primary"]["gate"]["kernel"],
       np.exp(at["primary"]["log_thresholds"]),
       levels.primary.edges,
-      np.asarray(MASK)[g],
+      mask[g],
     )
     for i, tokens in enumerate(levels.sent):
       total += reference.threshold_loss(
@@ -240,7 +259,7 @@ def losses_in_loops(case, at, found):
   }
   if "threshold" in case.weights:
     held = in_float64(arguments(case))
-    values["threshold"] = threshold_loss(at, held, found)
+    values["threshold"] = threshold_loss(case, at, held, found)
   return values
 
 
@@ -264,6 +283,8 @@ def test_importance_and_load_are_eq_13_and_14(name):
   by_hand = losses_in_loops(case, in_float64(arguments(case)), found)
   assert values.keys() == by_hand.keys()
   jax.tree.map(close, values, by_hand)
+  each = [reference.cv_squared(reference.two_level_load([h])) for h in found]
+  close(losses.load(routing, "group"), np.mean(each))
 
 
 @ALL
@@ -277,13 +298,14 @@ def test_reports_what_each_level_dropped(name):
   for got, want in (
     (routing.primary.count, primary),
     (routing.primary.dropped, primary - sent),
-    (routing.mask.reshape(P, G, -1).sum(axis=-1).T, sent),
-    (routing.count, count.reshape(G, P * Q)),
-    (routing.dropped, (count - seats).reshape(G, P * Q)),
+    (routing.mask.sum(axis=-1).T, sent),
+    (routing.count, count.reshape(-1, P * Q)),
+    (routing.dropped, (count - seats).reshape(-1, P * Q)),
   ):
     np.testing.assert_array_equal(got, want)
   drops = (sent < primary).any(), (seats < count).any()
-  assert drops == (2 * (name not in ("drop-free", "strict"),))
+  none = ("drop-free", "strict", "strict together")
+  assert drops == (2 * (name not in none,))
 
 
 def test_strict_balance_gives_every_expert_the_same():
@@ -296,7 +318,9 @@ def test_strict_balance_gives_every_expert_the_same():
   assert values["load"] < 1e-10
 
 
-@pytest.mark.parametrize("name", ["training", "evaluation", "strict"])
+@pytest.mark.parametrize(
+  "name", ["training", "evaluation", "strict", "together"]
+)
 def test_gradient_of_the_whole_layer(name):
   """Task and balance losses, to all weights of both levels and to x."""
   case = CASES[name]

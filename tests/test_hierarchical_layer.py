@@ -6,6 +6,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
@@ -176,11 +177,13 @@ def make(kind, num_experts):
   return router.ROUTERS[kind](*args)
 
 
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("kind", router.ROUTERS)
-def test_every_router_serves_at_either_level(kind):
+def test_every_router_serves_at_either_level(kind, together):
   """But for ids, which do not travel: they are the primary's."""
   inner = "top_k" if kind == "hash" else kind
-  module = layer(make(kind, P), mixture(make(inner, Q)))
+  options = {"groups_together": together}
+  module = layer(make(kind, P), mixture(make(inner, Q)), **options)
 
   def run():
     variables = module.init(KEY, inputs(), ids=IDS)
@@ -189,16 +192,57 @@ def test_every_router_serves_at_either_level(kind):
   y, routing = jax.eval_shape(run)
   assert y.shape == (G, S, D)
   C = routing.logits.shape[2]
-  assert routing.logits.shape == (P, G, C, Q)
-  assert routing.mask.shape == (P, G, C)
+  assert routing.logits.shape == (P, G // together, C, Q)
+  assert routing.mask.shape == (P, G // together, C)
+  assert C % together == 0
   for name in ("importance", "load", "count", "dropped", "dropped_first"):
-    assert getattr(routing, name).shape == (G, P * Q)
-    assert getattr(routing.primary, name).shape == (G, P)
+    assert getattr(routing, name).shape == (G // together, P * Q)
+    assert getattr(routing.primary, name).shape == (G // together, P)
   learned = {"balanced": "thresholds", "sigmoid": "bias"}
   for name in ("thresholds", "bias"):
     vector = getattr(routing, name)
     assert (vector is not None) == (learned.get(kind) == name)
     assert vector is None or vector.shape == (P * Q,)
+
+
+def test_without_drops_groups_may_be_together_or_not():
+  """Value, gradient, losses of the batch and metrics are the same."""
+  weights = dict.fromkeys(("importance", "load", "switch_balance", "z"), 0.3)
+  free = {"capacity_factor": None}
+  within = mixture(router.TopK(Q, K), **free)
+  apart = layer(secondary=within, group_size=S // 2, **free)
+  params = draw(apart)
+
+  def score(at, module):
+    params, x = at
+    y, routing = apply(module, params, x, True, mask=MASK)
+    total, _ = losses.auxiliary(routing, weights)
+    return jnp.square(y).sum() + total, (y, losses.balance(routing))
+
+  @functools.partial(jax.jit, compiler_options=kinds.IN_HASTE)
+  def both(at):
+    run = jax.value_and_grad(score, has_aux=True)
+    return run(at, apart), run(at, apart.clone(groups_together=2))
+
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, *both((params, inputs())))
+
+
+def test_fewer_are_dropped_where_groups_are_together():
+  shape = groups, _ = 8, 16
+  within = mixture(router.TopK(Q, K), eval_capacity_factor=1.0)
+  apart = layer(secondary=within, group_size=16, eval_capacity_factor=None)
+  params, x = draw(apart, shape), jax.random.normal(KEY, (*shape, D))
+
+  @jax.jit
+  def dropped(params, x):
+    return [
+      losses.balance(apply(module, params, x)[1])["dropped_fraction"]
+      for module in (apart, apart.clone(groups_together=groups))
+    ]
+
+  alone, together = dropped(params, x)
+  assert together < 0.5 * alone
 
 
 def test_any_leading_axes():
@@ -221,6 +265,8 @@ def test_bfloat16_in_bfloat16_out():
   "module, message",
   [
     (layer(group_size=5), "group size 5 .* 16 tokens"),
+    (layer(groups_together=3), "groups_together 3 .* 2 groups of 8 tokens"),
+    (layer(groups_together=0), "groups_together 0 .* 2 groups"),
     (
       layer(secondary=mixture(group_size=4)),
       rf"group size 4 of the secondary .* now {S}",

@@ -42,6 +42,8 @@ TRAVELLING = 4 * D * E * CAPACITY * B // 8
 MASK = jnp.asarray(np.arange(B * L).reshape(B, L) % 7 > 0)
 BY_SLOTS = pytest.mark.parametrize("name", ["einsum", "gather"])
 EACH = pytest.mark.parametrize("name", [*dispatch.DISPATCH, "hierarchical"])
+# Layers of two levels, and how many groups of tokens are one at the second.
+TWO_LEVELS = {"hierarchical": 1, "half together": B // 2, "all together": B}
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
 
 
@@ -49,13 +51,14 @@ def layer(name, num_experts=E, group_size=L):
   """E experts by a way of dispatch, or E groups of Q experts."""
   gate = router.NoisyTopK(num_experts, K)
   options = {"group_size": group_size, "capacity_factor": FACTOR}
-  if name == "hierarchical":
+  if name in TWO_LEVELS:
     within = moe.MoE(
       router.NoisyTopK(Q, K),
       experts.FeedForward(Q, F),
       capacity_factor=1.0,
       recompute=True,
     )
+    options["groups_together"] = TWO_LEVELS[name]
     return moe.HierarchicalMoE(gate, within, **options)
   return moe.MoE(
     gate,
@@ -83,7 +86,7 @@ def boxed(name):
       for key, leaf in zip(keys, leaves, strict=True)
     ]
   )
-  gate = tree["primary" if name == "hierarchical" else "router"]["gate"]
+  gate = tree["primary" if name in TWO_LEVELS else "router"]["gate"]
   kernel = gate["kernel"]
   gate["kernel"] = kernel.replace_boxed(kernel.value.at[:, 0].add(1))
   return tree
@@ -304,6 +307,25 @@ def test_tokens_travel_once_to_each_group_of_experts(layout):
 
 
 INVOLUNTARY = "Involuntary full rematerialization"
+
+
+@pytest.mark.parametrize(
+  "layout, name",
+  [
+    ("expert", "all together"),
+    ("data_expert", "half together"),
+    ("expert_model", "all together"),
+  ],
+)
+def test_groups_of_tokens_that_are_together_exchange_no_more(layout, name):
+  """And all is what it is on one device."""
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
+  got = on_all_devices(layout, name)
+  jax.tree.map(close, got.result, on_one_device(name))
+  apart = on_all_devices(layout, "hierarchical")
+  assert moves(got.found) == moves(apart.found)
+  assert len(got.found) == len(apart.found)
+  assert INVOLUNTARY not in got.warnings
 
 
 @ALL

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decisions import CASES, make_level
+from decisions import CASES, drop, edges, make_level, make_mask
 
 from moejax import losses, routing
 from moejax.routing import Assignment
@@ -85,6 +85,49 @@ def test_per_expert_sums_edges_and_skips_unused_ones():
   )
 
 
+def test_merged_groups_keep_first_choices_first():
+  random = np.random.default_rng(2)
+  expert = random.integers(0, E + 1, (G, K * S)).astype("int32")
+  gate = random.random((G, K * S)).astype("float32")
+  got = routing.merge(Assignment(jnp.asarray(expert), jnp.asarray(gate)), S)
+  assert got.token is None
+  order = [(g, k * S + s) for k in range(K) for g in range(G) for s in range(S)]
+  np.testing.assert_array_equal(got.expert, [expert[at] for at in order])
+  np.testing.assert_array_equal(got.gate, [gate[at] for at in order])
+
+
+def test_merged_groups_keep_their_tokens():
+  random = np.random.default_rng(3)
+  expert = random.integers(0, E + 1, (G, 11)).astype("int32")
+  gate = random.random((G, 11)).astype("float32")
+  # The last of each group names no token at all.
+  token = random.integers(0, S, (G, 11)).astype("int32")
+  token[:, -1] = S
+  got = routing.merge(Assignment(*map(jnp.asarray, (expert, gate, token))), S)
+  np.testing.assert_array_equal(got.expert, expert.reshape(-1))
+  np.testing.assert_array_equal(got.gate, gate.reshape(-1))
+  want = [t + g * S if t < S else G * S for g in range(G) for t in token[g]]
+  np.testing.assert_array_equal(got.token, want)
+
+
+@pytest.mark.parametrize("picks", [False, True])
+def test_groups_that_are_together_are_one(picks):
+  """With the tokens, edges and sums of all."""
+  decision = drop(make_level(5, 4, E, (4, E), make_mask(5, 4, 1), picks))
+  got = jax.jit(routing.together, static_argnums=1)(decision, 2)
+  for name in ("importance", "load", "count", "dropped", "dropped_first"):
+    before = np.asarray(getattr(decision, name))
+    np.testing.assert_allclose(getattr(got, name), before[::2] + before[1::2])
+  S = decision.mask.shape[1]
+  np.testing.assert_array_equal(got.mask, decision.mask.reshape(2, 2 * S))
+  logits = decision.logits.reshape(2, 2 * S, E)
+  np.testing.assert_array_equal(got.logits, logits)
+  for g in range(2):
+    first, second = (edges(decision, at) for at in (2 * g, 2 * g + 1))
+    want = first + [(s + S, e, gate) for s, e, gate in second]
+    assert sorted(edges(got, g)) == sorted(want)
+
+
 def concatenate(first, second):
   """One batch of the groups of two."""
   axis = 0 if first.primary is None else 1
@@ -140,15 +183,31 @@ def test_batches_that_are_joined_are_judged_as_one(case):
   jax.tree.map(close, got, want)
 
 
-def test_joined_groups_stay_where_they_lie():
-  """What is stacked of groups on 8 devices is joined without a word."""
+def moved(fn, decision, *axes):
+  """What becomes of groups on 8 devices: kinds of moves between these."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ("group",))
-  of_groups = jax.sharding.NamedSharding(
-    mesh, jax.sharding.PartitionSpec(None, "group")
-  )
+  spec = jax.sharding.PartitionSpec(*axes)
+  decision = jax.device_put(decision, jax.sharding.NamedSharding(mesh, spec))
+  text = jax.jit(fn).lower(decision).compile().as_text()
+  kinds = ("all-gather", "all-to-all", "collective-permute")
+  return [kind for kind in kinds if kind in text]
+
+
+def test_joined_groups_stay_where_they_lie():
+  """What is stacked is joined without a word."""
   decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
   stacked = jax.tree.map(lambda value: jnp.stack([value, value]), decision)
-  stacked = jax.device_put(stacked, of_groups)
-  text = jax.jit(routing.join).lower(stacked).compile().as_text()
-  for kind in ("all-gather", "all-to-all", "collective-permute"):
-    assert kind not in text
+  assert not moved(routing.join, stacked, None, "group")
+
+
+@pytest.mark.parametrize("number", [4, 8])
+def test_groups_that_are_together_stay_where_they_lie(number):
+  """Their losses cost sums."""
+  decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
+
+  def judge(decision):
+    decision = routing.together(drop(decision), number)
+    values = [loss(decision) for loss in losses.LOSSES.values()]
+    return values, losses.balance(decision)
+
+  assert not moved(judge, decision, "group")

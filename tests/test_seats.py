@@ -102,31 +102,6 @@ def test_drop_turns_away_who_gets_no_seat():
     )
 
 
-def test_merged_groups_keep_first_choices_first():
-  random = np.random.default_rng(2)
-  expert = random.integers(0, E + 1, (G, K * S)).astype("int32")
-  gate = random.random((G, K * S)).astype("float32")
-  got = seats.merge(Assignment(jnp.asarray(expert), jnp.asarray(gate)), S)
-  assert got.token is None
-  order = [(g, k * S + s) for k in range(K) for g in range(G) for s in range(S)]
-  np.testing.assert_array_equal(got.expert, [expert[at] for at in order])
-  np.testing.assert_array_equal(got.gate, [gate[at] for at in order])
-
-
-def test_merged_groups_keep_their_tokens():
-  random = np.random.default_rng(3)
-  expert = random.integers(0, E + 1, (G, A)).astype("int32")
-  gate = random.random((G, A)).astype("float32")
-  # The last of each group names no token at all.
-  token = random.integers(0, S, (G, A)).astype("int32")
-  token[:, -1] = S
-  got = seats.merge(Assignment(*map(jnp.asarray, (expert, gate, token))), S)
-  np.testing.assert_array_equal(got.expert, expert.reshape(-1))
-  np.testing.assert_array_equal(got.gate, gate.reshape(-1))
-  want = [t + g * S if t < S else G * S for g in range(G) for t in token[g]]
-  np.testing.assert_array_equal(got.token, want)
-
-
 @pytest.mark.parametrize(
   "capacity, want",
   [

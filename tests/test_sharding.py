@@ -77,6 +77,14 @@ def test_experts_that_do_not_divide_name_both_numbers(on, devices, two_levels):
   init_on_mesh("replicated", layer(two_levels, num_experts=6))
 
 
+def test_groups_that_are_together_do_not_leave_their_replica():
+  module = layer(True).clone(groups_together=B // 2)
+  init_on_mesh("data_expert", module)
+  message = "'group_away'.* 1 entries.* 2 devices; .* smaller groups_together"
+  with pytest.raises(ValueError, match=message):
+    init_on_mesh("data_expert", module.clone(groups_together=B))
+
+
 def test_off_the_mesh_nothing_is_asked_for():
   x = jnp.ones((3, 5))
   assert sharding.constrain(x, "group", None) is x

@@ -10,12 +10,16 @@ perplexities they name are the paper's; none was measured here.
 What the paper does not say is chosen as follows.
 
 A batch is about 300,000 words: 2304 rows of 128, packed with sentences so that
-hardly a place is left over. It has 32 groups of tokens, so that microbatches
-times devices may be up to 32: here 4 and 8. One device of little memory wants
-32 microbatches.
+hardly a place is left over. It has 64 groups of tokens, so that microbatches
+times devices may be up to 64: here 4 and 16. One device of little memory wants
+64 microbatches.
 
 Flat mixtures drop no token, as in the paper. Those of two levels have slots for
 a quarter more than the mean of each level, in evaluation for twice the mean.
+Their secondary mixtures route together what all groups of a microbatch sent
+(sec. 3.1): `groups_together` is as many as it has. With more microbatches set
+it too, and in a layout with n data replicas of the experts to an n-th of that:
+each of them routes only what is its own.
 
 The paper gives no peak of the learning rate, no constants of Adam and no number
 of samples; these are the usual ones, to be tuned.
@@ -27,7 +31,8 @@ from ml_collections import ConfigDict, config_dict
 
 ROW_LENGTH = 128
 BATCH_SIZE = 2304
-GROUPS = 32
+GROUPS = 64
+MICROBATCHES = 4
 
 
 def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
@@ -72,7 +77,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
       },
       "train": {
         "steps": 27_000,  # 10 epochs
-        "microbatches": 4,
+        "microbatches": MICROBATCHES,
         "balance_over": "microbatch",
         "log_every": 10,
         "eval_every": 1000,
@@ -117,6 +122,7 @@ def two_levels(
       "num_experts": num_experts,
       "num_groups": num_groups,
       "group_size": BATCH_SIZE * ROW_LENGTH // GROUPS,
+      "groups_together": GROUPS // MICROBATCHES,
       "capacity_factor": 1.25,
       "eval_capacity_factor": 2.0,
       "primary": {"kind": "noisy_top_k", "k": 2},

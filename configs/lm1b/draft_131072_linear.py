@@ -18,9 +18,9 @@ def get_config() -> ConfigDict:
   config = common["two_levels"](num_experts=131_072, num_groups=256)
   del config.model.hierarchical_moe.secondary["experts"]
   config.model.hierarchical_moe.secondary.experts = {"kind": "linear"}
-  # In 8 groups, on as many devices; each has 4 slots for one token an expert.
+  # An expert gets 9 tokens of a batch in the mean; of a microbatch, 2.
   config.train.microbatches = 1
-  config.model.hierarchical_moe.group_size *= 4
+  config.model.hierarchical_moe.groups_together = common["GROUPS"]
   config.optimizer.warmup_steps = 200
   config.optimizer.hold_steps = 200
   return config

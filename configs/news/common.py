@@ -5,11 +5,10 @@ benchmark in its place, by the reader of configs/lm1b, with the 100,000 most
 frequent words: the paper gives no vocabulary, but its totals leave 75,000 to
 110,000. For the rest the models are those of configs/lm1b/common.py, with
 batches of about 2.5 million words: 19,456 rows of 128, in 128 groups of tokens,
-so that microbatches times devices may be up to 128: here 4 and 32, the paper's
-devices. The two largest mixtures have fewer and larger groups: an expert has at
-least 4 slots in each, which in small ones are several times what it needs. In
-these it is sent 2.4 tokens in the mean, so that 4 slots turn away 6 of 100 even
-where the gate is in balance; smaller groups turn away fewer, and cost more.
+so that microbatches times devices may be up to 128: here 4 and 32, or for the
+two largest mixtures 2 and 64, and 1 and 128, the paper's devices. As there, all
+groups of a microbatch are together at the second level; the 131,072 experts are
+sent 76 tokens each in the mean, and have 119 slots.
 
 The paper's memory (app. D): an expert's hidden units are computed again in the
 backward pass, and the optimiser holds no first moment of experts and a factored
@@ -42,9 +41,13 @@ def flat(num_experts: int) -> ConfigDict:
   return _as_news(config, config.model.moe)
 
 
-def two_levels(num_experts: int, num_groups: int) -> ConfigDict:
+def two_levels(
+  num_experts: int, num_groups: int, microbatches: int = 4
+) -> ConfigDict:
   """Returns LSTM, MoE, LSTM with 2 experts of each of 2 groups a token."""
   config = lm1b["two_levels"](num_experts, num_groups)
+  config.train.microbatches = microbatches
+  config.model.hierarchical_moe.groups_together = GROUPS // microbatches
   config.model.hierarchical_moe.secondary.recompute = True
   return _as_news(config, config.model.hierarchical_moe)
 

@@ -13,8 +13,6 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 
 def get_config() -> ConfigDict:
   """MoE-65536-h."""
-  config = common["two_levels"](num_experts=65_536, num_groups=256)
-  # In 64 groups, on as many devices; in 128 there would be twice the slots.
-  config.train.microbatches = 1
-  config.model.hierarchical_moe.group_size *= 2
-  return config
+  return common["two_levels"](
+    num_experts=65_536, num_groups=256, microbatches=2
+  )

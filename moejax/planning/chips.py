@@ -40,6 +40,15 @@ class Chip(NamedTuple):
   axes: int
   wraps: int = 0
 
+  def part(self, cores: int) -> "Chip":
+    """Returns what one of so many cores can do, each a device of its own."""
+    return self._replace(
+      flops=self.flops / cores,
+      memory=self.memory / cores,
+      memory_rate=self.memory_rate / cores,
+      link_rate=self.link_rate / cores,
+    )
+
 
 # Of TPUs: Google's Cloud documentation, one page each ("TPU v4", ..., read in
 # November 2026). The rate of a link is its "bidirectional bandwidth per chip"
@@ -107,7 +116,11 @@ def find(name: str) -> Topology:
       f"topology {name!r} has {len(sides)} sides, but {kind} chips lie in"
       f" {chip.axes} dimensions; {_HOW}"
     )
-  return Topology(name, _tpus(name), chip, sides, False)
+  devices = _tpus(name)
+  # The compiler knows a v4 by its two cores.
+  return Topology(
+    name, devices, chip.part(len(devices) // math.prod(sides)), sides, False
+  )
 
 
 _HOW = (

@@ -31,8 +31,9 @@ def run(
       fits where one is to be suggested.
     ModuleNotFoundError: the TPU's compiler is missing.
   """
-  config_lib.check(config)
+  # Before anything else asks for a device.
   found = [chips.find(name) for name in topologies or [""]]
+  config_lib.check(config)
   vocab_size = config_lib.vocab_size(config)
   by_topology = []
 

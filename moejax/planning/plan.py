@@ -10,6 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from moejax import collectives, cost, work
 from moejax import config as config_lib
@@ -133,7 +134,7 @@ class DoesNotFit(ValueError):
     has: bytes there are.
   """
 
-  def __init__(self, message: str, needs: float, has: float):
+  def __init__(self, message: str, needs: int, has: int):
     super().__init__(message)
     self.needs, self.has = needs, has
 
@@ -255,7 +256,7 @@ def _measure(
     parts.layout,
     parts.mesh,
   )
-  ones = {n: jax.numpy.ones(a.shape, a.dtype) for n, a in parts.shapes.items()}
+  ones = {n: np.ones(a.shape, a.dtype) for n, a in parts.shapes.items()}
   batch, asked = (
     step.place(ones, parts.where),
     processes.vote(False, parts.mesh),
@@ -271,17 +272,18 @@ def _measure(
 def _explained(error: Exception, layout: str, topology: Topology) -> Exception:
   """Makes the compiler's report of too little memory a sentence."""
   found = re.search(
-    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error)
+    r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)",
+    str(error),
   )
   if found is None:
     return error
-  needs = float(found[1]) * 2 ** _BINARY[found[2]]
-  has = float(found[3]) * 2 ** _BINARY[found[4]]
+  needs = int(float(found[1]) * 2 ** _BINARY[found[2]])
+  has = int(float(found[3]) * 2 ** _BINARY[found[4]])
   return _does_not_fit(layout, topology, needs, has)
 
 
 def _does_not_fit(
-  layout: str, topology: Topology, needs: float, has: float
+  layout: str, topology: Topology, needs: int, has: int
 ) -> DoesNotFit:
   return DoesNotFit(
     f"layout {layout!r} on {topology.name} needs {needs / 1e9:,.1f} GB of each"

@@ -28,7 +28,7 @@ def text(outcomes: Sequence[Outcome]) -> str:
   ]
   parts = [_aligned(lines)]
   if talk:
-    head = ["layout", "collective", "over", "a step", "MB sent", "MB in all"]
+    head = ["layout", "collective", "over", "a step", "each sends", "in all"]
     parts.append(_aligned([head, *talk]))
   notes = [
     f"{each.layout} on {each.topology}: {each.reason}"
@@ -124,19 +124,19 @@ def _cells(outcome: Outcome) -> dict[str, str]:
     cells[name.removeprefix("config.")] = str(value)
   if isinstance(outcome, Refusal):
     if outcome.needs:
-      cells["GB it needs"] = _giga(outcome.needs)
-      cells["GB there are"] = _giga(outcome.has)
+      cells["needs"] = _bytes(outcome.needs)
+      cells["has"] = _bytes(outcome.has)
     return cells | {"fits": "no"}
   memory, estimate = outcome.memory, outcome.estimate
   cells |= {
     "devices": str(outcome.devices),
-    "GB parameters": _giga(memory.parameters),
-    "GB optimiser": _giga(memory.optimizer),
-    "GB all else": _giga(memory.rest),
-    "GB it needs": _giga(memory.needs),
-    "GB there are": _giga(memory.has) if memory.has else "?",
+    "parameters": _bytes(memory.parameters),
+    "optimiser": _bytes(memory.optimizer),
+    "all else": _bytes(memory.rest),
+    "needs": _bytes(memory.needs),
+    "has": _bytes(memory.has) if memory.has else "?",
     "fits": "yes" if memory.fits else "no",
-    "TFLOP a device": f"{outcome.flops / 1e12:,.3f}",
+    "FLOP of a device": _with_unit(float(outcome.flops), ""),
     "over the model's": f"{outcome.flops / outcome.model_flops:.2f}",
   }
   if estimate:
@@ -167,15 +167,24 @@ def _exchanges(plan: Plan) -> list[list[str]]:
       kind,
       axes,
       f"{times:,}",
-      f"{sent / times / 1e6:,.3f}",
-      f"{sent / 1e6:,.1f}",
+      _bytes(sent // times),
+      _bytes(sent),
     ]
     for (kind, axes), (times, sent) in ordered
   ]
 
 
-def _giga(number: float) -> str:
-  return f"{number / 1e9:,.2f}"
+def _bytes(number: int) -> str:
+  return _with_unit(float(number), "B")
+
+
+def _with_unit(number: float, unit: str) -> str:
+  """Writes 1234567 as 1.23 M, and so on."""
+  prefixes = ["", "k", "M", "G", "T", "P"]
+  while number >= 1000 and len(prefixes) > 1:
+    number /= 1000
+    prefixes.pop(0)
+  return f"{number:.3g} {prefixes[0]}{unit}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -10,8 +10,9 @@ from moejax.planning import plan as plan_lib
 from moejax.planning.chips import Topology
 from moejax.planning.plan import Plan
 
-# Times that the search takes a step: each doubles or halves something.
-ROUNDS = 4
+# Times that microbatches are doubled to make a layout fit, and that the search
+# takes a step from the best.
+DOUBLINGS, ROUNDS = 3, 4
 
 
 class Refusal(NamedTuple):
@@ -30,8 +31,8 @@ class Refusal(NamedTuple):
   layout: str
   changes: dict[str, Any]
   reason: str
-  needs: float | None = None
-  has: float | None = None
+  needs: int | None = None
+  has: int | None = None
 
 
 Outcome = Plan | Refusal
@@ -74,10 +75,10 @@ def suggest(
 ) -> Iterator[Outcome]:
   """Yields all that is tried in search of the fastest estimate that fits.
 
-  First every layout as the config stands, then from the best of them, step by
-  step, whatever makes it faster: twice or half the microbatches, groups of
-  twice or half the size, recompute or not, less capacity. Where nothing fits
-  it goes on from what needs least.
+  First every layout as the config stands; one that does not fit is tried with
+  twice as many microbatches, and twice again. Then from the best, step by step,
+  whatever makes it faster: twice or half the microbatches, groups of twice or
+  half the size, recompute or not, less capacity.
 
   Raises:
     ValueError: nobody says how fast these devices are.
@@ -95,7 +96,14 @@ def suggest(
     return outcome
 
   for choice in layouts(config).values():
-    yield look({"config.layout": choice})
+    changes = {"config.layout": choice}
+    for _ in range(DOUBLINGS + 1):
+      outcome = look(changes)
+      yield outcome
+      if rank(outcome)[0] != 1:
+        break
+      count = changed_config(config, changes).train.microbatches
+      changes = changes | {"config.train.microbatches": 2 * count}
   for _ in range(ROUNDS):
     best, changes = min(tried, key=lambda each: rank(each[0]))
     known = [each for _, each in tried]
@@ -111,8 +119,8 @@ def rank(outcome: Outcome) -> tuple[int, float]:
   if isinstance(outcome, Plan):
     if outcome.memory.fits:
       return 0, outcome.estimate.seconds
-    return 1, outcome.memory.needs
-  return (1, outcome.needs) if outcome.needs else (2, 0.0)
+    return 1, float(outcome.memory.needs)
+  return (1, float(outcome.needs)) if outcome.needs else (2, 0.0)
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:

@@ -98,7 +98,7 @@ CASES = {
   "microbatches": Case(section=FLAT | SMALLER, steps=10, microbatches=2),
   "microbatches together": Case(
     ("hierarchical_moe",),
-    TWO_LEVELS | SMALLER,
+    TWO_LEVELS | SMALLER | {"groups_together": 4},
     steps=10,
     microbatches=2,
     balance_over="batch",

@@ -213,7 +213,7 @@ def judge(decisions):
 WITHIN = moe.MoE(router.NoisyTopK(3, 2), experts.FeedForward(3, 6))
 MIXTURES = {
   "flat": moe.MoE(router.NoisyTopK(8, 2), experts.FeedForward(8, 6), L),
-  "two levels": moe.HierarchicalMoE(router.NoisyTopK(4, 2), WITHIN, L),
+  "two levels": moe.HierarchicalMoE(router.NoisyTopK(4, 2), WITHIN, L, 2),
   "in experts": moe.MoE(router.NoisyTopK(2, 1), experts.Each(2, WITHIN), L),
 }
 

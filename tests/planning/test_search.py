@@ -1,0 +1,79 @@
+"""The search for the fastest layout that fits, on costs made up."""
+
+import config_shapes
+import pytest
+
+from moejax.planning import chips, plan, search
+
+CHIP = chips.Topology("made up", [], chips.CHIPS["v5e"], (4, 4), False)
+
+
+def made_up(config, vocab_size, topology, changes):
+  """Memory falls with microbatches and recompute, which cost time."""
+  layout = config.layout if isinstance(config.layout, str) else "own"
+  if layout == "data_expert":
+    raise ValueError("16 devices do not divide.")
+  count, moe = config.train.microbatches, config.model.moe
+  needs = 40e9 / count if layout == "expert" else 30e9 + 1e9 / count
+  needs -= 2e9 * moe.recompute
+  seconds = 1 + 0.1 * count + 0.3 * moe.recompute + 0.2 * moe.capacity_factor
+  seconds += 0.5 * (layout != "expert") + 64 / moe.group_size
+  if needs > 100e9:
+    raise plan.DoesNotFit("too large", int(needs), int(16e9))
+  memory = plan.Memory(0, 0, int(needs), int(16e9))
+  estimate = plan.Estimate(0.0, seconds, 0.0)
+  return plan.Plan(
+    "made up",
+    layout,
+    changes,
+    *(16, 1, 1),
+    memory,
+    *(1.0, 1, [], estimate, 1, 0.0, 1e12, None),
+  )
+
+
+@pytest.fixture
+def suggested(monkeypatch):
+  monkeypatch.setattr(plan, "make", made_up)
+  config = config_shapes.load("tiny.py")
+  return list(search.suggest(config, 100, CHIP, lambda line: None))
+
+
+def test_it_goes_on_from_the_best_until_nothing_helps(suggested):
+  best = min(suggested, key=search.rank)
+  # What fits at all needs four microbatches; then all that makes it faster.
+  assert best.layout == "expert"
+  assert best.changes["config.train.microbatches"] == 4
+  assert best.changes["config.model.moe.capacity_factor"] == 1.0
+  assert best.changes["config.model.moe.group_size"] > 128
+  assert not best.changes.get("config.model.moe.recompute", False)
+  seen = [(each.layout, tuple(each.changes.items())) for each in suggested]
+  assert len(set(seen)) == len(seen)
+
+
+def test_the_verdict_names_it_and_why(suggested):
+  said = search.verdict(suggested)
+  assert "layout 'expert' --config.train.microbatches=4" in said
+  assert "10.0 of 16.0 GB" in said and "bound by memory" in said
+  assert "data_expert" in said.splitlines()[-1]
+
+
+def test_nothing_fits(suggested):
+  large = [each for each in suggested if search.rank(each)[0]]
+  with pytest.raises(ValueError, match=r"needs 1\d\.\d GB|needs 2\d\.\d GB"):
+    search.verdict(large)
+
+
+def test_a_layout_is_named_or_the_configs_own():
+  config = config_shapes.load("lm1b/moe_256.py")
+  assert list(search.layouts(config))[:2] == ["expert_vocab", "replicated"]
+  with pytest.raises(ValueError, match="--layout is 'no'"):
+    list(search.with_layouts(config, 100, CHIP, ["no"], print))
+
+
+def test_changes_leave_the_config_alone():
+  config = config_shapes.load("tiny.py")
+  changes = {"config.layout": {"mesh_shape": (1, 8, 1)}, "config.seed": 3}
+  changed = search.changed_config(config, changes)
+  assert (changed.seed, config.seed, config.layout) == (3, 0, "expert")
+  assert changed.layout.mesh_shape == (1, 8, 1)
