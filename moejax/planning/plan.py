@@ -4,8 +4,10 @@ Only shapes go in: no array of the model is ever made.
 """
 
 import math
+import pathlib
 import re
 import statistics
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -166,11 +168,10 @@ def make(
   lowered = program.lower(config, parts)
   begin = time.monotonic()
   try:
-    compiled = lowered.compile()
+    compiled, text = _compile(lowered)
   except jax.errors.JaxRuntimeError as error:
     raise _explained(error, parts.layout.name, topology) from error
   took = time.monotonic() - begin
-  text = compiled.as_text()
   found = collectives.read(text, parts.mesh)
   done = list(work.instructions(text))
   total, inner = program.sizes(parts.target.params)
@@ -193,6 +194,19 @@ def make(
     topology.chip.flops if topology.chip else None,
     _measure(config, compiled, parts) if here else None,
   )
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+  """Returns the compiled program, and its text."""
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(compiler_options=options)
+    try:
+      return compiled, compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+      # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
+      (path,) = pathlib.Path(folder).glob("*after_optimizations.txt")
+      return compiled, path.read_text(encoding="utf-8")
 
 
 def _check_room(parts: program.Parts, topology: Topology) -> None:

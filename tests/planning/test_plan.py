@@ -115,7 +115,9 @@ def test_a_chip_has_its_roofline():
 
 def test_report_has_all_of_it(tmp_path):
   changes = {"config.train.microbatches": 2}
-  refused = search.Refusal("cpu:8", "fsdp", changes, "too large.", 2 * 10**9, 10**9)
+  refused = search.Refusal(
+    "cpu:8", "fsdp", changes, "too large.", 2 * 10**9, 10**9
+  )
   outcomes = [here(), refused]
   text = report.text(outcomes)
   for part in ("expert", "fsdp", "too large.", "2 GB", "all-to-all", "memory"):
