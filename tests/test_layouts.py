@@ -117,9 +117,7 @@ def step(name, params, x):
 
 @functools.cache
 def on_one_device(name):
-  run = jax.jit(
-    functools.partial(step, name), compiler_options=kinds.IN_HASTE
-  )
+  run = jax.jit(functools.partial(step, name), compiler_options=kinds.IN_HASTE)
   return run(nn.unbox(boxed(name)), inputs())
 
 
