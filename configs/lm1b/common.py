@@ -16,10 +16,9 @@ times devices may be up to 64: here 4 and 16. One device of little memory wants
 
 Flat mixtures drop no token, as in the paper. Those of two levels have slots for
 a quarter more than the mean of each level, in evaluation for twice the mean.
-Their secondary mixtures route together what all groups of a microbatch sent
-(sec. 3.1): `groups_together` is as many as it has. With more microbatches set
-it too, and in a layout with n data replicas of the experts to an n-th of that:
-each of them routes only what is its own.
+Their secondary mixtures route what each group of tokens sent by itself, which
+leaves every layout open: the groups are large enough that slots are few more
+than asked for. `groups_together` (sec. 3.1) is for more experts or devices.
 
 The paper gives no peak of the learning rate, no constants of Adam and no number
 of samples; these are the usual ones, to be tuned.
@@ -32,7 +31,6 @@ from ml_collections import ConfigDict, config_dict
 ROW_LENGTH = 128
 BATCH_SIZE = 2304
 GROUPS = 64
-MICROBATCHES = 4
 
 
 def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
@@ -77,7 +75,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
       },
       "train": {
         "steps": 27_000,  # 10 epochs
-        "microbatches": MICROBATCHES,
+        "microbatches": 4,
         "balance_over": "microbatch",
         "log_every": 10,
         "eval_every": 1000,
@@ -122,7 +120,7 @@ def two_levels(
       "num_experts": num_experts,
       "num_groups": num_groups,
       "group_size": BATCH_SIZE * ROW_LENGTH // GROUPS,
-      "groups_together": GROUPS // MICROBATCHES,
+      "groups_together": 1,
       "capacity_factor": 1.25,
       "eval_capacity_factor": 2.0,
       "primary": {"kind": "noisy_top_k", "k": 2},

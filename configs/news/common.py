@@ -6,9 +6,15 @@ frequent words: the paper gives no vocabulary, but its totals leave 75,000 to
 110,000. For the rest the models are those of configs/lm1b/common.py, with
 batches of about 2.5 million words: 19,456 rows of 128, in 128 groups of tokens,
 so that microbatches times devices may be up to 128: here 4 and 32, or for the
-two largest mixtures 2 and 64, and 1 and 128, the paper's devices. As there, all
-groups of a microbatch are together at the second level; the 131,072 experts are
-sent 76 tokens each in the mean, and have 119 slots.
+two largest mixtures 2 and 64, and 1 and 128, the paper's devices. Their
+secondary mixtures route together what all groups of a microbatch sent (sec.
+3.1): of one group an expert gets less than a token in the mean, and has at
+least 4 slots. So the 131,072 experts are sent 76 tokens each, and have 119
+slots. A layout with n data replicas of the experts wants `groups_together` an
+n-th of that.
+
+The tables of words are small enough to lie whole on every device: split, sums
+of all words of a batch would travel (`moejax plan` shows 5 GB, four times).
 
 The paper's memory (app. D): an expert's hidden units are computed again in the
 backward pass, and the optimiser holds no first moment of experts and a factored
@@ -42,17 +48,22 @@ def flat(num_experts: int) -> ConfigDict:
 
 
 def two_levels(
-  num_experts: int, num_groups: int, microbatches: int = 4
+  num_experts: int,
+  num_groups: int,
+  microbatches: int = 4,
+  groups_together: int = 1,
 ) -> ConfigDict:
   """Returns LSTM, MoE, LSTM with 2 experts of each of 2 groups a token."""
   config = lm1b["two_levels"](num_experts, num_groups)
   config.train.microbatches = microbatches
-  config.model.hierarchical_moe.groups_together = GROUPS // microbatches
+  config.model.hierarchical_moe.groups_together = groups_together
   config.model.hierarchical_moe.secondary.recompute = True
   return _as_news(config, config.model.hierarchical_moe)
 
 
 def _as_news(config: ConfigDict, *mixtures: Any) -> ConfigDict:
+  with config.ignore_type():
+    config.layout = "expert"
   config.data.vocab_size = 100_000
   config.data.batch_size = BATCH_SIZE
   config.model.dropout = 0.0

@@ -14,5 +14,5 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 def get_config() -> ConfigDict:
   """MoE-131072-h."""
   return common["two_levels"](
-    num_experts=131_072, num_groups=256, microbatches=1
+    num_experts=131_072, num_groups=256, microbatches=1, groups_together=128
   )

@@ -14,5 +14,5 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
 def get_config() -> ConfigDict:
   """MoE-65536-h."""
   return common["two_levels"](
-    num_experts=65_536, num_groups=256, microbatches=2
+    num_experts=65_536, num_groups=256, microbatches=2, groups_together=64
   )

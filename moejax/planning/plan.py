@@ -86,8 +86,8 @@ class Plan(NamedTuple):
     layout: its name.
     changes: what differs from the config, as the command line takes it.
     devices: how many.
-    inner: parameters outside embedding and softmax.
-    parameters: all of them, on all devices.
+    inner: parameters outside embedding and softmax, the paper's number.
+    parameters: all of them, vectors too.
     memory: of one device.
     model_flops: of one device in a step, by formula (`cost.flops_per_step`).
     flops: of one device in a step, of the compiled program.
@@ -174,7 +174,7 @@ def make(
   took = time.monotonic() - begin
   found = collectives.read(text, parts.mesh)
   done = list(work.instructions(text))
-  total, inner = program.sizes(parts.target.params)
+  total, _ = program.sizes(parts.target.params)
   memory = _memory(compiled, parts.target, topology)
   here = topology.is_here and memory.fits
   return Plan(
@@ -182,7 +182,7 @@ def make(
     parts.layout.name,
     changes or {},
     len(topology.devices),
-    inner,
+    cost.count(config, vocab_size).parameters,
     total,
     memory,
     cost.flops_per_step(config, vocab_size) / len(topology.devices),
@@ -201,12 +201,11 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     compiled = lowered.compile(compiler_options=options)
-    try:
-      return compiled, compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-      # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
-      (path,) = pathlib.Path(folder).glob("*after_optimizations.txt")
-      return compiled, path.read_text(encoding="utf-8")
+    paths = list(pathlib.Path(folder).glob("*after_optimizations.txt"))
+    # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
+    if len(paths) == 1:
+      return compiled, paths[0].read_text(encoding="utf-8")
+    return compiled, compiled.as_text()
 
 
 def _check_room(parts: program.Parts, topology: Topology) -> None:

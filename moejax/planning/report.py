@@ -130,13 +130,15 @@ def _cells(outcome: Outcome) -> dict[str, str]:
   memory, estimate = outcome.memory, outcome.estimate
   cells |= {
     "devices": str(outcome.devices),
-    "parameters": _bytes(memory.parameters),
+    "all parameters": f"{outcome.parameters:,}",
+    "but embedding, softmax": f"{outcome.inner:,}",
+    "on a device: parameters": _bytes(memory.parameters),
     "optimiser": _bytes(memory.optimizer),
     "all else": _bytes(memory.rest),
     "needs": _bytes(memory.needs),
     "has": _bytes(memory.has) if memory.has else "?",
     "fits": "yes" if memory.fits else "no",
-    "FLOP of a device": _with_unit(float(outcome.flops), ""),
+    "FLOP": _with_unit(float(outcome.flops), ""),
     "over the model's": f"{outcome.flops / outcome.model_flops:.2f}",
   }
   if estimate:

@@ -33,7 +33,7 @@ def test_parameters_and_their_memory():
   config, counted = tiny(), cost.count(tiny(), VOCABULARY)
   got = here()
   assert got.parameters == counted.total
-  assert got.inner == counted.parameters + counted.biases
+  assert got.inner == counted.parameters
   # One expert of 8 on each, everything else on all.
   experts = 2 * 32 * 64 * 8
   own = 4 * (counted.total - experts + experts // 8)
