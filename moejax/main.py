@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import os
 import pathlib
 import sys
 import traceback
@@ -108,10 +107,6 @@ def _eval(values: flags.FlagValues) -> None:
 
 
 def _plan(values: flags.FlagValues) -> None:
-  if values.topology:
-    # Before jax is there: where libtpu is, it asks the cloud what machine this
-    # is, and complains of the answer.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   from moejax.planning import command
 
   out = pathlib.Path(values.out) if values.out else None

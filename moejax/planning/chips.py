@@ -51,15 +51,16 @@ class Chip(NamedTuple):
 
 
 # Of TPUs: Google's Cloud documentation, one page each ("TPU v4", ..., read in
-# November 2026). The rate of a link is its "bidirectional bandwidth per chip"
-# over links and directions; v4's page gives the bisection of a pod instead,
-# 24 TB/s over 2 x 16 x 16 links. Of GPUs: NVIDIA's H100 and H200 data sheets,
-# SXM, dense; 900 GB/s of NVLink is both directions of 18 links.
+# November 2026); their GB of memory are GiB, as the compiler counts. The rate
+# of a link is the "bidirectional bandwidth per chip" over links and directions;
+# v4's page gives the bisection of a pod instead, 24 TB/s over 2 x 16 x 16
+# links. Of GPUs: NVIDIA's H100 and H200 data sheets, SXM, dense; 900 GB/s of
+# NVLink is both directions of 18 links.
 CHIPS = {
   "v4": Chip(275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4),
-  "v5e": Chip(197e12, 16e9, 819e9, 50e9, 4, 2, 16),
+  "v5e": Chip(197e12, 16 * GIB, 819e9, 50e9, 4, 2, 16),
   "v5p": Chip(459e12, 95 * GIB, 2765e9, 100e9, 6, 3, 4),
-  "v6e": Chip(918e12, 32e9, 1638e9, 100e9, 4, 2, 16),
+  "v6e": Chip(918e12, 32 * GIB, 1638e9, 100e9, 4, 2, 16),
   "h100": Chip(989e12, 80e9, 3350e9, 25e9, 18, 0),
   "h200": Chip(989e12, 141e9, 4800e9, 25e9, 18, 0),
 }
@@ -166,13 +167,21 @@ def _tpus(name: str) -> Sequence[jax.Device]:
       f"topology {name!r} needs the TPU's compiler, which runs on any Linux"
       " machine but is not installed; run: pip install libtpu"
     )
-  # Else it asks the cloud what machine this is, and waits long.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  # Nobody runs on it, so nobody need wait for another.
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  # Else it asks what machine this is, and complains of the answer; and nobody
+  # runs on it, so nobody need wait for another.
+  for variable, value in _NO_MACHINE.items():
+    os.environ.setdefault(variable, value)
   try:
     return topologies.get_topology_desc(name, "tpu").devices
   except Exception as error:  # Whatever the compiler's own code raises.
     raise ValueError(
       f"the TPU's compiler knows no topology {name!r} ({error}); {_HOW}"
     ) from error
+
+
+_NO_MACHINE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}

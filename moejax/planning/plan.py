@@ -129,7 +129,7 @@ class Plan(NamedTuple):
 
 
 class DoesNotFit(ValueError):
-  """There is no room for the program.
+  """There is no room for what training changes.
 
   Attributes:
     needs: bytes of one device, at least.
@@ -139,6 +139,20 @@ class DoesNotFit(ValueError):
   def __init__(self, message: str, needs: int, has: int):
     super().__init__(message)
     self.needs, self.has = needs, has
+
+
+def in_bytes(number: int) -> str:
+  """Writes 1234567 as 1.23 MB."""
+  return f"{with_prefix(number)}B"
+
+
+def with_prefix(number: int) -> str:
+  """Writes 1234567 as "1.23 M"."""
+  scaled, prefixes = float(number), ["", "k", "M", "G", "T", "P"]
+  while scaled >= 999.5 and len(prefixes) > 1:
+    scaled /= 1000
+    prefixes.pop(0)
+  return f"{scaled:.3g} {prefixes[0]}"
 
 
 def make(
@@ -158,8 +172,8 @@ def make(
     changes: kept with the plan, see there.
 
   Raises:
-    DoesNotFit: parameters and optimiser state alone need more than there is, or
-      the compiler said so; names both numbers.
+    DoesNotFit: parameters and optimiser state alone need more than there is;
+      names both numbers.
     ValueError: the layout does not divide the devices, or the config; names
       both numbers.
   """
@@ -167,16 +181,16 @@ def make(
   _check_room(parts, topology)
   lowered = program.lower(config, parts)
   begin = time.monotonic()
-  try:
-    compiled, text = _compile(lowered)
-  except jax.errors.JaxRuntimeError as error:
-    raise _explained(error, parts.layout.name, topology) from error
+  compiled, text, needs, limit = _compile(lowered)
   took = time.monotonic() - begin
   found = collectives.read(text, parts.mesh)
   done = list(work.instructions(text))
   total, _ = program.sizes(parts.target.params)
-  memory = _memory(compiled, parts.target, topology)
-  here = topology.is_here and memory.fits
+  parameters = state.bytes_per_device(parts.target.params)
+  optimizer = state.bytes_per_device(parts.target.opt_state)
+  rest = needs - parameters - optimizer
+  memory = Memory(parameters, optimizer, rest, limit or _has(topology))
+  runs = topology.is_here and compiled is not None and memory.fits
   return Plan(
     topology.name,
     parts.layout.name,
@@ -192,20 +206,54 @@ def make(
     math.prod(parts.shapes["mask"].shape),
     took,
     topology.chip.flops if topology.chip else None,
-    _measure(config, compiled, parts) if here else None,
+    _measure(config, compiled, parts) if runs else None,
   )
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-  """Returns the compiled program, and its text."""
+def _compile(
+  lowered: jax.stages.Lowered,
+) -> tuple[jax.stages.Compiled | None, str, int, int | None]:
+  """Compiles; returns the program, its text, and the bytes that it needs.
+
+  A TPU's compiler refuses a program that has no room, but leaves its text: then
+  there is no program, and the last number is how many bytes there are.
+  """
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options=options)
-    paths = list(pathlib.Path(folder).glob("*after_optimizations.txt"))
+    refused = None
+    try:
+      compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      compiled, refused = None, _out_of_memory(str(error))
+      if refused is None:
+        raise
     # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
-    if len(paths) == 1:
-      return compiled, paths[0].read_text(encoding="utf-8")
-    return compiled, compiled.as_text()
+    paths = list(pathlib.Path(folder).glob("*after_optimizations.txt"))
+    if compiled is None or len(paths) == 1:
+      text = paths[0].read_text(encoding="utf-8")
+    else:
+      text = compiled.as_text()
+  if compiled is None:
+    return None, text, *refused
+  about = compiled.memory_analysis()
+  results = about.output_size_in_bytes - about.alias_size_in_bytes
+  needs = about.argument_size_in_bytes + results + about.temp_size_in_bytes
+  return compiled, text, needs, None
+
+
+def _out_of_memory(message: str) -> tuple[int, int] | None:
+  """Reads the bytes needed and those there are from the compiler's report."""
+  found = re.search(
+    r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)",
+    message,
+  )
+  if "RESOURCE_EXHAUSTED" not in message or found is None:
+    return None
+  needs, unit, has, other = found.groups()
+  return int(float(needs) * _UNITS[unit]), int(float(has) * _UNITS[other])
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _check_room(parts: program.Parts, topology: Topology) -> None:
@@ -213,26 +261,19 @@ def _check_room(parts: program.Parts, topology: Topology) -> None:
   has = _has(topology)
   needs = state.bytes_per_device(parts.target)
   if has is not None and needs > has:
-    raise _does_not_fit(parts.layout.name, topology, needs, has)
+    raise DoesNotFit(
+      f"parameters and optimiser state alone need {in_bytes(needs)} of each"
+      f" device, which has {in_bytes(has)}; take more devices, or a layout that"
+      " splits more.",
+      needs,
+      has,
+    )
 
 
 def _has(topology: Topology) -> int | None:
   if topology.is_here:
     return state.device_memory(topology.devices[0])
   return int(topology.chip.memory) if topology.chip else None
-
-
-def _memory(
-  compiled: jax.stages.Compiled, target: state.TrainState, topology: Topology
-) -> Memory:
-  about = compiled.memory_analysis()
-  results = about.output_size_in_bytes - about.alias_size_in_bytes
-  peak = about.argument_size_in_bytes + results + about.temp_size_in_bytes
-  parameters = state.bytes_per_device(target.params)
-  optimizer = state.bytes_per_device(target.opt_state)
-  return Memory(
-    parameters, optimizer, peak - parameters - optimizer, _has(topology)
-  )
 
 
 def _estimate(
@@ -280,32 +321,3 @@ def _measure(
     current, metrics = jax.block_until_ready(compiled(current, batch, asked))
     times.append(time.perf_counter() - begin)
   return statistics.median(times[1:])
-
-
-def _explained(error: Exception, layout: str, topology: Topology) -> Exception:
-  """Makes the compiler's report of too little memory a sentence."""
-  found = re.search(
-    r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)",
-    str(error),
-  )
-  if found is None:
-    return error
-  needs = int(float(found[1]) * 2 ** _BINARY[found[2]])
-  has = int(float(found[3]) * 2 ** _BINARY[found[4]])
-  return _does_not_fit(layout, topology, needs, has)
-
-
-def _does_not_fit(
-  layout: str, topology: Topology, needs: int, has: int
-) -> DoesNotFit:
-  return DoesNotFit(
-    f"layout {layout!r} on {topology.name} needs {needs / 1e9:,.1f} GB of each"
-    f" device or more, which has {has / 1e9:,.1f} GB; take more devices, a"
-    " layout that splits more, or more config.train.microbatches (--suggest"
-    " looks for them).",
-    needs,
-    has,
-  )
-
-
-_BINARY = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}

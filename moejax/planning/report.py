@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.figure
 
+from moejax.planning import plan as plan_lib
 from moejax.planning.plan import Estimate, Memory, Plan
 from moejax.planning.search import Refusal
 
@@ -30,12 +31,23 @@ def text(outcomes: Sequence[Outcome]) -> str:
   if talk:
     head = ["layout", "collective", "over", "a step", "each sends", "in all"]
     parts.append(_aligned([head, *talk]))
-  notes = [
-    f"{each.layout} on {each.topology}: {each.reason}"
-    for each in outcomes
-    if isinstance(each, Refusal)
-  ]
-  return "\n\n".join([*parts, *notes])
+  return "\n\n".join([*parts, *map(_trouble, filter(_trouble, outcomes))])
+
+
+def _trouble(outcome: Outcome) -> str:
+  """Says why a layout cannot be; nothing if it can."""
+  where = f"{_name(outcome, [])} on {outcome.topology}".replace("\n", ", ")
+  if isinstance(outcome, Refusal):
+    return f"{where}: {outcome.reason}"
+  memory = outcome.memory
+  if memory.fits:
+    return ""
+  needs, has = map(plan_lib.in_bytes, (memory.needs, memory.has))
+  return (
+    f"{where}: needs {needs} of each device, which has {has}; take more"
+    " devices, a layout that splits more, or more config.train.microbatches"
+    " (--suggest looks for them)."
+  )
 
 
 def write(outcomes: Sequence[Outcome], folder: pathlib.Path) -> None:
@@ -124,21 +136,21 @@ def _cells(outcome: Outcome) -> dict[str, str]:
     cells[name.removeprefix("config.")] = str(value)
   if isinstance(outcome, Refusal):
     if outcome.needs:
-      cells["needs"] = _bytes(outcome.needs)
-      cells["has"] = _bytes(outcome.has)
+      cells["needs"] = plan_lib.in_bytes(outcome.needs)
+      cells["has"] = plan_lib.in_bytes(outcome.has)
     return cells | {"fits": "no"}
   memory, estimate = outcome.memory, outcome.estimate
   cells |= {
     "devices": str(outcome.devices),
     "all parameters": f"{outcome.parameters:,}",
     "but embedding, softmax": f"{outcome.inner:,}",
-    "on a device: parameters": _bytes(memory.parameters),
-    "optimiser": _bytes(memory.optimizer),
-    "all else": _bytes(memory.rest),
-    "needs": _bytes(memory.needs),
-    "has": _bytes(memory.has) if memory.has else "?",
+    "on a device: parameters": plan_lib.in_bytes(memory.parameters),
+    "optimiser": plan_lib.in_bytes(memory.optimizer),
+    "all else": plan_lib.in_bytes(memory.rest),
+    "needs": plan_lib.in_bytes(memory.needs),
+    "has": plan_lib.in_bytes(memory.has) if memory.has else "?",
     "fits": "yes" if memory.fits else "no",
-    "FLOP": _with_unit(float(outcome.flops), ""),
+    "FLOP": plan_lib.with_prefix(outcome.flops),
     "over the model's": f"{outcome.flops / outcome.model_flops:.2f}",
   }
   if estimate:
@@ -169,24 +181,11 @@ def _exchanges(plan: Plan) -> list[list[str]]:
       kind,
       axes,
       f"{times:,}",
-      _bytes(sent // times),
-      _bytes(sent),
+      plan_lib.in_bytes(sent // times),
+      plan_lib.in_bytes(sent),
     ]
     for (kind, axes), (times, sent) in ordered
   ]
-
-
-def _bytes(number: int) -> str:
-  return _with_unit(float(number), "B")
-
-
-def _with_unit(number: float, unit: str) -> str:
-  """Writes 1234567 as 1.23 M, and so on."""
-  prefixes = ["", "k", "M", "G", "T", "P"]
-  while number >= 1000 and len(prefixes) > 1:
-    number /= 1000
-    prefixes.pop(0)
-  return f"{number:.3g} {prefixes[0]}{unit}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -10,9 +10,9 @@ from moejax.planning import plan as plan_lib
 from moejax.planning.chips import Topology
 from moejax.planning.plan import Plan
 
-# Times that microbatches are doubled to make a layout fit, and that the search
-# takes a step from the best.
-DOUBLINGS, ROUNDS = 3, 4
+# Times that microbatches are doubled to make a layout fit, and steps that are
+# tried from the best.
+DOUBLINGS, STEPS = 3, 16
 
 
 class Refusal(NamedTuple):
@@ -76,9 +76,9 @@ def suggest(
   """Yields all that is tried in search of the fastest estimate that fits.
 
   First every layout as the config stands; one that does not fit is tried with
-  twice as many microbatches, and twice again. Then from the best, step by step,
-  whatever makes it faster: twice or half the microbatches, groups of twice or
-  half the size, recompute or not, less capacity.
+  twice as many microbatches, and twice again. Then from the best so far, one
+  step after the other: half the microbatches, recompute or not, less capacity,
+  groups of twice or half the size, twice the microbatches.
 
   Raises:
     ValueError: nobody says how fast these devices are.
@@ -102,16 +102,16 @@ def suggest(
       yield outcome
       if rank(outcome)[0] != 1:
         break
-      count = changed_config(config, changes).train.microbatches
-      changes = changes | {"config.train.microbatches": 2 * count}
-  for _ in range(ROUNDS):
+      changes = changes | _more_microbatches(config, changes, topology)
+  for _ in range(STEPS):
     best, changes = min(tried, key=lambda each: rank(each[0]))
     known = [each for _, each in tried]
-    for step in _steps(config, changes):
-      if changes | step not in known:
-        yield look(changes | step)
-    if rank(min(tried, key=lambda each: rank(each[0]))[0]) == rank(best):
+    steps = _steps(config, changes, topology)
+    following = (changes | step for step in steps)
+    new = next((each for each in following if each not in known), None)
+    if new is None:
       return
+    yield look(new)
 
 
 def rank(outcome: Outcome) -> tuple[int, float]:
@@ -209,26 +209,46 @@ def changed_config(
   return changed
 
 
+def _mixture(config: config_lib.Config) -> tuple[str, Any]:
+  """Returns the name and the section of the model's mixture; or none."""
+  for name in ("moe", "hierarchical_moe"):
+    if name in config.model:
+      return f"config.model.{name}", config.model[name]
+  return "", {}
+
+
+def _more_microbatches(
+  config: config_lib.Config, changes: dict[str, Any], topology: Topology
+) -> dict[str, Any]:
+  """Doubles the microbatches; of groups half the size, if those get too few."""
+  now = changed_config(config, changes)
+  count = 2 * now.train.microbatches
+  step = {"config.train.microbatches": count}
+  path, layer = _mixture(now)
+  if size := layer.get("group_size"):
+    groups = now.data.batch_size * now.data.row_length // count // size
+    if groups % len(topology.devices):
+      step[f"{path}.group_size"] = size // 2
+  return step
+
+
 def _steps(
-  config: config_lib.Config, changes: dict[str, Any]
+  config: config_lib.Config, changes: dict[str, Any], topology: Topology
 ) -> Iterator[dict[str, Any]]:
   """Yields what may be tried next to a config with these changes."""
   now = changed_config(config, changes)
-  for count in (2 * now.train.microbatches, now.train.microbatches // 2):
-    if count and now.data.batch_size % count == 0:
-      yield {"config.train.microbatches": count}
-  for name in ("moe", "hierarchical_moe"):
-    if name not in now.model:
-      continue
-    layer, path = now.model[name], f"config.model.{name}"
-    size = layer.get("group_size")
-    if size:
-      yield {f"{path}.group_size": 2 * size}
-      if size % 2 == 0:
-        yield {f"{path}.group_size": size // 2}
-    inner = layer.get("secondary")
-    if inner is not None:
-      layer, path = inner, f"{path}.secondary"
-    yield {f"{path}.recompute": not layer.get("recompute", False)}
+  path, layer = _mixture(now)
+  size, section = layer.get("group_size"), path
+  if layer and layer.get("secondary") is not None:
+    layer, section = layer["secondary"], f"{path}.secondary"
+  if now.train.microbatches % 2 == 0:
+    yield {"config.train.microbatches": now.train.microbatches // 2}
+  if layer:
+    yield {f"{section}.recompute": not layer.get("recompute", False)}
     if layer.get("capacity_factor", 1.25) != 1.0:
-      yield {f"{path}.capacity_factor": 1.0}
+      yield {f"{section}.capacity_factor": 1.0}
+  if size:
+    yield {f"{path}.group_size": 2 * size}
+    if size % 2 == 0:
+      yield {f"{path}.group_size": size // 2}
+  yield _more_microbatches(config, changes, topology)
