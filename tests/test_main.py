@@ -43,10 +43,13 @@ def test_unknown_command_names_the_nearest(capsys):
   assert "nearest is 'train'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_help_lists_the_flags(command, capsys):
+@pytest.mark.parametrize(
+  "command, flag",
+  [("train", "workdir"), ("eval", "workdir"), ("plan", "topology")],
+)
+def test_help_lists_the_flags(command, flag, capsys):
   assert main(["moejax", command, "--help"]) == 0
-  assert "--workdir" in capsys.readouterr().out
+  assert f"  --{flag}: " in capsys.readouterr().out
 
 
 def test_workdir_and_config_are_needed(capsys, tmp_path):
@@ -66,6 +69,23 @@ def test_misspelled_flags(fails):
   assert "workdri" in fails("--workdri=x", status=2)
   assert "what is 'extra'" in fails("extra", status=2)
   assert "steps=ten" in fails("--config.train.steps=ten", status=2)
+
+
+@pytest.mark.parametrize(
+  "flags, complaint",
+  [
+    (["--topology=v9:2x2"], "topology is 'v9'; choose one of 'v4'"),
+    (["--topology=v5e:2by2"], "such as v5p:4x4x8"),
+    (["--topology=cpu:8", "--layout=exprt"], "(the nearest is 'expert')"),
+    (["--topology=cpu:3", "--layout=expert_model"], "by 2, which does not"),
+    (["--topology=cpu:8", "--suggest"], "nobody says, so there is no fastest"),
+    (["--topology=cpu:8", "--config.model.moe.router.k=9"], "k = 9 experts"),
+  ],
+)
+def test_plans_that_cannot_be(flags, complaint, capsys, small_flags):
+  assert main(["moejax", "plan", *small_flags, *flags]) == 1
+  said = capsys.readouterr().err
+  assert complaint in said and "Traceback" not in said
 
 
 def test_a_config_that_is_not_there(capsys):

@@ -10,7 +10,7 @@ from moejax import main
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
-  r"moejax (?:train|eval) (?:[^\n`]|\\\n)*", README.replace("\\\n", " ")
+  r"moejax (?:train|eval|plan) (?:[^\n`]|\\\n)*", README.replace("\\\n", " ")
 )
 
 
@@ -30,7 +30,7 @@ def test_commands_are_understood(command, monkeypatch):
     main, "COMMANDS", {name: ran.append for name in main.COMMANDS}
   )
   assert main.main(command.split()) == 0
-  assert ran[0].workdir
+  assert ran[0]["config" if " plan " in command else "workdir"].value
 
 
 def test_commands_were_found():

@@ -100,7 +100,7 @@ def suggest(
     for _ in range(DOUBLINGS + 1):
       outcome = look(changes)
       yield outcome
-      if rank(outcome)[0] != 1:
+      if isinstance(outcome, Refusal) or outcome.memory.fits:
         break
       changes = changes | _more_microbatches(config, changes, topology)
   for _ in range(STEPS):
@@ -130,21 +130,23 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     ValueError: none fits; names the least that one needs.
   """
   best, *others = sorted(outcomes, key=rank)
-  if rank(best)[0]:
-    needs = f"{rank(best)[1] / 1e9:,.1f} GB" if rank(best)[0] == 1 else "more"
+  kind, least = rank(best)
+  if kind:
+    needs = plan_lib.in_bytes(int(least)) if kind == 1 else "more"
     raise ValueError(
       f"nothing fits on {best.topology}: the least, layout {best.layout!r},"
       f" needs {needs} of each device; take more devices, or"
       " config.optimizer.kind 'factored_adam'."
     )
   fitting = [each for each in others if rank(each)[0] == 0]
+  needs, has = map(plan_lib.in_bytes, (best.memory.needs, best.memory.has))
   lines = [
     " ".join(
       [f"suggested for {best.topology}: layout {best.layout!r}", *_flags(best)]
     ),
-    f"  it needs {best.memory.needs / 1e9:,.1f} of {best.memory.has / 1e9:,.1f}"
-    f" GB, and {1e3 * best.estimate.seconds:,.1f} ms a step by the estimate"
-    f" ({best.words_per_second:,.0f} words/s), bound by {best.estimate.bound}",
+    f"  it needs {needs} of {has}, and {1e3 * best.estimate.seconds:,.1f} ms a"
+    f" step by the estimate ({best.words_per_second:,.0f} words/s), bound by"
+    f" {best.estimate.bound}",
   ]
   other = next((e for e in fitting if e.layout != best.layout), None)
   if other:
