@@ -12,7 +12,7 @@ from moejax.planning.plan import Plan
 
 # Times that microbatches are doubled to make a layout fit, and steps that are
 # tried from the best.
-DOUBLINGS, STEPS = 3, 16
+DOUBLINGS, STEPS = 3, 8
 
 
 class Refusal(NamedTuple):
