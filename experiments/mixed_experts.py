@@ -39,7 +39,7 @@ import numpy as np
 from experiments import harness, training
 from moejax import config as config_lib
 from moejax import losses, sharding
-from moejax.data import text
+from moejax.data import corpus, text
 from moejax.training import loop, program, step
 from moejax.training.checkpoint import Checkpoints
 
@@ -113,7 +113,7 @@ def kind_costs(
   return (2 * width * wide, 2 * width * narrow, width * width, 0)
 
 
-def typical(visits: np.ndarray, kind: int, data: config_lib.Data) -> list[str]:
+def typical(visits: np.ndarray, kind: int, data: corpus.Sentences) -> list[str]:
   """Returns the words that a kind gets most above its share."""
   total = visits.sum(axis=1)
   share = visits[:, kind] / np.maximum(total, 1)
@@ -123,7 +123,7 @@ def typical(visits: np.ndarray, kind: int, data: config_lib.Data) -> list[str]:
 
 
 def visits_of(
-  config: config_lib.Config, data: config_lib.Data, workdir: pathlib.Path
+  config: config_lib.Config, data: corpus.Sentences, workdir: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
   """Counts the edges of each word to each kind, and sums each kind's gates."""
   parts = program.build(config, len(data.vocabulary))
@@ -143,7 +143,7 @@ def visits_of(
     return routing.assignment
 
   with sharding.use(parts.layout, parts.mesh):
-    rows = data.rows(data.tokens("test"))
+    rows = data.rows("test")
     for batch in text.eval_batches(rows, data.batch_size, 0, 1):
       found = jax.device_get(route(params, step.place(batch, parts.where)))
       groups = found.expert.shape[0]

@@ -6,7 +6,7 @@ Nothing below this file has ever seen a config.
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 
 from moejax import files as files_lib
 from moejax import losses, named, sharding
-from moejax.data import corpora, lm1b, text, vocab, word_ids
+from moejax.data import corpora, corpus, lm1b, text, vocab
 from moejax.models.build import MODELS
 from moejax.training import optim, step
 
 Config = ConfigDict
 CONFIG_FILE = "config.json"
-VOCABULARY_FILE = "vocab.txt"
 
 
 class Train(NamedTuple):
@@ -46,38 +45,6 @@ class Train(NamedTuple):
   eval_every: int = 100
   checkpoint_every: int = 100
   keep: int = 2
-
-
-class Data(NamedTuple):
-  """What the section `data` becomes.
-
-  Attributes:
-    vocabulary: the words of the training split.
-    texts: split -> its sentences.
-    row_length: words L of a row.
-    batch_size: rows B of a batch, over all devices. The paper counts a batch in
-      words: that is B x L, of which packing leaves less than one in a hundred
-      empty where rows are longer than most sentences.
-    split_words: cuts a sentence into words.
-  """
-
-  vocabulary: vocab.Vocabulary
-  texts: Mapping[str, Iterable[str]]
-  row_length: int
-  batch_size: int
-  split_words: Callable[[str], list[str]] = vocab.words
-
-  def tokens(self, split: str) -> text.Tokens:
-    """Reads a split as word ids; those of a prepared corpus are kept."""
-    texts = self.texts[split]
-    if isinstance(texts, corpora.Records):
-      return word_ids.tokenise(texts, self.vocabulary, self.split_words)
-    return text.tokenise(texts, self.vocabulary, self.split_words)
-
-  def rows(self, tokens: text.Tokens) -> text.PackedRows:
-    """Packs word ids into rows; how is kept where they are."""
-    packing = word_ids.pack(tokens, self.row_length)
-    return text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
 
 
 def check(config: ConfigDict) -> None:
@@ -119,7 +86,7 @@ def train(config: ConfigDict) -> Train:
 
 def data(
   config: ConfigDict, workdir: pathlib.Path | None, files: Sequence[str] = ()
-) -> Data:
+) -> corpus.Corpus:
   """Opens the corpus; the vocabulary is the run's own once there is a run.
 
   Args:
@@ -152,7 +119,7 @@ def _prose(
   train: str = "",
   validation: str = "",
   test: str = "",
-) -> Data:
+) -> corpus.Corpus:
   if files:
     texts = {"data": corpora.read_lines(files)}
   else:
@@ -161,7 +128,7 @@ def _prose(
   vocabulary = _vocabulary_of_run(workdir)
   if vocabulary is None:
     vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
-  return Data(vocabulary, texts, row_length, batch_size)
+  return corpus.Sentences(vocabulary, texts, row_length, batch_size)
 
 
 def _lm1b(
@@ -173,7 +140,7 @@ def _lm1b(
   batch_size: int,
   data_dir: str = "",
   test: str = "",
-) -> Data:
+) -> corpus.Corpus:
   vocabulary = _vocabulary_of_run(workdir)
   if vocabulary is None:
     vocabulary = lm1b.load_vocabulary(vocab_file, vocab_size)
@@ -181,7 +148,9 @@ def _lm1b(
     texts = {"data": corpora.read_lines(files)}
   else:
     texts = lm1b.open_lm1b(data_dir or None, test)
-  return Data(vocabulary, texts, row_length, batch_size, vocab.tokens)
+  return corpus.Sentences(
+    vocabulary, texts, row_length, batch_size, vocab.tokens
+  )
 
 
 def vocab_size(config: ConfigDict) -> int:
@@ -195,7 +164,7 @@ def _vocabulary_of_run(
   workdir: pathlib.Path | None,
 ) -> vocab.Vocabulary | None:
   if workdir is not None and (workdir / CONFIG_FILE).exists():
-    return vocab.Vocabulary.load(workdir / VOCABULARY_FILE)
+    return vocab.Vocabulary.load(workdir / vocab.Vocabulary.FILE)
   return None
 
 
@@ -329,7 +298,7 @@ def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def remember(
-  config: ConfigDict, vocabulary: vocab.Vocabulary, workdir: pathlib.Path
+  config: ConfigDict, vocabulary: corpus.Words, workdir: pathlib.Path
 ) -> None:
   """Makes a workdir that of a run: writes its config and vocabulary.
 
@@ -337,7 +306,7 @@ def remember(
   config does not stay in the way of its correction.
   """
   if not (workdir / CONFIG_FILE).exists():
-    vocabulary.save(workdir / VOCABULARY_FILE)
+    vocabulary.save(workdir / vocabulary.FILE)
     files_lib.write_whole(workdir / CONFIG_FILE, _as_json(config) + "\n")
 
 

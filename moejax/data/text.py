@@ -9,7 +9,7 @@ import hashlib
 import io
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -165,6 +165,33 @@ def pack(lengths: Int[np.ndarray, "sentences"], row_length: int) -> Packing:
   return Packing(begin[order], length[order], first.astype(np.int64))
 
 
+@runtime_checkable
+class Rows(Protocol):
+  """What batches are made of.
+
+  Attributes:
+    row_length: places L of a row.
+    num_words: real targets in all rows.
+    digest: a short name that other rows would not have.
+  """
+
+  row_length: int
+  num_words: int
+  digest: str
+
+  def __len__(self) -> int:
+    """Returns the number of rows."""
+
+  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    """Returns the arrays of a row, among them "mask", true at real targets."""
+
+  def padding(self) -> dict[str, np.ndarray]:
+    """Returns a row without a real target, which fills up a batch."""
+
+  def count(self, word: int) -> int:
+    """Returns how many real targets are this word."""
+
+
 class PackedRows:
   """The rows of a corpus, made when asked for.
 
@@ -180,6 +207,7 @@ class PackedRows:
   Attributes:
     row_length: L.
     num_words: real targets in all rows, `</S>` counted.
+    digest: of the words, see `Tokens`.
   """
 
   def __init__(
@@ -191,6 +219,7 @@ class PackedRows:
   ):
     self.row_length = row_length
     self.num_words = len(tokens.ids)
+    self.digest = tokens.digest
     self._ids = tokens.ids
     self._end_id, self._start_id = vocabulary.end, vocabulary.start
     packing = packing or pack(tokens.lengths, row_length)
@@ -207,6 +236,10 @@ class PackedRows:
   def padding(self) -> dict[str, np.ndarray]:
     """Returns a row without a real target, which fills up a batch."""
     return self._row(range(0))
+
+  def count(self, word: int) -> int:
+    """Returns how many real targets are this word."""
+    return int(np.count_nonzero(self._ids == word))
 
   def _row(self, pieces: range) -> dict[str, np.ndarray]:
     inputs = np.zeros(self.row_length, np.int32)
@@ -244,7 +277,7 @@ def _iterate(
 
 
 def train_batches(
-  rows: PackedRows,
+  rows: Rows,
   batch_size: int,
   seed: int,
   process_index: int = 0,
@@ -284,7 +317,7 @@ def train_batches(
 
 
 def eval_batches(
-  rows: PackedRows,
+  rows: Rows,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,

@@ -52,6 +52,9 @@ class Vocabulary:
     unknown: id of `<UNK>`, which every other word is read as.
   """
 
+  # What it is called where a run keeps it.
+  FILE = "vocab.txt"
+
   def __init__(self, entries: Sequence[str]):
     """Makes the vocabulary whose entry i has id i.
 

@@ -19,7 +19,7 @@ def evaluator(
   batch_size: int,
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
-) -> Callable[[Any, text.PackedRows], dict[str, float]]:
+) -> Callable[[Any, text.Rows], dict[str, float]]:
   """Returns a function (params, rows) -> loss (nats), perplexity, words, ...
 
   It is compiled once and counts every word of the rows once. What the routing

@@ -14,7 +14,7 @@ import jax
 from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import sharding
-from moejax.data import text
+from moejax.data import corpus, text
 from moejax.training import (
   evaluate,
   metrics,
@@ -61,8 +61,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     return result
   options = config_lib.train(config)
   data = processes.first_then_others(lambda: config_lib.data(config, workdir))
-  tokens = {split: data.tokens(split) for split in data.texts}
-  rows = {split: data.rows(tokens[split]) for split in tokens}
+  rows = {split: data.rows(split) for split in data.splits}
   parts = program.build(config, len(data.vocabulary))
   model, schedule, tx, layout, mesh, where, shapes, target = parts
   batches = text.train_batches(
@@ -72,7 +71,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     jax.process_index(),
     jax.process_count(),
   )
-  identity = {split: tokens[split].digest for split in tokens}
+  identity = {split: rows[split].digest for split in rows}
   processes.check_same(json.dumps(identity), "text")
   for line in _introduction(target, data, rows, layout, mesh):
     _print(line)
@@ -228,21 +227,21 @@ def evaluate_run(
   """
   config = config_lib.recall(workdir)
   data = config_lib.data(config, workdir, files)
-  tokens = data.tokens("data" if files else split)
+  rows = data.rows("data" if files else split)
   parts = program.build(config, len(data.vocabulary))
   checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     best = checkpoints.best(parts.target)
   if best is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
-  values = _evaluator(config, parts)(best.state.params, data.rows(tokens))
-  unknown = float((tokens.ids == data.vocabulary.unknown).mean())
+  values = _evaluator(config, parts)(best.state.params, rows)
+  unknown = rows.count(data.vocabulary.unknown) / rows.num_words
   return values | {"unknown": unknown, "step": int(best.state.step)}
 
 
 def _evaluator(
   config: config_lib.Config, parts: program.Parts
-) -> Callable[[Any, text.PackedRows], dict[str, float]]:
+) -> Callable[[Any, text.Rows], dict[str, float]]:
   """Evaluates by rows of a microbatch: what is in memory at once is no more."""
   rows = config.data.batch_size // config_lib.train(config).microbatches
   return evaluate.evaluator(parts.model, rows, parts.layout, parts.mesh)
@@ -263,8 +262,8 @@ def _check_finite(
 
 def _introduction(
   target: state.TrainState,
-  data: config_lib.Data,
-  rows: Mapping[str, text.PackedRows],
+  data: corpus.Corpus,
+  rows: Mapping[str, text.Rows],
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
 ) -> Iterator[str]:

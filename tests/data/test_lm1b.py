@@ -167,7 +167,7 @@ def test_tensorflow_is_not_needed(section, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorflow", None)
   data = data_of(section, tmp_path)
   assert all(data.texts["test"])
-  assert len(data.rows(data.tokens("test"))) > 10
+  assert len(data.rows("test")) > 10
 
 
 # -- bad input ----------------------------------------------------------------

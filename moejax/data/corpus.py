@@ -1,0 +1,82 @@
+"""A corpus as a run reads it: a vocabulary, and rows of ids for each split."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from moejax.data import corpora, text, vocab, word_ids
+
+
+@runtime_checkable
+class Words(Protocol):
+  """A vocabulary.
+
+  Attributes:
+    FILE: what it is called where a run keeps it.
+    unknown: id of all that it does not have.
+  """
+
+  FILE: str
+  unknown: int
+
+  def __len__(self) -> int:
+    """Returns the number of ids."""
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes it to a file, whole or not at all."""
+
+
+@runtime_checkable
+class Corpus(Protocol):
+  """What a run learns from, and is measured on.
+
+  Attributes:
+    vocabulary: gives the ids.
+    splits: names of its parts.
+    batch_size: rows B of a batch, over all devices.
+  """
+
+  vocabulary: Words
+  splits: Sequence[str]
+  batch_size: int
+
+  def rows(self, split: str) -> text.Rows:
+    """Reads a split as rows of ids."""
+
+
+class Sentences(NamedTuple):
+  """A corpus of sentences in one language, for language models.
+
+  Attributes:
+    vocabulary: the words of the training split.
+    texts: split -> its sentences.
+    row_length: words L of a row.
+    batch_size: rows B of a batch, over all devices. The paper counts a batch in
+      words: that is B x L, of which packing leaves less than one in a hundred
+      empty where rows are longer than most sentences.
+    split_words: cuts a sentence into words.
+  """
+
+  vocabulary: vocab.Vocabulary
+  texts: Mapping[str, Iterable[str]]
+  row_length: int
+  batch_size: int
+  split_words: Callable[[str], list[str]] = vocab.words
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of the parts."""
+    return tuple(self.texts)
+
+  def tokens(self, split: str) -> text.Tokens:
+    """Reads a split as word ids; those of a prepared corpus are kept."""
+    texts = self.texts[split]
+    if isinstance(texts, corpora.Records):
+      return word_ids.tokenise(texts, self.vocabulary, self.split_words)
+    return text.tokenise(texts, self.vocabulary, self.split_words)
+
+  def rows(self, split: str) -> text.PackedRows:
+    """Packs a split into rows of word ids; how is kept where they are."""
+    tokens = self.tokens(split)
+    packing = word_ids.pack(tokens, self.row_length)
+    return text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
