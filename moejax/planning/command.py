@@ -48,9 +48,13 @@ def run(
       tried = list(search.with_layouts(*about, layouts, say))
     by_topology.append(tried)
   outcomes = [each for tried in by_topology for each in tried]
-  say(f"\n{report.text(outcomes)}\n")
+  shown = outcomes
+  if suggest:
+    say(f"\n{report.tries(outcomes)}")
+    shown = [e for tried in by_topology for e in search.best_of_layouts(tried)]
+  say(f"\n{report.text(shown)}\n")
   if out is not None:
-    report.write(outcomes, out)
+    report.write(outcomes, shown, out)
     say(f"wrote {out / report.PLAN_FILE} and {out / report.FIGURE_FILE}")
   if suggest:
     for tried in by_topology:

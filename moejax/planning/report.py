@@ -34,9 +34,19 @@ def text(outcomes: Sequence[Outcome]) -> str:
   return "\n\n".join([*parts, *map(_trouble, filter(_trouble, outcomes))])
 
 
+def tries(outcomes: Sequence[Outcome]) -> str:
+  """Returns a line for each outcome: what a search has been through."""
+  columns = ("needs", "fits", "ms a step, estimated", "bound by", "words/s")
+  lines = [
+    [_name(each, outcomes), *(_cells(each).get(name, "-") for name in columns)]
+    for each in outcomes
+  ]
+  return _aligned([["tried", *columns], *lines])
+
+
 def _trouble(outcome: Outcome) -> str:
   """Says why a layout cannot be; nothing if it can."""
-  where = f"{_name(outcome, [])} on {outcome.topology}".replace("\n", ", ")
+  where = f"{_name(outcome, [])} on {outcome.topology}"
   if isinstance(outcome, Refusal):
     return f"{where}: {outcome.reason}"
   memory = outcome.memory
@@ -50,14 +60,17 @@ def _trouble(outcome: Outcome) -> str:
   )
 
 
-def write(outcomes: Sequence[Outcome], folder: pathlib.Path) -> None:
-  """Writes `PLAN_FILE` and `FIGURE_FILE`."""
+def write(
+  outcomes: Sequence[Outcome], shown: Sequence[Outcome], folder: pathlib.Path
+) -> None:
+  """Writes all to `PLAN_FILE`, and draws what is shown in `FIGURE_FILE`."""
   folder.mkdir(parents=True, exist_ok=True)
   as_json = json.dumps([as_dict(each) for each in outcomes], indent=2)
   (folder / PLAN_FILE).write_text(as_json + "\n", encoding="utf-8")
   # Not by pyplot: without its global state a figure is always drawn by Agg.
-  figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
-  draw(figure, outcomes)
+  height = 2 + 0.4 * len(shown)
+  figure = matplotlib.figure.Figure((10, height), layout="constrained")
+  draw(figure, shown)
   figure.savefig(folder / FIGURE_FILE, dpi=120)
 
 
@@ -95,7 +108,8 @@ def draw(figure: matplotlib.figure.Figure, outcomes: Sequence[Outcome]) -> None:
       has = each.memory.has / 1e9
       panels[0].plot([has, has], [row - 0.45, row + 0.45], "k", lw=2)
   if timed:
-    names = [_name(each, plans) for each in timed]
+    same = len(timed) == len(plans)
+    names = [""] * len(timed) if same else [_name(e, plans) for e in timed]
     parts = {
       n: [1e3 * getattr(p.estimate, n) for p in timed] for n in Estimate._fields
     }
@@ -127,7 +141,7 @@ def _name(outcome: Outcome, among: Sequence[Outcome]) -> str:
     f"{name.rpartition('.')[2]} {value}"
     for name, value in outcome.changes.items()
   ]
-  return "\n".join(parts)
+  return ", ".join(parts)
 
 
 def _cells(outcome: Outcome) -> dict[str, str]:

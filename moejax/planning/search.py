@@ -1,6 +1,7 @@
 """Plans for several layouts, and the search for the fastest that fits."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +77,8 @@ def suggest(
   """Yields all that is tried in search of the fastest estimate that fits.
 
   First every layout as the config stands; one that does not fit is tried with
-  twice as many microbatches, and twice again. Then from the best so far, one
+  twice as many microbatches, and twice again, while what that saves, saved
+  every time, would do. Then from the best so far, one
   step after the other: half the microbatches, recompute or not, less capacity,
   groups of twice or half the size, twice the microbatches.
 
@@ -97,10 +99,15 @@ def suggest(
 
   for choice in layouts(config).values():
     changes = {"config.layout": choice}
-    for _ in range(DOUBLINGS + 1):
+    before = math.inf
+    for left in range(DOUBLINGS, -1, -1):
       outcome = look(changes)
       yield outcome
       if isinstance(outcome, Refusal) or outcome.memory.fits:
+        break
+      needs, has = outcome.memory.needs, outcome.memory.has
+      saved, before = before - needs, needs
+      if needs - saved * left > has:
         break
       changes = changes | _more_microbatches(config, changes, topology)
   for _ in range(STEPS):
@@ -112,6 +119,15 @@ def suggest(
     if new is None:
       return
     yield look(new)
+
+
+def best_of_layouts(outcomes: Sequence[Outcome]) -> list[Outcome]:
+  """Returns what did best with each layout, in the order of a search."""
+  found: dict[str, Outcome] = {}
+  for each in outcomes:
+    if each.layout not in found or rank(each) < rank(found[each.layout]):
+      found[each.layout] = each
+  return list(found.values())
 
 
 def rank(outcome: Outcome) -> tuple[int, float]:

@@ -128,7 +128,11 @@ def test_report_has_all_of_it(tmp_path):
   text = report.text(outcomes)
   for part in ("expert", "fsdp", "too large.", "2 GB", "all-to-all", "memory"):
     assert part in text
-  report.write(outcomes, tmp_path)
+  head, first, second = report.tries(outcomes).splitlines()
+  assert head.split()[:3] == ["tried", "needs", "fits"]
+  assert "yes" in first and "memory" in first
+  assert second.startswith("fsdp, cpu:8, microbatches 2") and "no" in second
+  report.write(outcomes, outcomes, tmp_path)
   first, second = json.loads((tmp_path / report.PLAN_FILE).read_text())
   assert first["memory"]["fits"] and first["estimate"]["bound"] == "memory"
   assert len(first["collectives"]) == len(here().collectives)

@@ -1,5 +1,7 @@
 """The search for the fastest layout that fits, on costs made up."""
 
+import itertools
+
 import config_shapes
 import jax
 import pytest
@@ -39,6 +41,7 @@ def made_up(config, vocab_size, topology, changes):
 @pytest.fixture
 def suggested(monkeypatch):
   monkeypatch.setattr(plan, "make", made_up)
+  monkeypatch.setattr(search, "STEPS", 16)
   config = config_shapes.load("tiny.py")
   return list(search.suggest(config, 100, CHIP, lambda line: None))
 
@@ -53,6 +56,16 @@ def test_it_goes_on_from_the_best_until_nothing_helps(suggested):
   assert not best.changes.get("config.model.moe.recompute", False)
   seen = [(each.layout, tuple(each.changes.items())) for each in suggested]
   assert len(set(seen)) == len(seen)
+
+
+def test_what_more_microbatches_cannot_help_is_left(suggested):
+  # 40 GB halved and halved again fit into 16; 30 GB of 31 stay.
+  runs = itertools.groupby(suggested, lambda each: each.layout)
+  tries = [(layout, len(list(run))) for layout, run in runs]
+  assert tries[:3] == [("expert", 3), ("replicated", 2), ("data_expert", 1)]
+  best = search.best_of_layouts(suggested)
+  assert [each.layout for each in best][:2] == ["expert", "replicated"]
+  assert best[0] == min(suggested, key=search.rank)
 
 
 def test_the_verdict_names_it_and_why(suggested):
