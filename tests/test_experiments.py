@@ -10,8 +10,9 @@ import pytest
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-SHARED = {"__init__", "harness", "training"}
-NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - SHARED)
+# What experiments share, and what makes them text.
+OTHERS = {"__init__", "harness", "package_pairs", "training"}
+NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
 
 
 @pytest.mark.parametrize("name", NAMES)
