@@ -40,7 +40,8 @@ from experiments import harness, training
 from moejax import config as config_lib
 from moejax import losses, sharding
 from moejax.data import corpus, text
-from moejax.training import loop, program, step
+from moejax.training import program, step
+from moejax.training import run as run_lib
 from moejax.training.checkpoint import Checkpoints
 
 SEED = 0
@@ -127,7 +128,7 @@ def visits_of(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Counts the edges of each word to each kind, and sums each kind's gates."""
   parts = program.build(config, len(data.vocabulary))
-  checkpoints = Checkpoints(workdir / loop.CHECKPOINTS, read_only=True)
+  checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     params = checkpoints.best(parts.target).state.params
   num_kinds = 1 if hasattr(config.model.moe.experts, "kind") else len(KINDS)

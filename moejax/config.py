@@ -15,7 +15,16 @@ from ml_collections import ConfigDict
 
 from moejax import files as files_lib
 from moejax import losses, named, sharding
-from moejax.data import corpora, corpus, lm1b, text, vocab
+from moejax.data import (
+  corpora,
+  corpus,
+  lm1b,
+  pairs,
+  text,
+  translation,
+  vocab,
+)
+from moejax.data.pieces import Pieces
 from moejax.models.build import MODELS
 from moejax.training import optim, step
 
@@ -58,6 +67,12 @@ def check(config: ConfigDict) -> None:
   for name in known:
     if name not in config:
       raise ValueError(f"config.{name} is missing; give it a value.")
+  if translates(config) != (config.model.get("kind") == "gnmt"):
+    raise ValueError(
+      f"config.model.kind is {config.model.get('kind')!r}, but config.data.kind"
+      f" is {config.data.get('kind')!r}: the model 'gnmt' translates, and pairs"
+      " of sentences ('pairs', 'wmt14') are for it alone; change one of them."
+    )
   losses.auxiliary([], *aux(config))
   if config.seed < 0:
     raise ValueError(f"config.seed is {config.seed}; give 0 or more.")
@@ -100,12 +115,27 @@ def data(
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes [B, L] and types of a batch's arrays."""
-  shape = (config.data.batch_size, config.data.row_length)
+  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays."""
+  size, length = config.data.batch_size, config.data.row_length
+  sides = [(length, text.TYPES)]
+  if translates(config):
+    sides = [(length, translation.TARGET_TYPES)]
+    sides.append((config.data.source_length, translation.SOURCE_TYPES))
   return {
-    name: jax.ShapeDtypeStruct(shape, dtype)
-    for name, dtype in text.TYPES.items()
+    name: jax.ShapeDtypeStruct((size, places), dtype)
+    for places, types in sides
+    for name, dtype in types.items()
   }
+
+
+def unit(config: ConfigDict) -> str:
+  """Names what the corpus is cut into."""
+  return "word piece" if translates(config) else "word"
+
+
+def translates(config: ConfigDict) -> bool:
+  """Whether the corpus is one of translations."""
+  return config.data.get("kind") in ("pairs", "wmt14")
 
 
 def _prose(
@@ -153,6 +183,92 @@ def _lm1b(
   )
 
 
+def _pairs(
+  workdir,
+  files,
+  train: str,
+  vocab_size: int,
+  row_length: int,
+  source_length: int,
+  batch_size: int,
+  validation: str = "",
+  test: str = "",
+  data_dir: str = "",
+  both_directions: bool = False,
+  temperature: float = 1.0,
+  strict: bool = False,
+) -> corpus.Corpus:
+  named_files = {
+    split: pairs.named_files(value)
+    for split, value in (
+      ("train", train),
+      ("validation", validation),
+      ("test", test),
+    )
+  }
+  known = pairs.directions(named_files["train"], both_directions)
+  parts = _given_pairs(files, known, strict) or pairs.open_pairs(
+    **named_files,
+    data_dir=data_dir or None,
+    both_directions=both_directions,
+    strict=strict,
+  )
+  pieces = _pieces(workdir, parts, vocab_size)
+  return corpus.Translations(
+    pieces, parts, row_length, source_length, batch_size, temperature
+  )
+
+
+def _wmt14(
+  workdir,
+  files,
+  pair: str,
+  vocab_size: int,
+  row_length: int,
+  source_length: int,
+  batch_size: int,
+  data_dir: str = "",
+) -> corpus.Corpus:
+  known = [pairs.Direction(*pair.split("-"))]
+  parts = _given_pairs(files, known, strict=False) or pairs.open_wmt14(
+    pair, data_dir or None
+  )
+  pieces = _pieces(workdir, parts, vocab_size)
+  return corpus.Translations(
+    pieces, parts, row_length, source_length, batch_size
+  )
+
+
+def _given_pairs(
+  files: Sequence[str], known: Sequence[pairs.Direction], strict: bool
+) -> dict[str, list[pairs.Pairs]]:
+  """Reads the pairs of files as the only split; none where there are none."""
+  found = []
+  for direction, paths in pairs.named_files(",".join(files)).items():
+    if direction not in known:
+      if direction != pairs.NO_LANGUAGES or len(known) > 1:
+        raise ValueError(
+          f"{paths[0]}: pairs of {direction} were not trained, only of"
+          f" {', '.join(map(str, known))}; name one, as in"
+          f" {known[0]}={paths[0]}"
+        )
+      direction = known[0]
+    found.append(pairs.read_pairs(paths, direction, strict))
+  return {"data": found} if found else {}
+
+
+def _pieces(
+  workdir: pathlib.Path | None,
+  parts: Mapping[str, Sequence[pairs.Pairs]],
+  size: int,
+) -> Pieces:
+  """Returns the pieces of the run; of what is to be one, those of its text."""
+  if workdir is not None and (workdir / CONFIG_FILE).exists():
+    return Pieces.load(workdir / Pieces.FILE)
+  train = parts["train"]
+  return Pieces.train(pairs.texts(train), size, pairs.target_languages(train))
+
+
 def vocab_size(config: ConfigDict) -> int:
   """Returns the words of the vocabulary; reads the text only if it must."""
   if "vocab_size" in config.data:
@@ -172,6 +288,8 @@ DATA = {
   "sotu": functools.partial(_prose, "sotu"),
   "text": functools.partial(_prose, "text"),
   "lm1b": _lm1b,
+  "pairs": _pairs,
+  "wmt14": _wmt14,
 }
 
 

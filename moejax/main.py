@@ -1,4 +1,4 @@
-"""The command line: moejax train | eval | plan."""
+"""The command line: moejax train | eval | translate | plan."""
 
 import contextlib
 import difflib
@@ -17,7 +17,9 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          trains, or goes on where the workdir left off; by several processes
          with --coordinator_address=HOST:PORT --num_processes=N --process_id=I
   eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]]
-         perplexity of a run's best checkpoint
+         perplexity of a run's best checkpoint; of translations also BLEU
+  translate --workdir=DIR [--language=LANGUAGE] < FILE > FILE
+         translates line by line by a run's best checkpoint
   plan   --config=FILE [--topology=v5p:4x4x8,...] [--layout=NAME,...]
          [--suggest] [--config.FIELD=VALUE ...]
          what layouts cost on devices that need not be there: memory, exchanges,
@@ -92,18 +94,46 @@ def _train(values: flags.FlagValues) -> None:
 
 
 def _eval(values: flags.FlagValues) -> None:
-  from moejax.training import loop
+  from moejax.training import run
 
   if values.data and values["split"].present:
     raise UsageError("--split and --data exclude each other; give one.")
-  result = loop.evaluate_run(
+  result = run.evaluate_run(
     pathlib.Path(values.workdir), values.split, values.data
   )
-  print(
-    f"perplexity {result['perplexity']:,.2f} per word, {result['words']:,.0f}"
-    f" words, {result['unknown']:.1%} of them unknown to the vocabulary"
-    f" (checkpoint of step {result['step']})"
-  )
+  for line in run.described(result):
+    print(line)
+
+
+def _translate(values: flags.FlagValues) -> None:
+  import tqdm
+
+  from moejax.training import run
+
+  lines = sys.stdin.buffer.read()
+  with tqdm.tqdm(unit="line", disable=not sys.stderr.isatty()) as bar:
+    translated = run.translate_run(
+      pathlib.Path(values.workdir),
+      _text_lines(lines),
+      values.language,
+      bar.update,
+      beam=values.beam,
+    )
+  sys.stdout.writelines(f"{line}\n" for line in translated)
+
+
+def _text_lines(content: bytes) -> list[str]:
+  """Reads lines as they are counted everywhere: by line feeds alone."""
+  try:
+    text = content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    number = content.count(b"\n", 0, error.start) + 1
+    raise ValueError(
+      f"standard input is not UTF-8: line {number} has the byte"
+      f" 0x{content[error.start]:02x}; convert it, for example with iconv -f"
+      " latin1 -t utf-8"
+    ) from None
+  return text.removesuffix("\n").split("\n") if text else []
 
 
 def _plan(values: flags.FlagValues) -> None:
@@ -115,7 +145,12 @@ def _plan(values: flags.FlagValues) -> None:
   )
 
 
-COMMANDS = {"train": _train, "eval": _eval, "plan": _plan}
+COMMANDS = {
+  "train": _train,
+  "eval": _eval,
+  "translate": _translate,
+  "plan": _plan,
+}
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -135,6 +170,8 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   if command == "train":
     _define_processes(values)
     _define_config(values, argv)
+  elif command == "translate":
+    _define_translate(values)
   else:
     flags.DEFINE_enum(
       "split",
@@ -144,7 +181,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
       flag_values=values,
     )
     flags.DEFINE_list(
-      "data", [], "text files to read instead", flag_values=values
+      "data", [], "files to read instead, of text or of pairs", flag_values=values
     )
   return _parsed(values, argv)
 
@@ -170,6 +207,18 @@ def _define_processes(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer(
     "process_id", None, "which one this is, from 0", flag_values=values
+  )
+
+
+def _define_translate(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
+    "language",
+    "",
+    "to translate into, where the run has learnt several",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "beam", 8, "hypotheses kept at every step; 1 is greedy", flag_values=values
   )
 
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from moejax.training import loop, metrics
+from moejax.training import loop, metrics, run
 
 FROM_CLOCK = {"words_per_second"}
 # Longer than any run here takes, on a busy machine.
@@ -109,7 +109,7 @@ def assert_close(got, want, rtol=2e-4):
 
 def kept(workdir):
   """The steps of the checkpoints of a run."""
-  folder = workdir / loop.CHECKPOINTS
+  folder = workdir / run.CHECKPOINTS
   return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 

@@ -200,7 +200,7 @@ def test_eval_reads_other_text(trained, tmp_path, capsys):
   argv = ["moejax", "eval", f"--workdir={trained}", f"--data={path}"]
   assert main(argv) == 0
   said = capsys.readouterr().out
-  assert " 10 words, " in said  # six, two, and two </S>
+  assert "(10 words), " in said  # six, two, and two </S>
   assert "20.0% of them unknown" in said
 
 

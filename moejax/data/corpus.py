@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from moejax.data import corpora, text, vocab, word_ids
+from moejax.data import corpora, pair_ids, text, translation, vocab, word_ids
+from moejax.data.pairs import Pairs
+from moejax.data.pieces import Pieces
 
 
 @runtime_checkable
@@ -80,3 +82,39 @@ class Sentences(NamedTuple):
     tokens = self.tokens(split)
     packing = word_ids.pack(tokens, self.row_length)
     return text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
+
+
+class Translations(NamedTuple):
+  """A corpus of sentences and their translations.
+
+  Attributes:
+    vocabulary: word pieces of both sides.
+    pairs: split -> what there is for each direction.
+    row_length: word pieces L of a row's targets.
+    source_length: word pieces M of a row's sources.
+    batch_size: rows B of a batch, over all devices. The paper counts a batch in
+      words of the target: that is B x L, of which packing leaves little empty.
+    temperature: of sampling directions in training, see `translation.Mixture`.
+  """
+
+  vocabulary: Pieces
+  pairs: Mapping[str, Sequence[Pairs]]
+  row_length: int
+  source_length: int
+  batch_size: int
+  temperature: float = 1.0
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of the parts."""
+    return tuple(self.pairs)
+
+  def rows(self, split: str) -> translation.Mixture:
+    """Packs a split into rows of word pieces; they are kept where it is."""
+    return pair_ids.rows(
+      self.pairs[split],
+      self.vocabulary,
+      self.row_length,
+      self.source_length,
+      self.temperature,
+    )

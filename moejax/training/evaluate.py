@@ -1,4 +1,4 @@
-"""Evaluation: perplexity per word, `</S>` counted, by the full softmax."""
+"""Evaluation: perplexity per word or piece, ends counted, full softmax."""
 
 import collections
 import functools
@@ -14,12 +14,16 @@ from moejax.data import text
 from moejax.training import step
 
 
+# (params, rows) -> means over their words.
+Evaluator = Callable[[Any, text.Rows], dict[str, float]]
+
+
 def evaluator(
   model: nn.Module,
   batch_size: int,
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
-) -> Callable[[Any, text.Rows], dict[str, float]]:
+) -> Evaluator:
   """Returns a function (params, rows) -> loss (nats), perplexity, words, ...
 
   It is compiled once and counts every word of the rows once. What the routing

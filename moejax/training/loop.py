@@ -17,15 +17,16 @@ from moejax import sharding
 from moejax.data import corpus, text
 from moejax.training import (
   evaluate,
+  judge,
   metrics,
   processes,
   program,
   state,
   step,
 )
+from moejax.training import run as run_lib
 from moejax.training.checkpoint import Checkpoints
 
-CHECKPOINTS = "checkpoints"
 RESULT_FILE = "result.json"
 
 
@@ -57,7 +58,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   processes.check_same(config.to_json(sort_keys=True), "config")
   if (workdir / RESULT_FILE).exists():
     result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
-    _print(f"finished before: {_outcome(result, workdir)}")
+    _print(f"finished before: {_outcome(result, config, workdir)}")
     return result
   options = config_lib.train(config)
   data = processes.first_then_others(lambda: config_lib.data(config, workdir))
@@ -79,7 +80,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   state.check_fits(target, in_layout, layout, mesh)
   _print("compiling the training step")
   step_fn = program.lower(config, parts).compile()
-  evaluate_on = _evaluator(config, parts)
+  evaluate_on = run_lib.evaluator(config, parts)
+  translator = None
+  if config_lib.translates(config):
+    translator = run_lib.make_translator(config, parts, data.vocabulary)
 
   with contextlib.ExitStack() as stack:
     # From here on there is a run; what is wrong with it has shown above.
@@ -89,7 +93,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
 
     processes.first_does(begin)
     _check_shared(workdir)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, options.keep)
+    checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, options.keep)
     stack.enter_context(contextlib.closing(checkpoints))
     seconds = 0.0
     if restored := checkpoints.latest(target):
@@ -105,7 +109,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     writer = progress = metrics.Silent()
     if processes.first():
       writer = metrics.Writer(workdir, done)
-      progress = metrics.Progress(done, options.steps)
+      progress = metrics.Progress(done, options.steps, config_lib.unit(config))
     stack.enter_context(contextlib.closing(writer))
     stack.enter_context(contextlib.closing(progress))
     speed = metrics.Speed()
@@ -136,6 +140,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       values = evaluate_on(current.params, rows["validation"])
       writer.write(done, "validation", values)
       progress.validated(done, values)
+      if translator:
+        held_out = data.pairs["validation"]
+        for line in judge.examples(translator, current.params, held_out):
+          progress.say(line)
       speed.restart()
       return values["perplexity"]
 
@@ -148,6 +156,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
         "data": batches.get_state(),
         "seconds": seconds,
         "text": identity,
+        "vocabulary": data.vocabulary.digest,
       }
       checkpoints.save(current, done, position, perplexity)
       saved = done
@@ -192,59 +201,24 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     del current
     best = checkpoints.best(target)
     test = evaluate_on(best.state.params, rows["test"])
-    writer.write(done, "test", test)
     result = {
       "test": test,
       "best_step": int(best.state.step),
       "steps": done,
       "seconds": seconds,
     }
+    if translator:
+      progress.say("translating the test")
+      about = translator, best.state.params, data.pairs["test"]
+      found, result["signatures"] = judge.scores(*about)
+      test |= found
+    writer.write(done, "test", test)
     as_json = json.dumps(result, indent=2) + "\n"
     processes.first_does(
       lambda: files_lib.write_whole(workdir / RESULT_FILE, as_json)
     )
-    progress.say(_outcome(result, workdir))
+    progress.say(_outcome(result, config, workdir))
   return result
-
-
-def evaluate_run(
-  workdir: pathlib.Path, split: str, files: Sequence[str] = ()
-) -> dict[str, float]:
-  """Evaluates the best checkpoint of a run, which may still be training.
-
-  Args:
-    workdir: of the run; it remembers config and vocabulary.
-    split: of the run's own corpus.
-    files: text files to read instead of a split.
-
-  Returns:
-    What `evaluate.evaluator` does, the fraction of words that are unknown to
-    the run's vocabulary, and the checkpoint's step.
-
-  Raises:
-    FileNotFoundError: there is no run in the workdir, or no such file.
-    ValueError: the run has no checkpoint yet, or the files no text.
-  """
-  config = config_lib.recall(workdir)
-  data = config_lib.data(config, workdir, files)
-  rows = data.rows("data" if files else split)
-  parts = program.build(config, len(data.vocabulary))
-  checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
-  with contextlib.closing(checkpoints):
-    best = checkpoints.best(parts.target)
-  if best is None:
-    raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
-  values = _evaluator(config, parts)(best.state.params, rows)
-  unknown = rows.count(data.vocabulary.unknown) / rows.num_words
-  return values | {"unknown": unknown, "step": int(best.state.step)}
-
-
-def _evaluator(
-  config: config_lib.Config, parts: program.Parts
-) -> Callable[[Any, text.Rows], dict[str, float]]:
-  """Evaluates by rows of a microbatch: what is in memory at once is no more."""
-  rows = config.data.batch_size // config_lib.train(config).microbatches
-  return evaluate.evaluator(parts.model, rows, parts.layout, parts.mesh)
 
 
 def _check_finite(
@@ -255,7 +229,7 @@ def _check_finite(
       kept = f"checkpoint {saved}" if saved else "no checkpoint"
       raise FloatingPointError(
         f"{name} became {values[name]} at step {at}; {kept} was saved before,"
-        f" in {workdir / CHECKPOINTS}. Train in a new workdir with a lower"
+        f" in {workdir / run_lib.CHECKPOINTS}. Train in a new workdir with a lower"
         " config.optimizer.peak, or with config.optimizer.clip_norm."
       )
 
@@ -285,9 +259,14 @@ def _introduction(
   yield f"vocabulary of {len(data.vocabulary):,}; words: {words}"
 
 
-def _outcome(result: Mapping[str, Any], workdir: pathlib.Path) -> str:
+def _outcome(
+  result: Mapping[str, Any],
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+) -> str:
+  test = metrics.describe(result["test"], config_lib.unit(config))
   return (
-    f"test {metrics.describe(result['test'])}, by the best checkpoint (step"
+    f"test {test}, by the best checkpoint (step"
     f" {result['best_step']} of {result['steps']}); trained in"
     f" {metrics.clock(result['seconds'])}; the run lies in {workdir}"
   )

@@ -72,8 +72,8 @@ def read(path: pathlib.Path) -> list[dict]:
 class Progress:
   """A live bar on a terminal, plain lines elsewhere; time left on both."""
 
-  def __init__(self, step: int, steps: int):
-    self._steps = steps
+  def __init__(self, step: int, steps: int, unit: str = "word"):
+    self._steps, self._unit = steps, unit
     self._live = sys.stderr.isatty()
     self._bar = tqdm.tqdm(
       initial=step,
@@ -95,7 +95,7 @@ class Progress:
   def report(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a step's loss and speed, and the last validation."""
     text = (
-      f"loss {values['loss']:.3f}  {values['words_per_second']:,.0f} words/s"
+      f"loss {values['loss']:.3f}  {values['words_per_second']:,.0f} {self._unit}s/s"
       f"{self._validation}"
     )
     if self._live:
@@ -106,7 +106,8 @@ class Progress:
   def validated(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a validation, and keeps it in sight."""
     self._validation = f"  validation {values['perplexity']:,.1f}"
-    self.say(f"step {step}: validation {describe(values)}")
+    said = describe(values, self._unit)
+    self.say(f"step {step}: validation {said}")
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
@@ -177,12 +178,15 @@ class Speed:
     self._words, self._since = 0.0, None
 
 
-def describe(values: Mapping[str, float]) -> str:
-  """Returns an evaluation in words."""
-  return (
-    f"perplexity {values['perplexity']:,.2f} per word"
-    f" ({values['words']:,.0f} words)"
+def describe(values: Mapping[str, float], unit: str) -> str:
+  """Returns an evaluation in words, whose perplexity is that of a unit."""
+  said = (
+    f"perplexity {values['perplexity']:,.2f} per {unit}"
+    f" ({values['words']:,.0f} {unit}s)"
   )
+  if "bleu" in values:
+    said += f", BLEU {values['bleu']:.2f}, chrF {values['chrf']:.2f}"
+  return said
 
 
 def clock(seconds: float) -> str:

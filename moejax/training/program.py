@@ -74,7 +74,8 @@ def sizes(params: Any) -> tuple[int, int]:
   def size(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
-  inner = {n: p for n, p in params.items() if n not in ("embed", "head")}
+  outer = "embed", "head"
+  inner = {n: p for n, p in params.items() if not n.startswith(outer)}
   return size(params), size(inner)
 
 

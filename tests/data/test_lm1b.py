@@ -25,7 +25,7 @@ from tensorflow_datasets.datasets.lm1b import lm1b_dataset_builder
 
 from moejax import config as config_lib
 from moejax.data import corpora, kept, lm1b, text, vocab
-from moejax.training import loop
+from moejax.training import loop, run
 
 TOP = "1-billion-word-language-modeling-benchmark-r13output"
 TRAIN = "training-monolingual.tokenized.shuffled/news.en-{:05}-of-00100"
@@ -230,7 +230,7 @@ def test_a_model_trains(
 
   held_out = tmp_path / "held_out.txt"
   held_out.write_text("\n".join(files[HELD_OUT.format(0)]), encoding="utf-8")
-  own = loop.evaluate_run(workdir, "test", [str(held_out)])
+  own = run.evaluate_run(workdir, "test", [str(held_out)])
   sentences = files[HELD_OUT.format(0)]
   assert own["words"] == sum(len(s.split(" ")) + 1 for s in sentences)
   # Validation, test, and the file of one's own: by rows of a microbatch.

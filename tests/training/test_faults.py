@@ -13,7 +13,7 @@ import time
 import program
 import pytest
 
-from moejax.training import loop
+from moejax.training import run
 
 KILLS = 20
 LONG = ("--config.train.steps=120", "--config.train.checkpoint_every=2")
@@ -35,7 +35,7 @@ def finish(start, workdir, undisturbed, *flags):
 
 def wait_for_draft(process, workdir):
   """Waits until a checkpoint is being written."""
-  folder = workdir / loop.CHECKPOINTS
+  folder = workdir / run.CHECKPOINTS
   while process.poll() is None:
     if list(folder.glob("*.orbax-checkpoint-tmp*")):
       return True
@@ -80,7 +80,7 @@ def test_fault_damaged_checkpoint_is_passed_over(
   start, whole, tmp_path, damage
 ):
   workdir = shutil.copytree(whole[0], tmp_path / "run")
-  newest = workdir / loop.CHECKPOINTS / "12"
+  newest = workdir / run.CHECKPOINTS / "12"
   damage(program.largest_file(newest), random.Random(1))
   program.forget_the_end(workdir)
   output = finish(start, workdir, whole[0])
@@ -96,7 +96,7 @@ def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
   process.send_signal(signal.SIGTERM)
   program.end_well(process)
   before = program.kept(workdir)
-  folder = workdir / loop.CHECKPOINTS / str(before[-1])
+  folder = workdir / run.CHECKPOINTS / str(before[-1])
   limit = program.largest_file(folder).stat().st_size // 2
   command = [sys.executable, "-m", "moejax", "train", *small_flags]
   full = subprocess.run(
@@ -114,7 +114,7 @@ def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
   said = [ln for ln in full.stderr.splitlines() if ln.startswith("moejax: ")]
   (message,) = said
   assert "could not be saved" in message and "Make room" in message
-  assert f"the last one in {workdir / loop.CHECKPOINTS} is of step" in message
+  assert f"the last one in {workdir / run.CHECKPOINTS} is of step" in message
   assert program.kept(workdir) == before
   finish(start, workdir, whole[0])
 

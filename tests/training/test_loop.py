@@ -9,7 +9,7 @@ import program
 import pytest
 from program import curve, wait_for_step
 
-from moejax.training import loop
+from moejax.training import loop, run
 
 
 def finish(start, workdir, whole):
@@ -89,7 +89,7 @@ def test_stopped_saves_and_resumes(start, whole, tmp_path, number):
   assert "Traceback" not in output
   assert output.count("stopping after this step") == 1
   step = int(output.split("stopped at step ")[1].split()[0])
-  assert (workdir / loop.CHECKPOINTS / str(step)).is_dir()
+  assert (workdir / run.CHECKPOINTS / str(step)).is_dir()
   again = finish(start, workdir, whole)
   assert f"resuming {workdir} at step {step} of 12" in again
 
@@ -113,7 +113,7 @@ def test_what_is_no_number_stops_the_run(start, tmp_path, flags):
     message,
   )
   assert found, output
-  kept = [int(path.name) for path in (workdir / loop.CHECKPOINTS).iterdir()]
+  kept = [int(path.name) for path in (workdir / run.CHECKPOINTS).iterdir()]
   assert (int(found[3]) if found[3] else None) == max(kept, default=None)
   assert all(step < int(found[2]) for step in kept)
 

@@ -8,7 +8,7 @@ import time
 import program
 import pytest
 
-from moejax.training import loop
+from moejax.training import run
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_multiprocess_damaged_checkpoint_is_passed_over_by_all(
   start_several, one_process, tmp_path
 ):
   workdir = shutil.copytree(one_process, tmp_path / "run")
-  newest = workdir / loop.CHECKPOINTS / "12"
+  newest = workdir / run.CHECKPOINTS / "12"
   damaged = program.largest_file(newest)
   damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
   program.forget_the_end(workdir)
@@ -103,7 +103,7 @@ def test_resume_on_another_mesh(
 ):
   """Saved on 8 devices, `expert`: the run goes on with the same loss."""
   workdir = shutil.copytree(one_process, tmp_path / "run")
-  shutil.rmtree(workdir / loop.CHECKPOINTS / "12")
+  shutil.rmtree(workdir / run.CHECKPOINTS / "12")
   program.forget_the_end(workdir)
   flag = f"--config.layout={layout}"
   if processes == 1:

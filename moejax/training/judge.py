@@ -1,0 +1,74 @@
+"""How well a run translates what its corpus holds out, and how it looks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moejax.data.pairs import Pairs
+from moejax.training import bleu
+from moejax.training.translate import Translator
+
+# Sentences shown at a validation, and words that are worth a look.
+_SHOWN = 3
+_WORDS = 4
+
+
+def examples(
+  translator: Translator, params: Any, parts: Sequence[Pairs]
+) -> Iterator[str]:
+  """Yields a few sentences, always the same, with both translations.
+
+  Args:
+    translator: of the run.
+    params: of the model.
+    parts: the directions of a split; each gives at least one.
+  """
+  each = -(-_SHOWN // len(parts))
+  for pairs in parts:
+    chosen = list(_spread(pairs.sources, each))
+    sources = [pairs.sources[index] for index in chosen]
+    found = translator.lines(params, sources, pairs.direction.target)
+    for index, source, translation in zip(chosen, sources, found, strict=True):
+      yield f"  {pairs.direction.source}: {source}"
+      yield f"  {pairs.direction.target}: {pairs.targets[index]}"
+      yield f"  model: {translation}"
+
+
+def _spread(sources: Sequence[str], count: int) -> Iterator[int]:
+  """Yields places all over the text, of sentences rather than of single words."""
+  for part in range(count):
+    begin, end = (len(sources) * (part + more) // count for more in (0, 1))
+    inside = range(begin, end)
+    long = (i for i in inside if len(sources[i].split()) >= _WORDS)
+    if inside:
+      yield next(long, begin)
+
+
+def scores(
+  translator: Translator, params: Any, parts: Sequence[Pairs]
+) -> tuple[dict[str, float], Mapping[str, str]]:
+  """Translates whole splits and compares them with the references.
+
+  Args:
+    translator: of the run.
+    params: of the model.
+    parts: the directions of a split.
+
+  Returns:
+    BLEU and chrF, over several directions their means and those of each; and
+    the signatures of both, which say how they are counted.
+  """
+  values: dict[str, float] = {}
+  signatures: dict[str, str] = {}
+  for pairs in parts:
+    language = pairs.direction.target
+    found = translator.lines(params, list(pairs.sources), language)
+    score = bleu.scores(found, list(pairs.targets))
+    values[f"bleu_{pairs.direction}"] = score.bleu
+    values[f"chrf_{pairs.direction}"] = score.chrf
+    signatures["bleu"] = score.bleu_signature
+    signatures["chrf"] = score.chrf_signature
+  means = {
+    name: sum(v for n, v in values.items() if n.startswith(name)) / len(parts)
+    for name in ("bleu", "chrf")
+  }
+  return (means | values if len(parts) > 1 else means), signatures

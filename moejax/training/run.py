@@ -1,0 +1,153 @@
+"""What can be done with a run, even while it trains: measure, translate."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from moejax import config as config_lib
+from moejax.data.pieces import Pieces
+from moejax.training import (
+  checkpoint,
+  evaluate,
+  judge,
+  metrics,
+  program,
+  translate,
+)
+
+CHECKPOINTS = "checkpoints"
+
+
+def evaluate_run(
+  workdir: pathlib.Path, split: str, files: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Evaluates the best checkpoint of a run, which may still be training.
+
+  Args:
+    workdir: of the run; it remembers config and vocabulary.
+    split: of the run's own corpus.
+    files: files to read instead of a split, of text or of pairs.
+
+  Returns:
+    What `evaluate.evaluator` does, the fraction of words that are unknown to
+    the run's vocabulary, and the checkpoint's step. Of translations also what
+    `judge.scores` returns.
+
+  Raises:
+    FileNotFoundError: there is no run in the workdir, or no such file.
+    ValueError: the run has no checkpoint yet, or the files no text, or the
+      vocabulary is not the run's.
+  """
+  config = config_lib.recall(workdir)
+  data = config_lib.data(config, workdir, files)
+  split = "data" if files else split
+  rows = data.rows(split)
+  parts = program.build(config, len(data.vocabulary))
+  params, step = _best(workdir, parts, data.vocabulary.digest)
+  values: dict[str, Any] = evaluator(config, parts)(params, rows)
+  unknown = rows.count(data.vocabulary.unknown) / rows.num_words
+  values |= {"unknown": unknown, "step": step}
+  if config_lib.translates(config):
+    translator = make_translator(config, parts, data.vocabulary)
+    found, values["signatures"] = judge.scores(
+      translator, params, data.pairs[split]
+    )
+    values |= found
+  return values
+
+
+def described(values: dict[str, Any]) -> Iterator[str]:
+  """Yields what `evaluate_run` returned, in words."""
+  pieces = "signatures" in values
+  unit = "word piece" if pieces else "word"
+  yield (
+    f"{metrics.describe(values, unit)}, {values['unknown']:.1%} of them unknown"
+    f" to the vocabulary (checkpoint of step {values['step']})"
+  )
+  if pieces:
+    for name, signature in values["signatures"].items():
+      yield f"{name}: {signature}"
+
+
+def translate_run(
+  workdir: pathlib.Path,
+  lines: Sequence[str],
+  language: str = "",
+  advance: Callable[[int], object] = lambda rows: None,
+  **search: Any,
+) -> list[str]:
+  """Translates lines by the best checkpoint of a run.
+
+  Args:
+    workdir: of the run.
+    lines: of text. One without words stays as it is; one that is too long for
+      the model is translated in parts.
+    language: to translate into, where the run has learnt several.
+    advance: is told how many more parts of lines are done.
+    **search: how, see `decode.beam_search`.
+
+  Returns:
+    A translation of each line.
+
+  Raises:
+    FileNotFoundError: there is no run in the workdir.
+    ValueError: the run has no checkpoint yet, or is none of translations, or
+      did not learn the language, or the vocabulary is not the run's.
+  """
+  config = config_lib.recall(workdir)
+  if not config_lib.translates(config):
+    raise ValueError(
+      f"the run in {workdir} is a language model, it cannot translate; give the"
+      " --workdir of one with config.model.kind 'gnmt'."
+    )
+  pieces = Pieces.load(workdir / Pieces.FILE)
+  parts = program.build(config, len(pieces))
+  translator = make_translator(config, parts, pieces, **search)
+  translator.check(language)
+  params, _ = _best(workdir, parts, pieces.digest)
+  return translator.lines(params, lines, language, advance)
+
+
+def evaluator(
+  config: config_lib.Config, parts: program.Parts
+) -> evaluate.Evaluator:
+  """Evaluates by rows of a microbatch: what is in memory at once is no more."""
+  rows = config.data.batch_size // config_lib.train(config).microbatches
+  return evaluate.evaluator(parts.model, rows, parts.layout, parts.mesh)
+
+
+def make_translator(
+  config: config_lib.Config, parts: program.Parts, pieces: Pieces, **search: Any
+) -> translate.Translator:
+  """Translates by as many hypotheses at once as a microbatch has rows."""
+  rows = config.data.batch_size // config_lib.train(config).microbatches
+  return translate.Translator(
+    parts.model,
+    pieces,
+    config.data.source_length,
+    rows,
+    parts.layout,
+    parts.mesh,
+    **search,
+  )
+
+
+def _best(
+  workdir: pathlib.Path, parts: program.Parts, vocabulary: str
+) -> tuple[Any, int]:
+  """Returns parameters and step of the best checkpoint of a run."""
+  checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
+  with contextlib.closing(checkpoints):
+    best = checkpoints.best(parts.target)
+  if best is None:
+    raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
+  # Checkpoints of older versions do not say.
+  trained = best.progress.get("vocabulary", vocabulary)
+  if trained != vocabulary:
+    raise ValueError(
+      f"the vocabulary in {workdir}, of digest {vocabulary}, is not the one that"
+      f" the run was trained with, {trained}; put that file back, or train in a"
+      " new --workdir."
+    )
+  return best.state.params, int(best.state.step)
