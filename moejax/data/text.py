@@ -9,7 +9,7 @@ import hashlib
 import io
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -165,6 +165,33 @@ def pack(lengths: Int[np.ndarray, "sentences"], row_length: int) -> Packing:
   return Packing(begin[order], length[order], first.astype(np.int64))
 
 
+@runtime_checkable
+class Rows(Protocol):
+  """Rows of equal shapes, made when asked for.
+
+  Attributes:
+    row_length: places L of a row.
+    num_words: real targets in all rows.
+  """
+
+  row_length: int
+  num_words: int
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, row: int) -> dict[str, np.ndarray]: ...
+
+  def padding(self) -> dict[str, np.ndarray]:
+    """Returns a row without a real target, which fills up a batch."""
+
+  def order(self, seed: int) -> grain.MapDataset:
+    """Returns the rows as training visits them, without end.
+
+    Args:
+      seed: 0 or more; seeds give unrelated orders.
+    """
+
+
 class PackedRows:
   """The rows of a corpus, made when asked for.
 
@@ -208,6 +235,10 @@ class PackedRows:
     """Returns a row without a real target, which fills up a batch."""
     return self._row(range(0))
 
+  def order(self, seed: int) -> grain.MapDataset:
+    """Visits all rows in every epoch, each time in an order of its own."""
+    return shuffled(self, seed)
+
   def _row(self, pieces: range) -> dict[str, np.ndarray]:
     inputs = np.zeros(self.row_length, np.int32)
     targets = np.zeros(self.row_length, np.int32)
@@ -227,6 +258,13 @@ class PackedRows:
     return {"inputs": inputs, "targets": targets, "mask": mask, "start": start}
 
 
+def shuffled(rows: Rows, seed: int) -> grain.MapDataset:
+  """Returns all rows again and again, in every epoch in an order of its own."""
+  # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
+  unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  return grain.MapDataset.source(rows).shuffle(seed=unrelated).repeat()
+
+
 def _iterate(
   rows: grain.MapDataset,
   batch_size: int,
@@ -244,7 +282,7 @@ def _iterate(
 
 
 def train_batches(
-  rows: PackedRows,
+  rows: Rows,
   batch_size: int,
   seed: int,
   process_index: int = 0,
@@ -252,11 +290,12 @@ def train_batches(
 ) -> grain.DatasetIterator:
   """Iterates without end over this process's part of the training batches.
 
-  Every epoch visits all rows in an order of its own. Batches run across the
-  end of an epoch, so no row is left out. The batch of a step is a function of
-  (rows, batch_size, seed, step): the parts of all processes, one after the
-  other, are the same batch for any process_count. The iterator's state is
-  {"next_index": step}, from `get_state()` and for `set_state()`.
+  Rows come as their `order` has them: those of a `PackedRows` all in every
+  epoch, in an order of its own. Batches run across the end of an epoch, so no
+  row is left out. The batch of a step is a function of (rows, batch_size, seed,
+  step): the parts of all processes, one after the other, are the same batch for
+  any process_count. The iterator's state is {"next_index": step}, from
+  `get_state()` and for `set_state()`.
 
   Args:
     rows: the training split.
@@ -277,14 +316,11 @@ def train_batches(
       f" {len(rows)} rows of {rows.row_length} words; lower batch_size or"
       " give more text"
     )
-  # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
-  unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  order = grain.MapDataset.source(rows).shuffle(seed=unrelated).repeat()
-  return _iterate(order, batch_size, process_index, process_count)
+  return _iterate(rows.order(seed), batch_size, process_index, process_count)
 
 
 def eval_batches(
-  rows: PackedRows,
+  rows: Rows,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
