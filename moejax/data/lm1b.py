@@ -1,15 +1,10 @@
-"""The 1-billion-word benchmark (sec. 5.1, app. C.1) as TFDS prepares it.
-
-TensorFlow is needed to prepare it, once, and never to read it.
-"""
+"""The 1-billion-word benchmark (sec. 5.1, app. C.1) as TFDS prepares it."""
 
 import os
 import pathlib
 from collections.abc import Sequence
 
-import tensorflow_datasets as tfds
-
-from moejax.data import corpora
+from moejax.data import corpora, published
 from moejax.data.vocab import Vocabulary
 
 # The benchmark holds out 50 files; as many sentences as one of them.
@@ -61,39 +56,16 @@ def open_lm1b(
     FileNotFoundError: lm1b is not prepared there, or there is no file `test`.
     ValueError: the files prepared there, or `test`, cannot be read.
   """
+  builder = published.opened("lm1b", data_dir)
   with corpora.quiet():
-    builder = tfds.builder("lm1b", data_dir=data_dir)
-    prepared = builder.is_prepared()
-  if not prepared:
-    raise FileNotFoundError(
-      f"lm1b is not prepared in {builder.data_dir}; prepare it by:"
-      f" {_command(builder)}"
-    )
-  try:
-    with corpora.quiet():
-      count = builder.info.splits["test"].num_examples
-      few = max(1, count // _VALIDATION_PART)
-      train = corpora.Records(builder, "train")
-      validation = corpora.Records(builder, f"test[:{few}]")
-      rest = corpora.Records(builder, f"test[{few}:]")
-  except NotImplementedError:
-    raise ValueError(
-      f"lm1b lies in {builder.data_dir} as {builder.info.file_format.value}"
-      " files, which only TensorFlow reads; remove them and prepare it by:"
-      f" {_command(builder)}"
-    ) from None
+    count = builder.info.splits["test"].num_examples
+    few = max(1, count // _VALIDATION_PART)
+    train = corpora.Records(builder, "train")
+    validation = corpora.Records(builder, f"test[:{few}]")
+    rest = corpora.Records(builder, f"test[{few}:]")
   if not test:
     return {"train": train, "validation": validation, "test": rest}
-  published = corpora.read_lines([test])
-  tested = set(published)
+  first = corpora.read_lines([test])
+  tested = set(first)
   validation = [text for text in validation if text not in tested]
-  return {"train": train, "validation": validation, "test": published}
-
-
-def _command(builder: tfds.core.DatasetBuilder) -> str:
-  data_dir = pathlib.Path(builder.data_dir).parents[1]
-  return (
-    'pip install tensorflow-cpu && python -c "import tensorflow_datasets as'
-    f" tfds; tfds.builder('lm1b', data_dir='{data_dir}').download_and_prepare("
-    "file_format='array_record')\""
-  )
+  return {"train": train, "validation": validation, "test": first}

@@ -167,7 +167,7 @@ def pack(lengths: Int[np.ndarray, "sentences"], row_length: int) -> Packing:
 
 @runtime_checkable
 class Rows(Protocol):
-  """What batches are made of.
+  """Rows of equal shapes, made when asked for.
 
   Attributes:
     row_length: places L of a row.
@@ -188,8 +188,12 @@ class Rows(Protocol):
   def padding(self) -> dict[str, np.ndarray]:
     """Returns a row without a real target, which fills up a batch."""
 
-  def count(self, word: int) -> int:
-    """Returns how many real targets are this word."""
+  def order(self, seed: int) -> grain.MapDataset:
+    """Returns the rows as training visits them, without end.
+
+    Args:
+      seed: 0 or more; seeds give unrelated orders.
+    """
 
 
 class PackedRows:
@@ -237,9 +241,9 @@ class PackedRows:
     """Returns a row without a real target, which fills up a batch."""
     return self._row(range(0))
 
-  def count(self, word: int) -> int:
-    """Returns how many real targets are this word."""
-    return int(np.count_nonzero(self._ids == word))
+  def order(self, seed: int) -> grain.MapDataset:
+    """Visits all rows in every epoch, each time in an order of its own."""
+    return shuffled(self, seed)
 
   def _row(self, pieces: range) -> dict[str, np.ndarray]:
     inputs = np.zeros(self.row_length, np.int32)
@@ -258,6 +262,13 @@ class PackedRows:
     start[place : place + 1] = True
     mask = np.arange(self.row_length) < place
     return {"inputs": inputs, "targets": targets, "mask": mask, "start": start}
+
+
+def shuffled(rows: Rows, seed: int) -> grain.MapDataset:
+  """Returns all rows again and again, in every epoch in an order of its own."""
+  # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
+  unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  return grain.MapDataset.source(rows).shuffle(seed=unrelated).repeat()
 
 
 def _iterate(
@@ -285,11 +296,12 @@ def train_batches(
 ) -> grain.DatasetIterator:
   """Iterates without end over this process's part of the training batches.
 
-  Every epoch visits all rows in an order of its own. Batches run across the
-  end of an epoch, so no row is left out. The batch of a step is a function of
-  (rows, batch_size, seed, step): the parts of all processes, one after the
-  other, are the same batch for any process_count. The iterator's state is
-  {"next_index": step}, from `get_state()` and for `set_state()`.
+  Rows come as their `order` has them: those of a `PackedRows` all in every
+  epoch, in an order of its own. Batches run across the end of an epoch, so no
+  row is left out. The batch of a step is a function of (rows, batch_size, seed,
+  step): the parts of all processes, one after the other, are the same batch for
+  any process_count. The iterator's state is {"next_index": step}, from
+  `get_state()` and for `set_state()`.
 
   Args:
     rows: the training split.
@@ -310,10 +322,7 @@ def train_batches(
       f" {len(rows)} rows of {rows.row_length} words; lower batch_size or"
       " give more text"
     )
-  # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
-  unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  order = grain.MapDataset.source(rows).shuffle(seed=unrelated).repeat()
-  return _iterate(order, batch_size, process_index, process_count)
+  return _iterate(rows.order(seed), batch_size, process_index, process_count)
 
 
 def eval_batches(

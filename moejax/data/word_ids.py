@@ -5,7 +5,6 @@ ids; every start after that, and every other process, maps them into memory.
 """
 
 import functools
-import hashlib
 import sys
 from collections.abc import Callable
 
@@ -50,7 +49,7 @@ def tokenise(
     path = texts.folder / _FOLDER / _key(texts, vocabulary, split)
     arrays, digests = kept.keep(path, _TYPES, write)
   except OSError as error:
-    _not_kept(f"word ids of {len(texts):,} sentences are made", error)
+    kept.not_kept(f"word ids of {len(texts):,} sentences are made", error)
     return text.tokenise(texts, vocabulary, split)
   return text.Tokens(**arrays, digest=digests["ids"], folder=path)
 
@@ -79,27 +78,13 @@ def pack(tokens: text.Tokens, row_length: int) -> text.Packing:
   try:
     arrays, _ = kept.keep(path, _PACKING_TYPES, write, thorough=True)
   except OSError as error:
-    _not_kept(f"{len(tokens.lengths):,} sentences are packed", error)
+    kept.not_kept(f"{len(tokens.lengths):,} sentences are packed", error)
     return make()
   return text.Packing(**arrays)
-
-
-def _not_kept(what: str, error: OSError) -> None:
-  print(f"{what} in memory, at every start ({error})", file=sys.stderr)
 
 
 def _key(
   texts: Records, vocabulary: Vocabulary, split: Callable[[str], list[str]]
 ) -> str:
-  """Digests all that the ids depend on.
-
-  Of the prepared files only names, sizes and times: TFDS never changes a copy
-  in place, and to read lm1b takes longer than all else at a start.
-  """
-  parts = [_VERSION, texts.split, split.__name__]
-  for path in sorted(texts.folder.iterdir()):
-    if path.is_file():
-      parts += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-  parts += vocabulary.decode(range(len(vocabulary)))
-  everything = "\n".join(map(str, parts)).encode()
-  return hashlib.blake2b(everything, digest_size=12).hexdigest()
+  words = vocabulary.decode(range(len(vocabulary)))
+  return kept.key(texts.folder, _VERSION, texts.split, split.__name__, *words)

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from moejax import config as config_lib
 from moejax.data.pieces import Pieces
 from moejax.training import (
@@ -46,8 +48,11 @@ def evaluate_run(
   parts = program.build(config, len(data.vocabulary))
   params, step = _best(workdir, parts, data.vocabulary.digest)
   values: dict[str, Any] = evaluator(config, parts)(params, rows)
-  unknown = rows.count(data.vocabulary.unknown) / rows.num_words
-  values |= {"unknown": unknown, "step": step}
+  unknown = sum(
+    np.count_nonzero(row["mask"] & (row["targets"] == data.vocabulary.unknown))
+    for row in rows
+  )
+  values |= {"unknown": unknown / rows.num_words, "step": step}
   if config_lib.translates(config):
     translator = make_translator(config, parts, data.vocabulary)
     found, values["signatures"] = judge.scores(

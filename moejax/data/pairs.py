@@ -1,0 +1,308 @@
+"""Pairs of a sentence and its translation, from one's own files or of TFDS."""
+
+import functools
+import itertools
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import tensorflow_datasets as tfds
+
+from moejax.data import corpora, lines, published
+from moejax.data.lines import Paths
+
+_WMT14 = "wmt14_translate"
+_WMT14_PAIRS = ("de-en", "fr-en")  # those of the paper
+_NAMED = re.compile(r"(\w+)-(\w+)=(.+)")
+# Of the lines that are left out for one reason, those whose numbers are told.
+_TOLD = 3
+
+
+class Direction(NamedTuple):
+  """Which language is translated into which."""
+
+  source: str
+  target: str
+
+  def __str__(self) -> str:
+    return f"{self.source}-{self.target}"
+
+
+class Pairs(NamedTuple):
+  """Sentences of a split, and the translation of each.
+
+  Attributes:
+    direction: their languages.
+    split: its name.
+    sources: read when asked for where they are `corpora.Records`.
+    targets: as many.
+  """
+
+  direction: Direction
+  split: str
+  sources: Sequence[str]
+  targets: Sequence[str]
+
+
+def named_files(value: str) -> dict[Direction, list[str]]:
+  """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
+
+  A plain path, whose languages do not matter, is of direction source-target.
+  """
+  files: dict[Direction, list[str]] = {}
+  for item in filter(None, value.split(",")):
+    named = _NAMED.fullmatch(item)
+    source, target, path = (
+      named.groups() if named else ("source", "target", item)
+    )
+    files.setdefault(Direction(source, target), []).append(path)
+  return files
+
+
+def target_languages(parts: Iterable[Pairs]) -> tuple[str, ...]:
+  """Returns the languages that a source must name; none where there is one."""
+  languages = sorted({pairs.direction.target for pairs in parts})
+  return tuple(languages) if len(languages) > 1 else ()
+
+
+def texts(parts: Iterable[Pairs]) -> Iterator[str]:
+  """Iterates over all sentences, of what serves both directions once."""
+  sides = itertools.chain.from_iterable((p.sources, p.targets) for p in parts)
+  once = {id(side): side for side in sides}
+  return itertools.chain.from_iterable(once.values())
+
+
+# -- files --------------------------------------------------------------------
+
+
+class _LeftOut:
+  """Lines of a file that are no pair: how many, why, and where the first are.
+
+  Args:
+    path: of the file.
+    strict: whether the first is refused instead.
+  """
+
+  def __init__(self, path: pathlib.Path, strict: bool):
+    self._path, self._strict = path, strict
+    self._numbers: dict[str, list[int]] = {}
+
+  def add(self, number: int, reason: str) -> None:
+    if self._strict:
+      raise ValueError(
+        f"{self._path}: line {number} is {reason}; mend it, or set"
+        " config.data.strict=False to leave such lines out"
+      )
+    self._numbers.setdefault(reason, []).append(number)
+
+  def report(self, total: int) -> None:
+    """Says so in one line, of a file of so many lines."""
+    if not self._numbers:
+      return
+    reasons = []
+    for reason, numbers in sorted(self._numbers.items(), reverse=True):
+      told = ", ".join(map(str, numbers[:_TOLD]))
+      more = ", ..." if len(numbers) > _TOLD else ""
+      noun = "line" if len(numbers) == 1 else "lines"
+      reasons.append(f"{len(numbers):,} {reason} ({noun} {told}{more})")
+    count = sum(map(len, self._numbers.values()))
+    print(
+      f"{self._path}: {count:,} of {total:,} lines left out:"
+      f" {', '.join(reasons)}",
+      file=sys.stderr,
+    )
+
+
+def _read(path: pathlib.Path, strict: bool, loud: bool) -> Iterator[tuple]:
+  """Yields (source, target) of the lines that have both; reports the rest."""
+  left_out = _LeftOut(path, strict)
+  number = 0
+  for number, line in lines.numbered(path):
+    sides = [side.strip() for side in line.split("\t")]
+    if len(sides) == 2 and all(sides):
+      yield sides[0], sides[1]
+    elif len(sides) == 2:
+      left_out.add(number, "with an empty side")
+    elif any(sides):
+      left_out.add(number, "without exactly one tab")
+  if loud:
+    left_out.report(number)
+
+
+def _refuse_empty(path: pathlib.Path, count: int) -> None:
+  if not count:
+    raise ValueError(
+      f"{path} holds no pair; write a sentence, a tab and its translation on"
+      " each line"
+    )
+
+
+def read_pairs(
+  paths: Paths, direction: Direction, strict: bool = False
+) -> Pairs:
+  """Reads tab-separated files, all in the one split "data".
+
+  Args:
+    paths: of files as `PairFiles` reads them.
+    direction: which way they translate.
+    strict: whether a line that is no pair is refused.
+
+  Raises:
+    FileNotFoundError: a file does not exist.
+    ValueError: a path is a directory, or a file damaged, not UTF-8 or without
+      a pair, or a line is none where that is refused.
+  """
+  found: list[tuple[str, str]] = []
+  for path in map(pathlib.Path, paths):
+    lines.check_path(path)
+    before = len(found)
+    found.extend(_read(path, strict, loud=True))
+    _refuse_empty(path, len(found) - before)
+  sources, targets = map(list, zip(*found, strict=True))
+  return Pairs(direction, "data", sources, targets)
+
+
+class PairFiles(corpora.TextFiles, skip_registration=True):
+  """Files of lines `source<TAB>target`, plain or compressed, in UTF-8.
+
+  A record is a pair. A line without exactly one tab or with an empty side is
+  left out, and reported when the copy is made; or refused. Blank lines are
+  skipped. All else is as for `corpora.TextFiles`.
+  """
+
+  FIELDS = ("source", "target", "document")
+
+  def __init__(self, *, strict: bool = False, **files):
+    """Takes the arguments of `corpora.TextFiles`.
+
+    Args:
+      strict: whether a line that is no pair is refused.
+      **files: train, validation, test and data_dir.
+
+    Raises:
+      FileNotFoundError: a file does not exist.
+      ValueError: a path is a directory, or there is no train file.
+    """
+    self._strict = strict
+    super().__init__(**files)
+
+  def _name(self):
+    # A copy made with lines left out must not pass for a strict one.
+    return super()._name() + ("_strict" if self._strict else "")
+
+  def _read(self, path):
+    return _read(path, self._strict, loud=False)
+
+  def _count(self, path):
+    count = sum(1 for _ in _read(path, self._strict, loud=True))
+    _refuse_empty(path, count)
+    return count
+
+
+def open_pairs(
+  train: Mapping[Direction, Paths],
+  validation: Mapping[Direction, Paths],
+  test: Mapping[Direction, Paths],
+  data_dir: str | os.PathLike | None = None,
+  both_directions: bool = False,
+  strict: bool = False,
+) -> dict[str, list[Pairs]]:
+  """Opens the splits of one's own files; prepares them the first time.
+
+  A split for which a direction has no files is carved out of its train files.
+
+  Args:
+    train: the files of each direction.
+    validation: of the same directions or fewer.
+    test: likewise.
+    data_dir: where prepared copies are kept; None is where TFDS keeps them,
+      $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    both_directions: whether each pair also serves the other way round.
+    strict: whether a line that is no pair is refused.
+
+  Returns:
+    split -> what there is for each direction.
+
+  Raises:
+    FileNotFoundError: a file does not exist.
+    ValueError: there is no train file, or files that `PairFiles` cannot use, or
+      files of a direction that has none to train on.
+  """
+  if not train:
+    raise ValueError("translation needs 1 train file or more, got 0")
+  splits = {"train": train, "validation": validation, "test": test}
+  for split, files in splits.items():
+    for direction in files:
+      if direction not in train:
+        raise ValueError(
+          f"there are {split} files for {direction}, but the train files are"
+          f" for {', '.join(map(str, train))}; give train files of it as well"
+        )
+  opened: dict[str, list[Pairs]] = {split: [] for split in splits}
+  for direction in train:
+    own = {split: files.get(direction, ()) for split, files in splits.items()}
+    make = functools.partial(PairFiles, strict=strict, data_dir=data_dir, **own)
+    builder = corpora.prepared(make)
+    for split in splits:
+      opened[split] += _of_builder(
+        builder, split, direction, ("source", "target"), both_directions
+      )
+  return opened
+
+
+def _of_builder(
+  builder: tfds.core.DatasetBuilder,
+  split: str,
+  direction: Direction,
+  fields: Sequence[str],
+  both_directions: bool,
+) -> list[Pairs]:
+  with corpora.quiet():
+    sources, targets = (corpora.Records(builder, split, f) for f in fields)
+  there = Pairs(direction, split, sources, targets)
+  back = Pairs(Direction(*direction[::-1]), split, targets, sources)
+  return [there, back] if both_directions else [there]
+
+
+# -- WMT ----------------------------------------------------------------------
+
+
+def open_wmt14(
+  pair: str,
+  data_dir: str | os.PathLike | None = None,
+  both_directions: bool = False,
+) -> dict[str, list[Pairs]]:
+  """Opens train, validation and test of WMT'14 (sec. 5.3), as TFDS has them.
+
+  Args:
+    pair: source and target language, "en-fr" or "fr-en".
+    data_dir: where TFDS prepared it; None is its own place, $TFDS_DATA_DIR or
+      ~/tensorflow_datasets.
+    both_directions: whether each pair also serves the other way round.
+
+  Returns:
+    split -> what there is for each direction.
+
+  Raises:
+    FileNotFoundError: it is not prepared there.
+    ValueError: TFDS has no such pair, or the files there cannot be read.
+  """
+  direction = pair.split("-")
+  name = next(
+    (n for n in _WMT14_PAIRS if sorted(n.split("-")) == sorted(direction)), ""
+  )
+  if not name:
+    raise ValueError(
+      f"of {_WMT14} there are {' and '.join(_WMT14_PAIRS)}, either way round;"
+      f" {pair!r} is neither"
+    )
+  builder = published.opened(f"{_WMT14}/{name}", data_dir)
+  opened = {}
+  for split in ("train", "validation", "test"):
+    opened[split] = _of_builder(
+      builder, split, Direction(*direction), direction, both_directions
+    )
+  return opened

@@ -1,0 +1,180 @@
+"""Word pieces: one vocabulary for source and target (sec. 5.3, app. E)."""
+
+import hashlib
+import io
+import os
+import pathlib
+import random
+import re
+from collections.abc import Iterable, Sequence
+
+import sentencepiece
+
+from moejax import files
+
+# What it is trained on is at most so many sentences, drawn evenly, and of each
+# so many letters: sentencepiece leaves out what is longer than 4192 bytes.
+_SAMPLE = 1_000_000
+_LETTERS = 1000
+_TAG = re.compile(r"<2(\w+)>")
+
+
+class Pieces:
+  """Pieces of words and their ids; any text becomes pieces and comes back.
+
+  Text is taken as it is, but for spaces, which U+2581 is read as too: several
+  become one, and those at the ends are dropped. What has no piece is spelt in
+  bytes, so nothing is unknown. Text that spells out a special piece does not
+  turn into one.
+
+  Attributes:
+    unknown: id of `<unk>`, 0, which no text becomes.
+    start: id of `<s>`, 1, which comes before a target.
+    end: id of `</s>`, 2, which ends a source or a target.
+    languages: those that have a tag.
+    digest: a short name that other pieces would not have.
+  """
+
+  FILE = "pieces.model"
+
+  def __init__(self, model: bytes):
+    """Takes what sentencepiece trained.
+
+    Raises:
+      ValueError: it is no such model, or one with other special pieces.
+    """
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+      parsed = model and processor.LoadFromSerializedProto(model)
+    except RuntimeError:
+      parsed = False
+    if not parsed:
+      raise ValueError("this is no sentencepiece model")
+    self._processor = processor
+    self.unknown, self.start = processor.unk_id(), processor.bos_id()
+    self.end = processor.eos_id()
+    if (self.unknown, self.start, self.end) != (0, 1, 2):
+      raise ValueError(
+        f"this sentencepiece model of {len(self)} pieces has <unk>, <s> and"
+        f" </s> as {self.unknown}, {self.start} and {self.end}, where 0, 1 and"
+        " 2 are wanted; train it by Pieces.train"
+      )
+    self._model = model
+    self.digest = hashlib.blake2b(model, digest_size=8).hexdigest()
+    special = filter(processor.is_control, range(len(self)))
+    named = ((i, _TAG.fullmatch(processor.id_to_piece(i))) for i in special)
+    self._tags = {found[1]: i for i, found in named if found}
+    self.languages = tuple(self._tags)
+
+  @classmethod
+  def train(
+    cls, texts: Iterable[str], size: int, languages: Sequence[str] = ()
+  ) -> "Pieces":
+    """Finds the pieces of raw texts, by byte pair encoding.
+
+    Of more than a million texts a million are used, always the same.
+
+    Args:
+      texts: sentences of both sides.
+      size: pieces in all, the special ones and 256 bytes counted.
+      languages: those to make a tag for.
+
+    Raises:
+      ValueError: there is no text, or too little for the size, or too small a
+        size for the letters.
+    """
+    sample = _sample(text[:_LETTERS] for text in texts if text.strip())
+    if not sample:
+      raise ValueError("word pieces are learnt from text; got 0 sentences")
+    model = io.BytesIO()
+    try:
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample),
+        model_writer=model,
+        vocab_size=size,
+        # Counts, where unigram sums floats in an order that depends on threads.
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        control_symbols=[f"<2{language}>" for language in languages],
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+      )
+    except RuntimeError as error:
+      raise _size_that_would_do(size, str(error)) from None
+    return cls(model.getvalue())
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> "Pieces":
+    """Reads a file that `save` wrote.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds no such model.
+    """
+    try:
+      return cls(pathlib.Path(path).read_bytes())
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from None
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes the model, whole or not at all."""
+    files.write_whole(pathlib.Path(path), self._model)
+
+  def __len__(self) -> int:
+    return len(self._processor)
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text; no special one is among them."""
+    return self._processor.encode(text)
+
+  def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns what `encode` does for each text, by all cores."""
+    return self._processor.encode(list(texts))
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of ids; special ones are left out."""
+    first = self.end + 1 + len(self._tags)
+    return self._processor.decode([int(i) for i in ids if i >= first])
+
+  def tag(self, language: str) -> int:
+    """Returns the id of the piece that asks for a language.
+
+    Raises:
+      ValueError: it was not trained.
+    """
+    if language not in self._tags:
+      trained = ", ".join(self.languages) or "none, as there was one target"
+      raise ValueError(
+        f"language {language!r} was not trained; those that were: {trained}"
+      )
+    return self._tags[language]
+
+
+def _sample(texts: Iterable[str]) -> list[str]:
+  """Draws _SAMPLE texts evenly, or takes all of fewer."""
+  drawn, rng = [], random.Random(0)
+  for count, text in enumerate(texts):
+    if count < _SAMPLE:
+      drawn.append(text)
+    elif (place := rng.randrange(count + 1)) < _SAMPLE:
+      drawn[place] = text
+  return drawn
+
+
+def _size_that_would_do(size: int, error: str) -> ValueError:
+  """Reads it from what sentencepiece says."""
+  if most := re.search(r"value <= (\d+)", error):
+    return ValueError(
+      f"the text is too little for {size:,} word pieces; give more text, or a"
+      f" vocab_size of {int(most[1]):,} or less"
+    )
+  if least := re.search(r"\d+ vs (\d+)", error):
+    return ValueError(
+      f"{size:,} word pieces are too few for the letters of the text; give a"
+      f" vocab_size of {int(least[1]):,} or more"
+    )
+  return ValueError(f"sentencepiece cannot train {size:,} word pieces: {error}")
