@@ -1,16 +1,20 @@
 """Attention against loops; the LSTM around it against plain autodiff."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import kinds
 import numpy as np
 import pytest
+import recurrent
 
 from moejax import placement, sharding
 from moejax.models import attention, layers
 
 B, L, M, D, H, N = 2, 7, 6, 4, 5, 3
+in_haste = functools.partial(jax.jit, compiler_options=kinds.IN_HASTE)
 forms = pytest.mark.parametrize("form", attention.FORMS)
 projections = pytest.mark.parametrize("projected", [True, False])
 
@@ -44,28 +48,6 @@ def on_device(values):
   return {name: jnp.asarray(a, jnp.float32) for name, a in values.items()}
 
 
-def score(form, x, y, u, w, v):
-  """Eq. 21 and 22."""
-  total = 0
-  for d in range(len(v)):
-    a, b = x @ u[:, d], y @ w[:, d]
-    if form == "sum":
-      total += v[d] * np.tanh(a + b)
-    else:
-      total += v[d] * np.tanh(a) * np.tanh(b)
-  return total
-
-
-def look(form, y, segment, states, source, u, w, v):
-  """The context of one place, and the weights of the source's places."""
-  own = [i for i in range(len(states)) if segment and source[i] == segment]
-  weights = np.zeros(len(states))
-  if own:
-    powers = [np.exp(score(form, states[i], y, u, w, v)) for i in own]
-    weights[own] = powers / sum(powers)
-  return weights @ states, weights
-
-
 def module(form, given):
   """An `Attention` with its weights."""
   weights = {name: jnp.asarray(given[name]) for name in "uw"}
@@ -83,7 +65,7 @@ def test_contexts_and_weights_are_those_of_the_loops(form):
   given = draw()
   want = [
     [
-      look(
+      recurrent.look(
         form,
         given["x"][b, t],
         SEGMENT[b, t],
@@ -180,9 +162,8 @@ def gradients(fn, form, given, dtype=None):
 @projections
 def test_values_and_gradients_are_those_of_plain_steps(form, projected):
   given = on_device(draw(projected))
-  compiled = jax.jit(
-    lambda given: [gradients(fn, form, given) for fn in (run, naive)],
-    compiler_options=kinds.IN_HASTE,
+  compiled = in_haste(
+    lambda given: [gradients(fn, form, given) for fn in (run, naive)]
   )
   (got, y), (want, y_want) = compiled(given)
   np.testing.assert_allclose(y, y_want, rtol=1e-5, atol=1e-6)
@@ -196,8 +177,8 @@ def test_values_and_gradients_are_those_of_plain_steps(form, projected):
 @forms
 def test_bfloat16_rounds_the_operands_only(form):
   given = on_device(draw())
-  wide, y_wide = jax.jit(lambda given: gradients(run, form, given))(given)
-  narrow, y = jax.jit(lambda given: gradients(run, form, given, jnp.bfloat16))(
+  wide, y_wide = in_haste(lambda given: gradients(run, form, given))(given)
+  narrow, y = in_haste(lambda given: gradients(run, form, given, jnp.bfloat16))(
     given
   )
   assert y.dtype == jnp.bfloat16
@@ -210,7 +191,7 @@ def test_bfloat16_rounds_the_operands_only(form):
 @forms
 def test_eight_devices_agree_and_only_sum_weight_gradients(form):
   given = on_device(draw(rows=4))
-  alone, y_alone = jax.jit(lambda given: gradients(run, form, given))(given)
+  alone, y_alone = in_haste(lambda given: gradients(run, form, given))(given)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
   batch = placement.batch_sharding(layout, mesh, len(given["x"]))
