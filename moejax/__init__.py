@@ -9,5 +9,5 @@ Dimension key, in shape annotations and einsum strings alike:
   S  tokens per group          N  rows
   F  expert hidden width       O  output width
   V  vocabulary                H  LSTM width
-  P  sampled classes
+  P  sampled classes           M  source length
 """

@@ -5,17 +5,21 @@ every entry of a matrix is a parameter, and a multiply-add of every token that
 meets the matrix. So a router counts W_g and W_noise, an LSTM its projection;
 of a mixture's experts a token meets the k it visits, of its groups the k it is
 sent to. Biases, activations and dispatch are free, capacity is no matter.
+
+A timestep of a translation is one word of the source and one of the target. Of
+attention it has the products with U and W; what every pair of places costs
+depends on lengths, and is in `flops_per_step` alone.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 from moejax import config as config_lib
 from moejax import experts, moe, router
-from moejax.models import layers
+from moejax.models import gnmt, layers, lstm_lm
 
 
 class Count(NamedTuple):
@@ -27,8 +31,10 @@ class Count(NamedTuple):
     ops: multiply-adds a timestep in the forward pass, embedding and softmax
       excluded: the paper's ops/timestep.
     biases: entries of all vectors.
-    embedding: entries of the table of word vectors.
+    embedding: entries of the tables of word vectors.
     softmax: entries of the output layer's table.
+    gates: of the ops those of routers.
+    attention: of the ops those of attention.
   """
 
   parameters: int
@@ -36,6 +42,8 @@ class Count(NamedTuple):
   biases: int
   embedding: int
   softmax: int
+  gates: int
+  attention: int = 0
 
   @property
   def total(self) -> int:
@@ -50,16 +58,17 @@ def count(config: config_lib.Config, vocab_size: int) -> Count:
     ValueError: the config describes no model, or one without a formula here.
   """
   model = config_lib.model(config, vocab_size)
-  costs = [
-    _look_up(_LAYERS, layer)(layer, model.width) for layer in model.layers
-  ]
+  parts = _look_up(_MODELS, model)(model)
   table = layers.table_rows(vocab_size, model.vocab_multiple) * model.width
+  cost = _add(*parts)
   return Count(
-    parameters=sum(cost.parameters for cost in costs),
-    ops=sum(cost.ops for cost in costs),
-    biases=sum(cost.biases for cost in costs),
-    embedding=table,
+    parameters=cost.parameters,
+    ops=cost.ops,
+    biases=cost.biases,
+    embedding=len(parts) * table,
     softmax=table,
+    gates=cost.gates,
+    attention=cost.attention,
   )
 
 
@@ -68,14 +77,22 @@ def flops_per_step(config: config_lib.Config, vocab_size: int) -> int:
 
   Two for a multiply-add; the backward pass is twice the forward pass. Of every
   place for a word, embedding excluded, softmax included: of its samples and its
-  target where it is sampled. Nothing for slots that stay empty, for dispatch,
-  or for what is computed a second time to save memory.
+  target where it is sampled. Of a translation every place of a row attends to
+  every place of its source, whatever pairs they belong to. Nothing for slots
+  that stay empty, for dispatch, or for what is computed a second time to save
+  memory.
   """
-  ops = count(config, vocab_size).ops
   model = config_lib.model(config, vocab_size)
-  samples = model.num_samples
-  ops += model.width * (samples + 1 if samples else vocab_size)
-  return 6 * ops * config.data.batch_size * config.data.row_length
+  target, *source = _look_up(_MODELS, model)(model)
+  samples, length = model.num_samples, config.data.row_length
+  ops = target.ops + model.width * (samples + 1 if samples else vocab_size)
+  ops *= length
+  for encoder in source:
+    places = config.data.source_length
+    # Of a score and of a context, one entry each.
+    pair = model.attention.width + model.width
+    ops += places * (encoder.ops + length * pair)
+  return 6 * ops * config.data.batch_size
 
 
 class _Cost(NamedTuple):
@@ -84,6 +101,39 @@ class _Cost(NamedTuple):
   parameters: int
   ops: int
   biases: int = 0
+  gates: int = 0
+  attention: int = 0
+
+
+def _add(*costs: _Cost) -> _Cost:
+  return _Cost(*map(sum, zip(*costs, strict=True)))
+
+
+def _language_model(model: lstm_lm.LSTMLM) -> tuple[_Cost]:
+  """What reads the one kind of words there is."""
+  return (_stack(model.layers, model.width),)
+
+
+def _translation_model(model: gnmt.GNMT) -> tuple[_Cost, _Cost]:
+  """Decoder, which reads the target, and encoder, which reads the source.
+
+  The first layer of the recurrent wiring reads a context beside its input.
+  """
+  width = model.width
+  first, *rest = model.decoder
+  inputs = 2 * width if model.wiring == "recurrent" else width
+  entries = width * model.attention.width
+  query = _Cost(entries, entries, attention=entries)
+  decoder = _add(_lstm(first, inputs), _stack(rest, width), query)
+  keys = query._replace(biases=model.attention.width)
+  return decoder, _add(_stack(model.encoder, width), keys)
+
+
+def _stack(built: Iterable[nn.Module], width: int) -> _Cost:
+  none = _Cost(0, 0)
+  return _add(
+    none, *(_look_up(_LAYERS, layer)(layer, width) for layer in built)
+  )
 
 
 def _lstm(layer: layers.LSTM, width: int) -> _Cost:
@@ -101,7 +151,12 @@ def _mixture(layer: moe.MoE, width: int) -> _Cost:
   gate = _gate(layer.router, width)
   parameters = _experts(layer.experts, width)
   active = gate.active * parameters // layer.router.num_experts
-  return _Cost(gate.matrices + parameters, gate.matrices + active, gate.biases)
+  return _Cost(
+    gate.matrices + parameters,
+    gate.matrices + active,
+    gate.biases,
+    gate.matrices,
+  )
 
 
 def _two_levels(layer: moe.HierarchicalMoE, width: int) -> _Cost:
@@ -112,6 +167,7 @@ def _two_levels(layer: moe.HierarchicalMoE, width: int) -> _Cost:
     gate.matrices + groups * one.parameters,
     gate.matrices + gate.active * one.ops,
     gate.biases + groups * one.biases,
+    gate.matrices + gate.active * one.gates,
   )
 
 
@@ -172,6 +228,11 @@ def _look_up(formulas: Mapping[type, Any], module: nn.Module) -> Any:
   return formulas[type(module)]
 
 
+# Of each kind of model what reads the target, and what reads the source.
+_MODELS: Mapping[type, Callable[..., tuple[_Cost, ...]]] = {
+  lstm_lm.LSTMLM: _language_model,
+  gnmt.GNMT: _translation_model,
+}
 _LAYERS: Mapping[type, Callable[..., _Cost]] = {
   layers.LSTM: _lstm,
   moe.MoE: _mixture,

@@ -5,6 +5,7 @@ import pathlib
 import runpy
 
 import jax
+import numpy as np
 
 from moejax import config as config_lib
 from moejax import placement, sharding
@@ -37,9 +38,21 @@ def parameters(config):
   net = config_lib.model(config, VOCABULARY)
   rows, rest = divmod(config.data.batch_size, config.train.microbatches)
   assert rest == 0
+  lengths = dict.fromkeys(text.TYPES, config.data.row_length)
+  types = dict(text.TYPES)
+  if config.model.kind == "gnmt":
+    types["segment"] = np.int32
+    lengths["segment"] = config.data.row_length
+    for name, of in (
+      ("", "segment"),
+      ("_segment", "segment"),
+      ("_start", "start"),
+    ):
+      types[f"source{name}"] = types[of]
+      lengths[f"source{name}"] = config.data.source_length
   batch = {
-    name: jax.ShapeDtypeStruct((rows, config.data.row_length), dtype)
-    for name, dtype in text.TYPES.items()
+    name: jax.ShapeDtypeStruct((rows, lengths[name]), dtype)
+    for name, dtype in types.items()
   }
 
   def init(batch):

@@ -24,10 +24,17 @@ def test_config_builds(name):
   tree = parameters_of(name)
   rows = table_rows(VOCABULARY, config.model.get("vocab_multiple", 1))
   shape = (rows, config.model.width)
-  assert tree["embed"]["table"].shape == shape
-  assert tree["head"]["table"].shape == shape
-  layers = [f"layers_{i}" for i in range(len(config.model.layers))]
-  assert sorted(tree) == sorted(["embed", "head", *layers])
+  if config.model.kind == "gnmt":
+    tables, stacks = ["embed_source", "embed_target"], ("encoder", "decoder")
+    others = ["attention"]
+  else:
+    tables, stacks, others = ["embed"], ("layers",), []
+  tables.append("head")
+  assert all(tree[name]["table"].shape == shape for name in tables)
+  layers = [
+    f"{stack}_{i}" for stack in stacks for i in range(len(config.model[stack]))
+  ]
+  assert sorted(tree) == sorted([*tables, *layers, *others])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +58,12 @@ def test_flat_mixtures_of_the_paper_drop_nothing():
 
 
 @pytest.mark.parametrize(
-  "name", [name for name in NAMES if "hierarchical_moe" in load(name).model]
+  "name",
+  [
+    name
+    for name in NAMES
+    if "hierarchical_moe" in load(name).model and not name.startswith("wmt14/")
+  ],
 )
 def test_experts_have_the_slots_that_the_factors_ask_for(name):
   """And not many more: where all groups are routed apart, there may be."""
@@ -64,6 +76,71 @@ def test_experts_have_the_slots_that_the_factors_ask_for(name):
   rows *= layer.groups_together
   slots = seats.capacity(2 * rows, rows, experts, inner.capacity_factor)
   assert 6.25 <= groups * experts * slots / together < 7.2
+
+
+TRANSLATION = [n for n in NAMES if n.startswith(("wmt14/", "multilingual/"))]
+
+
+@pytest.mark.parametrize("name", TRANSLATION)
+def test_a_translation_of_the_paper_is_trained_as_in_the_paper(name):
+  config = load(name)
+  one_pair = name.startswith("wmt14/")
+  # 64 devices of about 16,000 words.
+  pieces = config.data.batch_size * config.data.row_length
+  assert pieces == pytest.approx(64 * 16_000, rel=0.03)
+  assert config.data.vocab_size == 32_768
+  assert config.optimizer.warmup_steps == 2000
+  assert config.optimizer.hold_steps == 8000
+  assert config.data.kind == ("wmt14" if one_pair else "pairs")
+  assert config.model.dropout == (0.4 if one_pair else 0)
+  aux = {"importance": 0.01, "threshold": 1.0}
+  if not one_pair:
+    aux = {"importance": 0.01, "load": 0.01}
+  assert config.aux.to_dict() == ({} if "lstm" in name else aux)
+
+
+@pytest.mark.parametrize("name", ["moe_512_h", "moe_2048_h"])
+def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
+  """In evaluation for twice the mean at either level: all that may come."""
+  layer = config_lib.model(load(f"wmt14/en_fr_{name}.py"), VOCABULARY).encoder[
+    2
+  ]
+  inner, size = layer.secondary, layer.group_size
+  groups, experts = layer.primary.num_experts, inner.router.num_experts
+  for factor, within, most in (
+    (layer.capacity_factor, inner.capacity_factor, 2),
+    (layer.eval_capacity_factor, inner.eval_capacity_factor, 4),
+  ):
+    rows = seats.capacity(most * size, size, groups, factor)
+    slots = seats.capacity(most * rows, rows, experts, within)
+    assert rows == most * size // groups
+    assert slots == most * rows // experts
+
+
+@pytest.mark.parametrize(
+  "changes, complaint",
+  [
+    (
+      {"decoder": ("moe", "lstm")},
+      r"decoder is \('moe', 'lstm'\).*with 'lstm'",
+    ),
+    ({"decoder": ()}, r"decoder is \(\), .*begin with 'lstm'"),
+    ({"encoder": ("lstn",)}, r"model\.encoder is 'lstn'"),
+    ({"attention": {"form": "prod"}}, r"attention\.form is 'prod'.*'product'"),
+    ({"attention": {"wiring": "paralel"}}, r"wiring is 'paralel'.*'parallel'"),
+    ({"attention": {"width": 0}}, r"attention\.width is 0; give 1"),
+    ({"attention": {"with": 4}}, r"attention\.with .*attention\.width"),
+    ({"dropout": 1.0}, r"dropout is 1\.0"),
+  ],
+)
+def test_a_translation_model_that_cannot_be(changes, complaint):
+  config = load("wmt14/en_fr_moe_32.py")
+  with config.unlocked():
+    for name, value in changes.items():
+      del config.model[name]
+      config.model[name] = value
+  with pytest.raises(ValueError, match=complaint):
+    config_lib.model(config, VOCABULARY)
 
 
 def test_every_row_of_the_tables_has_a_config():
@@ -90,6 +167,11 @@ def test_every_row_of_the_tables_has_a_config():
   two_levels = (256, 1024, 4096, 16_384, 65_536, 131_072)
   assert news == {"four_lstm_512", "moe_32"} | {
     f"moe_{experts}_h" for experts in two_levels
+  }
+  wmt14 = {p.stem for p in (CONFIGS / "wmt14").glob("*.py")} - {"common"}
+  mixtures = ("lstm", "moe_32", "moe_512_h", "moe_2048_h")
+  assert wmt14 == {
+    f"{pair}_{mixture}" for pair in ("en_fr", "en_de") for mixture in mixtures
   }
 
 

@@ -16,19 +16,20 @@ from moejax import cost, experts, moe, router
 from moejax.models import layers
 
 # What a layer adds and no matrix multiplies.
-BIASES = ("bias", "log_thresholds")
+BIASES = ("bias", "log_thresholds", "v")
 
 
 def check(count, tree):
   """Compares counted entries with those of a tree of parameters."""
-  layers = [leaves for name, leaves in tree.items() if "layers_" in name]
+  tables = {n: leaves for n, leaves in tree.items() if "embed" in n}
+  layers = [t for n, t in tree.items() if n not in {"head", *tables}]
   assert count.biases == sum(
     leaf.size
     for path, leaf in flax.traverse_util.flatten_dict(tree).items()
     if path[-1] in BIASES
   )
   assert count.parameters + count.biases == sum(map(size, layers))
-  assert count.embedding == size(tree["embed"])
+  assert count.embedding == size(tables)
   assert count.softmax == size(tree["head"])
   assert count.total == size(tree)
 
@@ -66,27 +67,100 @@ EXACT = {
   "news/moe_65536_h": (68_791_042_048, 9_175_040),
   "news/moe_131072_h": (137_577_627_648, 9_699_328),
 }
+# By hand from sec. 5.3 and app. E. LSTMs, of which one reads a context too, U
+# and W of attention, 8 experts and the gates a token meets.
+LSTMS_OF_TRANSLATION = 4 * 9_437_184 + 13_631_488 + 2 * 512 * 512
+TRANSLATION = {
+  "lstm": (0, 0),
+  "moe_32": (2 * 32 * 2_097_152 + 2 * 16_384, 8 * 2_097_152 + 2 * 16_384),
+  "moe_512_h": (
+    2 * 512 * 2_097_152 + 2 * 512 * (16 + 512),
+    8 * 2_097_152 + 2 * 512 * (16 + 2 * 32),
+  ),
+  "moe_2048_h": (
+    2 * 2048 * 2_097_152 + 2 * 512 * (32 + 2048),
+    8 * 2_097_152 + 2 * 512 * (32 + 2 * 64),
+  ),
+}
+EXACT_TRANSLATION = {
+  f"wmt14/{pair}_{name}": tuple(LSTMS_OF_TRANSLATION + n for n in counts)
+  for pair in ("en_fr", "en_de")
+  for name, counts in TRANSLATION.items()
+} | {
+  "multilingual/moe_512": (
+    LSTMS_OF_TRANSLATION + 2 * 512 * 8_388_608 + 2 * 2 * 512 * 512,
+    LSTMS_OF_TRANSLATION + 4 * 8_388_608 + 2 * 2 * 512 * 512,
+  )
+}
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", EXACT | EXACT_TRANSLATION)
 def test_counts_of_the_paper(name):
   config = load(f"{name}.py")
   count = cost.count(config, config.data.vocab_size)
-  assert (count.parameters, count.ops) == EXACT[name]
-  rows = layers.table_rows(config.data.vocab_size, config.model.vocab_multiple)
-  table = rows * config.model.width
-  assert count.total - count.biases == count.parameters + 2 * table
+  exact = EXACT | EXACT_TRANSLATION
+  assert (count.parameters, count.ops) == exact[name]
+  multiple = config.model.get("vocab_multiple", 1)
+  rows = layers.table_rows(config.data.vocab_size, multiple)
+  tables = (3 if name in EXACT_TRANSLATION else 2) * rows * config.model.width
+  assert count.total - count.biases == count.parameters + tables
+
+
+@pytest.mark.parametrize(
+  "name, ops",
+  [
+    ("wmt14/en_fr_lstm", 68_157_440),
+    ("wmt14/en_fr_moe_32", 84_934_656),
+    ("wmt14/en_fr_moe_512_h", 84_934_656),
+    ("wmt14/en_fr_moe_2048_h", 84_934_656),
+    ("multilingual/moe_512", 101_711_872),
+  ],
+)
+def test_ops_of_translation_as_the_paper_counts_them(name, ops):
+  """With the softmax, but neither gates nor attention."""
+  config = load(f"{name}.py")
+  count = cost.count(config, config.data.vocab_size)
+  assert count.ops - count.gates - count.attention + count.softmax == ops
+
+
+@pytest.mark.parametrize(
+  "wiring, inputs", [("recurrent", 2 * 512), ("parallel", 512)]
+)
+def test_a_step_of_translation_reads_both_sides(wiring, inputs):
+  config = load("wmt14/en_de_lstm.py")
+  config.model.attention.wiring = wiring
+  config.data.batch_size, config.data.row_length = 2, 3
+  config.data.source_length = 5
+  lstm, attention = 9_437_184, 512 * 512
+  first = 4 * (inputs + 512) * 2048 + 2048 * 512
+  source = 3 * lstm + attention
+  target = first + lstm + attention + 512 * VOCABULARY
+  want = 3 * target + 5 * source + 3 * 5 * (512 + 512)
+  assert cost.flops_per_step(config, VOCABULARY) == 6 * 2 * want
 
 
 def test_one_printed_cell_of_46_is_not_ours():
   from experiments import paper_counts
 
-  table = list(paper_counts.rows(quick=True))
+  table = [
+    row
+    for row in paper_counts.rows(quick=True)
+    if row["config"].startswith(("lm1b/", "news/"))
+  ]
   assert 2 * len(table) == 46
   unlike = {row["config"]: row["unlike"] for row in table if row["unlike"]}
   assert unlike == {"lm1b/moe_256": "ops"}
   total = [row["config"] for row in table if row["ours_B"] != row["paper_B"]]
   assert total == ["lm1b/moe_34m"]
+
+
+def test_all_printed_cells_of_translation_are_ours():
+  from experiments import paper_counts
+
+  table = list(paper_counts.rows(quick=True))[-3:]
+  assert [row["config"] for row in table] == list(paper_counts.TRANSLATION)
+  assert not any(row["unlike"] for row in table)
+  assert [row["ours_ops_M"] for row in table] == ["85", "85", "102"]
 
 
 def tiny(**changes):

@@ -1,6 +1,6 @@
 """Models from the plain values of a config, by name."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from moejax import named
 from moejax.experts import EXPERTS
+from moejax.models.attention import FORMS, Attention
+from moejax.models.gnmt import GNMT, WIRINGS
 from moejax.models.layers import LSTM
 from moejax.models.lstm_lm import LSTMLM
 from moejax.moe import HierarchicalMoE, MoE, OneExpert
@@ -27,6 +29,65 @@ def _lstm_lm(
   dtype: str = "float32",
   vocab_multiple: int = 1,
 ) -> LSTMLM:
+  make = _layer_maker(width, lstm, moe, hierarchical_moe, one_expert)
+  return LSTMLM(
+    vocab_size,
+    width,
+    make(layers, "config.model.layers"),
+    **_shared(dropout, num_samples, dtype, vocab_multiple),
+  )
+
+
+def _gnmt(
+  vocab_size,
+  width: int,
+  encoder: Iterable[str],
+  decoder: Iterable[str],
+  attention: Mapping[str, Any] | None = None,
+  dropout: float = 0.0,
+  num_samples: int = 0,
+  lstm: Mapping[str, Any] | None = None,
+  moe: Mapping[str, Any] | None = None,
+  hierarchical_moe: Mapping[str, Any] | None = None,
+  one_expert: Mapping[str, Any] | None = None,
+  dtype: str = "float32",
+  vocab_multiple: int = 1,
+) -> GNMT:
+  make = _layer_maker(width, lstm, moe, hierarchical_moe, one_expert)
+  layers = make(decoder, "config.model.decoder")
+  if not layers or not isinstance(layers[0], LSTM):
+    raise ValueError(
+      f"config.model.decoder is {tuple(decoder)}, but it is the decoder's first"
+      " LSTM that attends to the source; let it begin with 'lstm'."
+    )
+  attends, wiring = named.make(
+    _attention, attention or {}, "config.model.attention"
+  )
+  return GNMT(
+    vocab_size,
+    width,
+    make(encoder, "config.model.encoder"),
+    layers,
+    attends,
+    wiring,
+    **_shared(dropout, num_samples, dtype, vocab_multiple),
+  )
+
+
+def _attention(
+  width: int = 512, form: str = "product", wiring: str = "recurrent"
+) -> tuple[Attention, str]:
+  where = "config.model.attention"
+  if width < 1:
+    raise ValueError(f"{where}.width is {width}; give 1 or more.")
+  named.known(wiring, WIRINGS, f"{where}.wiring")
+  return Attention(width, named.known(form, FORMS, f"{where}.form")), wiring
+
+
+def _shared(
+  dropout: float, num_samples: int, dtype: str, vocab_multiple: int
+) -> dict[str, Any]:
+  """Checks the fields that all models have."""
   if not 0 <= dropout < 1:
     raise ValueError(
       f"config.model.dropout is {dropout}; give 0 or more, and less than 1."
@@ -36,6 +97,26 @@ def _lstm_lm(
       f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
       " the full softmax."
     )
+  if vocab_multiple < 1:
+    raise ValueError(
+      f"config.model.vocab_multiple is {vocab_multiple}; give 1 or more."
+    )
+  return {
+    "dropout": dropout,
+    "num_samples": num_samples,
+    "dtype": DTYPES[named.known(dtype, DTYPES, "config.model.dtype")],
+    "vocab_multiple": vocab_multiple,
+  }
+
+
+def _layer_maker(
+  width: int,
+  lstm: Mapping[str, Any] | None,
+  moe: Mapping[str, Any] | None,
+  hierarchical_moe: Mapping[str, Any] | None,
+  one_expert: Mapping[str, Any] | None,
+) -> Callable[[Iterable[str], str], tuple[nn.Module, ...]]:
+  """Returns a function (names of layers, where they stand) -> layers."""
   builders = {
     "lstm": lambda: named.make(
       LSTM, lstm or {}, "config.model.lstm", width=width
@@ -50,18 +131,11 @@ def _lstm_lm(
       _expert(one_expert or {}, "config.model.one_expert", num_experts=1)
     ),
   }
-  built = tuple(
-    builders[named.known(name, builders, "config.model.layers")]()
-    for name in layers
-  )
-  dtype = DTYPES[named.known(dtype, DTYPES, "config.model.dtype")]
-  if vocab_multiple < 1:
-    raise ValueError(
-      f"config.model.vocab_multiple is {vocab_multiple}; give 1 or more."
-    )
-  return LSTMLM(
-    vocab_size, width, built, dropout, num_samples, dtype, vocab_multiple
-  )
+
+  def make(names, where):
+    return tuple(builders[named.known(n, builders, where)]() for n in names)
+
+  return make
 
 
 def _moe(
@@ -156,4 +230,4 @@ def _expert(section: Mapping[str, Any], where: str, **given: Any) -> nn.Module:
 
 ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-MODELS = {"lstm_lm": _lstm_lm}
+MODELS = {"gnmt": _gnmt, "lstm_lm": _lstm_lm}

@@ -7,12 +7,37 @@ emits the gradients of the pre-activations, from which each weight's gradient
 is one matrix product over all steps.
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import sharding
+
+
+class LSTMState(NamedTuple):
+  """What one step of an LSTM leaves for the next.
+
+  Attributes:
+    y: output, which is what recurs.
+    c: cells.
+  """
+
+  y: Float[Array, "B O"]
+  c: Float[Array, "B H"]
+
+
+class LSTMWeights(NamedTuple):
+  """Weights of an LSTM, as the arguments of `lstm`."""
+
+  w_in: Float[Array, "D gates"]
+  w_rec: Float[Array, "O gates"]
+  bias: Float[Array, "gates"]
+  w_out: Float[Array, "H O"] | None
 
 
 def lstm(
@@ -70,9 +95,8 @@ def _lstm(x, keep, w_in, w_rec, bias, w_out):
     y, c = state
     z, keep = inputs
     z = z + _dot(y * keep, w_rec, x.dtype) + bias[None]
-    i, f, g, o = _gates(z)
-    c = f * (c * keep) + i * g
-    y = _project(o * jnp.tanh(c), w_out, x.dtype)
+    c, m = update_cells(z, c * keep)
+    y = _project(m, w_out, x.dtype)
     return (y, c), y
 
   zero = _zero_state(x, w_rec)
@@ -180,6 +204,27 @@ def _zero_state(x, w_rec):
   )
 
 
+def update_cells(
+  z: Float[Array, "B gates"], c: Float[Array, "B H"]
+) -> tuple[Float[Array, "B H"], Float[Array, "B H"]]:
+  """Returns c_t and m_t of `lstm` from the pre-activations and c_{t-1}."""
+  i, f, g, o = _gates(z)
+  c = f * c + i * g
+  return c, o * jnp.tanh(c)
+
+
+def product(
+  subscripts: str, a: Array, b: Array, dtype: DTypeLike
+) -> Float[Array, "..."]:
+  """Is einsum of operands in `dtype`, with sums in float32."""
+  return jnp.einsum(
+    subscripts,
+    a.astype(dtype),
+    b.astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
 def _project(m, w_out, dtype):
   return m if w_out is None else _dot(m, w_out, dtype)
 
@@ -241,26 +286,73 @@ class LSTM(nn.Module):
   width: int
   hidden: int | None = None
 
+  @property
+  def units(self) -> int:
+    """H, the number of cells."""
+    return self.width if self.hidden is None else self.hidden
+
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "B L D"], start: Bool[Array, "B L"]
-  ) -> Float[Array, "B L O"]:
-    """Runs the layer; `start` is True at the first token of each sentence."""
-    units = self.width if self.hidden is None else self.hidden
-    gates = 4 * units
+  def weights(self, inputs: int) -> LSTMWeights:
+    """Declares the weights for inputs of so many entries."""
+    gates = 4 * self.units
 
     def param(name, init, axes, shape):
       init = nn.with_logical_partitioning(init, axes)
       return self.param(name, init, shape, jnp.float32)
 
-    w_in = param("w_in", _FAN_IN, ("embed", "hidden"), (x.shape[-1], gates))
+    w_in = param("w_in", _FAN_IN, ("embed", "hidden"), (inputs, gates))
     w_rec = param("w_rec", _FAN_IN, (None, "hidden"), (self.width, gates))
     bias = param("bias", _forget_one, ("hidden",), (gates,))
     w_out = None
     if self.hidden is not None:
-      shape = (units, self.width)
+      shape = (self.units, self.width)
       w_out = param("w_out", _FAN_IN, ("hidden", "embed"), shape)
-    return lstm(x, start, w_in, w_rec, bias, w_out)
+    return LSTMWeights(w_in, w_rec, bias, w_out)
+
+  def __call__(
+    self, x: Float[Array, "B L D"], start: Bool[Array, "B L"]
+  ) -> Float[Array, "B L O"]:
+    """Runs the layer; `start` is True at the first token of each sentence."""
+    return lstm(x, start, *self.weights(x.shape[-1]))
+
+  def step(self, x: Float[Array, "B D"], state: LSTMState) -> LSTMState:
+    """Takes one step of the loop in `lstm`."""
+    w_in, w_rec, bias, w_out = self.weights(x.shape[-1])
+    z = _dot(x, w_in, x.dtype) + _dot(state.y, w_rec, x.dtype) + bias[None]
+    c, m = update_cells(z, state.c)
+    return LSTMState(_project(m, w_out, x.dtype), c)
+
+  def zero_state(self, rows: int) -> LSTMState:
+    """Returns the state before the first token, of so many rows."""
+    return LSTMState(
+      jnp.zeros((rows, self.width), jnp.float32),
+      jnp.zeros((rows, self.units), jnp.float32),
+    )
+
+
+def residual(
+  layers: Sequence[nn.Module],
+  x: Float[Array, "B L D"],
+  drop: Callable[[Array], Array],
+  *,
+  start: Bool[Array, "B L"],
+  mask: Bool[Array, "B L"],
+  ids: Int[Array, "B L"],
+  train: bool,
+) -> Float[Array, "B L D"]:
+  """Runs layers of one width, each as x + drop(layer(x)) (app. C.1, E).
+
+  Layers are LSTMs, which forget where a sentence starts, and modules called
+  as MoE is. These go through a sigmoid before dropout, so that a token all of
+  whose experts were full adds the constant 0.5.
+  """
+  for layer in layers:
+    if isinstance(layer, LSTM):
+      y = layer(x, start)
+    else:
+      y = nn.sigmoid(layer(x, train=train, mask=mask, ids=ids))
+    x = x + drop(y)
+  return x
 
 
 def table_rows(vocab_size: int, multiple: int) -> int:

@@ -1,5 +1,6 @@
 """The paper's language model (sec. 5.1, app. C.1): LSTM, MoE, LSTM."""
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moejax.models.layers import LSTM, Embed
+from moejax.models.layers import Embed, residual
 from moejax.models.softmax import Softmax
 
 # inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/text.py.
@@ -51,16 +52,17 @@ class LSTMLM(nn.Module):
     self, batch: Batch, *, train: bool = False
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next word."""
-    x = self.embed(batch["inputs"]).astype(self.dtype)
-    x = self.drop(x, deterministic=not train)
-    for layer in self.layers:
-      if isinstance(layer, LSTM):
-        y = layer(x, batch["start"])
-      else:
-        y = layer(x, train=train, mask=batch["mask"], ids=batch["inputs"])
-        y = nn.sigmoid(y)
-      x = x + self.drop(y, deterministic=not train)
-    return x
+    drop = functools.partial(self.drop, deterministic=not train)
+    x = drop(self.embed(batch["inputs"]).astype(self.dtype))
+    return residual(
+      self.layers,
+      x,
+      drop,
+      start=batch["start"],
+      mask=batch["mask"],
+      ids=batch["inputs"],
+      train=train,
+    )
 
   def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
     """Returns nats per target word, 0 at padding."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax import sharding
-from moejax.models.layers import look_up, table_rows
+from moejax.models.layers import look_up, product, table_rows
 
 
 def log_uniform(
@@ -50,7 +50,7 @@ def _scores(
   So are its gradients. JAX's own would multiply in float32: scores, and what
   flows back to them, are.
   """
-  return _product("BLD,VD->BLV", h, rows, h.dtype)
+  return product("BLD,VD->BLV", h, rows, h.dtype)
 
 
 def _scores_forward(h, rows):
@@ -59,24 +59,15 @@ def _scores_forward(h, rows):
 
 def _scores_backward(saved, slope):
   h, rows = saved
-  to_h = _product("BLV,VD->BLD", slope, rows, h.dtype)
+  to_h = product("BLV,VD->BLD", slope, rows, h.dtype)
   # Over two axes, B and L, XLA would sum along the columns of a transposed
   # copy of the slope, and compute all that led there once more.
   flat = slope.reshape(-1, slope.shape[-1]), h.reshape(-1, h.shape[-1])
-  to_rows = _product("NV,ND->VD", *flat, h.dtype)
+  to_rows = product("NV,ND->VD", *flat, h.dtype)
   return to_h.astype(h.dtype), to_rows.astype(rows.dtype)
 
 
 _scores.defvjp(_scores_forward, _scores_backward)
-
-
-def _product(subscripts, a, b, dtype):
-  return jnp.einsum(
-    subscripts,
-    a.astype(dtype),
-    b.astype(dtype),
-    preferred_element_type=jnp.float32,
-  )
 
 
 class Softmax(nn.Module):

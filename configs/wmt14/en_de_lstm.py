@@ -1,0 +1,13 @@
+"""English to German: no mixture."""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+common = runpy.run_path(str(pathlib.Path(__file__).with_name("common.py")))
+
+
+def get_config() -> ConfigDict:
+  """LSTMs alone."""
+  return common["no_mixture"]("en-de", steps=10_000)

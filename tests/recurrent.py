@@ -1,0 +1,106 @@
+"""LSTM, attention and the translation model in NumPy loops (app. C, E, G)."""
+
+import numpy as np
+import reference
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def lstm(x, start, w_in, w_rec, bias, w_out=None):
+  """One row, one step, one unit at a time."""
+  width, hidden = len(w_rec), len(bias) // 4
+  out = np.zeros((*start.shape, width))
+  for b in range(len(x)):
+    y, c = np.zeros(width), np.zeros(hidden)
+    for t in range(x.shape[1]):
+      if start[b, t]:
+        y, c = np.zeros(width), np.zeros(hidden)
+      z = x[b, t] @ w_in + y @ w_rec + bias
+      m = np.zeros(hidden)
+      for u in range(hidden):
+        i, f, g, o = z[u], z[u + hidden], z[u + 2 * hidden], z[u + 3 * hidden]
+        c[u] = sigmoid(f) * c[u] + sigmoid(i) * np.tanh(g)
+        m[u] = sigmoid(o) * np.tanh(c[u])
+      y = out[b, t] = m if w_out is None else m @ w_out
+  return out
+
+
+def score(form, x, y, u, w, v):
+  """Eq. 21 and 22."""
+  total = 0
+  for d in range(len(v)):
+    a, b = x @ u[:, d], y @ w[:, d]
+    if form == "sum":
+      total += v[d] * np.tanh(a + b)
+    else:
+      total += v[d] * np.tanh(a) * np.tanh(b)
+  return total
+
+
+def look(form, y, segment, states, source, u, w, v):
+  """The context of one place, and the weights of the source's places."""
+  own = [i for i in range(len(states)) if segment and source[i] == segment]
+  weights = np.zeros(len(states))
+  if own:
+    powers = [np.exp(score(form, states[i], y, u, w, v)) for i in own]
+    weights[own] = powers / sum(powers)
+  return weights @ states, weights
+
+
+def mix(weights, k, x, mask):
+  """x + sigmoid(MoE(x)) of top-k gating, all rows being one group."""
+  tokens, mask = x.reshape(-1, x.shape[-1]), mask.reshape(-1)
+  logits = tokens @ weights["router"]["gate"]["kernel"]
+  gates = reference.top_k(logits, k, mask).gates
+  expert = reference.feed_forward(weights["experts"])
+  return x + sigmoid(reference.mixture(tokens, gates, expert)).reshape(x.shape)
+
+
+def layer(weights, x, start):
+  names = ("w_in", "w_rec", "bias", "w_out")
+  return lstm(x, start, *(weights[name] for name in names))
+
+
+def first_layer(params, form, wiring, x, batch, states):
+  """The decoder's first LSTM and its attention, one place after the other."""
+  weights = [params["attention"][name] for name in "uw"]
+  weights.append(params["attention"]["v"][:, 0])
+  source, start = batch["source_segment"], batch["start"]
+
+  def context(b, t, y):
+    segment = batch["segment"][b, t]
+    return look(form, y, segment, states[b], source[b], *weights)[0]
+
+  out, contexts = np.zeros_like(x), np.zeros_like(x)
+  if wiring == "parallel":
+    out = layer(params["decoder_0"], x, start)
+  for b, t in np.ndindex(start.shape):
+    if wiring == "parallel":
+      contexts[b, t] = context(b, t, out[b, t])
+    else:
+      y = np.zeros_like(x[b, t]) if start[b, t] else out[b, t - 1]
+      contexts[b, t] = context(b, t, y)
+      both = np.concatenate([x[b], contexts[b]], -1)[None, : t + 1]
+      out[b, t] = layer(params["decoder_0"], both, start[b : b + 1])[0, t]
+  return x + out + (contexts if wiring == "parallel" else 0)
+
+
+def gnmt_loss(params, k, form, wiring, batch):
+  """The loss of every place, in float64."""
+  real = batch["source_segment"] > 0
+  x = params["embed_source"]["table"][batch["source"]]
+  for i in (0, 1):
+    x = x + layer(params[f"encoder_{i}"], x, batch["source_start"])
+  x = mix(params["encoder_2"], k, x, real)
+  states = x + layer(params["encoder_3"], x, batch["source_start"])
+  x = params["embed_target"]["table"][batch["inputs"]]
+  x = first_layer(params, form, wiring, x, batch, states)
+  x = mix(params["decoder_1"], k, x, batch["mask"])
+  h = x + layer(params["decoder_2"], x, batch["start"])
+  out = np.zeros(batch["mask"].shape)
+  for b, t in zip(*np.nonzero(batch["mask"]), strict=True):
+    p = reference.softmax(params["head"]["table"] @ h[b, t])
+    out[b, t] = -np.log(p[batch["targets"][b, t]])
+  return out
