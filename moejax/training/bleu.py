@@ -1,0 +1,49 @@
+"""BLEU and chrF, as the `sacrebleu` command computes and signs them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sacrebleu import metrics
+
+
+class Scores(NamedTuple):
+  """How close translations come to their references, each from 0 to 100.
+
+  Attributes:
+    bleu: of the corpus.
+    chrf: chrF2 of the corpus.
+    bleu_signature: how it was computed, in sacrebleu's words.
+    chrf_signature: the same of chrF.
+  """
+
+  bleu: float
+  chrf: float
+  bleu_signature: str
+  chrf_signature: str
+
+
+def scores(hypotheses: Sequence[str], references: Sequence[str]) -> Scores:
+  """Scores lines of plain text, one reference each.
+
+  sacrebleu cuts both into words by its "13a". The paper's tokenised BLEU
+  (multi-bleu.pl) is another number: that of text which has been tokenised
+  before, with sacrebleu's tokenize="none".
+
+  Args:
+    hypotheses: translations.
+    references: what they should be, line by line.
+
+  Raises:
+    ValueError: there are no lines, or not equally many.
+  """
+  if len(hypotheses) != len(references) or not references:
+    raise ValueError(
+      f"{len(hypotheses)} translations cannot be scored against"
+      f" {len(references)} references; give one reference for each line"
+    )
+  bleu, chrf = metrics.BLEU(), metrics.CHRF()
+  found = [
+    metric.corpus_score(list(hypotheses), [list(references)]).score
+    for metric in (bleu, chrf)
+  ]
+  return Scores(*found, str(bleu.get_signature()), str(chrf.get_signature()))

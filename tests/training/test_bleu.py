@@ -1,0 +1,68 @@
+"""BLEU and chrF: what the sacrebleu command prints for the same lines."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moejax.training import bleu
+
+REFERENCES = [
+  "The commission wants 1,000 more houses by 2010.",
+  "That is not (yet) what we had agreed upon, Mr. President!",
+  "",
+  "Déjà vu, they said - and left.  ",
+]
+HYPOTHESES = [
+  "The commission asks for 1,000 more houses by 2010.",
+  "This is not what we had agreed upon, Mr President!",
+  "nothing",
+  "They said déjà vu - and left.",
+]
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("lines")
+  for name, lines in (("out", HYPOTHESES), ("ref", REFERENCES)):
+    text = "".join(f"{line}\n" for line in lines)
+    (folder / name).write_text(text, encoding="utf-8")
+  flags = ["ref", "-i", "out", "--metrics", "bleu", "chrf", "--width", "14"]
+  result = subprocess.run(
+    [sys.executable, "-m", "sacrebleu", *flags],
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(result.stdout)
+
+
+def test_scores_are_those_of_the_command(printed):
+  found = bleu.scores(HYPOTHESES, REFERENCES)
+  for metric, score, signature in zip(
+    printed, (found.bleu, found.chrf), found[2:], strict=True
+  ):
+    assert score == pytest.approx(metric["score"], abs=1e-12)
+    assert signature == metric["signature"]
+  assert 20 < found.bleu < 80
+  assert "tok:13a" in found.bleu_signature
+
+
+def test_the_same_lines_score_all():
+  found = bleu.scores(REFERENCES, REFERENCES)
+  assert found.bleu == pytest.approx(100)
+  assert found.chrf == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+  "lines, references, message",
+  [
+    (HYPOTHESES[:3], REFERENCES, "3 translations .* against 4 references"),
+    ([], [], "0 translations"),
+  ],
+)
+def test_every_line_needs_its_reference(lines, references, message):
+  with pytest.raises(ValueError, match=message):
+    bleu.scores(lines, references)
