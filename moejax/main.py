@@ -181,7 +181,10 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
       flag_values=values,
     )
     flags.DEFINE_list(
-      "data", [], "files to read instead, of text or of pairs", flag_values=values
+      "data",
+      [],
+      "files to read instead, of text or of pairs",
+      flag_values=values,
     )
   return _parsed(values, argv)
 

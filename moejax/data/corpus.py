@@ -16,10 +16,12 @@ class Words(Protocol):
   Attributes:
     FILE: what it is called where a run keeps it.
     unknown: id of all that it does not have.
+    digest: a short name that another vocabulary would not have.
   """
 
   FILE: str
   unknown: int
+  digest: str
 
   def __len__(self) -> int:
     """Returns the number of ids."""

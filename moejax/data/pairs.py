@@ -31,6 +31,9 @@ class Direction(NamedTuple):
     return f"{self.source}-{self.target}"
 
 
+NO_LANGUAGES = Direction("source", "target")
+
+
 class Pairs(NamedTuple):
   """Sentences of a split, and the translation of each.
 
@@ -50,16 +53,22 @@ class Pairs(NamedTuple):
 def named_files(value: str) -> dict[Direction, list[str]]:
   """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
 
-  A plain path, whose languages do not matter, is of direction source-target.
+  A plain path, whose languages do not matter, is of `NO_LANGUAGES`.
   """
   files: dict[Direction, list[str]] = {}
   for item in filter(None, value.split(",")):
     named = _NAMED.fullmatch(item)
-    source, target, path = (
-      named.groups() if named else ("source", "target", item)
-    )
+    source, target, path = named.groups() if named else (*NO_LANGUAGES, item)
     files.setdefault(Direction(source, target), []).append(path)
   return files
+
+
+def directions(
+  files: Mapping[Direction, Paths], both_directions: bool
+) -> list[Direction]:
+  """Returns which ways the files of each direction serve."""
+  back = [Direction(*each[::-1]) for each in files] if both_directions else []
+  return [*files, *back]
 
 
 def target_languages(parts: Iterable[Pairs]) -> tuple[str, ...]:

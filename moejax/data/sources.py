@@ -1,6 +1,6 @@
 """Lines of text as the source rows that decoding takes, and back in order."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -97,19 +97,6 @@ def _batch(
     segment[row, : len(ids)] = 1
     start[row, len(ids) : len(ids) + 1] = True
   return SourceRows(source, segment, start, line, part)
-
-
-def in_order(count: int, found: Mapping[tuple[int, int], str]) -> list[str]:
-  """Returns one translation for each of `count` lines.
-
-  Args:
-    count: of all lines, those without words counted.
-    found: (line, part) -> its translation. Parts are joined by spaces.
-  """
-  parts = [[] for _ in range(count)]
-  for line, part in sorted(found):
-    parts[line].append(found[line, part])
-  return [" ".join(some) for some in parts]
 
 
 def cut(pieces: Pieces, line: str, limit: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Words of raw text, and the word vocabulary with its three special symbols."""
 
 import collections
+import hashlib
 import os
 import pathlib
 import re
@@ -50,6 +51,7 @@ class Vocabulary:
     end: id of `</S>`, which ends a sentence.
     start: id of `<S>`, which comes before a sentence.
     unknown: id of `<UNK>`, which every other word is read as.
+    digest: a short name that another vocabulary would not have.
   """
 
   # What it is called where a run keeps it.
@@ -83,6 +85,8 @@ class Vocabulary:
     self.end, self.start = ids.pop(END), ids.pop(START)
     self.unknown = ids.pop(UNKNOWN)
     self._ids = ids
+    everything = "\n".join(self._entries).encode()
+    self.digest = hashlib.blake2b(everything, digest_size=8).hexdigest()
 
   @classmethod
   def build(

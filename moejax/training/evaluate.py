@@ -13,7 +13,6 @@ from moejax import placement, sharding
 from moejax.data import text
 from moejax.training import step
 
-
 # (params, rows) -> means over their words.
 Evaluator = Callable[[Any, text.Rows], dict[str, float]]
 

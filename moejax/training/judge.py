@@ -34,7 +34,7 @@ def examples(
 
 
 def _spread(sources: Sequence[str], count: int) -> Iterator[int]:
-  """Yields places all over the text, of sentences rather than of single words."""
+  """Yields places all over the text, of sentences rather than of words."""
   for part in range(count):
     begin, end = (len(sources) * (part + more) // count for more in (0, 1))
     inside = range(begin, end)

@@ -95,8 +95,8 @@ class Progress:
   def report(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a step's loss and speed, and the last validation."""
     text = (
-      f"loss {values['loss']:.3f}  {values['words_per_second']:,.0f} {self._unit}s/s"
-      f"{self._validation}"
+      f"loss {values['loss']:.3f}  {values['words_per_second']:,.0f}"
+      f" {self._unit}s/s{self._validation}"
     )
     if self._live:
       self._bar.set_postfix_str(text)

@@ -109,7 +109,7 @@ def translate_run(
   pieces = Pieces.load(workdir / Pieces.FILE)
   parts = program.build(config, len(pieces))
   translator = make_translator(config, parts, pieces, **search)
-  translator.check(language)
+  translator.tag(language)
   params, _ = _best(workdir, parts, pieces.digest)
   return translator.lines(params, lines, language, advance)
 
@@ -151,8 +151,8 @@ def _best(
   trained = best.progress.get("vocabulary", vocabulary)
   if trained != vocabulary:
     raise ValueError(
-      f"the vocabulary in {workdir}, of digest {vocabulary}, is not the one that"
-      f" the run was trained with, {trained}; put that file back, or train in a"
-      " new --workdir."
+      f"the vocabulary in {workdir}, of digest {vocabulary}, is not the one"
+      f" that the run was trained with, {trained}; put that file back, or train"
+      " in a new --workdir."
     )
   return best.state.params, int(best.state.step)

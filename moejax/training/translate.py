@@ -1,7 +1,7 @@
 """Translation of lines: batches of rows through a search, texts in order."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,24 +9,28 @@ import jax
 import numpy as np
 
 from moejax import placement, sharding
+from moejax.data import sources
+from moejax.data.pieces import Pieces
+from moejax.models import gnmt
+from moejax.training import decode
 from moejax.training.decode import Hypotheses
 
 # A search of `moejax.training.decode` with its settings, as a function of
 # (step_fn, memory, state, source_mask).
 Search = Callable[..., Hypotheses]
 # (params, batch) -> what was found for each of its rows.
-Translator = Callable[[Any, Mapping[str, np.ndarray]], Hypotheses]
+Find = Callable[[Any, Mapping[str, np.ndarray]], Hypotheses]
 
 # The arrays of a batch that the model reads.
 _SOURCE = ("source", "source_segment", "source_start")
 
 
-def translator(
+def finder(
   model: nn.Module,
   search: Search,
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
-) -> Translator:
+) -> Find:
   """Returns a function (params, batch) -> hypotheses of the batch's rows.
 
   It is compiled once for each shape of a batch. All processes give it the same
@@ -82,7 +86,7 @@ def lines(
   Args:
     translate: finds the hypotheses of a batch; the best of each row is taken.
     batches: of "source", "source_segment" and "source_start" [N, M], with the
-      "line" that each row belongs to and which "piece" of it the row is, both
+      "line" that each row belongs to and which "part" of it the row is, both
       [N]. A row of line -1 only fills up the batch.
     num_lines: how many there are. One without rows is translated as "".
     decode: turns ids into text; leaves `</s>` out.
@@ -90,7 +94,7 @@ def lines(
       how far the work is.
 
   Returns:
-    A line of text for each, its pieces in order with a space between.
+    A line of text for each, its parts in order with a space between.
   """
   texts: list[dict[int, str]] = [{} for _ in range(num_lines)]
   for batch in batches:
@@ -98,10 +102,94 @@ def lines(
     real = np.flatnonzero(batch["line"] >= 0)
     for row in real.tolist():
       ids = found.ids[row, 0, : found.lengths[row, 0]]
-      line, piece = int(batch["line"][row]), int(batch["piece"][row])
+      line, part = int(batch["line"][row]), int(batch["part"][row])
       # A model may write a line break, which must not make two lines of one.
-      texts[line][piece] = " ".join(decode(ids.tolist()).splitlines())
+      texts[line][part] = " ".join(decode(ids.tolist()).splitlines())
     advance(len(real))
   return [
-    " ".join(text for _, text in sorted(pieces.items())) for pieces in texts
+    " ".join(text for _, text in sorted(parts.items())) for parts in texts
   ]
+
+
+class Translator:
+  """Translates lines of text by a model, whatever its parameters.
+
+  It follows a number of hypotheses at once, whole beams, one for each device at
+  the least.
+  """
+
+  def __init__(
+    self,
+    model: gnmt.GNMT,
+    pieces: Pieces,
+    source_length: int,
+    hypotheses: int,
+    layout: sharding.Layout,
+    mesh: jax.sharding.Mesh,
+    beam: int = 8,
+    **search: Any,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: for the pieces.
+      pieces: of both languages.
+      source_length: pieces of a source; a longer line is cut (`sources.cut`).
+      hypotheses: to follow at once, over all devices.
+      layout: where arrays lie.
+      mesh: of the devices.
+      beam: hypotheses of each line.
+      **search: how else to search, see `decode.beam_search`.
+    """
+    self._pieces, self._source_length = pieces, source_length
+    each = -(-hypotheses // (beam * mesh.size))
+    self._batch_size = each * mesh.size
+    beam_search = functools.partial(
+      decode.beam_search,
+      start=pieces.start,
+      end=pieces.end,
+      beam=beam,
+      **search,
+    )
+    self._find = finder(gnmt.for_decoding(model), beam_search, layout, mesh)
+
+  def tag(self, language: str) -> int | None:
+    """Returns what a source begins with to be translated into a language.
+
+    Raises:
+      ValueError: there are several languages, and it is none of them.
+    """
+    return self._pieces.tag(language) if self._pieces.languages else None
+
+  def lines(
+    self,
+    params: Any,
+    texts: Sequence[str],
+    language: str,
+    advance: Callable[[int], object] = lambda rows: None,
+  ) -> list[str]:
+    """Translates each line by itself, and keeps their order.
+
+    Args:
+      params: of the model.
+      texts: lines. One without words becomes "".
+      language: to translate into, where there are several.
+      advance: see `lines`.
+
+    Raises:
+      ValueError: as `tag`.
+    """
+    batches = sources.source_rows(
+      self._pieces,
+      texts,
+      self._source_length,
+      self._batch_size,
+      self.tag(language),
+    )
+    return lines(
+      functools.partial(self._find, params),
+      (batch._asdict() for batch in batches),
+      len(texts),
+      self._pieces.decode,
+      advance,
+    )

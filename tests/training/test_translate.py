@@ -45,7 +45,7 @@ def translator(search, layout_name):
   mesh = sharding.make_mesh(layout)
   params = {"table": jnp.zeros((V, V))}
   params = jax.device_put(params, placement.shardings(params, layout, mesh))
-  run = translate.translator(Repeats(), search, layout, mesh)
+  run = translate.finder(Repeats(), search, layout, mesh)
   return functools.partial(run, params)
 
 
@@ -58,12 +58,12 @@ def batch(rows, places, size=8):
   names = "source", "source_segment", "source_start"
   arrays = {name: np.zeros((size, places), np.int32) for name in names}
   arrays["source_start"] = arrays["source_start"].astype(np.bool_)
-  arrays |= {name: np.full(size, -1, np.int32) for name in ("line", "piece")}
+  arrays |= {name: np.full(size, -1, np.int32) for name in ("line", "part")}
   for at, (line, piece, ids) in enumerate(rows):
     arrays["source"][at, : len(ids) + 1] = [*ids, END]
     arrays["source_segment"][at, : len(ids) + 1] = 1
     arrays["source_start"][at, 0] = True
-    arrays["line"][at], arrays["piece"][at] = line, piece
+    arrays["line"][at], arrays["part"][at] = line, piece
   return arrays
 
 

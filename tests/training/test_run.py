@@ -1,0 +1,212 @@
+"""Runs that translate, from the command line: train, show, score, translate."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import program
+import pytest
+
+from moejax.data.pieces import Pieces
+from moejax.main import main
+from moejax.training import metrics
+
+COLOURS = {
+  "red": "rouge",
+  "blue": "bleu",
+  "green": "vert",
+  "white": "blanc",
+  "black": "noir",
+}
+THINGS = {"car": "auto", "house": "logis", "cup": "bol", "bird": "merle"}
+FLAGS = [
+  "--config=configs/translate_tiny.py",
+  "--config.data.vocab_size=300",
+  "--config.data.row_length=24",
+  "--config.data.source_length=24",
+  "--config.data.batch_size=16",
+  "--config.model.width=32",
+  "--config.model.dropout=0.0",
+  "--config.model.attention.width=16",
+  "--config.model.moe.num_experts=4",
+  "--config.model.moe.experts.hidden=32",
+  "--config.model.moe.group_size=48",
+  "--config.optimizer.peak=0.02",
+  "--config.optimizer.warmup_steps=20",
+  "--config.train.steps=150",
+  "--config.train.eval_every=75",
+  "--config.train.checkpoint_every=50",
+]
+
+
+def pairs(count, turn=False):
+  """Sentences whose adjectives change places."""
+  rng = np.random.default_rng(0)
+  for _ in range(count):
+    colours, things = rng.choice(list(COLOURS), 2), rng.choice(list(THINGS), 2)
+    both = list(zip(colours, things, strict=True))
+    english = " and ".join(f"the {c} {t}" for c, t in both)
+    french = " et ".join(f"le {THINGS[t]} {COLOURS[c]}" for c, t in both)
+    yield (french, english) if turn else (english, french)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pairs")
+  lines = [f"{a}\t{b}" for a, b in pairs(600)]
+  lines.insert(3, "no tab at all")
+  (folder / "en_fr.tsv").write_text("\n".join(lines) + "\n")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def flags(files):
+  path, kept = files / "en_fr.tsv", files / "tfds"
+  own = [f"--config.data.train=en-fr={path}", f"--config.data.data_dir={kept}"]
+  return [*FLAGS, *own]
+
+
+@pytest.fixture(scope="module")
+def trained(environment, flags, tmp_path_factory):
+  """A run in a process of its own: its workdir and what it printed."""
+  workdir = tmp_path_factory.mktemp("translated") / "run"
+  (output,) = program.end_well(program.start(environment, flags, workdir))
+  return workdir, output
+
+
+def translate(monkeypatch, capsys, workdir, text, *more):
+  """What `moejax translate` writes, and its status."""
+  content = text if isinstance(text, bytes) else text.encode()
+  stdin = types.SimpleNamespace(buffer=io.BytesIO(content))
+  monkeypatch.setattr(sys, "stdin", stdin)
+  status = main(["moejax", "translate", f"--workdir={workdir}", *more])
+  said = capsys.readouterr()
+  return (said.out, said.err, status)
+
+
+def test_a_run_learns_to_translate_and_shows_it(trained):
+  workdir, output = trained
+  assert "1 of 601 lines left out: 1 without exactly one tab (line 4)" in output
+  shown = re.findall(r"  en: (.*)\n  fr: (.*)\n  model: (.*)\n", output)
+  assert len(shown) == 6
+  assert any(want == got for _, want, got in shown[3:])
+  test = program.result(workdir)["test"]
+  assert test["bleu"] > 50 and test["chrf"] > 50
+  assert f"BLEU {test['bleu']:.2f}, chrF {test['chrf']:.2f}" in output
+  assert "per word piece" in output
+  signatures = program.result(workdir)["signatures"]
+  assert "tok:13a" in signatures["bleu"] and "nc:6" in signatures["chrf"]
+  lines = metrics.read(workdir / metrics.METRICS_FILE)
+  assert lines[-1]["split"] == "test" and lines[-1]["bleu"] == test["bleu"]
+  assert {"cv_importance", "dropped_fraction"} <= set(lines[0])
+
+
+def test_killed_it_goes_on_to_the_same_end(
+  environment, flags, trained, tmp_path
+):
+  workdir = tmp_path / "run"
+  process = program.start(environment, flags, workdir)
+  program.wait_for_step(process, workdir, 60)
+  process.kill()
+  process.communicate()
+  program.end_well(program.start(environment, flags, workdir))
+  assert program.curve(workdir) == program.curve(trained[0])
+
+
+def test_eval_says_what_sacrebleu_says_of_the_file(
+  monkeypatch, capsys, trained, tmp_path
+):
+  held_out = list(pairs(40))
+  sources, targets = zip(*held_out, strict=True)
+  tsv, want = tmp_path / "held_out.tsv", tmp_path / "want.txt"
+  tsv.write_text("".join(f"{a}\t{b}\n" for a, b in held_out))
+  want.write_text("".join(f"{line}\n" for line in targets))
+  workdir = trained[0]
+  assert main(["moejax", "eval", f"--workdir={workdir}", f"--data={tsv}"]) == 0
+  said = capsys.readouterr().out
+  text = "".join(f"{line}\n" for line in sources)
+  found, _, _ = translate(monkeypatch, capsys, workdir, text)
+  (tmp_path / "found.txt").write_text(found)
+  done = subprocess.run(
+    [sys.executable, "-m", "sacrebleu", want, "-i", tmp_path / "found.txt"],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  theirs = json.loads(done.stdout)
+  assert f"BLEU {theirs['score']:.1f}" in re.sub(
+    r"(BLEU \d+\.\d)\d", r"\1", said
+  )
+  assert "bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in said
+
+
+def test_lines_stay_where_they_are(monkeypatch, capsys, trained):
+  sources = [a for a, _ in pairs(5)]
+  long = " and ".join(sources)
+  text = f"{sources[0]}\n\n  \n{long}\n{sources[1]}"
+  found, _, status = translate(monkeypatch, capsys, trained[0], text)
+  lines = found.split("\n")
+  assert status == 0 and len(lines) == 6 and lines[5] == ""
+  assert lines[1] == lines[2] == "" and lines[0] and lines[4]
+  alone = [
+    translate(monkeypatch, capsys, trained[0], a, "--beam=1")[0].strip()
+    for a in sources[:2]
+  ]
+  greedy, _, _ = translate(monkeypatch, capsys, trained[0], text, "--beam=1")
+  # A translation depends on no other line.
+  assert [greedy.split("\n")[0], greedy.split("\n")[4]] == alone
+  # Longer than a row: in parts, which all are there.
+  assert len(lines[3].split()) > 20
+  assert translate(monkeypatch, capsys, trained[0], "")[0] == ""
+
+
+def test_what_it_refuses(monkeypatch, capsys, trained, tmp_path):
+  run = shutil.copytree(trained[0], tmp_path / "run")
+  _, said, status = translate(monkeypatch, capsys, run, b"caf\xe9\n")
+  assert status == 1 and "line 1 has the byte 0xe9" in said
+  named = tmp_path / "other.tsv"
+  named.write_text("a\tb\n")
+  argv = ["moejax", "eval", f"--workdir={run}", f"--data=de-fr={named}"]
+  assert main(argv) == 1
+  assert "pairs of de-fr were not trained, only of en-fr" in (
+    capsys.readouterr().err
+  )
+  texts = (text for pair in pairs(300, turn=True) for text in pair)
+  Pieces.train([*texts, "an end"], 300).save(run / Pieces.FILE)
+  _, said, status = translate(monkeypatch, capsys, run, "the red car")
+  assert status == 1 and "is not the one that the run was trained with" in said
+
+
+def test_two_ways_at_once(environment, flags, monkeypatch, capsys, tmp_path):
+  workdir = tmp_path / "both"
+  both = ["--config.data.both_directions=True", "--config.data.temperature=2.0"]
+  few = ["--config.train.steps=40", "--config.train.eval_every=40"]
+  start = program.start(environment, [*flags, *both, *few], workdir)
+  (output,) = program.end_well(start)
+  assert "  en: " in output and "  fr: " in output
+  test = program.result(workdir)["test"]
+  assert {"bleu_en-fr", "bleu_fr-en", "bleu"} <= set(test)
+  _, said, status = translate(monkeypatch, capsys, workdir, "the red car")
+  assert status == 1 and "language '' was not trained" in said
+  _, said, status = translate(
+    monkeypatch, capsys, workdir, "the red car", "--language=de"
+  )
+  assert status == 1 and "'de' was not trained; those that were: en, fr" in said
+  found, _, status = translate(
+    monkeypatch, capsys, workdir, "the red car", "--language=fr"
+  )
+  assert status == 0 and found.endswith("\n")
+
+
+def test_a_language_model_cannot_translate(capsys):
+  argv = ["moejax", "train", "--config=configs/tiny.py", "--workdir=unused"]
+  assert main([*argv, "--config.data.kind=pairs"]) == 1
+  said = capsys.readouterr().err
+  assert (
+    "config.model.kind is 'lstm_lm', but config.data.kind is 'pairs'" in said
+  )
