@@ -49,15 +49,6 @@ def look(form, y, segment, states, source, u, w, v):
   return weights @ states, weights
 
 
-def mix(weights, k, x, mask):
-  """x + sigmoid(MoE(x)) of top-k gating, all rows being one group."""
-  tokens, mask = x.reshape(-1, x.shape[-1]), mask.reshape(-1)
-  logits = tokens @ weights["router"]["gate"]["kernel"]
-  gates = reference.top_k(logits, k, mask).gates
-  expert = reference.feed_forward(weights["experts"])
-  return x + sigmoid(reference.mixture(tokens, gates, expert)).reshape(x.shape)
-
-
 def layer(weights, x, start):
   names = ("w_in", "w_rec", "bias", "w_out")
   return lstm(x, start, *(weights[name] for name in names))
@@ -87,18 +78,37 @@ def first_layer(params, form, wiring, x, batch, states):
   return x + out + (contexts if wiring == "parallel" else 0)
 
 
+def mix(weights, k, x, mask):
+  """x + sigmoid(MoE(x)) of top-k gating, all rows being one group."""
+  tokens, mask = x.reshape(-1, x.shape[-1]), mask.reshape(-1)
+  logits = tokens @ weights["router"]["gate"]["kernel"]
+  gates = reference.top_k(logits, k, mask).gates
+  expert = reference.feed_forward(weights["experts"])
+  return x + sigmoid(reference.mixture(tokens, gates, expert)).reshape(x.shape)
+
+
+def stack(params, names, k, x, start, mask):
+  """LSTMs and mixtures, whichever has weights of these names."""
+  for name in names:
+    if "router" in params[name]:
+      x = mix(params[name], k, x, mask)
+    else:
+      x = x + layer(params[name], x, start)
+  return x
+
+
 def gnmt_loss(params, k, form, wiring, batch):
   """The loss of every place, in float64."""
-  real = batch["source_segment"] > 0
+  encoder, decoder = (
+    sorted(name for name in params if name.startswith(side))
+    for side in ("encoder", "decoder")
+  )
   x = params["embed_source"]["table"][batch["source"]]
-  for i in (0, 1):
-    x = x + layer(params[f"encoder_{i}"], x, batch["source_start"])
-  x = mix(params["encoder_2"], k, x, real)
-  states = x + layer(params["encoder_3"], x, batch["source_start"])
+  real = batch["source_segment"] > 0
+  states = stack(params, encoder, k, x, batch["source_start"], real)
   x = params["embed_target"]["table"][batch["inputs"]]
   x = first_layer(params, form, wiring, x, batch, states)
-  x = mix(params["decoder_1"], k, x, batch["mask"])
-  h = x + layer(params["decoder_2"], x, batch["start"])
+  h = stack(params, decoder[1:], k, x, batch["start"], batch["mask"])
   out = np.zeros(batch["mask"].shape)
   for b, t in zip(*np.nonzero(batch["mask"]), strict=True):
     p = reference.softmax(params["head"]["table"] @ h[b, t])

@@ -86,7 +86,7 @@ def make(mixture=flat, form="product", wiring="recurrent", **fields):
   return gnmt.GNMT(
     V,
     D,
-    (lstm, lstm.clone(), mixture(), lstm.clone()),
+    (lstm, mixture()),
     (lstm.clone(), mixture(), lstm.clone()),
     attention.Attention(N, form),
     wiring,
@@ -187,40 +187,38 @@ BALANCE = {"importance": 0.3, "z": 0.1}
 @pytest.mark.parametrize(
   "name, wiring", [("balanced", "recurrent"), ("hierarchical", "parallel")]
 )
-def test_padding_changes_no_loss_gradient_or_figure(name, wiring):
+def test_padding_changes_no_loss_or_figure(name, wiring):
   """Whatever stands in it, and however much of it there is."""
   model = make(MIXTURES[name], wiring=wiring)
   params = parameters(model)
 
   @in_haste
   def run(params, batch):
-    def total(params):
-      nats, sown = loss(model, params, batch, mutable=["routing"])
-      aux, _ = losses.auxiliary(sown, BALANCE)
-      return nats.sum() + aux, (nats, losses.balance(sown))
+    nats, sown = loss(model, params, batch, True, mutable=["routing"])
+    aux, _ = losses.auxiliary(sown, BALANCE)
+    return nats, aux, losses.balance(sown)
 
-    return jax.value_and_grad(total, has_aux=True)(params)
-
-  (total, (nats, figures)), slopes = run(params, pack(sized()))
-  assert figures
+  # Noise depends on where a token stands, so there is none in longer rows.
+  filled = [pack(sized(), filler=V - 1)]
+  if name == "balanced":
+    filled.append(pack(sized(), L + 2, M + 2, 1))
+  nats, *figures = run(params, pack(sized()))
   same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  for batch in (pack(sized(), filler=V - 1), pack(sized(), L + 2, M + 2, 1)):
-    (other, (others, other_figures)), other_slopes = run(params, batch)
-    same(other, total)
+  for batch in filled:
+    others, *other_figures = run(params, batch)
     same(others[:, :L], nats)
     assert not others[~batch["mask"]].any()
     jax.tree.map(same, other_figures, figures)
-    jax.tree.map(same, other_slopes, slopes)
 
 
 # -- decoding -----------------------------------------------------------------
 
 
-@functools.cache
 def decoding(name, wiring, form):
-  model = gnmt.for_decoding(
-    make(functools.partial(MIXTURES[name], capacity_factor=0.5), form, wiring)
-  )
+  """A model that would drop tokens, made one that drops none."""
+  mixture = functools.partial(MIXTURES[name], eval_capacity_factor=0.5)
+  model = make(mixture, form, wiring, vocab_multiple=8)
+  model = gnmt.for_decoding(model)
   return model, parameters(model)
 
 
@@ -266,6 +264,8 @@ def test_steps_are_the_whole_pass(name, wiring, form):
   np.testing.assert_allclose(
     -picked[..., 0][real], nats[real], rtol=1e-4, atol=1e-5
   )
+  # Of the table's rows five are no piece.
+  assert log_p.shape[-1] == V
   np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
   of_padding = np.broadcast_to(
@@ -283,15 +283,6 @@ def test_a_translation_depends_on_nothing_else_in_the_batch():
   np.testing.assert_allclose(other[0], one[0], rtol=1e-5, atol=1e-6)
 
 
-def test_rows_that_are_no_piece_have_no_chance():
-  model = make(vocab_multiple=8)
-  batch = pack([[pair] for row in sized() for pair in row])
-  run = in_haste(functools.partial(translate, model))
-  log_p, _ = run(parameters(model), batch)
-  assert log_p.shape[-1] == V
-  np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
-
-
 def test_experts_that_choose_cannot_translate():
   with pytest.raises(ValueError, match="expert_choice.*another router"):
     gnmt.for_decoding(make(functools.partial(flat, router.ExpertChoice)))
@@ -300,9 +291,8 @@ def test_experts_that_choose_cannot_translate():
 # -- precision, dropout, layouts ----------------------------------------------
 
 
-@wirings
-def test_bfloat16_is_close_and_finite(wiring):
-  model = make(wiring=wiring, dtype=jnp.bfloat16)
+def test_bfloat16_is_close_and_finite():
+  model = make(dtype=jnp.bfloat16)
   params, batch = parameters(model), pack(sized())
 
   @in_haste
@@ -326,26 +316,19 @@ def test_dropout_reaches_every_layer(wiring):
   assert not run({"params": parameters(model)}, pack(sized()), rngs=rngs).any()
 
 
-SPREAD = {
-  "noisy": lambda: moe.MoE(
-    router.NoisyTopK(8, K), experts.FeedForward(8, F), L
-  ),
-  "balanced": lambda: moe.HierarchicalMoE(
-    router.Balanced(8, K),
-    moe.MoE(router.Balanced(2, 1), experts.FeedForward(2, F)),
-    L,
-  ),
-}
-
-
-@pytest.mark.parametrize("name", SPREAD)
-def test_experts_over_eight_devices_give_the_same(name):
+def test_experts_over_eight_devices_give_the_same():
   """Loss, balance losses and gradients, in groups of one row."""
-  model = make(SPREAD[name])
+  model = make(
+    lambda: moe.HierarchicalMoE(
+      router.Balanced(8, K),
+      moe.MoE(router.Balanced(2, 1), experts.FeedForward(2, F)),
+      L,
+    )
+  )
   row, (pair,) = sized()
   batch = pack([row, [pair]] * 4)
   params = parameters(model)
-  weights = {"importance": 0.3, "load" if name == "noisy" else "threshold": 0.2}
+  weights = {"importance": 0.3, "threshold": 0.2}
 
   def step(params, batch):
     def total(params):
@@ -366,8 +349,7 @@ def test_experts_over_eight_devices_give_the_same(name):
     got = in_haste(step, out_shardings=(None, places))(
       jax.device_put(params, places), jax.device_put(batch, where)
     )
-  kernel = got[1]["encoder_2"]
-  kernel = kernel["experts" if name == "noisy" else "secondary"]
+  kernel = got[1]["encoder_1"]["secondary"]
   assert not any(leaf.is_fully_replicated for leaf in jax.tree.leaves(kernel))
   close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
   jax.tree.map(close, got, want)
