@@ -1,7 +1,7 @@
 """Translation of lines: batches of rows through a search, texts in order."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +14,11 @@ from moejax.training.decode import Hypotheses
 # A search of `moejax.training.decode` with its settings, as a function of
 # (step_fn, memory, state, source_mask).
 Search = Callable[..., Hypotheses]
+# A batch of `data.sources`: arrays source, source_segment, source_start [N, M];
+# the line each row belongs to and which part of it the row is, both [N].
+SourceRows = Any
 # (params, batch) -> what was found for each of its rows.
-Translator = Callable[[Any, Mapping[str, np.ndarray]], Hypotheses]
-
-# The arrays of a batch that the model reads.
-_SOURCE = ("source", "source_segment", "source_start")
+Translator = Callable[[Any, SourceRows], Hypotheses]
 
 
 def translator(
@@ -59,10 +59,10 @@ def translator(
     return placement.gathered(run)(params, *source)
 
   def translate(params, batch):
-    where = placement.batch_sharding(layout, mesh, len(batch["source"]))
+    where = placement.batch_sharding(layout, mesh, len(batch.source))
     source = (
       jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
-      for rows in (batch[name] for name in _SOURCE)
+      for rows in (batch.source, batch.source_segment, batch.source_start)
     )
     with sharding.use(layout, mesh):
       return found(params, *source)
@@ -71,8 +71,8 @@ def translator(
 
 
 def lines(
-  translate: Callable[[Mapping[str, np.ndarray]], Hypotheses],
-  batches: Iterable[Mapping[str, np.ndarray]],
+  translate: Callable[[SourceRows], Hypotheses],
+  batches: Iterable[SourceRows],
   num_lines: int,
   decode: Callable[[list[int]], str],
   advance: Callable[[int], object] = lambda rows: None,
@@ -81,27 +81,23 @@ def lines(
 
   Args:
     translate: finds the hypotheses of a batch; the best of each row is taken.
-    batches: of "source", "source_segment" and "source_start" [N, M], with the
-      "line" that each row belongs to and which "piece" of it the row is, both
-      [N]. A row of line -1 only fills up the batch.
+    batches: of rows; one of line -1 only fills up its batch.
     num_lines: how many there are. One without rows is translated as "".
     decode: turns ids into text; leaves `</s>` out.
     advance: is told after each batch how many rows of lines it had, to show
       how far the work is.
 
   Returns:
-    A line of text for each, its pieces in order with a space between.
+    A line of text for each, its parts in order with a space between.
   """
   texts: list[dict[int, str]] = [{} for _ in range(num_lines)]
   for batch in batches:
     found = jax.device_get(translate(batch))
-    real = np.flatnonzero(batch["line"] >= 0)
+    real = np.flatnonzero(batch.line >= 0)
     for row in real.tolist():
       ids = found.ids[row, 0, : found.lengths[row, 0]]
-      line, piece = int(batch["line"][row]), int(batch["piece"][row])
       # A model may write a line break, which must not make two lines of one.
-      texts[line][piece] = " ".join(decode(ids.tolist()).splitlines())
+      text = " ".join(decode(ids.tolist()).splitlines())
+      texts[batch.line[row]][int(batch.part[row])] = text
     advance(len(real))
-  return [
-    " ".join(text for _, text in sorted(pieces.items())) for pieces in texts
-  ]
+  return [" ".join(text for _, text in sorted(of.items())) for of in texts]
