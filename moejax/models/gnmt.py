@@ -137,8 +137,7 @@ class GNMT(nn.Module):
   ) -> tuple[State, Float[Array, "B V"], Float[Array, "B M"]]:
     """Reads one piece of each row, as `__call__` reads all of them.
 
-    Mixtures take the rows for one group, and drop what their capacity does not
-    hold: see `for_decoding`.
+    Mixtures drop what their capacity does not hold: see `for_decoding`.
 
     Args:
       memory: the source, one sentence a row, whose segment is 1.
@@ -173,8 +172,8 @@ class GNMT(nn.Module):
 def for_decoding(model: GNMT) -> GNMT:
   """Returns the same model with mixtures that see every token by itself.
 
-  All tokens are one group and none is dropped, so that a translation depends on
-  nothing else in the batch. The parameters are those of `model`.
+  A token is a group of its own and none is dropped, so that a translation depends
+  on nothing else in the batch. The parameters are those of `model`.
 
   Raises:
     ValueError: experts choose among the tokens of a batch, in evaluation too.
@@ -188,7 +187,7 @@ def for_decoding(model: GNMT) -> GNMT:
 
 def _drop_nothing(layer: nn.Module) -> nn.Module:
   every = {
-    "group_size": None,
+    "group_size": 1,
     "capacity_factor": None,
     "eval_capacity_factor": None,
   }

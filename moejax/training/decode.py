@@ -210,9 +210,8 @@ def beam_search(
     step,
     _Search(none, none, no_score, state),
   )
-  cut = search.living.lengths == limits[:, None]
-  cut = jnp.where(cut, score(search.living), -jnp.inf)
-  return _sorted(search, cut, prune, end)
+  # Where the maximum length cut nothing, none of the living come to be kept.
+  return _sorted(search, score(search.living), prune, end)
 
 
 def _check(beam: int, alpha: float, beta: float, prune: float) -> None:

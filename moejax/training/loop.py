@@ -229,8 +229,8 @@ def _check_finite(
       kept = f"checkpoint {saved}" if saved else "no checkpoint"
       raise FloatingPointError(
         f"{name} became {values[name]} at step {at}; {kept} was saved before,"
-        f" in {workdir / run_lib.CHECKPOINTS}. Train in a new workdir with a lower"
-        " config.optimizer.peak, or with config.optimizer.clip_norm."
+        f" in {workdir / run_lib.CHECKPOINTS}. Train in a new workdir with a"
+        " lower config.optimizer.peak, or with config.optimizer.clip_norm."
       )
 
 

@@ -1,7 +1,7 @@
 """Translation of lines: batches of rows through a search, texts in order."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ import numpy as np
 from moejax import placement, sharding
 from moejax.data import sources
 from moejax.data.pieces import Pieces
+from moejax.data.sources import SourceRows
 from moejax.models import gnmt
 from moejax.training import decode
 from moejax.training.decode import Hypotheses
@@ -19,10 +20,7 @@ from moejax.training.decode import Hypotheses
 # (step_fn, memory, state, source_mask).
 Search = Callable[..., Hypotheses]
 # (params, batch) -> what was found for each of its rows.
-Find = Callable[[Any, Mapping[str, np.ndarray]], Hypotheses]
-
-# The arrays of a batch that the model reads.
-_SOURCE = ("source", "source_segment", "source_start")
+Find = Callable[[Any, SourceRows], Hypotheses]
 
 
 def finder(
@@ -63,10 +61,10 @@ def finder(
     return placement.gathered(run)(params, *source)
 
   def translate(params, batch):
-    where = placement.batch_sharding(layout, mesh, len(batch["source"]))
+    where = placement.batch_sharding(layout, mesh, len(batch.source))
     source = (
       jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
-      for rows in (batch[name] for name in _SOURCE)
+      for rows in (batch.source, batch.source_segment, batch.source_start)
     )
     with sharding.use(layout, mesh):
       return found(params, *source)
@@ -75,8 +73,8 @@ def finder(
 
 
 def lines(
-  translate: Callable[[Mapping[str, np.ndarray]], Hypotheses],
-  batches: Iterable[Mapping[str, np.ndarray]],
+  translate: Callable[[SourceRows], Hypotheses],
+  batches: Iterable[SourceRows],
   num_lines: int,
   decode: Callable[[list[int]], str],
   advance: Callable[[int], object] = lambda rows: None,
@@ -85,9 +83,7 @@ def lines(
 
   Args:
     translate: finds the hypotheses of a batch; the best of each row is taken.
-    batches: of "source", "source_segment" and "source_start" [N, M], with the
-      "line" that each row belongs to and which "part" of it the row is, both
-      [N]. A row of line -1 only fills up the batch.
+    batches: of rows; one of line -1 only fills up its batch.
     num_lines: how many there are. One without rows is translated as "".
     decode: turns ids into text; leaves `</s>` out.
     advance: is told after each batch how many rows of lines it had, to show
@@ -99,16 +95,14 @@ def lines(
   texts: list[dict[int, str]] = [{} for _ in range(num_lines)]
   for batch in batches:
     found = jax.device_get(translate(batch))
-    real = np.flatnonzero(batch["line"] >= 0)
+    real = np.flatnonzero(batch.line >= 0)
     for row in real.tolist():
       ids = found.ids[row, 0, : found.lengths[row, 0]]
-      line, part = int(batch["line"][row]), int(batch["part"][row])
       # A model may write a line break, which must not make two lines of one.
-      texts[line][part] = " ".join(decode(ids.tolist()).splitlines())
+      text = " ".join(decode(ids.tolist()).splitlines())
+      texts[batch.line[row]][int(batch.part[row])] = text
     advance(len(real))
-  return [
-    " ".join(text for _, text in sorted(parts.items())) for parts in texts
-  ]
+  return [" ".join(text for _, text in sorted(of.items())) for of in texts]
 
 
 class Translator:
@@ -188,7 +182,7 @@ class Translator:
     )
     return lines(
       functools.partial(self._find, params),
-      (batch._asdict() for batch in batches),
+      batches,
       len(texts),
       self._pieces.decode,
       advance,

@@ -26,14 +26,20 @@ INF = math.inf
 def tables(kind):
   """Log probabilities and attention after each prefix, for each row.
 
-  With "ties" log probabilities are whole numbers: sums of them are exact.
+  With "ties" log probabilities are whole numbers: sums of them are exact. With
+  "long" most translations do not end. With "lost" the only good one is empty,
+  and from any other none gets away.
   """
   random = np.random.default_rng(0)
   if kind == "ties":
     log_p = -random.integers(1, 3, (B, PREFIXES, V))
   else:
     log_p = 1.5 * random.normal(size=(B, PREFIXES, V))
+    log_p[..., END] -= 8 * (kind == "long")
     log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+  if kind == "lost":
+    log_p[:] = [-0.5, -9, -9, -9]
+    log_p[:, START] = [-2, -9, -0.1, -9]
   weights = np.exp(2 * random.normal(size=(B, PREFIXES, M)))
   weights = np.where(SOURCE[:, None], weights, 0)
   weights /= weights.sum(-1, keepdims=True)
@@ -198,6 +204,7 @@ NARROW = [
   ("plain", 3, 0.2, 0.2, 3.0, None),
   ("plain", 4, 1.0, 0.5, 1.5, 8),
   ("plain", 8, 0.6, 0.0, INF, 12),
+  ("long", 3, 0.2, 0.2, 3.0, None),
   ("ties", 3, 0.0, 0.0, 1.0, 5),
   ("ties", 4, 0.0, 0.0, INF, None),
 ]
@@ -222,12 +229,13 @@ def test_it_stops_only_when_nothing_can_change(
     assert got.scores[row, 0] - prune <= min(got.scores[row, : len(want)])
 
 
-def test_it_does_stop():
+@pytest.mark.parametrize("kind", ["plain", "lost"])
+def test_it_does_stop(kind):
   steps = []
 
   def counted(*args):
     jax.debug.callback(lambda: steps.append(1))
-    return step("plain", *args)
+    return step(kind, *args)
 
   @jax.jit
   def found(rows, source):

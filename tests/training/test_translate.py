@@ -1,6 +1,7 @@
 """Lines through a model that repeats its source: all of them, in order."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,25 +54,33 @@ GREEDY = functools.partial(decode.greedy, start=START, end=END)
 BEAM = functools.partial(decode.beam_search, start=START, end=END, beam=3)
 
 
+class Rows(NamedTuple):
+  source: np.ndarray
+  source_segment: np.ndarray
+  source_start: np.ndarray
+  line: np.ndarray
+  part: np.ndarray
+
+
 def batch(rows, places, size=8):
-  """A batch of (line, piece of it, ids), filled up with empty rows."""
-  names = "source", "source_segment", "source_start"
-  arrays = {name: np.zeros((size, places), np.int32) for name in names}
-  arrays["source_start"] = arrays["source_start"].astype(np.bool_)
-  arrays |= {name: np.full(size, -1, np.int32) for name in ("line", "part")}
-  for at, (line, piece, ids) in enumerate(rows):
-    arrays["source"][at, : len(ids) + 1] = [*ids, END]
-    arrays["source_segment"][at, : len(ids) + 1] = 1
-    arrays["source_start"][at, 0] = True
-    arrays["line"][at], arrays["part"][at] = line, piece
-  return arrays
+  """A batch of (line, part of it, ids), filled up with empty rows."""
+  shape = size, places
+  source, segment = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+  start = np.zeros(shape, np.bool_)
+  start[:, 0] = True
+  line, part = np.full(size, -1), np.zeros(size, np.int64)
+  for row, (line[row], part[row], ids) in enumerate(rows):
+    source[row, : len(ids) + 1] = [*ids, END]
+    segment[row, : len(ids) + 1] = 1
+    start[row, len(ids) + 1 : len(ids) + 2] = True
+  return Rows(source, segment, start, line, part)
 
 
 def text(ids):
   return " ".join(WORDS[i] for i in ids if i > END)
 
 
-# Line 3 is empty, line 1 in three pieces; longest first, as a reader may.
+# Line 3 is empty, line 1 in three parts; longest first, as a reader may.
 BATCHES = [
   batch([(1, 0, [5, 6, 7, 8, 9]), (4, 0, [3, 3, 4, 4, 5])], 8),
   batch([(1, 2, [11]), (0, 0, [4]), (2, 0, [10, 3]), (1, 1, [6, 5])], 4),
