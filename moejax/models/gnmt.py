@@ -172,8 +172,8 @@ class GNMT(nn.Module):
 def for_decoding(model: GNMT) -> GNMT:
   """Returns the same model with mixtures that see every token by itself.
 
-  A token is a group of its own and none is dropped, so that a translation depends
-  on nothing else in the batch. The parameters are those of `model`.
+  A token is a group of its own and none is dropped, so that a translation
+  depends on nothing else in the batch. The parameters are those of `model`.
 
   Raises:
     ValueError: experts choose among the tokens of a batch, in evaluation too.
