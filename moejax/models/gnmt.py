@@ -193,7 +193,8 @@ def _drop_nothing(layer: nn.Module) -> nn.Module:
   }
   if isinstance(layer, HierarchicalMoE):
     _check_alone(layer.primary)
-    secondary = _drop_nothing(layer.secondary)
+    # It has no groups of its own: those of the whole layer are its too.
+    secondary = _drop_nothing(layer.secondary).clone(group_size=None)
     return layer.clone(secondary=secondary, groups_together=1, **every)
   if isinstance(layer, MoE):
     _check_alone(layer.router)
