@@ -1,20 +1,24 @@
 """What the experiments that train share: configs, runs that go on, the rest."""
 
 import contextlib
+import functools
 import importlib.util
-import itertools
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from experiments import harness
 from moejax import config as config_lib
-from moejax import cost
-from moejax.data import pairs
-from moejax.training import loop, metrics
+from moejax import cost, sharding
+from moejax.data import text
+from moejax.moe import ROUTING
+from moejax.training import loop, metrics, program, step
+from moejax.training import run as run_lib
+from moejax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = {
@@ -26,21 +30,6 @@ QUICK = {
   "train.steps": 10,
   "train.eval_every": 5,
 }
-# The same of a translation.
-QUICK_PAIRS = {
-  "data.vocab_size": 300,
-  "data.row_length": 24,
-  "data.source_length": 24,
-  "data.batch_size": 8,
-  "model.width": 16,
-  "model.attention.width": 8,
-  "train.steps": 4,
-  "train.log_every": 1,
-  "train.eval_every": 4,
-}
-PAIRS = "files in place of package_pairs': en-fr=FILE,en-fr=FILE,en-de=FILE"
-# Of an expert of translation.
-HIDDEN = 128
 
 
 class Run(NamedTuple):
@@ -85,11 +74,17 @@ def regroup(config: config_lib.Config, tokens: int) -> None:
 @contextlib.contextmanager
 def folder(name: str, quick: bool) -> Iterator[pathlib.Path]:
   """Gives the folder for an experiment's runs; a quick one's goes away."""
-  if quick:
+  if not quick:
+    yield ROOT / "runs" / name
+    return
+  # What runs for seconds should not be compiled for longer.
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
     with tempfile.TemporaryDirectory() as scratch:
       yield pathlib.Path(scratch)
-  else:
-    yield ROOT / "runs" / name
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
@@ -125,107 +120,36 @@ def report(config: config_lib.Config, run: Run) -> harness.Row:
   return row
 
 
-# -- translation --------------------------------------------------------------
-
-
-def pair_files(
-  given: str, languages: Sequence[str], folder: pathlib.Path, quick: bool
-) -> dict[pairs.Direction, list[str]]:
-  """Returns the files of each direction.
+def decisions(
+  workdir: pathlib.Path, split: str
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+  """Yields the batches of a split, and what a run's best checkpoint decides.
 
   Args:
-    given: what --pairs is; if "", they are those of package_pairs.
-    languages: to translate into from English.
-    folder: of the runs, where a quick one gets a few invented sentences.
-    quick: whether it is one.
+    workdir: of the run.
+    split: of its corpus.
+
+  Yields:
+    The batch, and the collection "routing" that its evaluation leaves.
 
   Raises:
-    SystemExit: package_pairs has not written them.
+    SystemExit: there is no run.
   """
-  if quick:
-    given = ",".join(_invent(folder, name) for name in languages[:2])
-  if given:
-    return pairs.named_files(given)
-  paths = {name: ROOT / "runs" / f"en_{name}.tsv" for name in languages}
-  if missing := [str(path) for path in paths.values() if not path.exists()]:
-    raise SystemExit(
-      f"there is no {', '.join(missing)}; make it by `python -m"
-      f" experiments.package_pairs --languages={','.join(languages)}`, or name"
-      " files of your own: --pairs=en-fr=FILE"
-    )
-  return {
-    pairs.Direction("en", name): [str(path)] for name, path in paths.items()
-  }
+  if not (workdir / config_lib.CONFIG_FILE).exists():
+    raise SystemExit(f"there is no run in {workdir}; train one first")
+  config = config_lib.recall(workdir)
+  data = config_lib.data(config, workdir)
+  parts = program.build(config, len(data.vocabulary))
+  checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)
+  with contextlib.closing(checkpoints):
+    params = checkpoints.best(parts.target).state.params
 
+  @jax.jit
+  def route(params, batch):
+    apply = functools.partial(parts.model.apply, mutable=[ROUTING])
+    return apply({"params": params}, batch)[1][ROUTING]
 
-def _invent(folder: pathlib.Path, language: str) -> str:
-  """Writes sentences whose translation is spelt backwards."""
-  words = ("red", "blue", "two", "car", "house", "of")
-  lines = map(" ".join, itertools.product(words, repeat=3))
-  path = folder / f"{language}.tsv"
-  path.write_text("".join(f"{x}\t{language} {x[::-1]}\n" for x in lines))
-  return f"en-{language}={path}"
-
-
-def train_value(files: Mapping[pairs.Direction, Sequence[str]]) -> str:
-  """Writes files of directions as config.data.train has them."""
-  return ",".join(
-    f"{direction}={path}" for direction in files for path in files[direction]
-  )
-
-
-def flat(num_experts: int, k: int, **fields: Any) -> dict[str, Any]:
-  """Returns the section of a mixture that drops nothing, or as fields say."""
-  return {
-    "num_experts": num_experts,
-    "router": {"kind": "noisy_top_k", "k": k},
-    "experts": {"kind": "feed_forward", "hidden": HIDDEN},
-    "group_size": 1,
-    "capacity_factor": None,
-    "eval_capacity_factor": None,
-    **fields,
-  }
-
-
-def one_expert(k: int) -> dict[str, Any]:
-  """Returns the section of the dense twin of a mixture with k experts a place.
-
-  It takes the same ops/timestep but for the router's.
-  """
-  return {"kind": "feed_forward", "hidden": k * HIDDEN}
-
-
-def translation(
-  layer: str, section: Mapping[str, Any], steps: int, quick: bool, **data: Any
-) -> config_lib.Config:
-  """Returns configs/translate_tiny.py with a layer in place of its mixtures.
-
-  Batches are twice as large, and the vocabulary. All tokens of a batch are one
-  group of the mixture.
-
-  Args:
-    layer: its name; "" leaves LSTMs alone.
-    section: of the layer.
-    steps: of training; the rate rises in the first eighth, and falls after half
-      of them.
-    quick: whether to make it as small as can be.
-    **data: further fields of config.data.
-  """
-  config = load("translate_tiny")
-  config.data.update({"batch_size": 64, "vocab_size": 8000, **data})
-  for side in ("encoder", "decoder"):
-    layers = (layer if n == "moe" else n for n in config.model[side])
-    config.model[side] = tuple(filter(None, layers))
-  with config.unlocked():
-    del config.model["moe"]
-    if layer:
-      config.model[layer] = dict(section)
-  config.optimizer.warmup_steps = steps // 8
-  config.optimizer.hold_steps = steps * 3 // 8
-  config.train.update({"steps": steps, "eval_every": steps // 4})
-  if quick:
-    config.update_from_flattened_dict(QUICK_PAIRS)
-  tokens = config.data.batch_size * config.data.row_length
-  # A quick run may find eight devices, each of which wants a group.
-  regroup(config, tokens // 8 if quick else tokens)
-  return config
+  with sharding.use(parts.layout, parts.mesh):
+    for batch in text.eval_batches(data.rows(split), data.batch_size):
+      found = route(params, step.place(batch, parts.where))
+      yield batch, jax.device_get(found)

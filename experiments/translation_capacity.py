@@ -22,9 +22,8 @@ from collections.abc import Iterator
 
 import matplotlib.figure
 
-from experiments import harness, training
+from experiments import harness, training, translating
 
-SEED = 0
 STEPS = 2400
 MOE_512_H = {
   "num_experts": 512,
@@ -36,7 +35,7 @@ MOE_512_H = {
   "primary": {"kind": "noisy_top_k", "k": 2},
   "secondary": {
     "router": {"kind": "noisy_top_k", "k": 2},
-    "experts": {"kind": "feed_forward", "hidden": training.HIDDEN},
+    "experts": {"kind": "feed_forward", "hidden": translating.HIDDEN},
     "capacity_factor": 1.25,
     "eval_capacity_factor": 2.0,
   },
@@ -44,26 +43,26 @@ MOE_512_H = {
 # The layer between LSTMs, and its section.
 MODELS = {
   "lstm": ("", {}),
-  "dense": ("one_expert", training.one_expert(4)),
-  "moe_32": ("moe", training.flat(32, 4)),
+  "dense": ("one_expert", translating.one_expert(4)),
+  "moe_32": ("moe", translating.flat(32, 4)),
   "moe_512_h": ("hierarchical_moe", MOE_512_H),
 }
-QUICK = ("lstm", "moe_512_h")
+QUICK = ("moe_32",)
 
 
 def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
   """Yields a row per pair of languages and model."""
   with training.folder("translation_capacity", quick) as runs:
-    files = training.pair_files(pairs, ["fr"], runs, quick)
+    files = translating.pair_files(pairs, ["fr"], runs, quick)
     for direction, paths in files.items():
       for name in QUICK if quick else MODELS:
-        config = training.translation(
+        config = translating.config(
           *MODELS[name],
           STEPS,
+          runs,
           quick,
-          train=training.train_value({direction: paths}),
+          train=translating.named({direction: paths}),
         )
-        config.seed = SEED
         run = training.train(config, runs / f"{direction}_{name}")
         about = {"pair": str(direction), "model": name}
         yield about | training.report(config, run)
@@ -83,4 +82,5 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
 
 
 if __name__ == "__main__":
-  harness.main("translation_capacity", rows, draw, SEED, pairs=training.PAIRS)
+  about = {"pairs": translating.PAIRS}
+  harness.main("translation_capacity", rows, draw, translating.SEED, **about)
