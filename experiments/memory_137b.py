@@ -8,7 +8,13 @@ computed again in the backward pass. GB are of one chip, which has 102;
 the sizes of its parameters and state, or by the compiler, which then says how
 much it would need.
 
-Result: not run to its end yet.
+Result: compiled on two cores beside other work, 34 minutes. Plain Adam needs
+17.4 GB of each chip: 4.7 for parameters, 9.5 for its two moments, 3.2 for all
+else. beta1 = 0 saves 4.7, the factored second moment another 3.9; but 1.9 of it
+comes back as temporaries of the update, which reads whole gradients for their
+means. Recompute saves 0.15 GB, with the factored update 0.6: the groups of
+tokens are small, so there is little to keep. With all of it 10.1 GB, less than
+the 12 of the paper's GPUs, which plain Adam would not have fitted.
 """
 
 import functools

@@ -13,7 +13,9 @@ its array. ms is the median of the repeats, all candidates in turn.
 With --topology=v5e:4x4,... whole models take the layer's place: the training
 step of the paper's MoE-256, MoE-4096-h (configs/lm1b) and MoE-131072-h
 (configs/news), compiled for chips that need not be there (`moejax plan`), in
-every layout and in the config's own; ms is then an estimate.
+every layout and in the config's own; ms is then an estimate. Groups of tokens
+that are together at the second level are those of one data replica. A model
+whose groups do not divide over the chips is left out.
 
 Where there are fewer than 8 accelerators the devices are 8 threads of the CPU:
 then a collective is a copy in memory, and ms says what the program's work
@@ -145,11 +147,42 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
     config = training.load(name)
     vocab_size = config_lib.vocab_size(config)
     for topology in map(chips.find, topologies):
-      for outcome in search.with_layouts(
-        config, vocab_size, topology, list(search.layouts(config)), print
-      ):
-        about = {"model": name, "topology": topology.name}
-        yield about | planned_row(outcome)
+      if groups(config) % len(topology.devices):
+        print(
+          f"{name}: {groups(config)} groups of tokens do not divide over"
+          f" {topology.name}; left out"
+        )
+        continue
+      for choice in search.layouts(config).values():
+        changes = fitted(config, topology, choice)
+        yield {
+          "model": name,
+          "topology": topology.name,
+          **planned_row(
+            search.attempt(config, vocab_size, topology, changes, print)
+          ),
+        }
+
+
+def groups(config: config_lib.Config) -> int:
+  """Counts the groups of tokens of a microbatch."""
+  layer = config.model.get("moe") or config.model.hierarchical_moe
+  tokens = config.data.batch_size * config.data.row_length
+  return tokens // config.train.microbatches // layer.group_size
+
+
+def fitted(
+  config: config_lib.Config, topology: chips.Topology, choice: Any
+) -> dict[str, Any]:
+  """Returns the layout; data replicas route no tokens of each other."""
+  changes = {"config.layout": choice}
+  layer = config.model.get("hierarchical_moe")
+  if layer and layer.groups_together > 1:
+    layout = config_lib.layout(search.changed_config(config, changes))
+    replicas = sharding.make_mesh(layout, topology.devices).shape["data"]
+    together = groups(config) // replicas
+    changes["config.model.hierarchical_moe.groups_together"] = together
+  return changes
 
 
 def planned_row(outcome: search.Outcome) -> harness.Row:

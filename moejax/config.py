@@ -229,7 +229,7 @@ def _wmt14(
   batch_size: int,
   data_dir: str = "",
 ) -> corpus.Corpus:
-  known = [pairs.Direction(*pair.split("-"))]
+  known = [pairs.wmt14_direction(pair)]
   parts = _given_pairs(files, known, strict=False) or pairs.open_wmt14(
     pair, data_dir or None
   )

@@ -119,7 +119,9 @@ def _translate(values: flags.FlagValues) -> None:
       bar.update,
       beam=values.beam,
     )
-  sys.stdout.writelines(f"{line}\n" for line in translated)
+  # UTF-8 as the lines that came in, whatever the terminal has.
+  written = "".join(f"{line}\n" for line in translated)
+  sys.stdout.buffer.write(written.encode())
 
 
 def _text_lines(content: bytes) -> list[str]:

@@ -238,7 +238,8 @@ def open_pairs(
   Raises:
     FileNotFoundError: a file does not exist.
     ValueError: there is no train file, or files that `PairFiles` cannot use, or
-      files of a direction that has none to train on.
+      files of a direction that has none to train on, or that serve a direction
+      which has its own.
   """
   if not train:
     raise ValueError("translation needs 1 train file or more, got 0")
@@ -250,15 +251,24 @@ def open_pairs(
           f"there are {split} files for {direction}, but the train files are"
           f" for {', '.join(map(str, train))}; give train files of it as well"
         )
+  ways = directions(train, both_directions)
+  for back in ways[len(train) :]:
+    if ways.count(back) > 1:
+      raise ValueError(
+        f"there are train files for {back}, and both_directions makes more of"
+        f" those for {Direction(*back[::-1])}; turn the columns of the ones"
+        " around to put them with the others, or set both_directions=False"
+      )
   opened: dict[str, list[Pairs]] = {split: [] for split in splits}
   for direction in train:
     own = {split: files.get(direction, ()) for split, files in splits.items()}
     make = functools.partial(PairFiles, strict=strict, data_dir=data_dir, **own)
     builder = corpora.prepared(make)
     for split in splits:
-      opened[split] += _of_builder(
-        builder, split, direction, ("source", "target"), both_directions
-      )
+      there = _of_builder(builder, split, direction, ("source", "target"))
+      opened[split].append(there)
+      if both_directions:
+        opened[split].append(_turned(there))
   return opened
 
 
@@ -267,22 +277,38 @@ def _of_builder(
   split: str,
   direction: Direction,
   fields: Sequence[str],
-  both_directions: bool,
-) -> list[Pairs]:
+) -> Pairs:
   with corpora.quiet():
     sources, targets = (corpora.Records(builder, split, f) for f in fields)
-  there = Pairs(direction, split, sources, targets)
-  back = Pairs(Direction(*direction[::-1]), split, targets, sources)
-  return [there, back] if both_directions else [there]
+  return Pairs(direction, split, sources, targets)
+
+
+def _turned(pairs: Pairs) -> Pairs:
+  """Returns the pairs of the other way round."""
+  back = Direction(*pairs.direction[::-1])
+  return Pairs(back, pairs.split, pairs.targets, pairs.sources)
 
 
 # -- WMT ----------------------------------------------------------------------
 
 
+def wmt14_direction(pair: str) -> Direction:
+  """Reads "en-fr" or "fr-en".
+
+  Raises:
+    ValueError: WMT'14 of TFDS has no such pair.
+  """
+  direction = pair.split("-")
+  if not any(sorted(n.split("-")) == sorted(direction) for n in _WMT14_PAIRS):
+    raise ValueError(
+      f"of {_WMT14} there are {' and '.join(_WMT14_PAIRS)}, either way round;"
+      f" {pair!r} is neither"
+    )
+  return Direction(*direction)
+
+
 def open_wmt14(
-  pair: str,
-  data_dir: str | os.PathLike | None = None,
-  both_directions: bool = False,
+  pair: str, data_dir: str | os.PathLike | None = None
 ) -> dict[str, list[Pairs]]:
   """Opens train, validation and test of WMT'14 (sec. 5.3), as TFDS has them.
 
@@ -290,28 +316,18 @@ def open_wmt14(
     pair: source and target language, "en-fr" or "fr-en".
     data_dir: where TFDS prepared it; None is its own place, $TFDS_DATA_DIR or
       ~/tensorflow_datasets.
-    both_directions: whether each pair also serves the other way round.
 
   Returns:
-    split -> what there is for each direction.
+    split -> what there is, of the one direction.
 
   Raises:
     FileNotFoundError: it is not prepared there.
     ValueError: TFDS has no such pair, or the files there cannot be read.
   """
-  direction = pair.split("-")
-  name = next(
-    (n for n in _WMT14_PAIRS if sorted(n.split("-")) == sorted(direction)), ""
-  )
-  if not name:
-    raise ValueError(
-      f"of {_WMT14} there are {' and '.join(_WMT14_PAIRS)}, either way round;"
-      f" {pair!r} is neither"
-    )
+  direction = wmt14_direction(pair)
+  name = next(n for n in _WMT14_PAIRS if set(n.split("-")) == set(direction))
   builder = published.opened(f"{_WMT14}/{name}", data_dir)
-  opened = {}
-  for split in ("train", "validation", "test"):
-    opened[split] = _of_builder(
-      builder, split, Direction(*direction), direction, both_directions
-    )
-  return opened
+  return {
+    split: [_of_builder(builder, split, direction, direction)]
+    for split in ("train", "validation", "test")
+  }

@@ -33,6 +33,19 @@ class SourceRows(NamedTuple):
   part: Int64[np.ndarray, "N"]
 
 
+def check_length(source_length: int) -> None:
+  """Refuses rows that are too short for some letter.
+
+  Raises:
+    ValueError: source_length is below 7.
+  """
+  if source_length < _LEAST:
+    raise ValueError(
+      f"source_length must be {_LEAST} or more to hold any letter, got"
+      f" {source_length}"
+    )
+
+
 def source_rows(
   pieces: Pieces,
   lines: Iterable[str],
@@ -45,7 +58,9 @@ def source_rows(
   A line that does not fit is cut by `cut`. One without words yields nothing.
   Rows are as long as the next power of 2, 16 or more and source_length at most,
   so that there are few shapes to compile. Batches of one length come as they
-  get full; the last of each is filled with rows of padding.
+  get full; the last of each is filled with rows of padding. As no text of pairs
+  has a tab, nor space at its ends (`moejax.data.pairs`), lines lose these: a
+  tab becomes a space.
 
   Args:
     pieces: gives the ids.
@@ -55,17 +70,14 @@ def source_rows(
     tag: the id that comes first in each source, if any.
 
   Raises:
-    ValueError: source_length is below 7.
+    ValueError: as `check_length`.
   """
-  if source_length < _LEAST:
-    raise ValueError(
-      f"source_length must be {_LEAST} or more to hold any letter, got"
-      f" {source_length}"
-    )
+  check_length(source_length)
   first = [] if tag is None else [tag]
   limit = source_length - len(first) - 1
   waiting: dict[int, list[tuple[int, int, list[int]]]] = {}
   for number, line in enumerate(lines):
+    line = line.strip().replace("\t", " ")
     for part, some in enumerate(cut(pieces, line, limit)):
       ids = [*first, *pieces.encode(some), pieces.end]
       places = _places(len(ids), source_length)

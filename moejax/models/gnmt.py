@@ -193,7 +193,7 @@ def _drop_nothing(layer: nn.Module) -> nn.Module:
   }
   if isinstance(layer, HierarchicalMoE):
     _check_alone(layer.primary)
-    # It has no groups of its own: those of the whole layer are its too.
+    # It splits into no groups of its own.
     secondary = _drop_nothing(layer.secondary).clone(group_size=None)
     return layer.clone(secondary=secondary, groups_together=1, **every)
   if isinstance(layer, MoE):

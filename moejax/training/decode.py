@@ -174,7 +174,10 @@ def beam_search(
   Raises:
     ValueError: an option is out of its range.
   """
-  _check(beam, alpha, beta, prune)
+  check_beam(beam)
+  for name, value in (("alpha", alpha), ("beta", beta), ("prune", prune)):
+    if not value >= 0:
+      raise ValueError(f"{name} must be 0 or more, got {value}")
   limits, longest = _limits(source_mask, max_length)
 
   def score(paths):
@@ -214,12 +217,14 @@ def beam_search(
   return _sorted(search, score(search.living), prune, end)
 
 
-def _check(beam: int, alpha: float, beta: float, prune: float) -> None:
+def check_beam(beam: int) -> None:
+  """Refuses a search that keeps no hypothesis.
+
+  Raises:
+    ValueError: beam is below 1.
+  """
   if beam < 1:
     raise ValueError(f"a beam of {beam} holds nothing; give 1 or more")
-  for name, value in (("alpha", alpha), ("beta", beta), ("prune", prune)):
-    if not value >= 0:
-      raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
 def _limits(

@@ -32,9 +32,9 @@ def evaluate_run(
     files: files to read instead of a split, of text or of pairs.
 
   Returns:
-    What `evaluate.evaluator` does, the fraction of words that are unknown to
-    the run's vocabulary, and the checkpoint's step. Of translations also what
-    `judge.scores` returns.
+    What `evaluate.evaluator` does, and the checkpoint's step. Of a language
+    model also the fraction of words that are unknown to the run's vocabulary;
+    of translations, where none is, what `judge.scores` returns.
 
   Raises:
     FileNotFoundError: there is no run in the workdir, or no such file.
@@ -48,31 +48,34 @@ def evaluate_run(
   parts = program.build(config, len(data.vocabulary))
   params, step = _best(workdir, parts, data.vocabulary.digest)
   values: dict[str, Any] = evaluator(config, parts)(params, rows)
-  unknown = sum(
-    np.count_nonzero(row["mask"] & (row["targets"] == data.vocabulary.unknown))
-    for row in rows
-  )
-  values |= {"unknown": unknown / rows.num_words, "step": step}
+  values["step"] = step
   if config_lib.translates(config):
     translator = make_translator(config, parts, data.vocabulary)
     found, values["signatures"] = judge.scores(
       translator, params, data.pairs[split]
     )
-    values |= found
-  return values
+    return values | found
+  unknown = sum(
+    np.count_nonzero(row["mask"] & (row["targets"] == data.vocabulary.unknown))
+    for row in rows
+  )
+  return values | {"unknown": unknown / rows.num_words}
 
 
 def described(values: dict[str, Any]) -> Iterator[str]:
   """Yields what `evaluate_run` returned, in words."""
-  pieces = "signatures" in values
-  unit = "word piece" if pieces else "word"
-  yield (
-    f"{metrics.describe(values, unit)}, {values['unknown']:.1%} of them unknown"
-    f" to the vocabulary (checkpoint of step {values['step']})"
-  )
-  if pieces:
-    for name, signature in values["signatures"].items():
-      yield f"{name}: {signature}"
+  signatures = values.get("signatures", {})
+  said = metrics.describe(values, "word piece" if signatures else "word")
+  if "unknown" in values:
+    said += f", {values['unknown']:.1%} of them unknown to the vocabulary"
+  yield f"{said} (checkpoint of step {values['step']})"
+  for name in values:
+    if name.startswith("bleu_"):
+      direction = name.removeprefix("bleu_")
+      chrf = values[f"chrf_{direction}"]
+      yield f"{direction}: BLEU {values[name]:.2f}, chrF {chrf:.2f}"
+  for name, signature in signatures.items():
+    yield f"{name}: {signature}"
 
 
 def translate_run(
@@ -86,9 +89,9 @@ def translate_run(
 
   Args:
     workdir: of the run.
-    lines: of text. One without words stays as it is; one that is too long for
-      the model is translated in parts.
-    language: to translate into, where the run has learnt several.
+    lines: of text. One without words becomes ""; one that is too long for the
+      model is translated in parts.
+    language: to translate into, where the run has learnt several; else "".
     advance: is told how many more parts of lines are done.
     **search: how, see `decode.beam_search`.
 
@@ -107,6 +110,11 @@ def translate_run(
       " --workdir of one with config.model.kind 'gnmt'."
     )
   pieces = Pieces.load(workdir / Pieces.FILE)
+  if language and not pieces.languages:
+    raise ValueError(
+      f"the run in {workdir} translates into one language alone, it cannot be"
+      f" asked for {language!r}; leave --language out."
+    )
   parts = program.build(config, len(pieces))
   translator = make_translator(config, parts, pieces, **search)
   translator.tag(language)

@@ -134,7 +134,14 @@ class Translator:
       mesh: of the devices.
       beam: hypotheses of each line.
       **search: how else to search, see `decode.beam_search`.
+
+    Raises:
+      ValueError: source_length or beam is too small, or the model cannot
+        translate piece by piece (`gnmt.for_decoding`).
     """
+    # Here, as else training would only fail when it first shows examples.
+    sources.check_length(source_length)
+    decode.check_beam(beam)
     self._pieces, self._source_length = pieces, source_length
     each = -(-hypotheses // (beam * mesh.size))
     self._batch_size = each * mesh.size

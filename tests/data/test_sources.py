@@ -98,6 +98,14 @@ def test_rows_by_hand(pieces):
   assert not short.source[2:].any() and not short.source_segment[2:].any()
 
 
+def test_what_no_text_of_pairs_has_is_space(pieces):
+  rows, bare = (
+    next(source_rows(pieces, [line], 16, 1)).source
+    for line in ("\tthe\tcat \r", "the cat")
+  )
+  assert rows.tolist() == bare.tolist()
+
+
 def test_shapes_are_few_and_batches_come_when_full(pieces):
   read = []
 

@@ -1,7 +1,6 @@
 """Lines through a model that repeats its source: all of them, in order."""
 
 import functools
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import placement, sharding
+from moejax.data.sources import SourceRows
 from moejax.training import decode, translate
 
 START, END, V = 1, 2, 16
@@ -54,14 +54,6 @@ GREEDY = functools.partial(decode.greedy, start=START, end=END)
 BEAM = functools.partial(decode.beam_search, start=START, end=END, beam=3)
 
 
-class Rows(NamedTuple):
-  source: np.ndarray
-  source_segment: np.ndarray
-  source_start: np.ndarray
-  line: np.ndarray
-  part: np.ndarray
-
-
 def batch(rows, places, size=8):
   """A batch of (line, part of it, ids), filled up with empty rows."""
   shape = size, places
@@ -73,7 +65,7 @@ def batch(rows, places, size=8):
     source[row, : len(ids) + 1] = [*ids, END]
     segment[row, : len(ids) + 1] = 1
     start[row, len(ids) + 1 : len(ids) + 2] = True
-  return Rows(source, segment, start, line, part)
+  return SourceRows(source, segment, start, line, part)
 
 
 def text(ids):
