@@ -34,7 +34,6 @@ import matplotlib.figure
 
 from experiments import harness, kneser_ney, training
 from moejax import config as config_lib
-from moejax import cost
 
 SEED = 0
 STEPS = 2400
@@ -82,7 +81,7 @@ def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
     training.regroup(config, tokens_of_batch(config) // 8)
   with training.folder("curves", quick) as runs:
     run = training.train(config, runs / f"{name}_{smaller}_{BATCH_SIZE}")
-  return {"model": name, **report(config, run)}
+  return {"model": name, **training.report(config, run)}
 
 
 def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
@@ -118,25 +117,6 @@ def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
 def tokens_of_batch(config: config_lib.Config) -> int:
   """Returns the places for words in a batch."""
   return config.data.batch_size * config.data.row_length
-
-
-def report(config: config_lib.Config, run: training.Run) -> harness.Row:
-  """Returns what a model costs and how good it is."""
-  count = cost.count(config, 1)
-  validations = [ln for ln in run.lines if ln["split"] == "validation"]
-  row = {
-    "ops": count.ops,
-    "parameters": count.parameters,
-    "validation": round(min(ln["perplexity"] for ln in validations), 2),
-    "test": round(run.result["test"]["perplexity"], 2),
-    "cv_load": None,
-    "dropped": None,
-    "minutes": round(run.result["seconds"] / 60, 1),
-  }
-  if "cv_load" in run.lines[0]:
-    row["cv_load"] = round(run.last("cv_load"), 3)
-    row["dropped"] = round(run.last("dropped_fraction"), 3)
-  return row
 
 
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:

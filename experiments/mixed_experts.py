@@ -26,23 +26,17 @@ cores of an Intel Xeon, other work beside (results/mixed_experts.csv).
 """
 
 import collections
-import contextlib
-import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import matplotlib.figure
 import numpy as np
 
 from experiments import harness, training
 from moejax import config as config_lib
-from moejax import losses, sharding
-from moejax.data import corpus, text
-from moejax.training import program, step
-from moejax.training import run as run_lib
-from moejax.training.checkpoint import Checkpoints
+from moejax import losses
+from moejax.data import corpus
 
 SEED = 0
 KINDS = (
@@ -127,34 +121,22 @@ def visits_of(
   config: config_lib.Config, data: corpus.Sentences, workdir: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
   """Counts the edges of each word to each kind, and sums each kind's gates."""
-  parts = program.build(config, len(data.vocabulary))
-  checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)
-  with contextlib.closing(checkpoints):
-    params = checkpoints.best(parts.target).state.params
   num_kinds = 1 if hasattr(config.model.moe.experts, "kind") else len(KINDS)
   per_kind = config.model.moe.num_experts // num_kinds
   visits = np.zeros((len(data.vocabulary), num_kinds + 1), np.int64)
   gates: collections.Counter[int] = collections.Counter()
 
-  @jax.jit
-  def route(params, batch):
-    apply = functools.partial(parts.model.apply, mutable=["routing"])
-    _, sown = apply({"params": params}, batch)
+  for batch, sown in training.decisions(workdir, "test"):
     (routing,) = losses.routings(sown)
-    return routing.assignment
-
-  with sharding.use(parts.layout, parts.mesh):
-    rows = data.rows("test")
-    for batch in text.eval_batches(rows, data.batch_size, 0, 1):
-      found = jax.device_get(route(params, step.place(batch, parts.where)))
-      groups = found.expert.shape[0]
-      words = batch["inputs"].reshape(groups, -1)
-      choices = found.expert.shape[1] // words.shape[1]
-      word = np.tile(words, (1, choices))
-      kind = np.minimum(found.expert // per_kind, num_kinds)
-      np.add.at(visits, (word, kind), 1)
-      for i in range(num_kinds):
-        gates[i] += float(found.gate[kind == i].sum())
+    found = routing.assignment
+    groups = found.expert.shape[0]
+    words = batch["inputs"].reshape(groups, -1)
+    choices = found.expert.shape[1] // words.shape[1]
+    word = np.tile(words, (1, choices))
+    kind = np.minimum(found.expert // per_kind, num_kinds)
+    np.add.at(visits, (word, kind), 1)
+    for i in range(num_kinds):
+      gates[i] += float(found.gate[kind == i].sum())
   return visits[:, :num_kinds], np.array([gates[i] for i in range(num_kinds)])
 
 

@@ -1,16 +1,24 @@
 """What the experiments that train share: configs, runs that go on, the rest."""
 
 import contextlib
+import functools
 import importlib.util
 import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from experiments import harness
 from moejax import config as config_lib
-from moejax.training import loop, metrics
+from moejax import cost, sharding
+from moejax.data import text
+from moejax.moe import ROUTING
+from moejax.training import loop, metrics, program, step
+from moejax.training import run as run_lib
+from moejax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = {
@@ -66,11 +74,17 @@ def regroup(config: config_lib.Config, tokens: int) -> None:
 @contextlib.contextmanager
 def folder(name: str, quick: bool) -> Iterator[pathlib.Path]:
   """Gives the folder for an experiment's runs; a quick one's goes away."""
-  if quick:
+  if not quick:
+    yield ROOT / "runs" / name
+    return
+  # What runs for seconds should not be compiled for longer.
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
     with tempfile.TemporaryDirectory() as scratch:
       yield pathlib.Path(scratch)
-  else:
-    yield ROOT / "runs" / name
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
@@ -83,3 +97,59 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
   if not result:
     raise SystemExit("stopped; the same command goes on from there")
   return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
+
+
+def report(config: config_lib.Config, run: Run) -> harness.Row:
+  """Returns what a model costs and how good it is."""
+  count = cost.count(config, 1)
+  validations = [ln for ln in run.lines if ln["split"] == "validation"]
+  test = run.result["test"]
+  row = {
+    "ops": count.ops,
+    "parameters": count.parameters,
+    "validation": round(min(ln["perplexity"] for ln in validations), 2),
+    "test": round(test["perplexity"], 2),
+    **{name: round(test[name], 2) for name in ("bleu", "chrf") if name in test},
+    "cv_load": None,
+    "dropped": None,
+    "minutes": round(run.result["seconds"] / 60, 1),
+  }
+  if "cv_load" in run.lines[0]:
+    row["cv_load"] = round(run.last("cv_load"), 3)
+    row["dropped"] = round(run.last("dropped_fraction"), 3)
+  return row
+
+
+def decisions(
+  workdir: pathlib.Path, split: str
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+  """Yields the batches of a split, and what a run's best checkpoint decides.
+
+  Args:
+    workdir: of the run.
+    split: of its corpus.
+
+  Yields:
+    The batch, and the collection "routing" that its evaluation leaves.
+
+  Raises:
+    SystemExit: there is no run.
+  """
+  if not (workdir / config_lib.CONFIG_FILE).exists():
+    raise SystemExit(f"there is no run in {workdir}; train one first")
+  config = config_lib.recall(workdir)
+  data = config_lib.data(config, workdir)
+  parts = program.build(config, len(data.vocabulary))
+  checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)
+  with contextlib.closing(checkpoints):
+    params = checkpoints.best(parts.target).state.params
+
+  @jax.jit
+  def route(params, batch):
+    apply = functools.partial(parts.model.apply, mutable=[ROUTING])
+    return apply({"params": params}, batch)[1][ROUTING]
+
+  with sharding.use(parts.layout, parts.mesh):
+    for batch in text.eval_batches(data.rows(split), data.batch_size):
+      found = route(params, step.place(batch, parts.where))
+      yield batch, jax.device_get(found)

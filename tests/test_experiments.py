@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 # What experiments share, and what makes them text.
-OTHERS = {"__init__", "harness", "package_pairs", "training"}
+OTHERS = {"__init__", "harness", "package_pairs", "training", "translating"}
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
 
 

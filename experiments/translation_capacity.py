@@ -1,0 +1,86 @@
+"""Question: are translations better with more experts at equal ops/timestep?
+
+Method: configs/translate_tiny.py (width 128) with four things where its
+mixtures are: nothing, as in the paper; a dense layer of hidden width 512; 4 of
+32 experts of hidden width 128; 2 of 32 experts of each of 2 of 16 groups, 512
+in all. The last three take the same ops/timestep but for their routers. The
+same steps on the same batches of 4096 places for word pieces (seed 0), gating
+noisy top-k, balance losses 0.01, dropout 0.2. The flat mixture drops nothing;
+`dropped` is what that of two levels did and `cv_load` the balance, means over
+the last tenth of training. Perplexity is that of a word piece, `</s>` counted,
+so only models of one pair of languages compare. BLEU and chrF are sacrebleu's,
+of a beam of 8. Blocks of 100 lines are held out, 1 in 20 for validation and 1
+in 20 for the test, which is that of the checkpoint of lowest validation
+perplexity. The text is what package_pairs makes of packages, or that of
+--pairs, one pair of languages after the other. Runs lie under
+runs/translation_capacity and are resumed there.
+
+Result: not run to its end yet.
+"""
+
+from collections.abc import Iterator
+
+import matplotlib.figure
+
+from experiments import harness, training, translating
+
+STEPS = 2400
+MOE_512_H = {
+  "num_experts": 512,
+  "num_groups": 16,
+  "group_size": 1,
+  "groups_together": 1,
+  "capacity_factor": 1.25,
+  "eval_capacity_factor": 2.0,
+  "primary": {"kind": "noisy_top_k", "k": 2},
+  "secondary": {
+    "router": {"kind": "noisy_top_k", "k": 2},
+    "experts": {"kind": "feed_forward", "hidden": translating.HIDDEN},
+    "capacity_factor": 1.25,
+    "eval_capacity_factor": 2.0,
+  },
+}
+# The layer between LSTMs, and its section.
+MODELS = {
+  "lstm": ("", {}),
+  "dense": ("one_expert", translating.one_expert(4)),
+  "moe_32": ("moe", translating.flat(32, 4)),
+  "moe_512_h": ("hierarchical_moe", MOE_512_H),
+}
+QUICK = ("moe_32",)
+
+
+def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
+  """Yields a row per pair of languages and model."""
+  with training.folder("translation_capacity", quick) as runs:
+    files = translating.pair_files(pairs, ["fr"], runs, quick)
+    for direction, paths in files.items():
+      for name in QUICK if quick else MODELS:
+        config = translating.config(
+          *MODELS[name],
+          STEPS,
+          runs,
+          quick,
+          train=translating.named({direction: paths}),
+        )
+        run = training.train(config, runs / f"{direction}_{name}")
+        about = {"pair": str(direction), "model": name}
+        yield about | training.report(config, run)
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws BLEU and perplexity, a line of models for each pair."""
+  for axes, column in zip(figure.subplots(1, 2), ("bleu", "test"), strict=True):
+    for pair in dict.fromkeys(row["pair"] for row in table):
+      own = [row for row in table if row["pair"] == pair]
+      names = [row["model"] for row in own]
+      axes.plot(names, [row[column] for row in own], "o-", label=pair)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.legend()
+  figure.axes[0].set_ylabel("test BLEU")
+  figure.axes[1].set_ylabel("test perplexity per word piece")
+
+
+if __name__ == "__main__":
+  about = {"pairs": translating.PAIRS}
+  harness.main("translation_capacity", rows, draw, translating.SEED, **about)
