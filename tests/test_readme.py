@@ -10,7 +10,8 @@ from moejax import main
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
-  r"moejax (?:train|eval|plan|translate) (?:[^\n`]|\\\n)*", README.replace("\\\n", " ")
+  r"moejax (?:train|eval|plan|translate) (?:[^\n`]|\\\n)*",
+  README.replace("\\\n", " "),
 )
 
 
