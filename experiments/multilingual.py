@@ -29,7 +29,7 @@ from moejax import files
 from moejax.data import corpora
 from moejax.data import pairs as pairs_lib
 
-STEPS = 4800
+STEPS = 2400
 LANGUAGES = ("de", "es", "fr", "it", "nl")
 MODELS = {
   "moe_32": ("moe", translating.flat(32, 2)),

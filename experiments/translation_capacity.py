@@ -24,7 +24,7 @@ import matplotlib.figure
 
 from experiments import harness, training, translating
 
-STEPS = 2400
+STEPS = 1200
 MOE_512_H = {
   "num_experts": 512,
   "num_groups": 16,
