@@ -36,6 +36,7 @@ import numpy as np
 from experiments import harness, training
 from moejax import config as config_lib
 from moejax import losses
+from moejax import workdir as workdir_lib
 from moejax.data import corpus
 
 SEED = 0
@@ -69,7 +70,7 @@ def report(
   name: str, workdir: pathlib.Path, result: dict[str, Any]
 ) -> Iterator[harness.Row]:
   """Yields what each kind of expert of a run gets."""
-  config = config_lib.recall(workdir)
+  config = workdir_lib.recall(workdir)
   data = config_lib.data(config, workdir)
   visits, gates = visits_of(config, data, workdir)
   width = config.model.width

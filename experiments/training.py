@@ -14,6 +14,7 @@ import numpy as np
 from experiments import harness
 from moejax import config as config_lib
 from moejax import cost, sharding
+from moejax import workdir as workdir_lib
 from moejax.data import text
 from moejax.moe import ROUTING
 from moejax.training import loop, metrics, program, step
@@ -135,9 +136,9 @@ def decisions(
   Raises:
     SystemExit: there is no run.
   """
-  if not (workdir / config_lib.CONFIG_FILE).exists():
+  if not workdir_lib.is_run(workdir):
     raise SystemExit(f"there is no run in {workdir}; train one first")
-  config = config_lib.recall(workdir)
+  config = workdir_lib.recall(workdir)
   data = config_lib.data(config, workdir)
   parts = program.build(config, len(data.vocabulary))
   checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)

@@ -4,17 +4,16 @@ Nothing below this file has ever seen a config.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from moejax import files as files_lib
 from moejax import losses, named, sharding
+from moejax import workdir as workdir_lib
 from moejax.data import (
   corpora,
   corpus,
@@ -29,7 +28,6 @@ from moejax.models.build import MODELS
 from moejax.training import optim, step
 
 Config = ConfigDict
-CONFIG_FILE = "config.json"
 
 
 class Train(NamedTuple):
@@ -263,8 +261,8 @@ def _pieces(
   size: int,
 ) -> Pieces:
   """Returns the pieces of the run; of what is to be one, those of its text."""
-  if workdir is not None and (workdir / CONFIG_FILE).exists():
-    return Pieces.load(workdir / Pieces.FILE)
+  if workdir is not None and workdir_lib.is_run(workdir):
+    return workdir_lib.vocabulary(Pieces, workdir)
   train = parts["train"]
   return Pieces.train(pairs.texts(train), size, pairs.target_languages(train))
 
@@ -279,8 +277,8 @@ def vocab_size(config: ConfigDict) -> int:
 def _vocabulary_of_run(
   workdir: pathlib.Path | None,
 ) -> vocab.Vocabulary | None:
-  if workdir is not None and (workdir / CONFIG_FILE).exists():
-    return vocab.Vocabulary.load(workdir / vocab.Vocabulary.FILE)
+  if workdir is not None and workdir_lib.is_run(workdir):
+    return workdir_lib.vocabulary(vocab.Vocabulary, workdir)
   return None
 
 
@@ -384,73 +382,3 @@ def _layout(
       where = f"config.layout.rules.{axis}"
       named.known(mesh_axis, dict.fromkeys(sharding.MESH_AXES), where)
   return sharding.Layout(name, shape, sharding.rules(**changes))
-
-
-# -- what a workdir remembers -------------------------------------------------
-
-
-def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Refuses to go on in a workdir with another config than it was made with.
-
-  Only the layout may change.
-
-  Raises:
-    ValueError: shows where the two differ.
-  """
-  if not (workdir / CONFIG_FILE).exists():
-    return
-  old = _flat(recall(workdir).to_dict())
-  new = _flat(json.loads(_as_json(config)))
-  lines = [
-    f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
-    for name in sorted(old | new)
-    # A run may move to other devices; it computes the same there.
-    if old.get(name) != new.get(name) and not name.startswith("config.layout")
-  ]
-  if lines:
-    raise ValueError(
-      f"{workdir} was made with another config:\n"
-      + "\n".join(lines)
-      + "\nGive a new --workdir, or the config it was made with."
-    )
-
-
-def remember(
-  config: ConfigDict, vocabulary: corpus.Words, workdir: pathlib.Path
-) -> None:
-  """Makes a workdir that of a run: writes its config and vocabulary.
-
-  To be called when all else has shown to be sound, so that a mistake in a
-  config does not stay in the way of its correction.
-  """
-  if not (workdir / CONFIG_FILE).exists():
-    vocabulary.save(workdir / vocabulary.FILE)
-    files_lib.write_whole(workdir / CONFIG_FILE, _as_json(config) + "\n")
-
-
-def recall(workdir: pathlib.Path) -> ConfigDict:
-  """Reads the config that a workdir was made with.
-
-  Raises:
-    FileNotFoundError: it is no workdir of a run.
-  """
-  path = workdir / CONFIG_FILE
-  if not path.exists():
-    raise FileNotFoundError(
-      f"{workdir} holds no {CONFIG_FILE}: no run was made there; give the"
-      " --workdir of a `moejax train`."
-    )
-  return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _as_json(config: ConfigDict) -> str:
-  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
-
-
-def _flat(values: Any, name: str = "config") -> dict[str, Any]:
-  if not isinstance(values, dict):
-    return {name: values}
-  flat = {}
-  for key, value in values.items():
-    flat |= _flat(value, f"{name}.{key}")
-  return flat

@@ -12,6 +12,7 @@ from config_shapes import (
 
 from moejax import config as config_lib
 from moejax import cost, seats, sharding
+from moejax import workdir as workdir_lib
 from moejax.data import vocab
 from moejax.models.layers import table_rows
 from moejax.training import optim
@@ -247,9 +248,9 @@ def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
   }
   assert dict(layout.rules) == want
   # The config of a run is read from JSON, which has no tuples.
-  config_lib.remember(config, vocab.Vocabulary.build(["a a"], 1), tmp_path)
-  config_lib.check_same(config, tmp_path)
-  recalled = config_lib.recall(tmp_path)
+  workdir_lib.remember(config, vocab.Vocabulary.build(["a a"], 1), tmp_path)
+  workdir_lib.check_same(config, tmp_path)
+  recalled = workdir_lib.recall(tmp_path)
   assert config_lib.layout(recalled) == layout
 
 

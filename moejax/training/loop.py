@@ -14,6 +14,7 @@ import jax
 from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import sharding
+from moejax import workdir as workdir_lib
 from moejax.data import corpus, text
 from moejax.training import (
   evaluate,
@@ -54,7 +55,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     BlockingIOError: another run trains in the workdir.
   """
   config_lib.check(config)
-  config_lib.check_same(config, workdir)
+  workdir_lib.check_same(config, workdir)
   processes.check_same(config.to_json(sort_keys=True), "config")
   if (workdir / RESULT_FILE).exists():
     result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
@@ -89,7 +90,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     # From here on there is a run; what is wrong with it has shown above.
     def begin() -> None:
       stack.enter_context(processes.alone_in(workdir))
-      config_lib.remember(config, data.vocabulary, workdir)
+      workdir_lib.remember(config, data.vocabulary, workdir)
 
     processes.first_does(begin)
     _check_shared(workdir)
@@ -156,7 +157,6 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
         "data": batches.get_state(),
         "seconds": seconds,
         "text": identity,
-        "vocabulary": data.vocabulary.digest,
       }
       checkpoints.save(current, done, position, perplexity)
       saved = done
@@ -278,7 +278,7 @@ def _print(text: str) -> None:
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
-  there = (workdir / config_lib.CONFIG_FILE).exists()
+  there = workdir_lib.is_run(workdir)
   if processes.any_of_us(not there):
     raise ValueError(
       f"not every process finds in {workdir} what the first one wrote there;"

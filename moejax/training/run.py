@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moejax import config as config_lib
+from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
 from moejax.training import (
   checkpoint,
@@ -41,12 +42,12 @@ def evaluate_run(
     ValueError: the run has no checkpoint yet, or the files no text, or the
       vocabulary is not the run's.
   """
-  config = config_lib.recall(workdir)
+  config = workdir_lib.recall(workdir)
   data = config_lib.data(config, workdir, files)
   split = "data" if files else split
   rows = data.rows(split)
   parts = program.build(config, len(data.vocabulary))
-  params, step = _best(workdir, parts, data.vocabulary.digest)
+  params, step = _best(workdir, parts)
   values: dict[str, Any] = evaluator(config, parts)(params, rows)
   values["step"] = step
   if config_lib.translates(config):
@@ -103,13 +104,13 @@ def translate_run(
     ValueError: the run has no checkpoint yet, or is none of translations, or
       did not learn the language, or the vocabulary is not the run's.
   """
-  config = config_lib.recall(workdir)
+  config = workdir_lib.recall(workdir)
   if not config_lib.translates(config):
     raise ValueError(
       f"the run in {workdir} is a language model, it cannot translate; give the"
       " --workdir of one with config.model.kind 'gnmt'."
     )
-  pieces = Pieces.load(workdir / Pieces.FILE)
+  pieces = workdir_lib.vocabulary(Pieces, workdir)
   if language and not pieces.languages:
     raise ValueError(
       f"the run in {workdir} translates into one language alone, it cannot be"
@@ -118,7 +119,7 @@ def translate_run(
   parts = program.build(config, len(pieces))
   translator = make_translator(config, parts, pieces, **search)
   translator.tag(language)
-  params, _ = _best(workdir, parts, pieces.digest)
+  params, _ = _best(workdir, parts)
   return translator.lines(params, lines, language, advance)
 
 
@@ -146,21 +147,11 @@ def make_translator(
   )
 
 
-def _best(
-  workdir: pathlib.Path, parts: program.Parts, vocabulary: str
-) -> tuple[Any, int]:
+def _best(workdir: pathlib.Path, parts: program.Parts) -> tuple[Any, int]:
   """Returns parameters and step of the best checkpoint of a run."""
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     best = checkpoints.best(parts.target)
   if best is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
-  # Checkpoints of older versions do not say.
-  trained = best.progress.get("vocabulary", vocabulary)
-  if trained != vocabulary:
-    raise ValueError(
-      f"the vocabulary in {workdir}, of digest {vocabulary}, is not the one"
-      f" that the run was trained with, {trained}; put that file back, or train"
-      " in a new --workdir."
-    )
   return best.state.params, int(best.state.step)
