@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import harness
@@ -17,6 +18,7 @@ from moejax import cost, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import text
 from moejax.moe import ROUTING
+from moejax.routing import Routing
 from moejax.training import loop, metrics, program, step
 from moejax.training import run as run_lib
 from moejax.training.checkpoint import Checkpoints
@@ -154,3 +156,28 @@ def decisions(
     for batch in text.eval_batches(data.rows(split), data.batch_size):
       found = route(params, step.place(batch, parts.where))
       yield batch, jax.device_get(found)
+
+
+def gates(routing: Routing) -> np.ndarray:
+  """Returns the gate of every expert for every token of a batch, or 0.
+
+  Args:
+    routing: of a flat mixture, on the host.
+
+  Returns:
+    [tokens, experts].
+
+  Raises:
+    SystemExit: the mixture has two levels.
+  """
+  if routing.primary is not None:
+    raise SystemExit(
+      "a mixture of two levels does not say which token is whose"
+    )
+  G, S, E = routing.logits.shape
+  found = jax.tree.map(jnp.asarray, routing.assignment)
+  # The last column takes the unused edges.
+  table = np.zeros((G, S, E + 1), np.float32)
+  group = np.arange(G)[:, None]
+  table[group, found.tokens(S), found.expert] = found.gate
+  return table[..., :E].reshape(-1, E)

@@ -18,11 +18,14 @@ runs/translation_capacity and are resumed there.
 Result: not run to its end yet.
 """
 
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.figure
 
 from experiments import harness, training, translating
+from moejax import config as config_lib
+from moejax.data import pairs as pairs_lib
 
 STEPS = 1200
 MOE_512_H = {
@@ -56,16 +59,21 @@ def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
     files = translating.pair_files(pairs, ["fr"], runs, quick)
     for direction, paths in files.items():
       for name in QUICK if quick else MODELS:
-        config = translating.config(
-          *MODELS[name],
-          STEPS,
-          runs,
-          quick,
-          train=translating.named({direction: paths}),
-        )
+        config = config_of(name, {direction: paths}, runs, quick)
         run = training.train(config, runs / f"{direction}_{name}")
         about = {"pair": str(direction), "model": name}
         yield about | training.report(config, run)
+
+
+def config_of(
+  name: str,
+  files: Mapping[pairs_lib.Direction, Sequence[str]],
+  folder: pathlib.Path,
+  quick: bool,
+) -> config_lib.Config:
+  """Returns the config of a model that learns from files."""
+  train = translating.named(files)
+  return translating.config(*MODELS[name], STEPS, folder, quick, train=train)
 
 
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:

@@ -1,0 +1,162 @@
+"""Question: what does strictly balanced gating give up or gain (app. F)?
+
+Method: the mixture of 32 experts of translation_capacity, and the same with
+strictly balanced gating: in training each expert takes the same number of
+places of a batch, k = 4 of 32 of them, in inference a place goes to every
+expert above whose learnt threshold it is, at most 8. All else is equal, but
+that load needs no loss, and thresholds learn by one of their own (weight 1e-4,
+small beside the gradients that it is clipped with). No capacity: nothing is
+dropped, `max_over_mean` tells how many slots it would take; `cv_importance` and
+it are means over the last tenth of training, over layers and batches, those of
+`test_` at inference. `words_per_second` is that of a training step of either in
+turn, on one batch, from the best checkpoints, median of nine.
+
+Rows of a layer are of its test text: experts per place, and the parts of places
+with `none` and with `full` 8; `precision` and `recall` are those of edges by
+threshold where what the batchwise mask chooses from the same gate values is
+right, of which places without experts are `batch_none`. `best` is the precision
+of the thresholds that give every expert its number on just this text: batches
+differ, and no fixed threshold follows. Runs lie under runs/translation_capacity
+and are resumed there.
+
+Result: not run to its end yet.
+"""
+
+import collections
+import contextlib
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import matplotlib.figure
+import numpy as np
+
+from experiments import harness, training, translating, translation_capacity
+from moejax import config as config_lib
+from moejax import gating, losses
+from moejax.data import text
+from moejax.training import processes, program, step
+from moejax.training import run as run_lib
+from moejax.training.checkpoint import Checkpoints
+
+AUX = {"importance": 0.01, "threshold": 1e-4}
+ROUTERS = {"noisy_top_k": "moe_32", "balanced": "moe_32_balanced"}
+QUICK = ("balanced",)
+BALANCE = ("cv_importance", "max_over_mean_count")
+
+
+def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
+  """Yields a row per pair of languages and router, and one per layer."""
+  with training.folder("translation_capacity", quick) as runs:
+    files = translating.pair_files(pairs, ["fr"], runs, quick)
+    for direction, paths in files.items():
+      found, steps = {}, {}
+      for router in QUICK if quick else ROUTERS:
+        workdir = runs / f"{direction}_{ROUTERS[router]}"
+        config = translation_capacity.config_of(
+          "moe_32", {direction: paths}, runs, quick
+        )
+        if router == "balanced":
+          config.model.moe.router.kind = router
+          config.aux = AUX
+        found[router] = config, training.train(config, workdir), workdir
+        steps[router], words = prepare(config, workdir)
+      times = harness.interleaved(steps, 2 if quick else 9)
+      for router, (config, run, workdir) in found.items():
+        about = {"pair": str(direction), "router": router}
+        yield about | {
+          "layer": "all",
+          "words_per_second": round(1e3 * words / times[router].median),
+          **balance(run),
+          **training.report(config, run),
+        }
+        for row in layers(workdir, router, config.model.moe.router.k):
+          yield about | row
+
+
+def prepare(
+  config: config_lib.Config, workdir: pathlib.Path
+) -> tuple[Callable[[], Any], int]:
+  """Returns a training step of a run, and the words of its batch."""
+  data = config_lib.data(config, workdir)
+  parts = program.build(config, len(data.vocabulary))
+  batches = text.train_batches(data.rows("train"), data.batch_size, config.seed)
+  words = next(iter(batches))
+  batch = step.place(words, parts.where)
+  asked = processes.vote(False, parts.mesh)
+  checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)
+  with contextlib.closing(checkpoints):
+    current = checkpoints.best(parts.target).state
+  compiled = program.lower(config, parts).compile()
+
+  def run():
+    nonlocal current
+    current, metrics = compiled(current, batch, asked)
+    return metrics
+
+  return run, int(words["mask"].sum())
+
+
+def balance(run: training.Run) -> harness.Row:
+  """Returns the balance of a run in training and in its test."""
+  return {
+    **{name: round(run.last(name), 3) for name in BALANCE},
+    **{f"test_{name}": round(run.result["test"][name], 3) for name in BALANCE},
+  }
+
+
+def layers(workdir: pathlib.Path, router: str, k: int) -> Iterator[harness.Row]:
+  """Yields what each mixture of a run does with the test text."""
+  batchwise = jax.jit(functools.partial(gating.balanced, k=k))
+  tables = collections.defaultdict(list)
+  for _, sown in training.decisions(workdir, "test"):
+    for layer, routing in sown.items():
+      (routing,) = losses.routings(routing)
+      wanted = jax.device_get(batchwise(routing.logits, mask=routing.mask))
+      real = routing.mask.reshape(-1)
+      x = np.asarray(jax.nn.softmax(routing.logits)).reshape(real.size, -1)
+      every = training.gates(routing) > 0, training.gates(wanted) > 0, x
+      tables[layer].append([table[real] for table in every])
+  for layer, parts in tables.items():
+    chosen, wanted, x = map(np.concatenate, zip(*parts, strict=True))
+    number = chosen.sum(axis=1)
+    row = {"experts": number.mean(), "none": (number == 0).mean()}
+    if router == "balanced":
+      fitted = x > np.quantile(x, 1 - k / x.shape[1], axis=0)[None]
+      row |= {
+        "full": (number == 2 * k).mean(),
+        "batch_none": (~wanted.any(axis=1)).mean(),
+        "precision": (chosen & wanted).sum() / chosen.sum(),
+        "recall": (chosen & wanted).sum() / wanted.sum(),
+        "best": (fitted & wanted).sum() / fitted.sum(),
+      }
+    numbers = {name: round(float(value), 3) for name, value in row.items()}
+    yield {"layer": layer} | numbers
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws balance in training and at inference, and how masks agree."""
+  load, masks = figure.subplots(1, 2)
+  routers = [row for row in table if row["layer"] == "all"]
+  names = ("max_over_mean_count", "test_max_over_mean_count")
+  for place, row in enumerate(routers):
+    at = np.arange(2) + 0.4 * (place % 2)
+    label = f"{row['pair']} {row['router']}"
+    load.bar(at, [row[name] for name in names], 0.38, label=label)
+  load.set_xticks(np.arange(2) + 0.2, ("training", "inference"))
+  load.set_ylabel("max/mean places of an expert")
+  load.legend()
+  own = [row for row in table if "precision" in row]
+  labels = [f"{row['pair']} {row['layer']}" for row in own]
+  for name, style in (("precision", "o"), ("recall", "s"), ("best", "_")):
+    masks.plot(labels, [row[name] for row in own], style, label=name)
+  masks.set_ylim(0, 1)
+  masks.set_ylabel("thresholds against the batchwise mask")
+  masks.legend()
+
+
+if __name__ == "__main__":
+  about = {"pairs": translating.PAIRS}
+  harness.main("balanced_gating", rows, draw, translating.SEED, **about)

@@ -1,0 +1,197 @@
+"""Question: what do the experts of a translator specialise in (Table 9)?
+
+Method: a finished run, that of translation_capacity with 32 experts or another
+--workdir, of which the encoder's first mixture is looked at, or the first of a
+language model. The test text goes through its best checkpoint, each distinct
+sentence once. `context` is where an expert has its largest gates G(x)_i, the
+piece between **. `bits` are how much an expert's pieces differ from everyone's:
+KL(p(piece | expert) || p(piece)), counted over edges; `shuffled` is the same by
+luck, after the pieces have changed places at random, mean of ten times.
+Contexts are of the six experts of most bits above that, among those with half
+the mean `load` or more. The row `piece` is the mean over edges: the information
+that the choice of an expert carries about the piece. `previous` is what it
+carries about the piece before, where the piece itself is known; only places of
+the same piece change there. `most` is what could be: the entropy of the choice,
+less that among the experts of one place. Experts do not specialise if bits are
+as many as shuffled.
+
+Result: not run to its end yet.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import matplotlib.figure
+import numpy as np
+import scipy.special
+
+from experiments import harness, training, translating, translation_capacity
+from moejax import config as config_lib
+from moejax import losses
+from moejax.data import corpus
+
+SEED = 0
+CONTEXTS = 10
+WORDS = 4  # of a context, on either side
+WORKDIR = "a finished run in place of translation_capacity's"
+
+
+class Places(NamedTuple):
+  """The places of a text, sentence after sentence.
+
+  Attributes:
+    ids: of the piece at each place.
+    begin: the place where its sentence begins.
+    gates: of every expert, 0 where it does not read the place.
+  """
+
+  ids: np.ndarray
+  begin: np.ndarray
+  gates: np.ndarray
+
+
+def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
+  """Yields what the experts know, and contexts of the most special ones."""
+  with training.folder("translation_capacity", quick) as runs:
+    run = pathlib.Path(workdir) if workdir else runs / "en-fr_moe_32"
+    if quick and not workdir:
+      files = translating.pair_files("", ["fr"], runs, quick)
+      config = translation_capacity.config_of("moe_32", files, runs, quick)
+      training.train(config, run)
+    places = read(run)
+    vocabulary = config_lib.data(config_lib.recall(run), run).vocabulary
+  every = list(knowledge(places))
+  yield from every
+  busy = [row for row in every if row.get("load", 0) >= 0.5]
+  busy.sort(key=lambda row: row["shuffled"] - row["bits"])
+  # Beside each other, as in the paper.
+  for three in (busy[:3], busy[3:6]):
+    lines = [{} for _ in range(CONTEXTS)]
+    for row in three:
+      found = contexts(places, row["expert"], vocabulary)
+      for rank, (gate, context) in enumerate(found, start=1):
+        lines[rank - 1][f"expert {row['expert']}"] = context
+        ranked = {"rank": rank, "gate": round(gate, 4), "context": context}
+        yield row | {"about": "context"} | ranked
+    print(harness.aligned(lines))
+
+
+def read(workdir: pathlib.Path) -> Places:
+  """Routes the distinct sentences of a run's test text."""
+  seen, parts, size = set(), [], 0
+  for batch, sown in training.decisions(workdir, "test"):
+    text, start, side = "inputs", "start", ""
+    if "source" in batch:
+      text, start, side = "source", "source_start", "encoder"
+    mixtures = {name: sown[name] for name in sown if name.startswith(side)}
+    routing = losses.routings(mixtures)[0]
+    gates = training.gates(routing)
+    ids, real = batch[text].reshape(-1), np.reshape(routing.mask, -1)
+    starts = np.flatnonzero(batch[start])
+    for first, last in zip(starts, [*starts[1:], ids.size], strict=True):
+      sentence = ids[first:last]
+      if real[first] and sentence.tobytes() not in seen:
+        seen.add(sentence.tobytes())
+        begin = np.full(sentence.size, size)
+        parts.append(Places(sentence, begin, gates[first:last]))
+        size += sentence.size
+  return Places(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def knowledge(places: Places) -> Iterator[harness.Row]:
+  """Yields what the choice of an expert tells, and what each expert does."""
+  draw = np.random.default_rng(SEED)
+  ids, gates = places.ids.astype(np.int64), places.gates
+  # 0 at the first, where nothing is before.
+  first = np.arange(ids.size) == places.begin
+  before = np.where(first, 0, np.roll(ids, 1) + 1)
+  apart = ids * (ids.max() + 2)
+
+  def among_same() -> np.ndarray:
+    mixed = apart.copy()
+    order = np.lexsort((draw.random(ids.size), ids))
+    mixed[np.argsort(ids, kind="stable")] += before[order]
+    return mixed
+
+  def by_luck(shuffle: Callable[[], np.ndarray]) -> np.ndarray:
+    return np.mean([information(shuffle(), gates)[1] for _ in range(10)], 0)
+
+  def row(about: str, **values: float) -> harness.Row:
+    rounded = {name: round(float(x), 3) for name, x in values.items()}
+    return {"about": about} | rounded
+
+  share, bits = information(ids, gates)
+  luck = by_luck(lambda: draw.permutation(ids))
+  choices = np.count_nonzero(gates, axis=1)
+  own = scipy.special.xlogy(choices, choices).sum() / choices.sum()
+  most = (scipy.special.entr(share).sum() - own) / np.log(2)
+  yield row("piece", bits=share @ bits, shuffled=share @ luck, most=most)
+  _, both = information(apart + before, gates)
+  more, by_chance = share @ (both - bits), share @ (by_luck(among_same) - bits)
+  yield row("previous", bits=more, shuffled=by_chance)
+  for expert, load in enumerate(share * share.size):
+    about = row("expert", bits=bits[expert], shuffled=luck[expert], load=load)
+    yield about | {"expert": expert}
+
+
+def information(
+  labels: np.ndarray, gates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns each expert's part of all edges, and the bits of its labels."""
+  place, expert = np.nonzero(gates)
+  names, number = np.unique(labels, return_inverse=True)
+  joint = np.zeros((names.size, gates.shape[1]))
+  np.add.at(joint, (number[place], expert), 1 / place.size)
+  share = joint.sum(axis=0)
+  apart = joint.sum(axis=1, keepdims=True) * share[None]
+  bits = scipy.special.rel_entr(joint, apart).sum(axis=0) / np.log(2)
+  return share, np.divide(bits, share, out=bits, where=share > 0)
+
+
+def contexts(
+  places: Places, expert: int, vocabulary: corpus.Words
+) -> Iterator[tuple[float, str]]:
+  """Yields the largest gates of an expert, and where, no context twice."""
+
+  def spell(ids: np.ndarray) -> str:
+    spelt = vocabulary.decode(ids.tolist())
+    return spelt if isinstance(spelt, str) else " ".join(spelt)
+
+  seen: set[str] = set()
+  gates = places.gates[:, expert]
+  for place in np.argsort(-gates, kind="stable"):
+    if gates[place] == 0 or len(seen) == CONTEXTS:
+      return
+    begin = places.begin[place]
+    end = np.searchsorted(places.begin, begin, side="right")
+    before, upto, whole = (
+      spell(places.ids[begin:last]) for last in (place, place + 1, end)
+    )
+    piece = upto[len(before) :] or (" </s>" if place + 1 == end else " <tag>")
+    left = " ".join(before.split(" ")[-WORDS:])
+    right = " ".join(whole[len(upto) :].split(" ")[: WORDS + 1])
+    space = " " * piece.startswith(" ")
+    context = f"{left}{space}**{piece.strip()}**{right}".strip()
+    if context not in seen:
+      seen.add(context)
+      yield float(gates[place]), context
+
+
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+  """Draws bits and load of every expert, and the numbers of those shown."""
+  axes = figure.subplots()
+  experts = [row for row in table if row["about"] == "expert"]
+  load = [row["load"] for row in experts]
+  for column, style in (("bits", "o"), ("shuffled", "x")):
+    axes.plot(load, [row[column] for row in experts], style, label=column)
+  for row in table:
+    if row.get("rank") == 1:
+      axes.annotate(row["expert"], (row["load"], row["bits"]))
+  axes.set(xlabel="load over its mean", ylabel="bits of an expert's pieces")
+  axes.set_ylim(bottom=0)
+  axes.legend()
+
+
+if __name__ == "__main__":
+  harness.main("specialization", rows, draw, SEED, workdir=WORKDIR)
