@@ -29,6 +29,7 @@ import scipy.special
 from experiments import harness, training, translating, translation_capacity
 from moejax import config as config_lib
 from moejax import losses
+from moejax import workdir as workdir_lib
 from moejax.data import corpus
 
 SEED = 0
@@ -60,7 +61,7 @@ def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
       config = translation_capacity.config_of("moe_32", files, runs, quick)
       training.train(config, run)
     places = read(run)
-    vocabulary = config_lib.data(config_lib.recall(run), run).vocabulary
+    vocabulary = config_lib.data(workdir_lib.recall(run), run).vocabulary
   every = list(knowledge(places))
   yield from every
   busy = [row for row in every if row.get("load", 0) >= 0.5]
