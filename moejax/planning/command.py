@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
+import jax
+
 from moejax import config as config_lib
 from moejax.planning import chips, report, search
 
@@ -31,6 +33,9 @@ def run(
       fits where one is to be suggested.
     ModuleNotFoundError: the TPU's compiler is missing.
   """
+  if topologies:
+    # Else JAX looks for a TPU as well, and its compiler complains of none.
+    jax.config.update("jax_platforms", "cpu")
   # Before anything else asks for a device.
   found = [chips.find(name) for name in topologies or [""]]
   config_lib.check(config)
