@@ -1,10 +1,12 @@
 """How well a run translates what its corpus holds out, and how it looks."""
 
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moejax import files
 from moejax.data.pairs import Pairs
-from moejax.training import bleu
+from moejax.training import bleu, processes
 from moejax.training.translate import Translator
 
 # Sentences shown at a validation, and words that are worth a look.
@@ -44,7 +46,10 @@ def _spread(sources: Sequence[str], count: int) -> Iterator[int]:
 
 
 def scores(
-  translator: Translator, params: Any, parts: Sequence[Pairs]
+  translator: Translator,
+  params: Any,
+  parts: Sequence[Pairs],
+  stem: pathlib.Path,
 ) -> tuple[dict[str, float], Mapping[str, str]]:
   """Translates whole splits and compares them with the references.
 
@@ -52,6 +57,8 @@ def scores(
     translator: of the run.
     params: of the model.
     parts: the directions of a split.
+    stem: of the files that keep the lines of each direction, for people and
+      for `sacrebleu STEM.en-fr.reference -i STEM.en-fr.translation`.
 
   Returns:
     BLEU and chrF, over several directions their means and those of each; and
@@ -62,6 +69,13 @@ def scores(
   for pairs in parts:
     language = pairs.direction.target
     found = translator.lines(params, list(pairs.sources), language)
+    lines = {
+      "source": pairs.sources,
+      "reference": pairs.targets,
+      "translation": found,
+    }
+    for side, own in lines.items():
+      _write(stem.with_name(f"{stem.name}.{pairs.direction}.{side}"), own)
     score = bleu.scores(found, list(pairs.targets))
     values[f"bleu_{pairs.direction}"] = score.bleu
     values[f"chrf_{pairs.direction}"] = score.chrf
@@ -72,3 +86,14 @@ def scores(
     for name in ("bleu", "chrf")
   }
   return (means | values if len(parts) > 1 else means), signatures
+
+
+def _write(path: pathlib.Path, lines: Sequence[str]) -> None:
+  # A break within a line of some corpus must not make two of it.
+  content = "".join(" ".join(line.splitlines()) + "\n" for line in lines)
+
+  def write():
+    path.parent.mkdir(exist_ok=True)
+    files.write_whole(path, content)
+
+  processes.first_does(write)

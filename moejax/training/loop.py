@@ -210,7 +210,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     if translator:
       progress.say("translating the test")
       about = translator, best.state.params, data.pairs["test"]
-      found, result["signatures"] = judge.scores(*about)
+      lines = workdir / run_lib.TRANSLATIONS / "test"
+      found, result["signatures"] = judge.scores(*about, lines)
       test |= found
     writer.write(done, "test", test)
     as_json = json.dumps(result, indent=2) + "\n"

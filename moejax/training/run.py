@@ -20,6 +20,7 @@ from moejax.training import (
 )
 
 CHECKPOINTS = "checkpoints"
+TRANSLATIONS = "translations"
 
 
 def evaluate_run(
@@ -35,7 +36,8 @@ def evaluate_run(
   Returns:
     What `evaluate.evaluator` does, and the checkpoint's step. Of a language
     model also the fraction of words that are unknown to the run's vocabulary;
-    of translations, where none is, what `judge.scores` returns.
+    of translations, where none is, what `judge.scores` returns, which keeps
+    the lines in the workdir.
 
   Raises:
     FileNotFoundError: there is no run in the workdir, or no such file.
@@ -53,7 +55,7 @@ def evaluate_run(
   if config_lib.translates(config):
     translator = make_translator(config, parts, data.vocabulary)
     found, values["signatures"] = judge.scores(
-      translator, params, data.pairs[split]
+      translator, params, data.pairs[split], workdir / TRANSLATIONS / split
     )
     return values | found
   unknown = sum(

@@ -89,6 +89,17 @@ def translate(monkeypatch, capsys, workdir, text, *more):
   return (said.out, said.err, status)
 
 
+def sacrebleu(want, found):
+  """What the program says of two files."""
+  done = subprocess.run(
+    [sys.executable, "-m", "sacrebleu", want, "-i", found],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout)["score"]
+
+
 def test_a_run_learns_to_translate_and_shows_it(trained):
   workdir, output = trained
   assert "1 of 601 lines left out: 1 without exactly one tab (line 4)" in output
@@ -101,6 +112,9 @@ def test_a_run_learns_to_translate_and_shows_it(trained):
   assert "per word piece" in output
   signatures = program.result(workdir)["signatures"]
   assert "tok:13a" in signatures["bleu"] and "nc:6" in signatures["chrf"]
+  kept = workdir / "translations/test.en-fr"
+  found, want = (f"{kept}.{side}" for side in ("translation", "reference"))
+  assert sacrebleu(want, found) == pytest.approx(test["bleu"], abs=0.05 + 1e-6)
   lines = metrics.read(workdir / metrics.METRICS_FILE)
   assert lines[-1]["split"] == "test" and lines[-1]["bleu"] == test["bleu"]
   assert {"cv_importance", "dropped_fraction"} <= set(lines[0])
@@ -132,15 +146,9 @@ def test_eval_says_what_sacrebleu_says_of_the_file(
   text = "".join(f"{line}\n" for line in sources)
   found, _, _ = translate(monkeypatch, capsys, workdir, text)
   (tmp_path / "found.txt").write_text(found)
-  done = subprocess.run(
-    [sys.executable, "-m", "sacrebleu", want, "-i", tmp_path / "found.txt"],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  theirs = json.loads(done.stdout)
   ours = float(re.search(r"BLEU (\d+\.\d+)", said)[1])
-  assert theirs["score"] == pytest.approx(ours, abs=0.05 + 1e-6)
+  theirs = sacrebleu(want, tmp_path / "found.txt")
+  assert theirs == pytest.approx(ours, abs=0.05 + 1e-6)
   assert "bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in said
 
 
