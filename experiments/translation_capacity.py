@@ -15,7 +15,10 @@ perplexity. The text is what package_pairs makes of packages, or that of
 --pairs, one pair of languages after the other. Runs lie under
 runs/translation_capacity and are resumed there.
 
-Result: not run to its end yet.
+Result: not run to its end yet. A peak rate of 1e-2 looks better for long (after
+300 steps of English-French, with the dense layer, validation perplexity 24.4
+against 45.2) and is not: translate_tiny had 23.5 against 35.5 after 400 of its
+1600 steps, but 16.4 against 14.9 after 800 and 12.7 against 8.3 at the end.
 """
 
 import pathlib
