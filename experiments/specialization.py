@@ -15,7 +15,13 @@ the same piece change there. `most` is what could be: the entropy of the choice,
 less that among the experts of one place. Experts do not specialise if bits are
 as many as shuffled.
 
-Result: not run to its end yet.
+Result: of translate_tiny (--workdir=runs/translate, 16 experts, 2 a place) the
+choice of an expert carries 2.28 bits about the piece, of 2.99 that it could, by
+luck 0.49; and 0.59 more about the piece before, by luck 0.37. No expert is
+without: 2.03 to 2.63 bits, at 0.82 to 1.16 of the mean load. One reads verbs
+that begin a message (Reload, Enable), one names of parts (device, app), one
+ends of sentences, one "and" and "/", one forms of "to be" and "to". One run
+(results/specialization_workdir.csv). That of translation_capacity is to come.
 """
 
 import pathlib
