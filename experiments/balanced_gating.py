@@ -23,7 +23,6 @@ Result: not run to its end yet.
 """
 
 import collections
-import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
@@ -39,7 +38,6 @@ from moejax import gating, losses
 from moejax.data import text
 from moejax.training import processes, program, step
 from moejax.training import run as run_lib
-from moejax.training.checkpoint import Checkpoints
 
 AUX = {"importance": 0.01, "threshold": 1e-4}
 ROUTERS = {"noisy_top_k": "moe_32", "balanced": "moe_32_balanced"}
@@ -86,9 +84,7 @@ def prepare(
   words = next(iter(batches))
   batch = step.place(words, parts.where)
   asked = processes.vote(False, parts.mesh)
-  checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)
-  with contextlib.closing(checkpoints):
-    current = checkpoints.best(parts.target).state
+  current = run_lib.best(workdir, parts)
   compiled = program.lower(config, parts).compile()
 
   def run():

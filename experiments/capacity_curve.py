@@ -78,7 +78,7 @@ def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
   if quick:
     config.update_from_flattened_dict(training.QUICK)
     # A group on each of eight devices, should there be as many.
-    training.regroup(config, tokens_of_batch(config) // 8)
+    training.regroup(config, training.tokens_of_batch(config) // 8)
   with training.folder("curves", quick) as runs:
     run = training.train(config, runs / f"{name}_{smaller}_{BATCH_SIZE}")
   return {"model": name, **training.report(config, run)}
@@ -104,7 +104,7 @@ def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
     del config.model
     config.model = model
   config.data.batch_size = BATCH_SIZE
-  training.regroup(config, tokens_of_batch(config))
+  training.regroup(config, training.tokens_of_batch(config))
   config.train.update({"steps": STEPS, "eval_every": STEPS // 2})
   config.seed = SEED
   # 2e-2 is the better of two rates at width 64, 1e-2 at 128.
@@ -112,11 +112,6 @@ def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
   if text:
     config.data.update({"kind": "text", "train": text, "min_count": 20})
   return config
-
-
-def tokens_of_batch(config: config_lib.Config) -> int:
-  """Returns the places for words in a batch."""
-  return config.data.batch_size * config.data.row_length
 
 
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:

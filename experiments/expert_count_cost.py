@@ -73,7 +73,7 @@ def mixture(kind: str, num_experts: int) -> config_lib.Config:
   moe = config.model.moe.to_dict()
   del config.model["moe"]
   del config.model["layers"]
-  tokens = config.data.batch_size * config.data.row_length
+  tokens = training.tokens_of_batch(config)
   with config.unlocked():
     if kind == "flat":
       config.model.layers = ("lstm", "moe", "lstm")

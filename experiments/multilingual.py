@@ -79,7 +79,7 @@ def carve(
   written: dict[str, dict[pairs_lib.Direction, list[str]]] = {}
   for direction, paths in found.items():
     sides = pairs_lib.read_pairs(paths, direction)[2:]
-    block = max(1, min(100, len(sides[0]) // 20))
+    block = corpora.lines_of_block(len(sides[0]))
     lines = collections.defaultdict(list)
     for number, (source, target) in enumerate(zip(*sides, strict=True)):
       split = split_of.setdefault(source, corpora.split_of(number // block))

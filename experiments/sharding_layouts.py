@@ -177,7 +177,7 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
 def groups(config: config_lib.Config) -> int:
   """Counts the groups of tokens of a microbatch."""
   layer = config.model.get("moe") or config.model.hierarchical_moe
-  tokens = config.data.batch_size * config.data.row_length
+  tokens = training.tokens_of_batch(config)
   return tokens // config.train.microbatches // layer.group_size
 
 

@@ -21,7 +21,6 @@ from moejax.moe import ROUTING
 from moejax.routing import Routing
 from moejax.training import loop, metrics, program, step
 from moejax.training import run as run_lib
-from moejax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = {
@@ -72,6 +71,11 @@ def regroup(config: config_lib.Config, tokens: int) -> None:
       config.model[name].group_size = tokens
       if "groups_together" in config.model[name]:
         config.model[name].groups_together = 1
+
+
+def tokens_of_batch(config: config_lib.Config) -> int:
+  """Returns the places for words in a batch."""
+  return config.data.batch_size * config.data.row_length
 
 
 @contextlib.contextmanager
@@ -143,9 +147,7 @@ def decisions(
   config = workdir_lib.recall(workdir)
   data = config_lib.data(config, workdir)
   parts = program.build(config, len(data.vocabulary))
-  checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, read_only=True)
-  with contextlib.closing(checkpoints):
-    params = checkpoints.best(parts.target).state.params
+  params = run_lib.best(workdir, parts).params
 
   @jax.jit
   def route(params, batch):

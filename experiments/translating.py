@@ -73,8 +73,8 @@ def named(files: Mapping[pairs.Direction, Sequence[str]]) -> str:
   )
 
 
-def flat(num_experts: int, k: int, **fields: Any) -> dict[str, Any]:
-  """Returns the section of a mixture that drops nothing, or as fields say."""
+def flat(num_experts: int, k: int) -> dict[str, Any]:
+  """Returns the section of a mixture that drops nothing."""
   return {
     "num_experts": num_experts,
     "router": {"kind": "noisy_top_k", "k": k},
@@ -82,7 +82,6 @@ def flat(num_experts: int, k: int, **fields: Any) -> dict[str, Any]:
     "group_size": 1,
     "capacity_factor": None,
     "eval_capacity_factor": None,
-    **fields,
   }
 
 
@@ -133,7 +132,7 @@ def config(
   if quick:
     config.update_from_flattened_dict(QUICK)
     config.data.data_dir = str(folder)
-  tokens = config.data.batch_size * config.data.row_length
+  tokens = training.tokens_of_batch(config)
   # A quick run may find eight devices, each of which wants a group.
   training.regroup(config, tokens // 8 if quick else tokens)
   return config

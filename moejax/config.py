@@ -153,7 +153,7 @@ def _prose(
   else:
     own = _files(kind, train=train, validation=validation, test=test)
     texts = corpora.open_corpus(kind, data_dir or None, **own)
-  vocabulary = _vocabulary_of_run(workdir)
+  vocabulary = _of_run(vocab.Vocabulary, workdir)
   if vocabulary is None:
     vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
   return corpus.Sentences(vocabulary, texts, row_length, batch_size)
@@ -169,7 +169,7 @@ def _lm1b(
   data_dir: str = "",
   test: str = "",
 ) -> corpus.Corpus:
-  vocabulary = _vocabulary_of_run(workdir)
+  vocabulary = _of_run(vocab.Vocabulary, workdir)
   if vocabulary is None:
     vocabulary = lm1b.load_vocabulary(vocab_file, vocab_size)
   if files:
@@ -261,8 +261,9 @@ def _pieces(
   size: int,
 ) -> Pieces:
   """Returns the pieces of the run; of what is to be one, those of its text."""
-  if workdir is not None and workdir_lib.is_run(workdir):
-    return workdir_lib.vocabulary(Pieces, workdir)
+  pieces = _of_run(Pieces, workdir)
+  if pieces is not None:
+    return pieces
   train = parts["train"]
   return Pieces.train(pairs.texts(train), size, pairs.target_languages(train))
 
@@ -274,11 +275,11 @@ def vocab_size(config: ConfigDict) -> int:
   return len(data(config, None).vocabulary)
 
 
-def _vocabulary_of_run(
-  workdir: pathlib.Path | None,
-) -> vocab.Vocabulary | None:
+def _of_run(
+  kind: type[workdir_lib.Vocabulary], workdir: pathlib.Path | None
+) -> workdir_lib.Vocabulary | None:
   if workdir is not None and workdir_lib.is_run(workdir):
-    return workdir_lib.vocabulary(vocab.Vocabulary, workdir)
+    return workdir_lib.vocabulary(kind, workdir)
   return None
 
 

@@ -121,6 +121,7 @@ def walk(program: Program) -> Iterator[Run]:
 
 
 def operands(op: Op) -> list[Op]:
+  """Returns the instructions whose results one reads, in order."""
   return [op.within.ops[name] for name in _names(op.operands)]
 
 

@@ -65,13 +65,13 @@ def recall(workdir: pathlib.Path) -> ConfigDict:
   Raises:
     FileNotFoundError: it is no workdir of a run.
   """
-  path = workdir / CONFIG_FILE
-  if not path.exists():
+  if not is_run(workdir):
     raise FileNotFoundError(
       f"{workdir} holds no {CONFIG_FILE}: no run was made there; give the"
       " --workdir of a `moejax train`."
     )
-  return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+  text = (workdir / CONFIG_FILE).read_text(encoding="utf-8")
+  return ConfigDict(json.loads(text))
 
 
 def vocabulary(kind: type[Vocabulary], workdir: pathlib.Path) -> Vocabulary:

@@ -41,6 +41,11 @@ def split_of(index: int, held_out: Collection[str] = tuple(_HELD_OUT)) -> str:
   return "train"
 
 
+def lines_of_block(lines: int) -> int:
+  """Returns how many lines of a text stay together, as a document would."""
+  return max(1, min(_BLOCK_LINES, lines // _CYCLE))
+
+
 # -- sentences ----------------------------------------------------------------
 
 _BOUNDARY = re.compile(r"""[.!?]["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9$])""")
@@ -242,7 +247,7 @@ class TextFiles(Prose, skip_registration=True):
 
   @functools.cached_property
   def _block_lines(self) -> int:
-    return max(1, min(_BLOCK_LINES, self._lines_of["train"] // _CYCLE))
+    return lines_of_block(self._lines_of["train"])
 
   def _counts(self):
     counts = {s: n for s, n in self._lines_of.items() if s not in self._carved}

@@ -298,13 +298,19 @@ def wmt14_direction(pair: str) -> Direction:
   Raises:
     ValueError: WMT'14 of TFDS has no such pair.
   """
-  direction = pair.split("-")
-  if not any(sorted(n.split("-")) == sorted(direction) for n in _WMT14_PAIRS):
-    raise ValueError(
-      f"of {_WMT14} there are {' and '.join(_WMT14_PAIRS)}, either way round;"
-      f" {pair!r} is neither"
-    )
-  return Direction(*direction)
+  return _wmt14(pair)[0]
+
+
+def _wmt14(pair: str) -> tuple[Direction, str]:
+  """Returns the direction of a pair, and what TFDS calls it."""
+  languages = pair.split("-")
+  for name in _WMT14_PAIRS:
+    if sorted(name.split("-")) == sorted(languages):
+      return Direction(*languages), name
+  raise ValueError(
+    f"of {_WMT14} there are {' and '.join(_WMT14_PAIRS)}, either way round;"
+    f" {pair!r} is neither"
+  )
 
 
 def open_wmt14(
@@ -324,8 +330,7 @@ def open_wmt14(
     FileNotFoundError: it is not prepared there.
     ValueError: TFDS has no such pair, or the files there cannot be read.
   """
-  direction = wmt14_direction(pair)
-  name = next(n for n in _WMT14_PAIRS if set(n.split("-")) == set(direction))
+  direction, name = _wmt14(pair)
   builder = published.opened(f"{_WMT14}/{name}", data_dir)
   return {
     split: [_of_builder(builder, split, direction, direction)]

@@ -69,13 +69,7 @@ def scores(
   for pairs in parts:
     language = pairs.direction.target
     found = translator.lines(params, list(pairs.sources), language)
-    lines = {
-      "source": pairs.sources,
-      "reference": pairs.targets,
-      "translation": found,
-    }
-    for side, own in lines.items():
-      _write(stem.with_name(f"{stem.name}.{pairs.direction}.{side}"), own)
+    _keep(stem.with_name(f"{stem.name}.{pairs.direction}"), pairs, found)
     score = bleu.scores(found, list(pairs.targets))
     values[f"bleu_{pairs.direction}"] = score.bleu
     values[f"chrf_{pairs.direction}"] = score.chrf
@@ -88,12 +82,19 @@ def scores(
   return (means | values if len(parts) > 1 else means), signatures
 
 
-def _write(path: pathlib.Path, lines: Sequence[str]) -> None:
-  # A break within a line of some corpus must not make two of it.
-  content = "".join(" ".join(line.splitlines()) + "\n" for line in lines)
+def _keep(stem: pathlib.Path, pairs: Pairs, found: Sequence[str]) -> None:
+  """Writes sources, references and translations, line by line."""
+  sides = {
+    "source": pairs.sources,
+    "reference": pairs.targets,
+    "translation": found,
+  }
 
   def write():
-    path.parent.mkdir(exist_ok=True)
-    files.write_whole(path, content)
+    stem.parent.mkdir(exist_ok=True)
+    for side, lines in sides.items():
+      # A break within a line of some corpus must not make two of it.
+      content = "".join(" ".join(line.splitlines()) + "\n" for line in lines)
+      files.write_whole(stem.with_name(f"{stem.name}.{side}"), content)
 
   processes.first_does(write)

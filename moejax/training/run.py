@@ -18,6 +18,7 @@ from moejax.training import (
   program,
   translate,
 )
+from moejax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 TRANSLATIONS = "translations"
@@ -49,13 +50,16 @@ def evaluate_run(
   split = "data" if files else split
   rows = data.rows(split)
   parts = program.build(config, len(data.vocabulary))
-  params, step = _best(workdir, parts)
-  values: dict[str, Any] = evaluator(config, parts)(params, rows)
-  values["step"] = step
+  state = best(workdir, parts)
+  values: dict[str, Any] = evaluator(config, parts)(state.params, rows)
+  values["step"] = int(state.step)
   if config_lib.translates(config):
     translator = make_translator(config, parts, data.vocabulary)
     found, values["signatures"] = judge.scores(
-      translator, params, data.pairs[split], workdir / TRANSLATIONS / split
+      translator,
+      state.params,
+      data.pairs[split],
+      workdir / TRANSLATIONS / split,
     )
     return values | found
   unknown = sum(
@@ -121,7 +125,7 @@ def translate_run(
   parts = program.build(config, len(pieces))
   translator = make_translator(config, parts, pieces, **search)
   translator.tag(language)
-  params, _ = _best(workdir, parts)
+  params = best(workdir, parts).params
   return translator.lines(params, lines, language, advance)
 
 
@@ -149,11 +153,19 @@ def make_translator(
   )
 
 
-def _best(workdir: pathlib.Path, parts: program.Parts) -> tuple[Any, int]:
-  """Returns parameters and step of the best checkpoint of a run."""
+def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
+  """Restores the best checkpoint of a run, which may still be training.
+
+  Args:
+    workdir: of the run.
+    parts: what its config builds.
+
+  Raises:
+    ValueError: it has no checkpoint yet, or none that can be read.
+  """
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
-    best = checkpoints.best(parts.target)
-  if best is None:
+    found = checkpoints.best(parts.target)
+  if found is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
-  return best.state.params, int(best.state.step)
+  return found.state
