@@ -19,7 +19,13 @@ of the thresholds that give every expert its number on just this text: batches
 differ, and no fixed threshold follows. Runs lie under runs/translation_capacity
 and are resumed there.
 
-Result: not run to its end yet.
+Result: as fast (2 to 3 % slower) and a little better: BLEU 27.9 against 27.4 to
+French, 15.9 against 15.8 to German, perplexity 1 to 2 % lower. In training no
+expert takes more than another; at inference the fullest takes 1.66 of the mean,
+one of noisy top-k 1.46 and 1.63. Thresholds choose 3.5 to 3.9 experts a place;
+91 to 95 % of that the batchwise mask chooses too, as good as any fixed
+thresholds are, and they find 82 to 89 % of what it chooses. Documentation, one
+seed (results/balanced_gating_pairs.csv).
 """
 
 import collections
@@ -137,17 +143,20 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
   load, masks = figure.subplots(1, 2)
   routers = [row for row in table if row["layer"] == "all"]
   names = ("max_over_mean_count", "test_max_over_mean_count")
+  width = 0.8 / len(routers)
   for place, row in enumerate(routers):
-    at = np.arange(2) + 0.4 * (place % 2)
+    at = np.arange(2) + width * place
     label = f"{row['pair']} {row['router']}"
-    load.bar(at, [row[name] for name in names], 0.38, label=label)
-  load.set_xticks(np.arange(2) + 0.2, ("training", "inference"))
+    load.bar(at, [row[name] for name in names], 0.95 * width, label=label)
+  load.set_xticks(np.arange(2) + 0.4 - width / 2, ("training", "inference"))
   load.set_ylabel("max/mean places of an expert")
-  load.legend()
+  load.set_ylim(0, 2.4)
+  load.legend(fontsize=8)
   own = [row for row in table if "precision" in row]
   labels = [f"{row['pair']} {row['layer']}" for row in own]
   for name, style in (("precision", "o"), ("recall", "s"), ("best", "_")):
     masks.plot(labels, [row[name] for row in own], style, label=name)
+  masks.tick_params(axis="x", labelrotation=20, labelsize=7)
   masks.set_ylim(0, 1)
   masks.set_ylabel("thresholds against the batchwise mask")
   masks.legend()

@@ -227,13 +227,6 @@ def sigmoid(logits, bias, k, mask=None):
   return tokens_choose(logits.shape, chosen)
 
 
-def cv_squared(v):
-  """The square of the coefficient of variation (eq. 7, 11), of a population."""
-  mean = sum(v) / len(v)
-  variance = sum((a - mean) ** 2 for a in v) / len(v)
-  return variance / mean**2 if mean else 0.0
-
-
 def seated(edges, capacity=None):
   """Says for each edge whether its expert still has room: first come first.
 
@@ -336,21 +329,6 @@ def two_level_mixture(x, levels, expert):
   return y
 
 
-def two_level_importance(groups):
-  """Eq. 13: sum_x G_primary(x)_i G_i(x)_j over all groups of tokens, flat."""
-  return sum(levels.gates.sum(axis=0) for levels in groups).reshape(-1)
-
-
-def two_level_load(groups):
-  """Eq. 14 over all groups of tokens, flat."""
-  P = len(groups[0].sent)
-  return hierarchical_load(
-    sum(levels.primary.load for levels in groups),
-    [sum(levels.secondary[i].load for levels in groups) for i in range(P)],
-    [sum(len(levels.sent[i]) for levels in groups) for i in range(P)],
-  )
-
-
 def relu(a):
   return max(a, 0.0)
 
@@ -406,70 +384,3 @@ def gradient(fn, arrays, step=1e-6):
       array[index] = value
       slopes[name][index] = (above - below) / (2 * step)
   return slopes
-
-
-def cv_loss(vectors, scope):
-  """Eq. 7 and 11: of the groups' sum, or the mean of each group's own."""
-  if scope == "batch":
-    return cv_squared(sum(vectors))
-  return sum(cv_squared(v) for v in vectors) / len(vectors)
-
-
-def hierarchical_load(primary, secondary, reached):
-  """Eq. 14 of Load_primary [P], Load_i [P, Q] and |X^(i)| [P], flat."""
-  return np.array(
-    [
-      primary[i] * secondary[i][j] / reached[i] if reached[i] else 0.0
-      for i in range(len(primary))
-      for j in range(len(secondary[i]))
-    ]
-  )
-
-
-def switch_balance(mixtures):
-  """2101.03961, eq. 4, of the logits [tokens, E] of each mixture of a level.
-
-  Every token has the same say: mixtures weigh as many as their tokens.
-  """
-  total, tokens = 0.0, 0
-  for logits in mixtures:
-    n, experts = logits.shape
-    f, p = np.zeros(experts), np.zeros(experts)
-    for v in logits:
-      f[largest(v, 1)[0]] += 1 / n
-      p += softmax(v) / n
-    total += n * experts * sum(f[e] * p[e] for e in range(experts))
-    tokens += n
-  return total / tokens if tokens else 0.0
-
-
-def z_loss(logits):
-  """2202.08906, eq. 5, of the logits [tokens, E]."""
-  squares = [math.log(sum(math.exp(a) for a in v)) ** 2 for v in logits]
-  return sum(squares) / len(squares) if squares else 0.0
-
-
-def threshold_loss(logits, thresholds, edges, mask=None):
-  """Eq. 20, M_batchwise being 1 on the edges."""
-  tokens, experts = logits.shape
-  chosen = [(s, e) for s, e, _ in edges]
-  total = 0.0
-  for s in range(tokens):
-    if mask is None or mask[s]:
-      x = softmax(logits[s])
-      for i in range(experts):
-        passes = 1 if x[i] > thresholds[i] else 0
-        picked = 1 if (s, i) in chosen else 0
-        total += (passes - picked) * (x[i] - thresholds[i])
-  return total
-
-
-def bias_rule(count, rate):
-  """2408.15664: what to add to each bias: up if it has too little load."""
-  mean = sum(count) / len(count)
-  return [rate * (int(c < mean) - int(c > mean)) for c in count]
-
-
-def entropy(v):
-  """Of the softmax of the logits of one token, in nats."""
-  return -sum(p * math.log(p) for p in softmax(v) if p > 0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import reference_losses
 from decisions import CASES, G, K, P, Q
 
 from moejax import gating, losses
@@ -17,7 +18,7 @@ def want_report(r):
   """Table 6 and the rest, in loops."""
   load, count = r.load.sum(axis=0), r.count.sum(axis=0)
   if r.primary is not None:
-    load = reference.hierarchical_load(
+    load = reference_losses.hierarchical_load(
       r.primary.load.sum(axis=0),
       load.reshape(P, Q),
       (r.primary.count - r.primary.dropped).sum(axis=0),
@@ -26,11 +27,13 @@ def want_report(r):
   for level, mixtures in decisions.levels(r):
     groups = decisions.tokens(level, mixtures)
     logits = np.concatenate([v for group in groups for v in group])
-    entropies.append(np.mean([reference.entropy(v) for v in logits]))
+    entropies.append(np.mean([reference_losses.entropy(v) for v in logits]))
   edges, first, later = (1, 0, 0) if r.dropped is None else want_dropped(r)
   return {
-    "cv_importance": np.sqrt(reference.cv_squared(r.importance.sum(axis=0))),
-    "cv_load": np.sqrt(reference.cv_squared(load)),
+    "cv_importance": np.sqrt(
+      reference_losses.cv_squared(r.importance.sum(axis=0))
+    ),
+    "cv_load": np.sqrt(reference_losses.cv_squared(load)),
     "max_over_mean_load": max(load) / (sum(load) / len(load)),
     "max_over_mean_count": max(count) / (sum(count) / len(count)),
     "unused_experts": sum(1 for c in count if c == 0),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import reference_losses
 
 from moejax import experts, losses, moe, router
 
@@ -236,14 +237,14 @@ def threshold_loss(case, at, held, found):
   mask = in_joint_groups(case, MASK)
   total = 0
   for g, levels in enumerate(found):
-    total += reference.threshold_loss(
+    total += reference_losses.threshold_loss(
       x[g] @ held["primary"]["gate"]["kernel"],
       np.exp(at["primary"]["log_thresholds"]),
       levels.primary.edges,
       mask[g],
     )
     for i, tokens in enumerate(levels.sent):
-      total += reference.threshold_loss(
+      total += reference_losses.threshold_loss(
         x[g][tokens] @ inner["gate"]["kernel"][i],
         np.exp(at["secondary"]["router"]["log_thresholds"][i]),
         levels.secondary[i].edges,
@@ -252,10 +253,10 @@ def threshold_loss(case, at, held, found):
 
 
 def losses_in_loops(case, at, found):
-  importance = reference.two_level_importance(found)
+  importance = reference_losses.two_level_importance(found)
   values = {
-    "importance": reference.cv_squared(importance),
-    "load": reference.cv_squared(reference.two_level_load(found)),
+    "importance": reference_losses.cv_squared(importance),
+    "load": reference_losses.cv_squared(reference_losses.two_level_load(found)),
   }
   if "threshold" in case.weights:
     held = in_float64(arguments(case))
@@ -277,13 +278,16 @@ def test_importance_and_load_are_eq_13_and_14(name):
   case = CASES[name]
   (_, (_, routing, values)), _ = run(case)
   _, found, _ = expected(case)
-  importance = reference.two_level_importance(found)
+  importance = reference_losses.two_level_importance(found)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   close(routing.importance.sum(axis=0), importance)
   by_hand = losses_in_loops(case, in_float64(arguments(case)), found)
   assert values.keys() == by_hand.keys()
   jax.tree.map(close, values, by_hand)
-  each = [reference.cv_squared(reference.two_level_load([h])) for h in found]
+  each = [
+    reference_losses.cv_squared(reference_losses.two_level_load([h]))
+    for h in found
+  ]
   close(losses.load(routing, "group"), np.mean(each))
 
 

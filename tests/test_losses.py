@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import reference_losses
 from decisions import CASES, G, P, Q
 
 from moejax import gating, losses, placement, sharding
@@ -16,18 +17,18 @@ from moejax import gating, losses, placement, sharding
 
 
 def want_importance(r, scope):
-  return reference.cv_loss(r.importance, scope)
+  return reference_losses.cv_loss(r.importance, scope)
 
 
 def want_load(r, scope):
   if r.primary is None:
-    return reference.cv_loss(r.load, scope)
+    return reference_losses.cv_loss(r.load, scope)
   reached = r.primary.count - r.primary.dropped
   loads = [r.primary.load, r.load.reshape(G, P, Q), reached]
   if scope == "batch":
     loads = [load.sum(axis=0, keepdims=True) for load in loads]
-  vectors = map(reference.hierarchical_load, *loads)
-  return reference.cv_loss(list(vectors), "group")
+  vectors = map(reference_losses.hierarchical_load, *loads)
+  return reference_losses.cv_loss(list(vectors), "group")
 
 
 def want_switch_balance(r, scope):
@@ -36,7 +37,9 @@ def want_switch_balance(r, scope):
     groups = decisions.tokens(level, mixtures)
     if scope == "batch":
       groups = [[np.concatenate(parts) for parts in zip(*groups, strict=True)]]
-    total += np.mean([reference.switch_balance(group) for group in groups])
+    total += np.mean(
+      [reference_losses.switch_balance(group) for group in groups]
+    )
   return total
 
 
@@ -45,7 +48,9 @@ def want_z(r, scope):
   total = 0
   for level, mixtures in decisions.levels(r):
     groups = decisions.tokens(level, mixtures)
-    total += reference.z_loss(np.concatenate([v for g in groups for v in g]))
+    total += reference_losses.z_loss(
+      np.concatenate([v for g in groups for v in g])
+    )
   return total
 
 
@@ -56,7 +61,7 @@ def want_threshold(r, scope):
     *mixtures, _, _, experts = level.logits.shape
     thresholds = level.thresholds.reshape(*mixtures, experts)
     for at in np.ndindex(level.logits.shape[:-2]):
-      total += reference.threshold_loss(
+      total += reference_losses.threshold_loss(
         level.logits[at],
         thresholds[at[:-1]],
         decisions.edges(level, at),
@@ -73,7 +78,7 @@ def want_bias(r, scope):
     for count, bias in zip(
       counts, level.bias.reshape(mixtures, -1), strict=True
     ):
-      total -= np.dot(bias, reference.bias_rule(count, 1))
+      total -= np.dot(bias, reference_losses.bias_rule(count, 1))
   return total
 
 
@@ -164,7 +169,7 @@ def test_value_and_gradient_are_the_papers(name, case, scope):
 )
 def test_cv_squared_of_a_population(x, want):
   np.testing.assert_allclose(losses.cv_squared(jnp.asarray(x)), want, atol=1e-6)
-  np.testing.assert_allclose(reference.cv_squared(x), want, atol=1e-12)
+  np.testing.assert_allclose(reference_losses.cv_squared(x), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("x", [[5.0, 5.0, 5.0], [0.0, 0.0], [1.0, 2.0, 4.0]])
@@ -174,7 +179,9 @@ def test_gradient_of_cv_squared(x):
   if len(set(x)) == 1:
     assert (np.asarray(got) == 0).all()
     return
-  want = reference.gradient(lambda at: reference.cv_squared(at["x"]), {"x": x})
+  want = reference.gradient(
+    lambda at: reference_losses.cv_squared(at["x"]), {"x": x}
+  )
   np.testing.assert_allclose(got, want["x"], rtol=1e-4)
 
 
@@ -264,7 +271,7 @@ def test_descent_on_biases_is_the_rule(count):
   level = decisions.make_level(0, 1, 3, (1, 3))
   level = level._replace(count=jnp.asarray([count]))
   slope = jax.grad(lambda b: losses.bias(level._replace(bias=b)))(level.bias)
-  rule = np.float32(reference.bias_rule(count, 0.01))
+  rule = np.float32(reference_losses.bias_rule(count, 0.01))
   np.testing.assert_array_equal(-np.float32(0.01) * slope, rule)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import reference_losses
 
 from moejax import dispatch, experts, gating, losses, moe, router
 
@@ -154,8 +155,8 @@ def test_gradient_of_the_whole_layer(name):
     load = sum(d.load for d in found)
     return (
       (y * out).sum()
-      + 0.3 * reference.cv_squared(importance)
-      + 0.7 * reference.cv_squared(load)
+      + 0.3 * reference_losses.cv_squared(importance)
+      + 0.7 * reference_losses.cv_squared(load)
     )
 
   leaves, tree = jax.tree.flatten(in_float64(at))

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -65,29 +65,9 @@ def join(
     ValueError: some of the three are missing, or do not fit each other.
     ConnectionError: the others did not come.
   """
-  given = {
-    "coordinator_address": coordinator_address
-    or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-    "num_processes": _number("JAX_NUM_PROCESSES", num_processes),
-    "process_id": _number("JAX_PROCESS_ID", process_id),
-  }
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) == len(given):
-    given = {}
-    if not _started_by_scheduler() and not _on_tpu():
-      return
-  elif missing:
-    raise ValueError(
-      f"--{missing[0]} is missing: to train by several processes give all of"
-      f" {', '.join('--' + name for name in given)} (or JAX_"
-      f"{missing[0].upper()} and so on); give none to train by one."
-    )
-  elif not 0 <= given["process_id"] < given["num_processes"]:
-    raise ValueError(
-      f"--process_id={given['process_id']}, but the"
-      f" {given['num_processes']} processes are numbered from 0 to"
-      f" {given['num_processes'] - 1}."
-    )
+  given = _cluster(coordinator_address, num_processes, process_id)
+  if not given and not _started_by_scheduler() and not _on_tpu():
+    return
   try:
     jax.distributed.initialize(
       **given,
@@ -133,6 +113,39 @@ def leave(status: int) -> NoReturn:
   sys.stderr.flush()
   _dismiss()
   os._exit(status)
+
+
+def _cluster(
+  coordinator_address: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+) -> dict[str, Any]:
+  """Returns the arguments of `join`, out of the environment if need be.
+
+  They are checked against each other; without any of them there are none.
+  """
+  given = {
+    "coordinator_address": coordinator_address
+    or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+    "num_processes": _number("JAX_NUM_PROCESSES", num_processes),
+    "process_id": _number("JAX_PROCESS_ID", process_id),
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) == len(given):
+    return {}
+  if missing:
+    raise ValueError(
+      f"--{missing[0]} is missing: to train by several processes give all of"
+      f" {', '.join('--' + name for name in given)} (or JAX_"
+      f"{missing[0].upper()} and so on); give none to train by one."
+    )
+  if not 0 <= given["process_id"] < given["num_processes"]:
+    raise ValueError(
+      f"--process_id={given['process_id']}, but the"
+      f" {given['num_processes']} processes are numbered from 0 to"
+      f" {given['num_processes'] - 1}."
+    )
+  return given
 
 
 def _number(name: str, given: int | None) -> int | None:

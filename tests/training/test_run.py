@@ -115,6 +115,8 @@ def test_a_run_learns_to_translate_and_shows_it(trained):
   kept = workdir / "translations/test.en-fr"
   found, want = (f"{kept}.{side}" for side in ("translation", "reference"))
   assert sacrebleu(want, found) == pytest.approx(test["bleu"], abs=0.05 + 1e-6)
+  with open(want) as wanted, open(found) as got:
+    assert any(a == b for a, b in zip(wanted, got, strict=True))
   lines = metrics.read(workdir / metrics.METRICS_FILE)
   assert lines[-1]["split"] == "test" and lines[-1]["bleu"] == test["bleu"]
   assert {"cv_importance", "dropped_fraction"} <= set(lines[0])
