@@ -76,11 +76,25 @@ def per_expert(
 ) -> Float[Array, "G E"]:
   """Sums a value of the edges over the edges of each expert.
 
-  A comparison with every expert, which fuses into the sum, costs less than the
-  router's own product and, unlike a scatter, adds in a fixed order everywhere.
+  Both ways add in a fixed order. A CPU's scatter does, and takes a hundredth of
+  the time at E = 256; a GPU's does not, and there a comparison with every
+  expert, which fuses into the sum, costs less than the router's own product.
   """
-  chosen = jax.nn.one_hot(expert, num_experts, dtype=value.dtype)
-  return (chosen * value[..., None]).sum(axis=1)
+
+  def by_writing(value, expert):
+    def of_group(value, expert):
+      return jnp.zeros(num_experts, value.dtype).at[expert].add(value)
+
+    # Mapped: one write into the whole would fetch all groups to each device.
+    return jax.vmap(of_group)(value, expert)
+
+  def by_comparing(value, expert):
+    chosen = jax.nn.one_hot(expert, num_experts, dtype=value.dtype)
+    return (chosen * value[..., None]).sum(axis=1)
+
+  return jax.lax.platform_dependent(
+    value, expert, cpu=by_writing, default=by_comparing
+  )
 
 
 def from_choices(
