@@ -19,7 +19,7 @@ import flax.linen as nn
 
 from moejax import config as config_lib
 from moejax import experts, moe, router
-from moejax.models import gnmt, layers, lstm_lm
+from moejax.models import gnmt, layers, lstm_lm, softmax
 
 
 class Count(NamedTuple):
@@ -85,7 +85,8 @@ def flops_per_step(config: config_lib.Config, vocab_size: int) -> int:
   model = config_lib.model(config, vocab_size)
   target, *source = _look_up(_MODELS, model)(model)
   samples, length = model.num_samples, config.data.row_length
-  ops = target.ops + model.width * (samples + 1 if samples else vocab_size)
+  classes = softmax.most_distinct(samples, vocab_size) + 1
+  ops = target.ops + model.width * (classes if samples else vocab_size)
   ops *= length
   for encoder in source:
     places = config.data.source_length

@@ -13,7 +13,7 @@ from config_shapes import (
 )
 
 from moejax import cost, experts, moe, router
-from moejax.models import layers
+from moejax.models import layers, softmax
 
 # What a layer adds and no matrix multiplies.
 BIASES = ("bias", "log_thresholds", "v")
@@ -137,6 +137,15 @@ def test_a_step_of_translation_reads_both_sides(wiring, inputs):
   target = first + lstm + attention + 512 * VOCABULARY
   want = 3 * target + 5 * source + 3 * 5 * (512 + 512)
   assert cost.flops_per_step(config, VOCABULARY) == 6 * 2 * want
+
+
+def test_a_step_counts_the_classes_of_a_sample_once():
+  config = load("lm1b/moe_1_wide.py")
+  config.data.batch_size, config.data.row_length = 2, 3
+  classes = softmax.most_distinct(8192, VOCABULARY)
+  assert classes < 8192
+  want = 8_388_608 + 512 * (classes + 1)
+  assert cost.flops_per_step(config, VOCABULARY) == 6 * 2 * 3 * want
 
 
 def test_one_printed_cell_of_46_is_not_ours():

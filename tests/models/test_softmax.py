@@ -73,19 +73,46 @@ def test_logits_agree_with_loss(inputs):
   )
 
 
-def test_a_draw_is_sorted_and_marks_what_is_new():
-  ids, first = softmax.log_uniform(jax.random.key(1), 100, V)
-  assert (np.diff(ids) >= 0).all()
-  assert ids.min() >= 0
-  assert ids.max() < V
-  np.testing.assert_array_equal(ids[first], np.unique(ids))
+def draw(key, draws):
+  """The ids of a sample, and those of all its draws, by its own formula."""
+  ids, used = softmax.log_uniform(key, draws, V)
+  uniform = jax.random.uniform(key, (draws,))
+  every = np.exp(uniform * np.log(V + 1)).astype(int) - 1
+  return np.asarray(ids)[np.asarray(used)], np.unique(np.clip(every, 0, V - 1))
+
+
+def test_a_sample_is_what_was_drawn_once_each():
+  got, want = draw(jax.random.key(1), 100)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_a_sample_without_room_loses_its_rarest(monkeypatch):
+  monkeypatch.setattr(softmax, "most_distinct", lambda *_: 5)
+  got, want = draw(jax.random.key(1), 100)
+  assert len(want) > 5
+  np.testing.assert_array_equal(got, want[:5])
+
+
+@pytest.mark.parametrize("draws, classes", [(64, 300), (500, 1000), (1, 5)])
+def test_samples_find_room_and_fill_it(draws, classes):
+  places = softmax.most_distinct(draws, classes)
+  keys = jax.random.split(jax.random.key(0), 2000)
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, (draws,)))(keys)
+  ids = np.exp(np.float64(uniform) * np.log(classes + 1)).astype(int) - 1
+  distinct = [len(np.unique(each)) for each in ids]
+  assert max(distinct) <= places <= draws
+  assert places < np.mean(distinct) + 8 * np.std(distinct) + 1
+
+
+def test_all_classes_find_room_whatever_is_drawn():
+  assert softmax.most_distinct(10_000, V) == V
 
 
 def test_classes_are_drawn_as_often_as_expected():
   draws, trials = 20, 5000
   keys = jax.random.split(jax.random.key(1), trials)
-  ids, first = jax.vmap(lambda key: softmax.log_uniform(key, draws, V))(keys)
-  counts = np.bincount(ids[first], minlength=V)
+  ids, used = jax.vmap(lambda key: softmax.log_uniform(key, draws, V))(keys)
+  counts = np.bincount(ids[used], minlength=V)
   classes = jnp.arange(V)
   chance = np.exp(softmax.log_expected_count(classes, draws, V))
   # Four standard deviations of a binomial count.
@@ -105,7 +132,8 @@ def test_sampled_loss_by_hand(inputs, monkeypatch):
 
   monkeypatch.setattr(softmax, "log_uniform", spy)
   got = loss(size, True, table, h, targets, seed=3)
-  ids = np.unique(drawn[0][0])
+  ids, used = map(np.asarray, drawn[0])
+  ids = ids[used]
   table, h, targets = map(np.asarray, (table, h, targets))
   law = np.log(1 + 1 / (np.arange(V) + 1)) / np.log(V + 1)
   count = 1 - (1 - law) ** size
