@@ -60,6 +60,13 @@ def test_files_by_direction():
   assert str(EN_FR) == "en-fr"
 
 
+@pytest.mark.parametrize("value", ["en-fr=a.tsv,b.tsv", "b.tsv,en-fr=a.tsv"])
+def test_a_file_without_languages_beside_one_with(value):
+  message = "b.tsv has no languages .* name them, as in en-fr=b.tsv"
+  with pytest.raises(ValueError, match=message):
+    pairs.named_files(value)
+
+
 # -- files --------------------------------------------------------------------
 
 
