@@ -204,7 +204,7 @@ def test_two_ways_at_once(environment, flags, monkeypatch, capsys, tmp_path):
   test = program.result(workdir)["test"]
   assert {"bleu_en-fr", "bleu_fr-en", "bleu"} <= set(test)
   _, said, status = translate(monkeypatch, capsys, workdir, "the red car")
-  assert status == 1 and "language '' was not trained" in said
+  assert status == 1 and "ask for one by --language: en, fr" in said
   _, said, status = translate(
     monkeypatch, capsys, workdir, "the red car", "--language=de"
   )
