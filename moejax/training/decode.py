@@ -151,6 +151,8 @@ def beam_search(
   probability only falls; but no continuation of Y, of at most n pieces, scores
   above log P(Y|X) / lp(n), because lp grows, log P is negative and cp at most
   0. A row is done when by that bound no living hypothesis can come to be kept.
+  A beam of 1 takes what `</s>` closes first, whatever may overtake it: it finds
+  what `greedy` does, by any settings.
 
   Where the maximum length cuts the living short they are kept without `</s>`,
   by the same rules, but after all finished ones.
@@ -189,9 +191,10 @@ def beam_search(
   def is_going(search):
     living = search.living
     bound = living.log_p.max(1) / _length_penalty(limits, alpha)
-    may_rise = bound > search.scores[:, -1]
-    may_stay = bound >= search.scores[:, 0] - prune
-    return may_rise & may_stay & (living.lengths[:, 0] < limits)
+    going = (bound > search.scores[:, -1]) & (living.lengths[:, 0] < limits)
+    if beam == 1:
+      return going & (search.scores[:, 0] == -jnp.inf)
+    return going & (bound >= search.scores[:, 0] - prune)
 
   def step(search):
     ids = _last(search.living, start).reshape(-1)

@@ -108,7 +108,8 @@ def translate_run(
   Raises:
     FileNotFoundError: there is no run in the workdir.
     ValueError: the run has no checkpoint yet, or is none of translations, or
-      did not learn the language, or the vocabulary is not the run's.
+      did not learn the language, or learnt several and none is given, or the
+      vocabulary is not the run's.
   """
   config = workdir_lib.recall(workdir)
   if not config_lib.translates(config):
@@ -121,6 +122,11 @@ def translate_run(
     raise ValueError(
       f"the run in {workdir} translates into one language alone, it cannot be"
       f" asked for {language!r}; leave --language out."
+    )
+  if pieces.languages and not language:
+    raise ValueError(
+      f"the run in {workdir} translates into several languages; ask for one by"
+      f" --language: {', '.join(pieces.languages)}."
     )
   parts = program.build(config, len(pieces))
   translator = make_translator(config, parts, pieces, **search)

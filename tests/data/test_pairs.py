@@ -60,6 +60,13 @@ def test_files_by_direction():
   assert str(EN_FR) == "en-fr"
 
 
+@pytest.mark.parametrize("value", ["en-fr=a.tsv,b.tsv", "b.tsv,en-fr=a.tsv"])
+def test_a_file_without_languages_beside_one_with(value):
+  message = "b.tsv has no languages .* name them, as in en-fr=b.tsv"
+  with pytest.raises(ValueError, match=message):
+    pairs.named_files(value)
+
+
 # -- files --------------------------------------------------------------------
 
 
@@ -193,6 +200,7 @@ def test_bad_lines_are_refused_on_request(tmp_path, bad, reason):
     ("a.tsv", b"", "a.tsv holds no pair; write a sentence, a tab and its"),
     ("a.tsv", b"no tab\n", "a.tsv holds no pair"),
     ("a.tsv", b"a\tb\nc\t\xe9d\n", "byte 3 of line 2 is 0xe9.*iconv"),
+    ("a.tsv", b"\xef\xbb\xbfa\t\xe9\n", "byte 6 of line 1 is 0xe9"),
     ("a.gz", gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9], "a.gz is cut short"),
     ("a.xz", b"plain\ttext", "a.xz is cut short or damaged"),
     ("a.tsv", b"a\tb\n" * 19, "a.tsv: 19 lines are too few .* takes 20"),

@@ -28,7 +28,8 @@ def tables(kind):
 
   With "ties" log probabilities are whole numbers: sums of them are exact. With
   "long" most translations do not end. With "lost" the only good one is empty,
-  and from any other none gets away.
+  and from any other none gets away. With "early" the empty one is likeliest,
+  but a longer one scores above it.
   """
   random = np.random.default_rng(0)
   if kind == "ties":
@@ -40,6 +41,9 @@ def tables(kind):
   if kind == "lost":
     log_p[:] = [-0.5, -9, -9, -9]
     log_p[:, START] = [-2, -9, -0.1, -9]
+  if kind == "early":
+    log_p[:] = [-9, -9, -0.01, -9]
+    log_p[:, START] = [-9, -0.7, -0.69, -9]
   weights = np.exp(2 * random.normal(size=(B, PREFIXES, M)))
   weights = np.where(SOURCE[:, None], weights, 0)
   weights /= weights.sum(-1, keepdims=True)
@@ -259,6 +263,16 @@ def test_a_beam_of_one_is_greedy(kind, max_length):
   for row in range(B):
     length = max_length or 2 * int(SOURCE[row].sum()) + 8
     assert_found(got, row, by_hand(kind, row, length, 1, **free), 0.0, 0.0)
+
+
+def test_a_beam_of_one_is_greedy_by_any_settings():
+  got = run(decode.greedy, "early")
+  assert (got.lengths == 1).all()
+  beam = run(decode.beam_search, "early", beam=1)
+  for name in ("ids", "lengths", "log_probabilities"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(beam, name))
+  wider = run(decode.beam_search, "early", beam=2)
+  assert (wider.lengths[:, 0] == 2).all()
 
 
 def test_the_maximum_length_leaves_translations_open():

@@ -178,6 +178,9 @@ def test_what_it_refuses(monkeypatch, capsys, trained, tmp_path):
   run = shutil.copytree(trained[0], tmp_path / "run")
   _, said, status = translate(monkeypatch, capsys, run, b"caf\xe9\n")
   assert status == 1 and "line 1 has the byte 0xe9" in said
+  marked = b"\xef\xbb\xbfcaf\xc3\xa9\n\xe9\n"
+  _, said, status = translate(monkeypatch, capsys, run, marked)
+  assert status == 1 and "line 2 has the byte 0xe9" in said
   named = tmp_path / "other.tsv"
   named.write_text("a\tb\n")
   argv = ["moejax", "eval", f"--workdir={run}", f"--data=de-fr={named}"]
@@ -201,7 +204,7 @@ def test_two_ways_at_once(environment, flags, monkeypatch, capsys, tmp_path):
   test = program.result(workdir)["test"]
   assert {"bleu_en-fr", "bleu_fr-en", "bleu"} <= set(test)
   _, said, status = translate(monkeypatch, capsys, workdir, "the red car")
-  assert status == 1 and "language '' was not trained" in said
+  assert status == 1 and "ask for one by --language: en, fr" in said
   _, said, status = translate(
     monkeypatch, capsys, workdir, "the red car", "--language=de"
   )
