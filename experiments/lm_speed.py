@@ -48,6 +48,7 @@ from moejax.moe import ROUTING
 SEED = 0
 VOCABULARY = expert_count_cost.VOCABULARY
 SIZES = ((32, 32), (32, 128))
+DISTINCT = "distinct"
 
 Run = Callable[[], Any]
 Runs = dict[str, Run]
@@ -94,6 +95,9 @@ def measure(size: tuple[int, int], quick: bool) -> Times:
   runs = labelled("moejax", steps, our_parts(configs["moe"]))
   try:
     twins = {name: Twin(configs[name]) for name in ("moe", "dense")}
+    twins |= {
+      f"{name}, {DISTINCT}": Twin(configs[name], True) for name in twins
+    }
   except ImportError:
     print("torch or mixture-of-experts is not installed: no rows for them")
   else:
@@ -111,7 +115,11 @@ def of_steps(times: Times, words: int) -> Iterator[harness.Row]:
   """Yields a row for each implementation and model."""
   for (table, by, name), ours in times.items():
     if table == "step":
-      theirs = times.get((table, "torch", name.partition(",")[0]))
+      twin = name.partition(",")[0]
+      theirs, distinct = (
+        times.get((table, "torch", name))
+        for name in (twin, f"{twin}, {DISTINCT}")
+      )
       yield {
         "by": by,
         "what": name,
@@ -119,6 +127,7 @@ def of_steps(times: Times, words: int) -> Iterator[harness.Row]:
         "fastest_ms": round(ours.fastest, 1),
         "words_per_second": round(1e3 * words / ours.fastest),
         "speedup": theirs and round(theirs.fastest / ours.fastest, 2),
+        "of_distinct": distinct and round(distinct.fastest / ours.fastest, 2),
       }
 
 
@@ -253,8 +262,13 @@ def optimiser(config: config_lib.Config, params: Any) -> Callable[[], Any]:
 class Twin:
   """The model of a config, made of torch's modules."""
 
-  def __init__(self, config: config_lib.Config):
-    """Raises ImportError where torch or mixture-of-experts is missing."""
+  def __init__(self, config: config_lib.Config, distinct: bool = False):
+    """Makes the modules; raises ImportError where one of torch's is missing.
+
+    Args:
+      config: of the model.
+      distinct: whether the softmax scores a class that was drawn twice once.
+    """
     import torch
 
     model = config.model
@@ -275,7 +289,7 @@ class Twin:
     self.lstms = torch.nn.ModuleList(
       torch.nn.LSTM(width, width, batch_first=True) for _ in range(2)
     )
-    self.num_samples = model.num_samples
+    self.num_samples, self.distinct = model.num_samples, distinct
     self.drop = torch.nn.Dropout(model.dropout)
     modules = (self.embed, *self.lstms, self.middle, self.head)
     self.parameters = [w for module in modules for w in module.parameters()]
@@ -323,6 +337,8 @@ class Twin:
 
     ids = torch.exp(torch.rand(self.num_samples) * size).long() - 1
     ids = ids.clamp(0, VOCABULARY - 1).sort().values
+    if self.distinct:
+      ids = ids.unique_consecutive()
     bias = -log_expected(ids)
     bias[1:][ids[1:] == ids[:-1]] = -math.inf
     others = torch.addmm(bias[None], x, self.head(ids).T)

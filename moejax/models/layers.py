@@ -164,11 +164,11 @@ def _backward(saved, dy):
     dy_rec, dc, dz, dys = carry
     t = length - 1 - step_back
     dy_t = _at(dy, t) + dy_rec * _at(keep_next, t)
-    dm = dy_t if w_out is None else _dot(dy_t, w_out.T, x.dtype)
+    dm = dy_t if w_out is None else _dot_back(dy_t, w_out, x.dtype)
     dc = dc + dm * _at(m_by_c, t)
     slope_t = jax.lax.optimization_barrier(_at(dz, t))
     dz_t = jnp.concatenate([dc, dc, dc, dm], -1) * slope_t
-    dy_rec = _dot(dz_t, w_rec.T, x.dtype)
+    dy_rec = _dot_back(dz_t, w_rec, x.dtype)
     dys = None if w_out is None else _put(dys, t, dy_t)
     return dy_rec, dc * _at(c_by_c, t), _put(dz, t, dz_t), dys
 
@@ -238,6 +238,15 @@ def _dot(a, b, dtype):
   """Multiplies in `dtype`, sums in float32."""
   a, b = a.astype(dtype), b.astype(dtype)
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _dot_back(a, w, dtype):
+  """Is _dot(a, w.T) for few rows, as (w a^T)^T.
+
+  On a CPU XLA would copy w in another order for each product. The barrier keeps
+  it from making the one of the other.
+  """
+  return jax.lax.optimization_barrier(_dot(w, a.T, dtype)).T
 
 
 def _sum_outer(a, b, dtype):
