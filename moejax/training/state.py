@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -151,8 +152,23 @@ def device_memory(device: jax.Device) -> int:
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
-  pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return pages // len(jax.local_devices(backend=device.platform))
+  return _machine_memory() // len(jax.local_devices(backend=device.platform))
+
+
+# What a container may take, by the two versions of Linux's control groups.
+_LIMITS = (
+  "/sys/fs/cgroup/memory.max",
+  "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def _machine_memory() -> int:
+  sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+  for path in _LIMITS:
+    # No such file, or "max" in it.
+    with contextlib.suppress(OSError, ValueError):
+      sizes.append(int(pathlib.Path(path).read_text()))
+  return min(sizes)
 
 
 def create(

@@ -112,5 +112,17 @@ def test_a_layout_of_ones_own_is_among_those_that_would_fit(monkeypatch):
     state.check_fits(in_layout(own, one), in_layout, own, one)
 
 
+@pytest.mark.parametrize("content, counts", [("12345\n", True), ("max", False)])
+def test_a_container_has_less_than_its_machine(
+  content, counts, monkeypatch, tmp_path
+):
+  whole = state.device_memory(jax.devices()[0])
+  (tmp_path / "limit").write_text(content)
+  limits = [str(tmp_path / name) for name in ("limit", "nowhere")]
+  monkeypatch.setattr(state, "_LIMITS", limits)
+  has = state.device_memory(jax.devices()[0])
+  assert has == 12345 // 8 if counts else has >= whole
+
+
 def test_this_machine_has_memory():
   assert 1e8 < state.device_memory(jax.devices()[0]) < 1e13
