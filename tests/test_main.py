@@ -5,12 +5,14 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 from moejax.data import text, word_ids
 from moejax.main import COMMANDS, main
-from moejax.training import state
+from moejax.training import program, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -175,11 +177,32 @@ def test_a_step_without_room_is_refused_before_it_runs(fails, monkeypatch):
   monkeypatch.setattr(state, "check_fits", lambda *args: None)
   said = fails("--config.train.microbatches=1")
   assert re.search(
-    r"a step takes [\d,]+ bytes of each device in layout 'expert', which has"
+    r"take [\d,]+ bytes of each device in layout 'expert', which has"
     r" 20,000, though .* take only [\d,]+; take more config.train.microbatches,"
     r" which are 1, or look by `moejax plan`",
     said,
   )
+
+
+def test_a_step_that_the_compiler_refuses_has_no_room(fails, monkeypatch):
+  def refuse():
+    raise jax.errors.JaxRuntimeError(
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory"
+      " in memory space hbm. Used 20.00G of 15.75G hbm."
+    )
+
+  lowered = types.SimpleNamespace(compile=refuse)
+  monkeypatch.setattr(program, "lower", lambda *args: lowered)
+  said = fails()
+  assert "a step takes 21,474,836,480 bytes" in said
+  assert "which has 16,911,433,728," in said
+
+
+def test_what_a_checkpoint_keeps_of_a_cpu_counts(fails, monkeypatch):
+  monkeypatch.setattr(program, "bytes_needed", lambda step_fn: 1000)
+  monkeypatch.setattr(state, "device_memory", lambda device: 1000)
+  monkeypatch.setattr(state, "check_fits", lambda *args: None)
+  assert "a step, and the state before it that is being saved" in fails()
 
 
 def test_files_that_cannot_be_read(fails, tmp_path):

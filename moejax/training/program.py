@@ -87,6 +87,7 @@ def compiled(config: config_lib.Config, parts: Parts) -> jax.stages.Compiled:
     ValueError: names the bytes that a step needs of a device, and those there
       are.
   """
+  device, what = parts.mesh.local_devices[0], "a step takes"
   try:
     step_fn = lower(config, parts).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -95,12 +96,15 @@ def compiled(config: config_lib.Config, parts: Parts) -> jax.stages.Compiled:
       raise
     needs, has = refused
   else:
-    needs = bytes_needed(step_fn)
-    has = state.device_memory(parts.mesh.local_devices[0])
+    needs, has = bytes_needed(step_fn), state.device_memory(device)
+    if device.platform == "cpu":
+      # What is being saved stays where it is; elsewhere it is copied away.
+      needs += state.bytes_per_device(parts.target)
+      what = "a step, and the state before it that is being saved, take"
     if needs <= has:
       return step_fn
   raise ValueError(
-    f"a step takes {needs:,} bytes of each device in layout"
+    f"{what} {needs:,} bytes of each device in layout"
     f" {parts.layout.name!r}, which has {has:,}, though parameters, gradients"
     f" and optimiser state take only {state.with_gradients(parts.target):,};"
     " take more config.train.microbatches, which are"
