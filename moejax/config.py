@@ -113,7 +113,15 @@ def data(
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays."""
+  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays.
+
+  Raises:
+    ValueError: one of B, L and M is below 1.
+  """
+  for name in ("batch_size", "row_length", "source_length"):
+    value = config.data.get(name, 1)
+    if value < 1:
+      raise ValueError(f"config.data.{name} is {value}; give 1 or more.")
   size, length = config.data.batch_size, config.data.row_length
   sides = [(length, text.TYPES)]
   if translates(config):

@@ -66,6 +66,17 @@ def main(argv: Sequence[str]) -> int:
     print(f"moejax: {_sentence(error)}", file=sys.stderr)
     _keep_traceback(workdir)
     return 1
+  except RuntimeError as error:
+    # JAX's own kind of error, which is not to be imported for its name.
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    print(
+      f"moejax: a device has no room left ({_sentence(error).splitlines()[0]});"
+      " take more config.train.microbatches, or more devices.",
+      file=sys.stderr,
+    )
+    _keep_traceback(workdir)
+    return 1
   except KeyboardInterrupt:
     print("moejax: interrupted", file=sys.stderr)
     return 130

@@ -77,7 +77,7 @@ def unbox(boxed_tree: Any) -> Any:
 
 
 def shardings(
-  boxed_tree: Any, layout: sharding.Layout, mesh: jax.sharding.Mesh
+  boxed_tree: Any, layout: sharding.Layout, mesh: sharding.AnyMesh
 ) -> Any:
   """Returns the sharding at rest of every leaf of a tree with logical names.
 

@@ -119,30 +119,39 @@ def make_mesh(
       are split where they rest and where they are used.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
-  shape = list(layout.mesh_shape) if devices.size > 1 else [1, 1, 1]
+  data, expert, model = abstract_mesh(layout, devices.size).axis_sizes
+  devices = devices.reshape(data, model, expert).swapaxes(1, 2)
+  return jax.sharding.Mesh(devices, MESH_AXES)
+
+
+def abstract_mesh(layout: Layout, count: int) -> jax.sharding.AbstractMesh:
+  """Returns the mesh of so many devices that need not be there.
+
+  Raises:
+    ValueError: as `make_mesh`.
+  """
+  shape = list(layout.mesh_shape) if count > 1 else [1, 1, 1]
   if -1 in shape:
     known = -math.prod(shape)
-    if devices.size % known:
+    if count % known:
       raise ValueError(
         f"layout {layout.name!r} splits the devices by {known}, which does"
-        f" not divide the {devices.size} at hand; choose another layout"
+        f" not divide the {count} at hand; choose another layout"
         f" ({', '.join(LAYOUTS)}) or a multiple of {known} devices."
       )
-    shape[shape.index(-1)] = devices.size // known
-  if math.prod(shape) != devices.size:
+    shape[shape.index(-1)] = count // known
+  if math.prod(shape) != count:
     raise ValueError(
       f"layout {layout.name!r} wants {math.prod(shape)} devices as"
-      f" {tuple(shape)} over {MESH_AXES}, but there are {devices.size};"
+      f" {tuple(shape)} over {MESH_AXES}, but there are {count};"
       " put -1 for the axis that may grow."
     )
-  data, expert, model = shape
-  devices = devices.reshape(data, model, expert).swapaxes(1, 2)
-  mesh = jax.sharding.Mesh(devices, MESH_AXES)
+  mesh = jax.sharding.AbstractMesh(tuple(shape), MESH_AXES)
   _check_gathers_whole(layout, mesh)
   return mesh
 
 
-def _check_gathers_whole(layout: Layout, mesh: jax.sharding.Mesh) -> None:
+def _check_gathers_whole(layout: Layout, mesh: AnyMesh) -> None:
   table = RULES | dict(layout.rules)
   if not table["at_rest"]:
     return
@@ -168,9 +177,11 @@ def platform() -> str:
 
 
 @contextlib.contextmanager
-def use(layout: Layout, mesh: jax.sharding.Mesh) -> Iterator[None]:
+def use(layout: Layout, mesh: AnyMesh) -> Iterator[None]:
   """Makes `constrain` mean this layout on this mesh while code is traced."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(layout.rules):
+  is_abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+  enter = jax.sharding.use_abstract_mesh if is_abstract else jax.set_mesh
+  with enter(mesh), nn.logical_axis_rules(layout.rules):
     yield
 
 

@@ -51,6 +51,26 @@ def test_a_row_of_the_paper_is_trained_as_in_the_paper(name):
   assert config.optimizer.hold_steps == (200 if draft else 0)
   assert config.aux.to_dict() == {"importance": 0.1, "load": 0.1}
   assert config.data.kind == "lm1b"
+  # A flag changes only what a config has.
+  assert config.model.dtype == "float32"
+
+
+# Of Table 7, where it is not 0.1.
+DROPOUT = {
+  "lm1b/moe_1024_h.py": 0.2,
+  "lm1b/moe_4096_h.py": 0.2,
+  "lm1b/two_lstm_8192_1024.py": 0.25,
+  "lm1b/moe_34m.py": 0.3,
+  "lm1b/moe_143m.py": 0.4,
+}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [name for name in NAMES if name.startswith("lm1b/") and "draft" not in name],
+)
+def test_a_row_of_table_7_has_its_own_dropout(name):
+  assert load(name).model.dropout == DROPOUT.get(name, 0.1)
 
 
 def test_flat_mixtures_of_the_paper_drop_nothing():

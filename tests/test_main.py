@@ -2,12 +2,17 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
-from moejax.main import main
+from moejax.data import text, word_ids
+from moejax.main import COMMANDS, main
+from moejax.training import program, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -132,7 +137,8 @@ def test_a_field_that_no_builder_reads(capsys, tmp_path):
     (["data.kind=sotu"], "set config.data.kind=text"),
     (["data.kind=prose", "data.train="], "prose"),
     (["data.batch_size=100000"], "a batch of 100000 rows is more than"),
-    (["data.row_length=0"], "row_length must be 1 or more, got 0"),
+    (["data.row_length=0"], "config.data.row_length is 0; give 1 or more"),
+    (["data.batch_size=0"], "config.data.batch_size is 0; give 1 or more"),
     (["model.moe.group_size=100"], "group size 100 does not divide the 128"),
     (["model.moe.router.k=9"], "k = 9 experts per token, but there are 8"),
     (["model.moe.router.kind=top"], "nearest is 'top_k'"),
@@ -155,6 +161,48 @@ def test_a_field_that_no_builder_reads(capsys, tmp_path):
 def test_values_that_cannot_be(fails, flags, complaint):
   said = fails(*[f"--config.{flag}" for flag in flags])
   assert complaint in said
+
+
+def test_a_model_without_room_is_refused_before_the_text_is_read(
+  fails, monkeypatch
+):
+  monkeypatch.setattr(state, "device_memory", lambda device: 1000)
+  monkeypatch.setattr(text, "tokenise", None)
+  monkeypatch.setattr(word_ids, "tokenise", None)
+  assert "bytes of each device in layout 'expert', which has 1,000" in fails()
+
+
+def test_a_step_without_room_is_refused_before_it_runs(fails, monkeypatch):
+  monkeypatch.setattr(state, "device_memory", lambda device: 20_000)
+  monkeypatch.setattr(state, "check_fits", lambda *args: None)
+  said = fails("--config.train.microbatches=1")
+  assert re.search(
+    r"take [\d,]+ bytes of each device in layout 'expert', which has"
+    r" 20,000, though .* take only [\d,]+; take more config.train.microbatches,"
+    r" which are 1, or look by `moejax plan`",
+    said,
+  )
+
+
+def test_a_step_that_the_compiler_refuses_has_no_room(fails, monkeypatch):
+  def refuse():
+    raise jax.errors.JaxRuntimeError(
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory"
+      " in memory space hbm. Used 20.00G of 15.75G hbm."
+    )
+
+  lowered = types.SimpleNamespace(compile=refuse)
+  monkeypatch.setattr(program, "lower", lambda *args: lowered)
+  said = fails()
+  assert "a step takes 21,474,836,480 bytes" in said
+  assert "which has 16,911,433,728," in said
+
+
+def test_what_a_checkpoint_keeps_of_a_cpu_counts(fails, monkeypatch):
+  monkeypatch.setattr(program, "bytes_needed", lambda step_fn: 1000)
+  monkeypatch.setattr(state, "device_memory", lambda device: 1000)
+  monkeypatch.setattr(state, "check_fits", lambda *args: None)
+  assert "a step, and the state before it that is being saved" in fails()
 
 
 def test_files_that_cannot_be_read(fails, tmp_path):
@@ -202,6 +250,19 @@ def test_eval_reads_other_text(trained, tmp_path, capsys):
   said = capsys.readouterr().out
   assert "(10 words), " in said  # six, two, and two </S>
   assert "20.0% of them unknown" in said
+
+
+def test_a_device_that_fills_up(trained, monkeypatch, capsys):
+  def fill_up(values):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory: 123 bytes.\nAlloc:")
+
+  monkeypatch.setitem(COMMANDS, "eval", fill_up)
+  assert main(["moejax", "eval", f"--workdir={trained}"]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith("moejax: a device has no room left (RESOURCE")
+  assert "123 bytes.); take more config.train.microbatches" in said
+  assert "Alloc" not in said
+  assert "Alloc" in (trained / "traceback.txt").read_text()
 
 
 def test_eval_takes_a_split_or_files(trained, capsys):

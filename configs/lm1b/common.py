@@ -58,6 +58,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
         "width": 512,
         "layers": layers,
         "dropout": 0.1,
+        "dtype": "float32",  # of activations; or "bfloat16"
         "num_samples": 8192,
         "vocab_multiple": 128,  # devices that may share the tables
         **fields,

@@ -24,15 +24,18 @@ def load_vocabulary(path: str | os.PathLike, size: int) -> Vocabulary:
   """
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(
-      f"config.data.vocab_file is '{path}', which is no file; give the one that"
-      f" is published with the benchmark: {size:,} entries, one a line"
-      " (vocab-2016-09-10.txt)"
+      f"config.data.vocab_file is '{path}', which is no file; give one of"
+      f" {size:,} entries, one a line, frequent first; published with the"
+      " benchmark is vocab-2016-09-10.txt, of 793,471"
     )
   vocabulary = Vocabulary.load(path)
   if len(vocabulary) != size:
+    way = "the file of that size"
+    if len(vocabulary) > size:
+      way = f"its first {size:,} lines (head -n {size})"
     raise ValueError(
       f"{path} has {len(vocabulary):,} entries, but config.data.vocab_size is"
-      f" {size:,}; give the file of that size, or the size of that file"
+      f" {size:,}; give {way}, or the size of that file"
     )
   return vocabulary
 

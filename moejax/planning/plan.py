@@ -5,7 +5,6 @@ Only shapes go in: no array of the model is ever made.
 
 import math
 import pathlib
-import re
 import statistics
 import tempfile
 import time
@@ -224,7 +223,7 @@ def _compile(
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-      compiled, refused = None, _out_of_memory(str(error))
+      compiled, refused = None, program.out_of_memory(str(error))
       if refused is None:
         raise
     # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
@@ -235,25 +234,7 @@ def _compile(
       text = compiled.as_text()
   if compiled is None:
     return None, text, *refused
-  about = compiled.memory_analysis()
-  results = about.output_size_in_bytes - about.alias_size_in_bytes
-  needs = about.argument_size_in_bytes + results + about.temp_size_in_bytes
-  return compiled, text, needs, None
-
-
-def _out_of_memory(message: str) -> tuple[int, int] | None:
-  """Reads the bytes needed and those there are from the compiler's report."""
-  found = re.search(
-    r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)",
-    message,
-  )
-  if "RESOURCE_EXHAUSTED" not in message or found is None:
-    return None
-  needs, unit, has, other = found.groups()
-  return int(float(needs) * _UNITS[unit]), int(float(has) * _UNITS[other])
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+  return compiled, text, program.bytes_needed(compiled), None
 
 
 def _check_room(parts: program.Parts, topology: Topology) -> None:

@@ -15,7 +15,7 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import sharding
 from moejax import workdir as workdir_lib
-from moejax.data import corpus, text
+from moejax.data import text
 from moejax.training import (
   evaluate,
   judge,
@@ -63,9 +63,14 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     return result
   options = config_lib.train(config)
   data = processes.first_then_others(lambda: config_lib.data(config, workdir))
-  rows = {split: data.rows(split) for split in data.splits}
   parts = program.build(config, len(data.vocabulary))
   model, schedule, tx, layout, mesh, where, shapes, target = parts
+  for line in _about_model(target, layout, mesh):
+    _print(line)
+  in_layout = functools.partial(state.target, model, tx, shapes)
+  # Before a large text is first read, which takes long.
+  state.check_fits(target, in_layout, layout, mesh)
+  rows = {split: data.rows(split) for split in data.splits}
   batches = text.train_batches(
     rows["train"],
     data.batch_size,
@@ -75,12 +80,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   )
   identity = {split: rows[split].digest for split in rows}
   processes.check_same(json.dumps(identity), "text")
-  for line in _introduction(target, data, rows, layout, mesh):
-    _print(line)
-  in_layout = functools.partial(state.target, model, tx, shapes)
-  state.check_fits(target, in_layout, layout, mesh)
+  words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
+  _print(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
   _print("compiling the training step")
-  step_fn = program.lower(config, parts).compile()
+  step_fn = program.compiled(config, parts)
   evaluate_on = run_lib.evaluator(config, parts)
   translator = None
   if config_lib.translates(config):
@@ -235,14 +238,10 @@ def _check_finite(
       )
 
 
-def _introduction(
-  target: state.TrainState,
-  data: corpus.Corpus,
-  rows: Mapping[str, text.Rows],
-  layout: sharding.Layout,
-  mesh: jax.sharding.Mesh,
+def _about_model(
+  target: state.TrainState, layout: sharding.Layout, mesh: jax.sharding.Mesh
 ) -> Iterator[str]:
-  """Yields what a run is made of, for the person who started it."""
+  """Yields how large it is, for the person who started the run."""
   total, inner = program.sizes(target.params)
   opt_state = jax.tree.leaves(target.opt_state)
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
@@ -256,8 +255,6 @@ def _introduction(
     f"optimiser state of {num_bytes:,} bytes,"
     f" {num_bytes / total:.2f} a parameter"
   )
-  words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
-  yield f"vocabulary of {len(data.vocabulary):,}; words: {words}"
 
 
 def _outcome(

@@ -4,6 +4,7 @@ Training runs the program, planning only looks at it: nothing is allocated.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,65 @@ def sizes(params: Any) -> tuple[int, int]:
   outer = "embed", "head"
   inner = {n: p for n, p in params.items() if not n.startswith(outer)}
   return size(params), size(inner)
+
+
+def compiled(config: config_lib.Config, parts: Parts) -> jax.stages.Compiled:
+  """Compiles the step of `lower`; refuses one that a device has no room for.
+
+  Raises:
+    ValueError: names the bytes that a step needs of a device, and those there
+      are.
+  """
+  device, what = parts.mesh.local_devices[0], "a step takes"
+  try:
+    step_fn = lower(config, parts).compile()
+  except jax.errors.JaxRuntimeError as error:
+    refused = out_of_memory(str(error))
+    if refused is None:
+      raise
+    needs, has = refused
+  else:
+    needs, has = bytes_needed(step_fn), state.device_memory(device)
+    if device.platform == "cpu":
+      # What is being saved stays where it is; elsewhere it is copied away.
+      needs += state.bytes_per_device(parts.target)
+      what = "a step, and the state before it that is being saved, take"
+    if needs <= has:
+      return step_fn
+  raise ValueError(
+    f"{what} {needs:,} bytes of each device in layout"
+    f" {parts.layout.name!r}, which has {has:,}, though parameters, gradients"
+    f" and optimiser state take only {state.with_gradients(parts.target):,};"
+    " take more config.train.microbatches, which are"
+    f" {config.train.get('microbatches', 1)}, or look by `moejax plan` for a"
+    " layout that fits."
+  )
+
+
+def bytes_needed(step_fn: jax.stages.Compiled) -> int:
+  """Returns what a program takes of one device, at the peak."""
+  about = step_fn.memory_analysis()
+  results = about.output_size_in_bytes - about.alias_size_in_bytes
+  return about.argument_size_in_bytes + results + about.temp_size_in_bytes
+
+
+def out_of_memory(message: str) -> tuple[int, int] | None:
+  """Reads the bytes needed and those there are from the compiler's report.
+
+  None where it reports something else. A TPU's compiler refuses a program that
+  has no room.
+  """
+  found = re.search(
+    r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)",
+    message,
+  )
+  if "RESOURCE_EXHAUSTED" not in message or found is None:
+    return None
+  needs, unit, has, other = found.groups()
+  return int(float(needs) * _UNITS[unit]), int(float(has) * _UNITS[other])
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def lower(config: config_lib.Config, parts: Parts) -> jax.stages.Lowered:

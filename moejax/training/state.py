@@ -1,7 +1,9 @@
 """What training changes, created straight into its sharding."""
 
+import contextlib
 import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,12 +24,16 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+# (layout, mesh of it) -> the target there.
+InLayout = Callable[[sharding.Layout, sharding.AnyMesh], TrainState]
+
+
 def target(
   model: nn.Module,
   tx: optax.GradientTransformation,
   batch: Mapping[str, jax.ShapeDtypeStruct],
   layout: sharding.Layout,
-  mesh: jax.sharding.Mesh,
+  mesh: sharding.AnyMesh,
 ) -> TrainState:
   """Returns the state's shapes, types and shardings; allocates nothing.
 
@@ -49,7 +55,7 @@ def target(
 
 def check_fits(
   wanted: TrainState,
-  in_layout: Callable[[sharding.Layout, jax.sharding.Mesh], TrainState],
+  in_layout: InLayout,
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
 ) -> None:
@@ -63,36 +69,68 @@ def check_fits(
 
   Raises:
     ValueError: names the bytes of parameters, gradients and optimiser state on
-      a device, those that it has, and the layouts in which they would fit.
+      a device, those that it has, and the layouts in which they would fit, with
+      more devices where these are too few.
   """
   has = device_memory(mesh.local_devices[0])
-  needs = _with_gradients(wanted)
+  needs = with_gradients(wanted)
   if needs <= has:
     return
-  least, fits = needs, []
-  for other in sharding.LAYOUTS.values():
-    try:
-      those = sharding.make_mesh(other, mesh.devices.flatten().tolist())
-      there = _with_gradients(in_layout(other, those))
-    except ValueError:
-      continue
-    least = min(least, there)
-    fits += [other.name] if there <= has else []
-  devices = -(-least * mesh.size // has)
-  way_out = (
-    f"config.layout {' or '.join(map(repr, fits))} would fit"
-    if fits
-    else f"no layout fits on {mesh.size} device(s); take {devices} or more,"
-    " fewer experts, or config.optimizer.kind 'factored_adam'"
-  )
+  layouts = {**sharding.LAYOUTS, layout.name: layout}
+  count, fits = _where_it_fits(in_layout, layouts, mesh.size, has)
+  names = f"config.layout {' or '.join(map(repr, fits))} would fit"
+  if fits and count == mesh.size:
+    way_out = names
+  else:
+    ways = [f"{count}, on which {names}"] if fits else []
+    ways.append("a smaller model")
+    if _of_experts(wanted.opt_state) > _of_experts(wanted.params):
+      ways.append("config.optimizer.kind 'factored_adam'")
+    here = f"no layout fits on {mesh.size} device(s)"
+    way_out = f"{here}; take {', or '.join(ways)}"
   raise ValueError(
     f"parameters, gradients and optimiser state take {needs:,} bytes of each"
     f" device in layout {layout.name!r}, which has {has:,}; {way_out}."
   )
 
 
-def _with_gradients(target: TrainState) -> int:
+def _where_it_fits(
+  in_layout: InLayout,
+  layouts: Mapping[str, sharding.Layout],
+  count: int,
+  has: int,
+) -> tuple[int, list[str]]:
+  """Doubles the devices until some layouts fit; says how many, and which.
+
+  None where more devices are of no help.
+  """
+  before = math.inf
+  while True:
+    takes = {}
+    for name, layout in layouts.items():
+      # One that these devices, or the model, do not divide.
+      with contextlib.suppress(ValueError):
+        there = in_layout(layout, sharding.abstract_mesh(layout, count))
+        takes[name] = with_gradients(there)
+    least = min(takes.values(), default=math.inf)
+    if least <= has or least >= before:
+      return count, [name for name in takes if takes[name] <= has]
+    before = least
+    # Fewer could not do, if all were split.
+    count *= 2 ** math.ceil(math.log2(least / has))
+
+
+def with_gradients(target: TrainState) -> int:
+  """Returns what a state and gradients take of one device."""
   return bytes_per_device((target, target.params))
+
+
+def _of_experts(tree: Any) -> int:
+  """Returns what experts take of one device."""
+  leaves = jax.tree.leaves_with_path(tree)
+  return bytes_per_device(
+    [leaf for path, leaf in leaves if "experts" in jax.tree_util.keystr(path)]
+  )
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -114,8 +152,23 @@ def device_memory(device: jax.Device) -> int:
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"]
-  pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return pages // len(jax.local_devices(backend=device.platform))
+  return _machine_memory() // len(jax.local_devices(backend=device.platform))
+
+
+# What a container may take, by the two versions of Linux's control groups.
+_LIMITS = (
+  "/sys/fs/cgroup/memory.max",
+  "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def _machine_memory() -> int:
+  sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+  for path in _LIMITS:
+    # No such file, or "max" in it.
+    with contextlib.suppress(OSError, ValueError):
+      sizes.append(int(pathlib.Path(path).read_text()))
+  return min(sizes)
 
 
 def create(

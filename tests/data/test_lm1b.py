@@ -185,6 +185,9 @@ def test_a_vocabulary_of_another_size(section, tmp_path):
   message = r"vocab-2016-09-10.txt has [\d,]+ entries, but .* is 793,471"
   with pytest.raises(ValueError, match=message):
     data_of(section, tmp_path, vocab_size=793_471)
+  message = r"is 1,000; give its first 1,000 lines \(head -n 1000\), or"
+  with pytest.raises(ValueError, match=message):
+    data_of(section, tmp_path, vocab_size=1000)
 
 
 def test_files_for_tensorflow_only(prepared, tmp_path):

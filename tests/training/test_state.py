@@ -4,29 +4,31 @@ import functools
 import re
 
 import jax
-import optax
 import pytest
 
 from moejax import experts, moe, router, sharding
 from moejax.data import text
 from moejax.models import lstm_lm
-from moejax.training import state
+from moejax.training import optim, state
 
-B, L, D, E, F, V = 8, 4, 8, 8, 64, 16
+B, L, D, E, F, V = 32, 4, 8, 8, 64, 16
 # Of the experts, and of all else: embedding, softmax and gate.
 EXPERTS, OTHERS = E * 2 * D * F, 2 * V * D + D * E
-# Parameters, their gradients and two moments; two counters of steps.
-BYTES, COUNTERS = 4 * 4, 2 * 4
+# Parameters, their gradients and two moments; three counters of steps.
+BYTES, COUNTERS = 4 * 4, 3 * 4
+ADAM = optim.adam(lambda count: 1e-3)
 
 
-def in_layout(layout, mesh):
-  mixture = moe.MoE(router.TopK(E, 2), experts.FeedForward(E, F), L)
-  model = lstm_lm.LSTMLM(V, D, (mixture,))
+MIXTURE = moe.MoE(router.TopK(E, 2), experts.FeedForward(E, F), L)
+
+
+def in_layout(layout, mesh, tx=ADAM, mixtures=(MIXTURE,)):
+  model = lstm_lm.LSTMLM(V, D, mixtures)
   batch = {
     name: jax.ShapeDtypeStruct((B, L), dtype)
     for name, dtype in text.TYPES.items()
   }
-  return state.target(model, optax.adam(1e-3), batch, layout, mesh)
+  return state.target(model, tx, batch, layout, mesh)
 
 
 @functools.cache
@@ -70,10 +72,56 @@ def test_what_does_not_names_the_layouts_that_would(monkeypatch):
   assert named == fits | {"replicated"}
 
 
-def test_what_fits_nowhere_names_how_many_devices_it_takes(monkeypatch):
+def test_what_fits_nowhere_names_where_it_would(monkeypatch):
   least = needed(target("fsdp")[0])
-  with pytest.raises(ValueError, match=r"on 8 device\(s\); take 16 or more"):
-    check("expert", least // 2, monkeypatch)
+  with pytest.raises(ValueError, match=r"no layout fits on 8 dev") as caught:
+    check("expert", least - least // 4, monkeypatch)
+  said = str(caught.value)
+  # Embedding, softmax and gate stay whole where only experts are split.
+  assert "take 16, on which config.layout 'fsdp' would fit, or a sma" in said
+  assert said.endswith("config.optimizer.kind 'factored_adam'.")
+
+
+def test_what_no_number_of_devices_holds(monkeypatch):
+  with pytest.raises(ValueError, match=r"on 8 device\(s\); take a smaller mod"):
+    check("expert", 100, monkeypatch)
+
+
+def without_moments_of_experts(layout, mesh):
+  return in_layout(layout, mesh, optim.factored_adam(lambda count: 1e-3))
+
+
+def without_experts(layout, mesh):
+  return in_layout(layout, mesh, mixtures=())
+
+
+@pytest.mark.parametrize("make", [without_moments_of_experts, without_experts])
+def test_no_other_optimiser_where_it_would_not_help(make, monkeypatch):
+  monkeypatch.setattr(state, "device_memory", lambda device: 100)
+  _, layout, mesh = target("expert")
+  with pytest.raises(ValueError, match=r"; take a smaller model\.$"):
+    state.check_fits(make(layout, mesh), make, layout, mesh)
+
+
+def test_a_layout_of_ones_own_is_among_those_that_would_fit(monkeypatch):
+  own = sharding.Layout("own", (1, -1, 1), sharding.rules(vocab="expert"))
+  one = sharding.make_mesh(own, jax.devices()[:1])
+  there = in_layout(own, sharding.abstract_mesh(own, 4))
+  monkeypatch.setattr(state, "device_memory", lambda device: needed(there))
+  with pytest.raises(ValueError, match=r"take 4, on which .*'own'.* would fit"):
+    state.check_fits(in_layout(own, one), in_layout, own, one)
+
+
+@pytest.mark.parametrize("content, counts", [("12345\n", True), ("max", False)])
+def test_a_container_has_less_than_its_machine(
+  content, counts, monkeypatch, tmp_path
+):
+  whole = state.device_memory(jax.devices()[0])
+  (tmp_path / "limit").write_text(content)
+  limits = [str(tmp_path / name) for name in ("limit", "nowhere")]
+  monkeypatch.setattr(state, "_LIMITS", limits)
+  has = state.device_memory(jax.devices()[0])
+  assert has == 12345 // 8 if counts else has >= whole
 
 
 def test_this_machine_has_memory():
