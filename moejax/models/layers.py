@@ -177,17 +177,14 @@ def _backward(saved, dy):
   _, _, dz, dys = jax.lax.fori_loop(0, length, step, carry)
 
   y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]) * keep
-  dx = _dot(dz, w_in.T, x.dtype)
-  dw_in = _sum_outer(x, dz, x.dtype)
-  dw_rec = _sum_outer(y_before, dz, x.dtype)
   dw_out = None
   if w_out is not None:
     dw_out = _sum_outer(m, dys, x.dtype).astype(w_out.dtype)
   return (
-    dx.astype(x.dtype),
+    _dot(dz, w_in.T, x.dtype).astype(x.dtype),
     None,
-    dw_in.astype(w_in.dtype),
-    dw_rec.astype(w_rec.dtype),
+    _sum_outer(x, dz, x.dtype).astype(w_in.dtype),
+    _sum_outer(y_before, dz, x.dtype).astype(w_rec.dtype),
     dz.sum((0, 1)).astype(bias.dtype),
     dw_out,
   )
@@ -241,11 +238,8 @@ def _dot(a, b, dtype):
 
 
 def _dot_back(a, w, dtype):
-  """Is _dot(a, w.T) for few rows, as (w a^T)^T.
-
-  On a CPU XLA would copy w in another order for each product. The barrier keeps
-  it from making the one of the other.
-  """
+  """Is _dot(a, w.T) as (w a^T)^T, for which a CPU copies a in place of w."""
+  # The barrier keeps XLA from making the one of the other.
   return jax.lax.optimization_barrier(_dot(w, a.T, dtype)).T
 
 
