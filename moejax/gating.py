@@ -17,7 +17,7 @@ def softmax(
 ) -> Routing:
   """Dense gating (eq. 2): every token visits every expert.
 
-  Causal at inference; its gradient reaches every logit.
+  Causal, without batch statistics. Its gradient reaches every logit.
   """
   return top_k(logits, logits.shape[-1], mask)
 
@@ -29,8 +29,8 @@ def top_k(
 ) -> Routing:
   """The k largest logits, softmax over these k alone (eq. 3 and 5).
 
-  Causal at inference; its gradient reaches the k logits that survive (none for
-  k = 1, where the gate is the constant 1). Among equal logits the lowest
+  Causal, without batch statistics. Its gradient reaches the k logits chosen
+  (none for k = 1, where the gate is the constant 1). Of equal logits the lowest
   expert wins, so a router of all zeros sends every token to experts 0..k-1.
 
   Raises:
@@ -55,9 +55,9 @@ def noisy_top_k(
   group depends on `rng` and the group's index alone, never on how groups lie
   over devices.
 
-  Needs no batch statistics; not for inference, where `top_k` of the clean
-  logits takes its place. The load's gradient reaches logits and noise_std of
-  every expert, through the threshold too.
+  Causal, without batch statistics; at inference `top_k` of the clean logits
+  takes its place. The gates' gradient reaches logits and noise_std of the k
+  chosen, the load's those of every expert, through the threshold too.
 
   With k = E there is no k-th other expert to beat: all are chosen, noise could
   only blur the gates and is left out, and load is the (constant) count.
