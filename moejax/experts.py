@@ -199,7 +199,8 @@ class Mixed(nn.Module):
   Attributes:
     kinds: modules of this file, each with its own num_experts.
     capacities: slots of each kind's experts, relative to what the layer gives;
-      1 for all by default. A wide expert may so be let see less, or more.
+      1 for all by default. A wide expert may so be let see less, or more. Of
+      kinds that are mixed themselves only the outermost capacities count.
   """
 
   kinds: Sequence[nn.Module]

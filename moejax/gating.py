@@ -17,7 +17,7 @@ def softmax(
 ) -> Routing:
   """Dense gating (eq. 2): every token visits every expert.
 
-  Causal at inference; its gradient reaches every logit.
+  Causal, without batch statistics. Its gradient reaches every logit.
   """
   return top_k(logits, logits.shape[-1], mask)
 
@@ -29,14 +29,14 @@ def top_k(
 ) -> Routing:
   """The k largest logits, softmax over these k alone (eq. 3 and 5).
 
-  Causal at inference; its gradient reaches the k logits that survive (none for
-  k = 1, where the gate is the constant 1). Among equal logits the lowest
+  Causal, without batch statistics. Its gradient reaches the k logits chosen
+  (none for k = 1, where the gate is the constant 1). Of equal logits the lowest
   expert wins, so a router of all zeros sends every token to experts 0..k-1.
 
   Raises:
     ValueError: k is below 1 or above the number of experts.
   """
-  _check_k(k, logits.shape[-1])
+  check_k(k, logits.shape[-1])
   values, expert = _largest(logits, k)
   return _decide(logits, expert, jax.nn.softmax(values), mask)
 
@@ -52,12 +52,11 @@ def noisy_top_k(
 
   `noise_std` is Softplus(x W_noise), not negative. Where it is 0 the load is 1
   for an expert above its threshold and 0 for one at or below it. The noise of a
-  group depends on `rng` and the group's index alone, never on how groups lie
-  over devices.
+  group depends on `rng` and the group's index alone, not on devices.
 
-  Needs no batch statistics; not for inference, where `top_k` of the clean
-  logits takes its place. The load's gradient reaches logits and noise_std of
-  every expert, through the threshold too.
+  Causal, without batch statistics; at inference `top_k` of the clean logits
+  takes its place. The gates' gradient reaches logits and noise_std of the k
+  chosen, the load's those of every expert, through the threshold too.
 
   With k = E there is no k-th other expert to beat: all are chosen, noise could
   only blur the gates and is left out, and load is the (constant) count.
@@ -66,7 +65,7 @@ def noisy_top_k(
     ValueError: k is below 1 or above the number of experts.
   """
   num_experts = logits.shape[-1]
-  _check_k(k, num_experts)
+  check_k(k, num_experts)
   if k == num_experts:
     return top_k(logits, k, mask)
   noise = _draw(jax.random.normal, rng, logits.shape, logits.dtype)
@@ -137,7 +136,7 @@ def threshold(
       one threshold for each of them.
   """
   num_experts = logits.shape[-1]
-  _check_k(max_k, num_experts, "max_k")
+  check_k(max_k, num_experts, "max_k")
   _check_length(thresholds, num_experts, "thresholds")
   x = jax.nn.softmax(logits)
   # -1 is below every X.
@@ -233,7 +232,7 @@ def hash_ids(
   Raises:
     ValueError: k is below 1 or above the number of experts.
   """
-  _check_k(k, num_experts)
+  check_k(k, num_experts)
   # An odd step and a mixing that is one-to-one: a token's scores never tie.
   step = jnp.arange(num_experts, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
   score = _mix(_mix(ids.astype(jnp.uint32))[..., None] + step[None, None])
@@ -262,7 +261,7 @@ def sigmoid(
       bias for each of them.
   """
   num_experts = logits.shape[-1]
-  _check_k(k, num_experts)
+  check_k(k, num_experts)
   _check_length(bias, num_experts, "bias")
   _, expert = _largest(jax.nn.sigmoid(logits) + bias[None, None], k)
   # Scores over their sum, also where all of them underflow.
@@ -323,7 +322,7 @@ def _best_tokens(
 ) -> tuple[Int[Array, "G E C"], Bool[Array, "G E C"]]:
   """Each expert's tokens with the largest X, best first, and which to use."""
   S, E = logits.shape[1:]
-  _check_k(k, E)
+  check_k(k, E)
 
   def share(tokens):
     return (tokens * k + E // 2) // E
@@ -368,7 +367,8 @@ def _decide(
   return routing.decision(routing.from_choices(expert, gate), logits, mask)
 
 
-def _check_k(k: int, num_experts: int, name: str = "k") -> None:
+def check_k(k: int, num_experts: int, name: str = "k") -> None:
+  """Raises ValueError where a token cannot visit k experts."""
   if not 1 <= k <= num_experts:
     raise ValueError(
       f"{name} = {k} experts per token, but there are {num_experts} experts;"

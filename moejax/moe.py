@@ -372,7 +372,11 @@ class OneExpert(nn.Module):
   ) -> Float[Array, "*batch D"]:
     """Applies the expert to every token; padding gives zero, as in MoE."""
     del ids
+    real = None
+    if mask is not None:
+      # As there: NaN times the zero gradient of padding would be NaN.
+      x, real = jnp.where(mask[..., None], x, 0), mask.reshape(1, -1)
     rows = x.reshape(1, -1, x.shape[-1])
     weights = self.experts(x.shape[-1])
-    y = self.experts.run(weights, rows, None, train).reshape(x.shape)
+    y = self.experts.run(weights, rows, real, train).reshape(x.shape)
     return y if mask is None else jnp.where(mask[..., None], y, 0)

@@ -164,6 +164,8 @@ class Balanced(Router):
   max_k: int | None = None
 
   def decide(self, x, train, mask, ids):
+    # In evaluation too, where only max_k is read: training comes after init.
+    gating.check_k(self.k, self.num_experts)
     logits = self.logits(x)
     start = -math.log(self.num_experts)
     thresholds = jnp.exp(self.vector("log_thresholds", start))

@@ -221,6 +221,14 @@ def test_what_is_causal_does_not_see_later_tokens(name):
   assert (np.asarray(before) == after).all() == (name not in NOT_CAUSAL)
 
 
+@NAMES
+def test_docstring_says_what_a_gate_needs_and_teaches(name):
+  """Whether it is causal, needs batch statistics, and where gradient flows."""
+  text = gating.GATING[name].__doc__.lower()
+  for word in ("causal", "statistic", "gradient"):
+    assert word in text
+
+
 @pytest.mark.parametrize("name", [*gating.GATING, "by chance"])
 def test_every_device_routes_its_own_groups(name):
   """The same on 8 devices, without sending anything but the score's sum."""

@@ -351,6 +351,36 @@ def test_one_expert_gives_zero_at_padding():
   np.testing.assert_array_equal(y[mask], whole[mask])
 
 
+def test_nan_in_padding_of_one_expert_stays_there():
+  module = moe.OneExpert(experts.FeedForward(1, F))
+  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
+  variables = nn.unbox(module.init(KEY, inputs()))
+
+  @jax.jit
+  @functools.partial(jax.grad, argnums=(0, 1))
+  def slopes(variables, x):
+    return jnp.square(module.apply(variables, x, mask=mask)).sum()
+
+  want = slopes(variables, inputs())
+  got = slopes(variables, jnp.where(mask[..., None], inputs(), jnp.nan))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert (got[1][~mask] == 0).all()
+
+
+class Masked(nn.Module):
+  """Adds the number of rows that are real."""
+
+  def __call__(self, rows, mask):
+    return rows + mask.sum().astype(rows.dtype)
+
+
+def test_one_expert_is_told_what_is_padding():
+  module = moe.OneExpert(experts.Each(1, Masked()))
+  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
+  y = module.apply({}, inputs(), mask=mask)
+  np.testing.assert_array_equal(y[mask], (inputs() + (L + 1))[mask])
+
+
 @pytest.mark.parametrize("name", ["mask", "ids"])
 def test_mask_or_ids_of_another_shape_are_refused(name):
   values = {"mask": jnp.ones((L, B), bool), "ids": jnp.ones((L, B), jnp.int32)}

@@ -333,6 +333,15 @@ def test_balanced_bounds_the_experts_of_a_token(k, max_k, want):
   np.testing.assert_array_equal(got.count.sum(-1), [want * S] * G)
 
 
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("max_k", [None, E])
+@pytest.mark.parametrize("k", [0, E + 1])
+def test_balanced_checks_k_before_it_is_trained(k, max_k, train):
+  module = router.Balanced(E, k, max_k)
+  with pytest.raises(ValueError, match=rf"^k = {k}\b.*\b{E} experts"):
+    module.init(jax.random.key(0), inputs(), train=train)
+
+
 def learn(module, loss, rate):
   """Descends one loss; returns counts in training, before and after."""
   x = jax.random.normal(jax.random.key(3), (1, 60, D))
