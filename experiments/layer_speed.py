@@ -68,7 +68,7 @@ def rows(quick: bool) -> Iterator[harness.Row]:
   if not quick:
     sizes = {"width": 256, "hidden": 128}
   for num_experts in (4,) if quick else (4, 16, 64, 256, 1024, 4096):
-    names = ("dropless",) if quick else ("gather", "dropless")
+    names = ("dropless",) if quick else ("gather", "ragged", "dropless")
     yield from speed("growth", num_experts, repeats, names=names, **sizes)
   for num_experts in () if quick else (32, 128):
     yield from tpu(num_experts)

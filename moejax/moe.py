@@ -84,7 +84,8 @@ class MoE(nn.Module):
     routing = self.router(x, train=train, mask=mask, ids=ids)
     factor = self.capacity_factor if train else self.eval_capacity_factor
     capacity = _capacity(routing, x.shape[1], factor, self.experts)
-    name = _chosen(self.dispatch, capacity, self.experts)
+    edges = routing.assignment.expert.size
+    name = _chosen(self.dispatch, capacity, self.experts, edges)
 
     def run(experts, weights, rows, real):
       return experts.run(weights, rows, real, train)
@@ -266,9 +267,11 @@ def _capacity(
   )
 
 
-def _chosen(name: str, capacity: Capacity, experts: nn.Module) -> str:
+def _chosen(
+  name: str, capacity: Capacity, experts: nn.Module, edges: int
+) -> str:
   if name == "auto":
-    return dispatch_lib.fastest(capacity, _need_slots(experts))
+    return dispatch_lib.fastest(capacity, _need_slots(experts), edges)
   if name not in dispatch_lib.DISPATCH:
     raise ValueError(
       f"unknown dispatch {name!r}; choose one of auto,"

@@ -24,13 +24,10 @@ NAMES = pytest.mark.parametrize("name", dispatch.DISPATCH)
 def draw(seed):
   """Draws x and the weights of feed-forward experts."""
   random = np.random.default_rng(seed)
-  x = random.normal(size=(G, S, D))
-  w_in = random.normal(size=(E, D, F))
-  w_out = random.normal(size=(E, F, D))
+  shapes = {"x": (G, S, D), "w_in": (E, D, F), "w_out": (E, F, D)}
   return {
-    "x": jnp.asarray(x, jnp.float32),
-    "w_in": jnp.asarray(w_in, jnp.float32),
-    "w_out": jnp.asarray(w_out, jnp.float32),
+    name: jnp.asarray(random.normal(size=shape), jnp.float32)
+    for name, shape in shapes.items()
   }
 
 
@@ -377,24 +374,27 @@ def test_a_trip_there_and_back(name, kind):
 
 
 @pytest.mark.parametrize(
-  "platform, capacity, needs_slots, want",
+  "platform, capacity, needs_slots, edges, want",
   [
-    ("cpu", None, False, "ragged"),
-    ("cpu", 4, False, "ragged"),
-    ("cpu", None, True, "gather"),
-    ("tpu", None, False, "ragged"),
-    ("tpu", 4, False, "gather"),
-    ("tpu", BLOCKS, True, "gather"),
+    ("cpu", None, False, 8192, "ragged"),
+    ("cpu", None, False, 8, "ragged"),
+    ("cpu", 4, False, 8192, "ragged"),
+    ("cpu", 4, False, 2048, "gather"),
+    ("cpu", None, True, 8192, "gather"),
+    ("gpu", None, False, 8192, "ragged"),
+    ("tpu", 4, False, 8192, "gather"),
+    ("tpu", BLOCKS, True, 8192, "gather"),
   ],
 )
 def test_auto_is_what_measured_fastest(
-  platform, capacity, needs_slots, want, monkeypatch
+  platform, capacity, needs_slots, edges, want, monkeypatch
 ):
   """Where experts are split over devices, slots, but not S of them each."""
   monkeypatch.setattr(sharding, "platform", lambda: platform)
-  assert dispatch.fastest(capacity, needs_slots) == want
   split = want if capacity is None else "gather"
+  args = capacity, needs_slots, edges
   for name, expected in (("replicated", want), ("expert", split)):
     layout = sharding.LAYOUTS[name]
     with sharding.use(layout, sharding.make_mesh(layout)):
-      assert dispatch.fastest(capacity, needs_slots) == expected
+      assert dispatch.fastest(*args) == expected
+  assert dispatch.fastest(*args) == want
