@@ -19,8 +19,8 @@ compiled over analytic FLOPs and bytes accessed. What a kernel costs is what its
 authors declare; tiles that two experts share are computed twice.
 
 Result: two cores of an AMD EPYC, jax 0.10.2, forward and backward: the best of
-ours takes 1.10 (E=4), 1.18 (E=32), 1.35 (E=128), 1.50 (E=256) of the dense
-block; E=256 costs 1.36 times E=4. The products run at the dense block's rate
+ours takes 1.13 (E=4), 1.16 (E=32), 1.33 (E=128), 1.49 (E=256) of the dense
+block; E=256 costs 1.32 times E=4. The products run at the dense block's rate
 (86 GFLOP/s a core at 128 rows in a loop, 77 in one of 16,384); what grows is
 the traffic of the weights, read twice and their gradient zeroed and written
 once: half a gigabyte of each at E=128, one at E=256. So it is the machine's
