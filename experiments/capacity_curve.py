@@ -53,19 +53,40 @@ PAPER = {
 }
 QUICK = ("moe_1_wide", "moe_256_h")
 TEXT = "comma-separated files (.txt, .gz, .xz) in place of the messages"
+MODELS = f"comma-separated, of {', '.join(PAPER)}, in place of all"
+ROWS = f"of 64 words, of a batch, in place of {BATCH_SIZE}"
 
 
-def rows(quick: bool, text: str = "") -> Iterator[harness.Row]:
-  """Yields a row per model."""
-  for name in QUICK if quick else PAPER:
-    yield row(name, 8, text, quick) | {"paper": PAPER[name]}
+def rows(
+  quick: bool, text: str = "", models: str = "", batch_size: str = ""
+) -> Iterator[harness.Row]:
+  """Yields a row per model.
+
+  Raises:
+    SystemExit: there is no such model.
+  """
+  size = int(batch_size or BATCH_SIZE)
+  names = models.split(",") if models else QUICK if quick else tuple(PAPER)
+  for name in names:
+    if name not in PAPER:
+      raise SystemExit(
+        f"there is no model {name!r}; take of {', '.join(PAPER)}"
+      )
+  for name in names:
+    yield row(name, 8, text, quick, size) | {"paper": PAPER[name]}
   # Of a config it reads the text alone, and that is the same in all.
   counted = kneser_ney.perplexities(scaled("moe_32", 8, text))
   counted = {split: round(value, 2) for split, value in counted.items()}
   yield {"model": "kneser_ney_5", **counted, "paper": 67.6}
 
 
-def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
+def row(
+  name: str,
+  smaller: int,
+  text: str,
+  quick: bool,
+  batch_size: int = BATCH_SIZE,
+) -> harness.Row:
   """Trains a row of configs/lm1b; returns what it costs and how good it is.
 
   Args:
@@ -73,18 +94,21 @@ def row(name: str, smaller: int, text: str, quick: bool) -> harness.Row:
     smaller: what its widths are divided by.
     text: files to read, comma-separated; "" is the presidents' messages.
     quick: whether to make it smaller still.
+    batch_size: rows of a batch.
   """
-  config = scaled(name, smaller, text)
+  config = scaled(name, smaller, text, batch_size)
   if quick:
     config.update_from_flattened_dict(training.QUICK)
     # A group on each of eight devices, should there be as many.
     training.regroup(config, training.tokens_of_batch(config) // 8)
   with training.folder("curves", quick) as runs:
-    run = training.train(config, runs / f"{name}_{smaller}_{BATCH_SIZE}")
+    run = training.train(config, runs / f"{name}_{smaller}_{batch_size}")
   return {"model": name, **training.report(config, run)}
 
 
-def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
+def scaled(
+  name: str, smaller: int, text: str, batch_size: int = BATCH_SIZE
+) -> config_lib.Config:
   """Returns a row of configs/lm1b for a laptop; arguments as of `row`."""
   config = training.load("sotu/moe_32")
 
@@ -103,7 +127,7 @@ def scaled(name: str, smaller: int, text: str) -> config_lib.Config:
   with config.unlocked():
     del config.model
     config.model = model
-  config.data.batch_size = BATCH_SIZE
+  config.data.batch_size = batch_size
   training.regroup(config, training.tokens_of_batch(config))
   config.train.update({"steps": STEPS, "eval_every": STEPS // 2})
   config.seed = SEED
@@ -138,4 +162,12 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
 
 
 if __name__ == "__main__":
-  harness.main("capacity_curve", rows, draw, SEED, text=TEXT)
+  harness.main(
+    "capacity_curve",
+    rows,
+    draw,
+    SEED,
+    text=TEXT,
+    models=MODELS,
+    batch_size=ROWS,
+  )

@@ -7,12 +7,14 @@ scan that JAX differentiates; "moejax" is `models.layers.lstm`; "torch" is
 turns in one process; ms is the median of the repeats, fastest_ms the least
 disturbed one, from which the ratios come.
 
-Result: of torch's time, flax took 1.59 and moejax 1.22 at L=32, D=128; 1.98
-and 1.29 at L=64, D=128; 1.42 and 1.05 at L=32, D=512 (two cores of an AMD EPYC,
+Result: of torch's time, flax took 1.57 and moejax 1.11 at L=32, D=128; 2.02 and
+1.25 at L=64, D=128; 1.34 and 1.02 at L=32, D=512 (two cores of an AMD EPYC,
 results/lstm_speed.csv). Expected was that adding up the weight gradient step by
 step costs most; hoisting it alone brought 5 to 15 %. The rest came from the
 backward loop: local derivatives taken in the forward pass, buffers written in
-place. At D=128 what is left is the product inside the loop, too small to keep
+place, and its product in the form that XLA copies less for, which counts where
+rows are few for the width (61 against 99 GFLOP/s a core at 32 rows of 512
+units). At D=128 what is left is the product inside the loop, too small to keep
 two cores busy.
 """
 
