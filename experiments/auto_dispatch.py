@@ -80,7 +80,8 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
     axes.set_xlabel("tokens, 4 experts each")
     axes.set_title({"both": "forward + backward"}.get(part, part), fontsize=9)
   figure.axes[0].set_ylabel("time of ragged over that of gather")
-  figure.axes[0].legend(fontsize=7)
+  lines, labels = figure.axes[0].get_legend_handles_labels()
+  figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -402,6 +402,7 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
   bars = speed.barh(names, [row["words_per_second"] for row in whole])
   speed.bar_label(bars, fontsize=7)
   speed.invert_yaxis()
+  speed.margins(x=0.15)
   speed.set_xlabel("words/s, {} rows of {}".format(*size))
   for place, by in enumerate(dict.fromkeys(row["by"] for row in first)):
     parts = [r for r in first if (r["table"], r["by"]) == ("part", by)]
