@@ -41,9 +41,7 @@ def most_distinct(num_samples: int, vocab_size: int) -> int:
   than one sample in 30,000 has more. 8192 draws from 10,000 words need 2717
   places, from 793,471 words 4831.
   """
-  with jax.ensure_compile_time_eval():
-    ids = jnp.arange(vocab_size)
-    seen = np.exp(log_expected_count(ids, num_samples, vocab_size), dtype=float)
+  seen = _chance_of_any(np, np.arange(vocab_size), num_samples, vocab_size)
   margin = 4 * math.sqrt((seen * (1 - seen)).sum())
   return min(math.ceil(seen.sum() + margin), num_samples, vocab_size)
 
@@ -56,9 +54,14 @@ def log_expected_count(
   Not log(P p): that exceeds 0 for frequent classes, which would then weigh
   less as targets than they do in the full softmax.
   """
-  chance = jnp.log1p(1 / (ids.astype(jnp.float32) + 1))
-  chance = chance / math.log(vocab_size + 1)
-  return jnp.log(-jnp.expm1(num_samples * jnp.log1p(-chance)))
+  ids = ids.astype(jnp.float32)
+  return jnp.log(_chance_of_any(jnp, ids, num_samples, vocab_size))
+
+
+def _chance_of_any(numpy, ids, num_samples, vocab_size):
+  """1 - (1 - p)^P, by NumPy where it says how large an array is."""
+  chance = numpy.log1p(1 / (ids + 1)) / math.log(vocab_size + 1)
+  return -numpy.expm1(num_samples * numpy.log1p(-chance))
 
 
 @jax.custom_vjp
