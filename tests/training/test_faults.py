@@ -112,6 +112,7 @@ def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
   assert full.returncode == 1, full.stderr
   # Python may tell later what else a thread of Orbax's has met.
   said = [ln for ln in full.stderr.splitlines() if ln.startswith("moejax: ")]
+  assert len(said) == 1, full.stderr
   (message,) = said
   assert "could not be saved" in message and "Make room" in message
   assert f"the last one in {workdir / run.CHECKPOINTS} is of step" in message
