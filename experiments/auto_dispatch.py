@@ -48,23 +48,23 @@ def compare(
   }
   params = jax.jit(modules["gather"].init)(jax.random.key(1), x)["params"]
   row = {"T": tokens, "E": num_experts, "D": width, "F": hidden}
-  for part in ("forward", "backward"):
-    make = getattr(layer_speed, part)
+  makes = {"forward": layer_speed.forward, "both": layer_speed.backward}
+  for part, make in makes.items():
     times = harness.interleaved(
       {n: make(m, nn.unbox(params), x).run for n, m in modules.items()}, repeats
     )
-    label = {"forward": "forward", "backward": "both"}[part]
     for name, time in times.items():
-      row[f"{label}_{name}_ms"] = round(time.median, 3)
+      row[f"{part}_{name}_ms"] = round(time.median, 3)
     ratio = times["ragged"].median / times["gather"].median
-    row[f"{label}_of_gather"] = round(ratio, 2)
+    row[f"{part}_of_gather"] = round(ratio, 2)
   return row
 
 
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
   """Draws the ratio over the number of tokens, a line for each layer."""
+  titles = {"forward": "forward", "both": "forward + backward"}
   for axes, part in zip(
-    figure.subplots(1, 2, sharey=True), ("forward", "both"), strict=True
+    figure.subplots(1, 2, sharey=True), titles, strict=True
   ):
     layers = dict.fromkeys((row["E"], row["D"], row["F"]) for row in table)
     for E, D, F in layers:
@@ -78,7 +78,7 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens, 4 experts each")
-    axes.set_title({"both": "forward + backward"}.get(part, part), fontsize=9)
+    axes.set_title(titles[part], fontsize=9)
   figure.axes[0].set_ylabel("time of ragged over that of gather")
   lines, labels = figure.axes[0].get_legend_handles_labels()
   figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=7)

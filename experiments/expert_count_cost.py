@@ -31,6 +31,7 @@ import matplotlib.figure
 from experiments import harness, training
 from moejax import config as config_lib
 from moejax import cost, sharding
+from moejax.training import program as program_lib
 from moejax.training import state, step
 
 SEED = 0
@@ -135,7 +136,7 @@ def program(
     return metrics
 
   count = cost.count(config, VOCABULARY)
-  return run, harness.peak_bytes(compiled) / 1e9, count
+  return run, program_lib.bytes_needed(compiled) / 1e9, count
 
 
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:

@@ -63,13 +63,6 @@ def interleaved(
   }
 
 
-def peak_bytes(compiled: jax.stages.Compiled) -> int:
-  """Returns what arguments, results and temporaries take of one device."""
-  about = compiled.memory_analysis()
-  results = about.output_size_in_bytes - about.alias_size_in_bytes
-  return about.argument_size_in_bytes + results + about.temp_size_in_bytes
-
-
 def main(
   name: str,
   rows: Callable[..., Iterable[Row]],

@@ -64,6 +64,7 @@ from moejax import (
 )
 from moejax import config as config_lib
 from moejax.planning import chips, search
+from moejax.training import program as program_lib
 
 SEED = 0
 DEVICES = 8
@@ -265,7 +266,9 @@ def compiled(
     )
     program = step.lower(params, x).compile()
   found = collectives.read(program.as_text(), mesh)
-  return Candidate(program, (params, x), found, harness.peak_bytes(program))
+  return Candidate(
+    program, (params, x), found, program_lib.bytes_needed(program)
+  )
 
 
 def losses_and_gradients(module: nn.Module, params: Any, x: jax.Array) -> Any:

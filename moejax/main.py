@@ -63,20 +63,16 @@ def main(argv: Sequence[str]) -> int:
     print(f"moejax: {error}", file=sys.stderr)
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
-    print(f"moejax: {_sentence(error)}", file=sys.stderr)
-    _keep_traceback(workdir)
-    return 1
+    return _failed(_sentence(error), workdir)
   except RuntimeError as error:
     # JAX's own kind of error, which is not to be imported for its name.
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    print(
-      f"moejax: a device has no room left ({_sentence(error).splitlines()[0]});"
+    return _failed(
+      f"a device has no room left ({_sentence(error).splitlines()[0]});"
       " take more config.train.microbatches, or more devices.",
-      file=sys.stderr,
+      workdir,
     )
-    _keep_traceback(workdir)
-    return 1
   except KeyboardInterrupt:
     print("moejax: interrupted", file=sys.stderr)
     return 130
@@ -342,8 +338,13 @@ def _sentence(error: Exception) -> str:
   return "\n".join(lines) or type(error).__name__
 
 
-def _keep_traceback(workdir: pathlib.Path | None) -> None:
-  """Leaves the details where a developer finds them, off the screen."""
+def _failed(said: str, workdir: pathlib.Path | None) -> int:
+  """Says it; leaves the details where a developer finds them, off the screen.
+
+  To be called where an error is at hand. Returns the exit status.
+  """
+  print(f"moejax: {said}", file=sys.stderr)
   if workdir is not None and (workdir / "config.json").exists():
     with contextlib.suppress(OSError):
       (workdir / "traceback.txt").write_text(traceback.format_exc())
+  return 1
