@@ -24,6 +24,8 @@ import hypothesis
 import jax
 import pytest
 
+# Made now: a test that plans for three fake devices would make three, if first.
+jax.devices()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
