@@ -97,7 +97,8 @@ def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
   program.end_well(process)
   before = program.kept(workdir)
   folder = workdir / run.CHECKPOINTS / str(before[-1])
-  limit = program.largest_file(folder).stat().st_size // 2
+  # How Orbax splits the arrays into files varies; this one is in every save.
+  limit = (folder / "state" / "_METADATA").stat().st_size - 1
   command = [sys.executable, "-m", "moejax", "train", *small_flags]
   full = subprocess.run(
     [*command, f"--workdir={workdir}"],
