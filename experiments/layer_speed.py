@@ -19,13 +19,13 @@ compiled over analytic FLOPs and bytes accessed. What a kernel costs is what its
 authors declare; tiles that two experts share are computed twice.
 
 Result: two cores of an AMD EPYC, jax 0.10.2, forward and backward: the best of
-ours takes 1.13 (E=4), 1.16 (E=32), 1.33 (E=128), 1.49 (E=256) of the dense
-block; E=256 costs 1.32 times E=4. The products run at the dense block's rate
-(86 GFLOP/s a core at 128 rows in a loop, 77 in one of 16,384); what grows is
-the traffic of the weights, read twice and their gradient zeroed and written
-once: half a gigabyte of each at E=128, one at E=256. So it is the machine's
-memory that decides: on an Intel Xeon which moved 8 to 10 GB/s it was 1.08,
-1.25, 1.66, 2.01, and 1.83 from E=4 to E=256.
+ours takes 1.11 (E=4), 1.20 (E=32), 1.30 (E=128), 1.49 (E=256) of the dense
+block (a day before 1.13, 1.16, 1.33, 1.49); E=256 costs 1.34 times E=4. The
+products run at the dense block's rate (86 GFLOP/s a core at 128 rows in a loop,
+77 in one of 16,384); what grows is the traffic of the weights, read twice and
+their gradient zeroed and written once: half a gigabyte of each at E=128, one at
+E=256. So it is the machine's memory that decides: on an Intel Xeon which moved
+8 to 10 GB/s it was 1.08, 1.25, 1.66, 2.01, and 1.83 from E=4 to E=256.
 Expected before: the products. Found by timing every move alone: a sum over the
 K rows of a token by one read [K, S, D] took 60 ms, by K reads 1 ms. Compiled
 for a TPU, gather does 1.003 times the FLOPs of its capacity, ragged 1.004 to
