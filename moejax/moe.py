@@ -212,6 +212,8 @@ class HierarchicalMoE(nn.Module):
 def _mix_in_groups(module, x, train, mask, ids):
   """Groups the tokens, mixes them, and reports the decision."""
   shape, num_tokens = x.shape[:-1], x.size // x.shape[-1]
+  if num_tokens == 0:
+    raise ValueError(f"x is {x.shape}, without a token; give one or more.")
   size = num_tokens if module.group_size is None else module.group_size
   if size < 1 or num_tokens % size:
     raise ValueError(
@@ -253,7 +255,7 @@ def _capacity(
     scaled = None if factor is None else factor * relative
     return seats_lib.capacity(edges, tokens, num_experts, scaled)
 
-  if factor is None or not isinstance(experts, Mixed):
+  if not isinstance(experts, Mixed):
     return slots(1.0)
   relative = experts.capacities or (1.0,) * len(experts.kinds)
   if len(relative) != len(experts.kinds):
@@ -261,6 +263,8 @@ def _capacity(
       f"there are capacities of {len(relative)} kinds of experts, but"
       f" {len(experts.kinds)} kinds; give each one, or leave them out."
     )
+  if factor is None:
+    return None
   return tuple(
     Block(kind.num_experts, slots(each))
     for kind, each in zip(experts.kinds, relative, strict=True)

@@ -315,7 +315,9 @@ def test_one_expert_is_a_mixture_of_one():
     ),
     (
       moe.MoE(
-        router.TopK(1, 1), experts.Mixed((experts.Linear(1),), (1.0, 0.5))
+        router.TopK(1, 1),
+        experts.Mixed((experts.Linear(1),), (1.0, 0.5)),
+        eval_capacity_factor=None,
       ),
       "capacities of 2 kinds .* but 1 kinds",
     ),
@@ -324,6 +326,12 @@ def test_one_expert_is_a_mixture_of_one():
 def test_bad_sizes_name_both_numbers(module, message):
   with pytest.raises(ValueError, match=message):
     module.init({"params": KEY}, inputs())
+
+
+@pytest.mark.parametrize("size", [None, S])
+def test_a_batch_without_a_token_is_refused(size):
+  with pytest.raises(ValueError, match=r"\(0, 8, 3\), without a token"):
+    layer(group_size=size).init({"params": KEY}, inputs()[:0])
 
 
 @pytest.mark.parametrize("name", dispatch.DISPATCH)
