@@ -53,7 +53,7 @@ BALANCE = ("cv_importance", "max_over_mean_count")
 
 def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
   """Yields a row per pair of languages and router, and one per layer."""
-  with training.folder("translation_capacity", quick) as runs:
+  with training.folder("translation_capacity", quick, pairs) as runs:
     files = translating.pair_files(pairs, ["fr"], runs, quick)
     for direction, paths in files.items():
       found, steps = {}, {}

@@ -26,7 +26,7 @@ what few words make of them: updates of the experts a quarter as long took 0.02
 nats off MoE-256 at step 800 there, its whole gap to the twin, and weaker
 balance losses (0.01) nothing. On this text, which repeats itself, the 5-gram
 (37.2) is far ahead of all of them, on the presidents' messages behind (94.3
-against 79.8). MoE-1024-h and the other dense models were not run with the
+against 79.9). MoE-1024-h and the other dense models were not run with the
 larger batches. One seed, one core of an AMD EPYC each
 (results/capacity_curve_text_models.csv).
 """
@@ -105,7 +105,7 @@ def row(
     config.update_from_flattened_dict(training.QUICK)
     # A group on each of eight devices, should there be as many.
     training.regroup(config, training.tokens_of_batch(config) // 8)
-  with training.folder("curves", quick) as runs:
+  with training.folder("curves", quick, text) as runs:
     run = training.train(config, runs / f"{name}_{smaller}_{batch_size}")
   return {"model": name, **training.report(config, run)}
 
@@ -143,7 +143,7 @@ def scaled(
 
 
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws test perplexity over parameters, ours and the paper's."""
+  """Draws test perplexity over parameters."""
   axes = figure.subplots()
   for row in table:
     if "parameters" not in row:

@@ -43,7 +43,7 @@ MODELS = {
 
 def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
   """Yields a row per model and direction."""
-  with training.folder("multilingual", quick) as runs:
+  with training.folder("multilingual", quick, pairs) as runs:
     found = translating.pair_files(pairs, LANGUAGES, runs, quick)
     splits = carve(found, runs / "pairs")
     for name in list(MODELS)[:1] if quick else MODELS:

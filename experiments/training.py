@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import pathlib
 import tempfile
@@ -79,10 +80,18 @@ def tokens_of_batch(config: config_lib.Config) -> int:
 
 
 @contextlib.contextmanager
-def folder(name: str, quick: bool) -> Iterator[pathlib.Path]:
-  """Gives the folder for an experiment's runs; a quick one's goes away."""
+def folder(name: str, quick: bool, files: str = "") -> Iterator[pathlib.Path]:
+  """Gives the folder for an experiment's runs; a quick one's goes away.
+
+  Args:
+    name: of the folder in runs/.
+    quick: whether to take a temporary one.
+    files: what is read in place of the experiment's own text. Runs on each
+      have a folder in that one: they could not be resumed on another.
+  """
   if not quick:
-    yield ROOT / "runs" / name
+    own = hashlib.sha256(files.encode()).hexdigest()[:8] if files else ""
+    yield ROOT / "runs" / name / own
     return
   # What runs for seconds should not be compiled for longer.
   before = jax.config.read("jax_disable_most_optimizations")

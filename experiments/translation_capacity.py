@@ -68,7 +68,7 @@ QUICK = ("moe_32",)
 
 def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
   """Yields a row per pair of languages and model."""
-  with training.folder("translation_capacity", quick) as runs:
+  with training.folder("translation_capacity", quick, pairs) as runs:
     files = translating.pair_files(pairs, ["fr"], runs, quick)
     for direction, paths in files.items():
       for name in QUICK if quick else MODELS:

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -68,6 +68,18 @@ def known(name: str, table: Mapping[str, Any], where: str) -> str:
       f" (the nearest is {_nearest(name, table)!r})."
     )
   return name
+
+
+def sizes(where: str, **fields: int | Sequence[int] | None) -> None:
+  """Lets no size pass that is not 1 or more; None is no size.
+
+  Raises:
+    ValueError: names the field and its value.
+  """
+  for name, value in fields.items():
+    for size in value if isinstance(value, (list, tuple)) else (value,):
+      if size is not None and size < 1:
+        raise ValueError(f"{where}.{name} is {value}; give 1 or more.")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

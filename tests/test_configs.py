@@ -149,6 +149,7 @@ def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
     ({"encoder": ("lstn",)}, r"model\.encoder is 'lstn'"),
     ({"attention": {"form": "prod"}}, r"attention\.form is 'prod'.*'product'"),
     ({"attention": {"wiring": "paralel"}}, r"wiring is 'paralel'.*'parallel'"),
+    ({"lstm": {"hidden": 0}}, r"model\.lstm\.hidden is 0; give 1 or more"),
     ({"attention": {"width": 0}}, r"attention\.width is 0; give 1"),
     ({"attention": {"with": 4}}, r"attention\.with .*attention\.width"),
     ({"dropout": 1.0}, r"dropout is 1\.0"),

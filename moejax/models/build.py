@@ -78,8 +78,7 @@ def _attention(
   width: int = 512, form: str = "product", wiring: str = "recurrent"
 ) -> tuple[Attention, str]:
   where = "config.model.attention"
-  if width < 1:
-    raise ValueError(f"{where}.width is {width}; give 1 or more.")
+  named.sizes(where, width=width)
   named.known(wiring, WIRINGS, f"{where}.wiring")
   return Attention(width, named.known(form, FORMS, f"{where}.form")), wiring
 
@@ -97,10 +96,7 @@ def _shared(
       f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
       " the full softmax."
     )
-  if vocab_multiple < 1:
-    raise ValueError(
-      f"config.model.vocab_multiple is {vocab_multiple}; give 1 or more."
-    )
+  named.sizes("config.model", vocab_multiple=vocab_multiple)
   return {
     "dropout": dropout,
     "num_samples": num_samples,
@@ -117,9 +113,10 @@ def _layer_maker(
   one_expert: Mapping[str, Any] | None,
 ) -> Callable[[Iterable[str], str], tuple[nn.Module, ...]]:
   """Returns a function (names of layers, where they stand) -> layers."""
+  named.sizes("config.model", width=width)
   builders = {
     "lstm": lambda: named.make(
-      LSTM, lstm or {}, "config.model.lstm", width=width
+      _lstm, lstm or {}, "config.model.lstm", width=width
     ),
     "moe": lambda: named.make(
       _moe, moe or {}, "config.model.moe", path="config.model.moe"
@@ -138,6 +135,11 @@ def _layer_maker(
   return make
 
 
+def _lstm(width: int, hidden: int | None = None) -> LSTM:
+  named.sizes("config.model.lstm", hidden=hidden)
+  return LSTM(width, hidden)
+
+
 def _moe(
   num_experts: int,
   router: Mapping[str, Any],
@@ -150,6 +152,7 @@ def _moe(
   *,
   path: str,
 ) -> MoE:
+  named.sizes(path, num_experts=num_experts)
   return MoE(
     named.choose(ROUTERS, router, f"{path}.router", num_experts=num_experts),
     _experts(experts, f"{path}.experts", num_experts),
@@ -173,7 +176,8 @@ def _hierarchical_moe(
   dispatch: str = "gather",
 ) -> HierarchicalMoE:
   where = "config.model.hierarchical_moe"
-  if num_groups < 1 or num_experts % num_groups:
+  named.sizes(where, num_experts=num_experts, num_groups=num_groups)
+  if num_experts % num_groups:
     raise ValueError(
       f"{where}: {num_groups} groups do not divide {num_experts} experts;"
       " choose a num_groups that does."
@@ -222,6 +226,8 @@ def _expert(section: Mapping[str, Any], where: str, **given: Any) -> nn.Module:
   # Each takes a module, which no config can hold; mixed ones are a list.
   kinds = {k: v for k, v in EXPERTS.items() if k not in ("each", "mixed")}
   fields = dict(section)
+  checked = {n: fields[n] for n in ("num_experts", "hidden") if n in fields}
+  named.sizes(where, **checked)
   if "activation" in fields:
     name = named.known(fields["activation"], ACTIVATIONS, f"{where}.activation")
     fields["activation"] = ACTIVATIONS[name]
