@@ -29,8 +29,8 @@ def run(
     All that was tried.
 
   Raises:
-    ValueError: a name that is unknown, nothing that can be, or nothing that
-      fits where one is to be suggested.
+    ValueError: a name that is unknown, nothing that can be, or, after all
+      else, topologies on which nothing fits where it is to be suggested.
     ModuleNotFoundError: the TPU's compiler is missing.
   """
   if topologies:
@@ -38,6 +38,14 @@ def run(
     jax.config.update("jax_platforms", "cpu")
   # Before anything else asks for a device.
   found = [chips.find(name) for name in topologies or [""]]
+  if suggest:
+    if layouts:
+      raise ValueError(
+        f"--suggest looks at every layout, also at those of --layout"
+        f" ({', '.join(layouts)}); give one of the two flags."
+      )
+    for topology in found:
+      search.check_speed(topology)
   config_lib.check(config)
   vocab_size = config_lib.vocab_size(config)
   by_topology = []
@@ -61,9 +69,14 @@ def run(
   if out is not None:
     report.write(outcomes, shown, out)
     say(f"wrote {out / report.PLAN_FILE} and {out / report.FIGURE_FILE}")
-  if suggest:
-    for tried in by_topology:
+  unfit = []
+  for tried in by_topology if suggest else []:
+    try:
       say(search.verdict(tried))
+    except ValueError as error:
+      unfit.append(str(error))
+  if unfit:
+    raise ValueError("\n".join(unfit))
   if all(isinstance(each, search.Refusal) for each in outcomes):
     raise ValueError(outcomes[0].reason)
   return outcomes

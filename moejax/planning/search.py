@@ -81,15 +81,7 @@ def suggest(
   every time, would do. Then from the best so far, one
   step after the other: half the microbatches, recompute or not, less capacity,
   groups of twice or half the size, twice the microbatches.
-
-  Raises:
-    ValueError: nobody says how fast these devices are.
   """
-  if topology.chip is None:
-    raise ValueError(
-      f"how fast a device of {topology.name} is, nobody says, so there is no"
-      " fastest layout to suggest; give --topology of a TPU, such as v5e:4x4."
-    )
   tried = []
 
   def look(changes):
@@ -121,6 +113,19 @@ def suggest(
     yield look(new)
 
 
+def check_speed(topology: Topology) -> None:
+  """Refuses what `suggest` could not compare.
+
+  Raises:
+    ValueError: nobody says how fast these devices are.
+  """
+  if topology.chip is None:
+    raise ValueError(
+      f"how fast a device of {topology.name} is, nobody says, so there is no"
+      " fastest layout to suggest; give --topology of a TPU, such as v5e:4x4."
+    )
+
+
 def best_of_layouts(outcomes: Sequence[Outcome]) -> list[Outcome]:
   """Returns what did best with each layout, in the order of a search."""
   found: dict[str, Outcome] = {}
@@ -143,16 +148,18 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
   """Says which outcome is to be taken, and why.
 
   Raises:
-    ValueError: none fits; names the least that one needs.
+    ValueError: none fits; names the least that one needs, or says why the
+      first cannot be.
   """
   best, *others = sorted(outcomes, key=rank)
   kind, least = rank(best)
-  if kind:
-    needs = plan_lib.in_bytes(int(least)) if kind == 1 else "more"
+  if kind == 2:
+    raise ValueError(f"nothing can be on {best.topology}: {best.reason}")
+  if kind == 1:
     raise ValueError(
       f"nothing fits on {best.topology}: the least, layout {best.layout!r},"
-      f" needs {needs} of each device; take more devices, or"
-      " config.optimizer.kind 'factored_adam'."
+      f" needs {plan_lib.in_bytes(int(least))} of each device; take more"
+      " devices, or config.optimizer.kind 'factored_adam'."
     )
   fitting = [each for each in others if rank(each)[0] == 0]
   needs, has = map(plan_lib.in_bytes, (best.memory.needs, best.memory.has))
@@ -240,12 +247,12 @@ def _more_microbatches(
 ) -> dict[str, Any]:
   """Doubles the microbatches; of groups half the size, if those get too few."""
   now = changed_config(config, changes)
-  count = 2 * now.train.microbatches
+  count = 2 * config_lib.train(now).microbatches
   step = {"config.train.microbatches": count}
   path, layer = _mixture(now)
   if size := layer.get("group_size"):
     groups = now.data.batch_size * now.data.row_length // count // size
-    if groups % len(topology.devices):
+    if groups < 1 or groups % len(topology.devices):
       step[f"{path}.group_size"] = size // 2
   return step
 
@@ -259,8 +266,9 @@ def _steps(
   size, section = layer.get("group_size"), path
   if layer and layer.get("secondary") is not None:
     layer, section = layer["secondary"], f"{path}.secondary"
-  if now.train.microbatches % 2 == 0:
-    yield {"config.train.microbatches": now.train.microbatches // 2}
+  microbatches = config_lib.train(now).microbatches
+  if microbatches % 2 == 0:
+    yield {"config.train.microbatches": microbatches // 2}
   if layer:
     yield {f"{section}.recompute": not layer.get("recompute", False)}
     if layer.get("capacity_factor", 1.25) != 1.0:

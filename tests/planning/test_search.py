@@ -81,6 +81,33 @@ def test_nothing_fits(suggested):
     search.verdict(large)
 
 
+def test_nothing_can_be(suggested):
+  (none,) = [each for each in suggested if each.layout == "data_expert"]
+  with pytest.raises(ValueError, match="16 devices do not divide"):
+    search.verdict([none])
+
+
+def test_a_config_need_not_say_how_many_microbatches(monkeypatch):
+  monkeypatch.setattr(
+    search,
+    "attempt",
+    lambda *args: search.Refusal("made up", "expert", {}, "too large", 2, 1),
+  )
+  config = config_shapes.load("tiny.py")
+  del config.train.microbatches
+  tried = list(search.suggest(config, 100, CHIP, print))
+  assert len(tried) > search.STEPS
+
+
+def test_one_group_a_device_is_halved_with_its_microbatch():
+  config = config_shapes.load("tiny.py")
+  config.model.moe.group_size = config.data.batch_size * config.data.row_length
+  step = search._more_microbatches(config, {}, CHIP._replace(devices=[None]))
+  assert step["config.model.moe.group_size"] == (
+    config.model.moe.group_size // 2
+  )
+
+
 def test_a_layout_is_named_or_the_configs_own():
   config = config_shapes.load("lm1b/moe_256.py")
   assert list(search.layouts(config))[:2] == ["expert_vocab", "replicated"]
