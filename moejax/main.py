@@ -1,5 +1,6 @@
 """The command line: moejax train | eval | translate | plan."""
 
+import ast
 import contextlib
 import difflib
 import pathlib
@@ -16,9 +17,9 @@ USAGE = """usage: moejax COMMAND [FLAGS]
   train  --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
          trains, or goes on where the workdir left off; by several processes
          with --coordinator_address=HOST:PORT --num_processes=N --process_id=I
-  eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]]
+  eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]] [--layout=NAME]
          perplexity of a run's best checkpoint; of translations also BLEU
-  translate --workdir=DIR [--language=LANGUAGE] < FILE > FILE
+  translate --workdir=DIR [--language=LANGUAGE] [--layout=NAME] < FILE > FILE
          translates line by line by a run's best checkpoint
   plan   --config=FILE [--topology=v5p:4x4x8,...] [--layout=NAME,...]
          [--suggest] [--config.FIELD=VALUE ...]
@@ -106,7 +107,7 @@ def _eval(values: flags.FlagValues) -> None:
   if values.data and values["split"].present:
     raise UsageError("--split and --data exclude each other; give one.")
   result = run.evaluate_run(
-    pathlib.Path(values.workdir), values.split, values.data
+    pathlib.Path(values.workdir), values.split, values.data, values.layout
   )
   for line in run.described(result):
     print(line)
@@ -124,6 +125,7 @@ def _translate(values: flags.FlagValues) -> None:
       _text_lines(lines),
       values.language,
       bar.update,
+      values.layout,
       beam=values.beam,
     )
   # UTF-8 as the lines that came in, whatever the terminal has.
@@ -173,40 +175,52 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     )
   values = flags.FlagValues()
   flags.DEFINE_bool("help", False, "show the flags", flag_values=values)
-  if command == "plan":
-    _define_plan(values)
+  if command != "plan":
+    flags.DEFINE_string(
+      "workdir", "", "where the run lives", flag_values=values
+    )
+  own = {
+    "train": _define_processes,
+    "eval": _define_eval,
+    "translate": _define_translate,
+    "plan": _define_plan,
+  }
+  own[command](values)
+  layout = []
+  if command in ("train", "plan"):
+    # A name or a section, whichever the config holds; absl takes its kind.
+    layout = [flag for flag in argv if flag.startswith(_LAYOUT)]
+    argv = [flag for flag in argv if flag not in layout]
     _define_config(values, argv)
-    return _parsed(values, argv)
-  flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
-  if command == "train":
-    _define_processes(values)
-    _define_config(values, argv)
-  elif command == "translate":
-    _define_translate(values)
   else:
-    flags.DEFINE_enum(
-      "split",
-      "test",
-      ["train", "validation", "test"],
-      "which part of the run's own corpus to read",
-      flag_values=values,
+    flags.DEFINE_string(
+      "layout", "", "a name, in place of the run's own", flag_values=values
     )
-    flags.DEFINE_list(
-      "data",
-      [],
-      "files to read instead, of text or of pairs",
-      flag_values=values,
-    )
-  return _parsed(values, argv)
-
-
-def _parsed(values: flags.FlagValues, argv: Sequence[str]) -> flags.FlagValues:
   rest = values(argv[1:])
   if rest[1:]:
     raise UsageError(
       f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
     )
+  if layout and not values["help"].value:
+    with values.config.unlocked(), values.config.ignore_type():
+      values.config.layout = _layout(layout[-1].removeprefix(_LAYOUT))
   return values
+
+
+_LAYOUT = "--config.layout="
+
+
+def _layout(text: str) -> str | dict[str, Any]:
+  """Reads a name, or a section as Python writes a dict."""
+  if not text.startswith("{"):
+    return text
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError) as error:
+    raise UsageError(
+      f"{_LAYOUT}{text} cannot be read ({_sentence(error)}); write a name, or"
+      " {'mesh_shape': (2, -1, 1), 'rules': {}}."
+    ) from error
 
 
 def _define_processes(values: flags.FlagValues) -> None:
@@ -221,6 +235,22 @@ def _define_processes(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer(
     "process_id", None, "which one this is, from 0", flag_values=values
+  )
+
+
+def _define_eval(values: flags.FlagValues) -> None:
+  flags.DEFINE_enum(
+    "split",
+    "test",
+    ["train", "validation", "test"],
+    "which part of the run's own corpus to read",
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    "data",
+    [],
+    "files to read instead, of text or of pairs",
+    flag_values=values,
   )
 
 

@@ -83,6 +83,7 @@ def test_misspelled_flags(fails):
     (["--topology=v5e:2by2"], "such as v5p:4x4x8"),
     (["--topology=cpu:8", "--layout=exprt"], "(the nearest is 'expert')"),
     (["--topology=cpu:3", "--layout=expert_model"], "by 2, which does not"),
+    (["--suggest", "--layout=expert"], "at every layout, also at those of"),
     (["--topology=cpu:8", "--suggest"], "nobody says, so there is no fastest"),
     (["--topology=cpu:8", "--config.model.moe.router.k=9"], "k = 9 experts"),
   ],
@@ -91,6 +92,24 @@ def test_plans_that_cannot_be(flags, complaint, capsys, small_flags):
   assert main(["moejax", "plan", *small_flags, *flags]) == 1
   said = capsys.readouterr().err
   assert complaint in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "fspd"])
+def test_a_layout_by_name_in_place_of_a_section(layout, capsys):
+  """The configs of lm1b describe their own."""
+  config = f"--config={ROOT}/configs/lm1b/moe_32.py"
+  argv = ["moejax", "train", config, "--workdir=x"]
+  assert main([*argv, f"--config.layout={layout}"]) == 1
+  said = capsys.readouterr().err
+  known = "config.data.vocab_file" in said and "config.layout" not in said
+  assert known if layout == "fsdp" else "nearest is 'fsdp'" in said
+
+
+def test_a_section_in_place_of_a_layouts_name(fails):
+  section = "{'mesh_shape': (3, -1, 1), 'rules': {}}"
+  assert "'own' splits the devices by 3" in fails(f"--config.layout={section}")
+  said = fails("--config.layout={'mesh_shape': (3,", status=2)
+  assert "cannot be read" in said and "write a name, or {" in said
 
 
 def test_a_config_that_is_not_there(capsys):

@@ -25,7 +25,10 @@ TRANSLATIONS = "translations"
 
 
 def evaluate_run(
-  workdir: pathlib.Path, split: str, files: Sequence[str] = ()
+  workdir: pathlib.Path,
+  split: str,
+  files: Sequence[str] = (),
+  layout: str = "",
 ) -> dict[str, Any]:
   """Evaluates the best checkpoint of a run, which may still be training.
 
@@ -33,6 +36,7 @@ def evaluate_run(
     workdir: of the run; it remembers config and vocabulary.
     split: of the run's own corpus.
     files: files to read instead of a split, of text or of pairs.
+    layout: name of one to take in place of the run's own.
 
   Returns:
     What `evaluate.evaluator` does, and the checkpoint's step. Of a language
@@ -45,7 +49,7 @@ def evaluate_run(
     ValueError: the run has no checkpoint yet, or the files no text, or the
       vocabulary is not the run's.
   """
-  config = workdir_lib.recall(workdir)
+  config = _recall(workdir, layout)
   data = config_lib.data(config, workdir, files)
   split = "data" if files else split
   rows = data.rows(split)
@@ -90,6 +94,7 @@ def translate_run(
   lines: Sequence[str],
   language: str = "",
   advance: Callable[[int], object] = lambda rows: None,
+  layout: str = "",
   **search: Any,
 ) -> list[str]:
   """Translates lines by the best checkpoint of a run.
@@ -100,6 +105,7 @@ def translate_run(
       model is translated in parts.
     language: to translate into, where the run has learnt several; else "".
     advance: is told how many more parts of lines are done.
+    layout: name of one to take in place of the run's own.
     **search: how, see `decode.beam_search`.
 
   Returns:
@@ -111,7 +117,7 @@ def translate_run(
       did not learn the language, or learnt several and none is given, or the
       vocabulary is not the run's.
   """
-  config = workdir_lib.recall(workdir)
+  config = _recall(workdir, layout)
   if not config_lib.translates(config):
     raise ValueError(
       f"the run in {workdir} is a language model, it cannot translate; give the"
@@ -133,6 +139,14 @@ def translate_run(
   translator.tag(language)
   params = best(workdir, parts).params
   return translator.lines(params, lines, language, advance)
+
+
+def _recall(workdir: pathlib.Path, layout: str) -> config_lib.Config:
+  config = workdir_lib.recall(workdir)
+  if layout:
+    with config.ignore_type():
+      config.layout = layout
+  return config
 
 
 def evaluator(
