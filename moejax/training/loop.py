@@ -167,34 +167,37 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     if done:
       progress.say(f"resuming {workdir} at step {done} of {options.steps}")
     stack.enter_context(sharding.use(layout, mesh))
-    stopped = stack.enter_context(
-      processes.signals(progress.say if processes.first() else print)
-    )
     stack.enter_context(
       processes.ends_with_the_others(
         lambda: f"checkpoint {saved}, in {workdir}"
       )
     )
-    while done < options.steps and not (
-      all_stop or (jax.process_count() == 1 and stopped())
-    ):
-      batch = step.place(next(batches), where)
-      asked = processes.vote(stopped(), mesh)
-      current, measured = step_fn(current, batch, asked)
-      done += 1
-      # One step late, so that the device need not wait for the host.
-      settle()
-      pending = (done, measured)
-      progress.advance(done)
-      last = done == options.steps
-      if last or done % options.eval_every == 0:
-        save(validate())
-      elif done % options.checkpoint_every == 0:
-        save()
-    if done < options.steps:
+    say = progress.say if processes.first() else print
+    # Until all is saved; a signal in the test that follows ends it at once.
+    with processes.signals(say) as stopped:
+
+      def stops() -> bool:
+        return all_stop or (jax.process_count() == 1 and stopped())
+
+      while done < options.steps and not stops():
+        batch = step.place(next(batches), where)
+        asked = processes.vote(stopped(), mesh)
+        current, measured = step_fn(current, batch, asked)
+        done += 1
+        # One step late, so that the device need not wait for the host.
+        settle()
+        pending = (done, measured)
+        progress.advance(done)
+        last = done == options.steps
+        if last or done % options.eval_every == 0:
+          save(validate())
+        elif done % options.checkpoint_every == 0:
+          save()
       if saved < done:
         save()
       checkpoints.wait()
+      stopping = stops()
+    if stopping or done < options.steps:
       progress.say(
         f"stopped at step {done} of {options.steps}, saved in {workdir}; the"
         " same command goes on from there."

@@ -4,6 +4,9 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 
 import program
 import pytest
@@ -92,6 +95,50 @@ def test_stopped_saves_and_resumes(start, whole, tmp_path, number):
   assert (workdir / run.CHECKPOINTS / str(step)).is_dir()
   again = finish(start, workdir, whole)
   assert f"resuming {workdir} at step {step} of 12" in again
+
+
+# A signal to itself, where it evaluates.
+ASKED = textwrap.dedent("""
+  import os, signal
+  from moejax import main
+  from moejax.training import {module}
+  undisturbed = {module}.{name}
+
+  def asked(*args, **options):
+    if {when}:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return undisturbed(*args, **options)
+
+  {module}.{name} = asked
+  main.console()
+""")
+LAST_VALIDATION = {
+  "module": "metrics",
+  "name": "Writer.write",
+  "when": "args[1:3] == (12, 'validation')",
+}
+FINAL_TEST = {"module": "checkpoint", "name": "Checkpoints.best", "when": True}
+
+
+def test_a_signal_at_the_end_stops_before_or_in_the_test(
+  environment, small_flags, start, whole, tmp_path
+):
+  workdir = tmp_path / "run"
+  for where, status, said in (
+    (LAST_VALIDATION, 0, "stopped at step 12 of 12"),
+    (FINAL_TEST, -signal.SIGTERM, "resuming"),
+  ):
+    code = ASKED.format(**where)
+    done = subprocess.run(
+      [sys.executable, "-c", code, "train", *small_flags]
+      + [f"--workdir={workdir}"],
+      env=environment,
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout and "test perplexity" not in done.stdout
+  assert "at step 12 of 12" in finish(start, workdir, whole)
 
 
 @pytest.mark.parametrize(
