@@ -111,14 +111,17 @@ def make_mesh(
   """Arranges the devices (all of them by default) as the layout asks.
 
   A fixed axis of the layout shrinks to 1 on a single device, so that every
-  layout runs from one device up. Devices lie in the order of the batch, the
-  last axis being that of experts: rows that a process reads are its devices'.
+  layout runs from one device up. Devices lie in the order of the batch, those
+  of a process together (a TPU may number them otherwise), the last axis being
+  that of experts: rows that a process reads are its devices'.
 
   Raises:
     ValueError: the devices do not divide into the mesh shape, or parameters
       are split where they rest and where they are used.
   """
-  devices = np.asarray(jax.devices() if devices is None else devices)
+  devices = jax.devices() if devices is None else devices
+  in_order = sorted(devices, key=lambda each: (each.process_index, each.id))
+  devices = np.asarray(in_order)
   data, expert, model = abstract_mesh(layout, devices.size).axis_sizes
   devices = devices.reshape(data, model, expert).swapaxes(1, 2)
   return jax.sharding.Mesh(devices, MESH_AXES)

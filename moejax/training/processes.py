@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -71,6 +71,7 @@ def join(
   try:
     jax.distributed.initialize(
       **given,
+      local_device_ids=_own_devices(os.environ),
       heartbeat_timeout_seconds=_SILENCE,
       shutdown_timeout_seconds=_SILENCE,
     )
@@ -160,6 +161,21 @@ def _number(name: str, given: int | None) -> int | None:
 
 def _started_by_scheduler() -> bool:
   return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _own_devices(environ: Mapping[str, str]) -> list[int] | None:
+  """Returns [], all that this process sees, where SLURM made them its own.
+
+  None leaves it to JAX, which under SLURM gives every process one GPU of those
+  that it sees: right where the processes of a machine see the same.
+  """
+  if environ.get("JAX_LOCAL_DEVICE_IDS"):
+    return None
+  tasks, nodes = (
+    environ.get(f"SLURM_STEP_NUM_{name}") for name in ("TASKS", "NODES")
+  )
+  alone_there = tasks is not None and tasks == nodes
+  return [] if alone_there or "SLURM_GPUS_PER_TASK" in environ else None
 
 
 def _on_tpu() -> bool:

@@ -61,9 +61,27 @@ def build(
   layout = config_lib.layout(config)
   mesh = sharding.make_mesh(layout, devices)
   where = placement.batch_sharding(layout, mesh, config.data.batch_size)
+  _check_own_rows(where, config.data.batch_size, layout)
   shapes = config_lib.batch_shapes(config)
   target = state.target(model, tx, shapes, layout, mesh)
   return Parts(model, schedule, tx, layout, mesh, where, shapes, target)
+
+
+def _check_own_rows(
+  where: jax.sharding.Sharding, batch_size: int, layout: sharding.Layout
+) -> None:
+  """Refuses a layout in which a process would need rows that another reads."""
+  count, own = jax.process_count(), where.addressable_devices_indices_map
+  first, size = jax.process_index(), batch_size // count
+  for (rows,) in own((batch_size,)).values():
+    start, stop, _ = rows.indices(batch_size)
+    if not first * size <= start < stop <= (first + 1) * size:
+      raise ValueError(
+        f"layout {layout.name!r} wants rows {start} to {stop} of a batch of"
+        f" {batch_size} on a device of process {first}, but each of the {count}"
+        f" processes reads {size} rows, one after the other; let the rule of"
+        " 'batch' split rows over the devices of all processes."
+      )
 
 
 def sizes(params: Any) -> tuple[int, int]:

@@ -94,6 +94,17 @@ def test_multiprocess_refuses_processes_started_unlike(start_several, tmp_path):
   assert [process.returncode for process in processes] == [1, 1]
 
 
+def test_multiprocess_refuses_rows_that_another_reads(start_several, tmp_path):
+  """Four parts of the batch, on devices of both processes each."""
+  own = (
+    "--config.layout={'mesh_shape': (2, -1, 1), 'rules': {'batch': 'expert'}}"
+  )
+  processes = start_several(tmp_path / "run", 2, 4, own)
+  for output in program.end(processes):
+    assert re.search(r"'own' wants rows . to . of a batch of 8 on a", output)
+  assert [process.returncode for process in processes] == [1, 1]
+
+
 @pytest.mark.parametrize(
   "devices, processes, layout",
   [(4, 1, "data_expert"), (1, 1, "expert"), (8, 2, "replicated")],

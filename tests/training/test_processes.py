@@ -1,5 +1,7 @@
 """One process among none: what is agreed with nobody, and what is refused."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -53,6 +55,33 @@ def test_what_does_not_fit_is_refused(monkeypatch, given, environment, message):
     monkeypatch.setenv(name, value)
   with pytest.raises(ValueError, match=message):
     processes.join(*given)
+
+
+@pytest.mark.parametrize(
+  "environment, want",
+  [
+    ({}, None),
+    # Eight on a machine, which see all its devices.
+    ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, None),
+    ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "4"}, []),
+    ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_GPUS_PER_TASK": "1"}, []),
+    ({"JAX_LOCAL_DEVICE_IDS": "3", "SLURM_GPUS_PER_TASK": "1"}, None),
+  ],
+)
+def test_devices_that_slurm_gave_to_a_process_are_its_own(
+  monkeypatch, environment, want
+):
+  """JAX would take one of them."""
+  for name in [n for n in os.environ if n.startswith("SLURM_")]:
+    monkeypatch.delenv(name)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  given = {}
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda **options: given.update(options)
+  )
+  processes.join("localhost:1", 2, 0)
+  assert given["local_device_ids"] == want
 
 
 def test_nothing_given_is_alone(monkeypatch):
