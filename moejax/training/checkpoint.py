@@ -19,6 +19,8 @@ from moejax.training.state import TrainState
 # What `sha256sum --check` reads: the digest of every other file of a
 # checkpoint. Orbax does not notice a flipped bit.
 SUMS_FILE = "SHA256SUMS"
+# No room on the host or on a device, another process lost.
+_NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)
 
 
 class Restored(NamedTuple):
@@ -124,7 +126,7 @@ class Checkpoints:
     for step in steps:
       try:
         restored = self._restore(step, target)
-      except MemoryError:
+      except _NOT_DAMAGE:
         raise
       except Exception as error:  # Orbax raises many kinds on damage.
         first_line = (str(error).splitlines() or [""])[0]
@@ -157,6 +159,8 @@ class Checkpoints:
     if step is not None:
       try:
         return self._restore(step, target)
+      except _NOT_DAMAGE:
+        raise
       except Exception as error:
         _say(
           f"the best checkpoint, of step {step}, cannot be read"

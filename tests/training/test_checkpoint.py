@@ -216,3 +216,23 @@ def test_read_only_changes_nothing(tmp_path):
   before = sorted(tmp_path.iterdir())
   assert_is(Checkpoints(tmp_path, read_only=True).latest(target()), 1)
   assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("find", ["latest", "best"])
+@pytest.mark.parametrize(
+  "error",
+  [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")],
+)
+def test_no_room_is_no_damage(tmp_path, monkeypatch, find, error):
+  checkpoints = fill(tmp_path, [(1, 3.0), (2, 2.0)])
+  checkpoints.wait()
+
+  def fail(*_):
+    raise error
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Checkpoints, "_restore", fail)
+    with pytest.raises(type(error)):
+      getattr(checkpoints, find)(target())
+  assert_is(checkpoints.latest(target()), 2)
+  checkpoints.close()
