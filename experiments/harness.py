@@ -86,6 +86,9 @@ def main(
     **options: further ones that take a text, and what they are. One that is
       given becomes part of the files' stem: its results are others.
 
+  The time and the machine that it notes are those of the last call; where runs
+  were resumed, the rows say how long each took.
+
   Returns:
     The rows.
   """

@@ -7,8 +7,8 @@ scan that JAX differentiates; "moejax" is `models.layers.lstm`; "torch" is
 turns in one process; ms is the median of the repeats, fastest_ms the least
 disturbed one, from which the ratios come.
 
-Result: of torch's time, flax took 1.57 and moejax 1.11 at L=32, D=128; 2.02 and
-1.25 at L=64, D=128; 1.34 and 1.02 at L=32, D=512 (two cores of an AMD EPYC,
+Result: of torch's time, flax took 1.57 and moejax 1.15 at L=32, D=128; 2.04 and
+1.23 at L=64, D=128; 1.43 and 1.02 at L=32, D=512 (two cores of an AMD EPYC,
 results/lstm_speed.csv). Expected was that adding up the weight gradient step by
 step costs most; hoisting it alone brought 5 to 15 %. The rest came from the
 backward loop: local derivatives taken in the forward pass, buffers written in
