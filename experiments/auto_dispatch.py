@@ -8,8 +8,9 @@ F x D matrix. `of_gather` is the time of ragged over that of gather.
 Result: on two cores of an AMD EPYC slots are as fast or faster up to 512
 tokens: forward, where sorting and the loop over experts show most, ragged takes
 0.95 to 2.1 of gather's time (1.2 to 2.1 at 64 tokens), forward and backward 0.9
-to 1.9. At 4096 tokens it is 0.74 to 1.01 and 0.76 to 1.06. Hence `dispatch.fastest` takes slots for few edges, such as those
-of decoding (results/auto_dispatch.csv).
+to 1.9. At 4096 tokens it is 0.74 to 1.01 and 0.76 to 1.06. Hence
+`dispatch.fastest` takes slots for few edges, such as those of decoding
+(results/auto_dispatch.csv).
 """
 
 import itertools

@@ -12,12 +12,12 @@ lie under runs/balance_losses and are resumed there.
 
 Result: with losses the balance is nearly the paper's: either alone brings
 max/mean from 4.8 to 1.3 (importance) or 1.1 (load), and each its own CV from
-above 1.4 to 0.08 and 0.06. Without losses the gate collapses on few experts. What that costs is less
-here, 1 % of perplexity (95.6 against 94.3 to 94.9) where the paper loses 12 %:
-after 1200 steps all 32 experts together lead their dense twin by no more than 3
-%, so there is not more to lose. Weights of 1 are worst (96.5) where the paper
-sees no harm. One seed, one core of an Intel Xeon each
-(results/balance_losses.csv).
+above 1.4 to 0.08 and 0.06. Without losses the gate collapses on few experts.
+What that costs is less here, 1 % of perplexity (95.6 against 94.3 to 94.9)
+where the paper loses 12 %: after 1200 steps all 32 experts together lead their
+dense twin by no more than 3 %, so there is not more to lose. Weights of 1 are
+worst (96.5) where the paper sees no harm. One seed, one core of an Intel Xeon
+each (results/balance_losses.csv).
 """
 
 from collections.abc import Iterator

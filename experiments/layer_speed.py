@@ -25,11 +25,11 @@ products run at the dense block's rate (86 GFLOP/s a core at 128 rows in a loop,
 77 in one of 16,384); what grows is the traffic of the weights, read twice and
 their gradient zeroed and written once: half a gigabyte of each at E=128, one at
 E=256. So it is the machine's memory that decides: on an Intel Xeon which moved
-8 to 10 GB/s it was 1.08, 1.25, 1.66, 2.01, and 1.83 from E=4 to E=256.
-Expected before: the products. Found by timing every move alone: a sum over the
-K rows of a token by one read [K, S, D] took 60 ms, by K reads 1 ms. Compiled
-for a TPU, gather does 1.003 to 1.005 times those of its capacity, ragged 1.004 to
-1.008 times the analytic ones.
+8 to 10 GB/s it was 1.08, 1.25, 1.66, 2.01, and 1.83 from E=4 to E=256. Expected
+before: the products. Found by timing every move alone: a sum over the K rows of
+a token by one read [K, S, D] took 60 ms, by K reads 1 ms. Compiled for a TPU,
+gather does 1.003 to 1.005 times those of its capacity, ragged 1.004 to 1.008
+times the analytic ones.
 """
 
 import functools

@@ -26,9 +26,10 @@ the loss by at most 8e-8 of itself, a gradient by 1.3e-6 of its largest entry.
 By gather "expert" sends 9.3 MB and holds 32, "replicated" 59 and 106; "fsdp"
 sends twice that and saves less than one would think, as a layer alone is all at
 work: its gain is the other layers' weights and optimiser state. Sorted rows
-over split experts send 15 MB by all-gathers and reduce-scatters here (a TPU sends each row its own
-way), and dropless sets room aside for the worst case, which the CPU works
-through: 3.9 times gather's time. Time is least where least is copied.
+over split experts send 15 MB by all-gathers and reduce-scatters here (a TPU
+sends each row its own way), and dropless sets room aside for the worst case,
+which the CPU works through: 3.9 times gather's time. Time is least where least
+is copied.
 
 Of whole models (results/sharding_layouts_topology.csv) those for the benchmark
 fit 16 chips of a v5e (17.2 GB) in the configs' own layout alone, experts and

@@ -76,11 +76,11 @@ def flops_per_step(config: config_lib.Config, vocab_size: int) -> int:
   """Counts what a training step needs to compute, in floating-point operations.
 
   Two for a multiply-add; the backward pass is twice the forward pass. Of every
-  place for a word, embedding excluded, softmax included: of the
-  classes that its samples are at most, and its target, where it is sampled. Of a translation every place of a row attends to
-  every place of its source, whatever pairs they belong to. Nothing for slots
-  that stay empty, for dispatch, or for what is computed a second time to save
-  memory.
+  place for a word, embedding excluded, softmax included: of the classes that
+  its samples are at most, and its target, where it is sampled. Of a translation
+  every place of a row attends to every place of its source, whatever pairs they
+  belong to. Nothing for slots that stay empty, for dispatch, or for what is
+  computed a second time to save memory.
   """
   model = config_lib.model(config, vocab_size)
   target, *source = _look_up(_MODELS, model)(model)
