@@ -104,10 +104,13 @@ def suggest(
       changes = changes | _more_microbatches(config, changes, topology)
   for _ in range(STEPS):
     best, changes = min(tried, key=lambda each: rank(each[0]))
-    known = [each for _, each in tried]
+    # Changes may say what the config says already.
+    known = [changed_config(config, each) for _, each in tried]
     steps = _steps(config, changes, topology)
     following = (changes | step for step in steps)
-    new = next((each for each in following if each not in known), None)
+    new = next(
+      (e for e in following if changed_config(config, e) not in known), None
+    )
     if new is None:
       return
     yield look(new)
