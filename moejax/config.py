@@ -6,7 +6,7 @@ Nothing below this file has ever seen a config.
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -72,8 +72,11 @@ def check(config: ConfigDict) -> None:
       " of sentences ('pairs', 'wmt14') are for it alone; change one of them."
     )
   losses.auxiliary([], *aux(config))
-  if config.seed < 0:
-    raise ValueError(f"config.seed is {config.seed}; give 0 or more.")
+  named.typed(config.seed, int, "config.seed")
+  if not 0 <= config.seed < 2**32:
+    raise ValueError(
+      f"config.seed is {config.seed}; give 0 or more, and less than 2**32."
+    )
   train(config)
   optimizer(config)
   layout(config)
@@ -82,7 +85,12 @@ def check(config: ConfigDict) -> None:
 def aux(config: ConfigDict) -> tuple[dict[str, float], str]:
   """Reads the section `aux`: weights of the balance losses, and their scope."""
   weights = config.aux.to_dict()
-  return weights, weights.pop("scope", "batch")
+  scope = weights.pop("scope", "batch")
+  for name, weight in weights.items():
+    named.typed(weight, float, f"config.aux.{name}")
+    if weight < 0:
+      raise ValueError(f"config.aux.{name} is {weight}; give 0 or more.")
+  return weights, scope
 
 
 def train(config: ConfigDict) -> Train:
@@ -91,9 +99,7 @@ def train(config: ConfigDict) -> Train:
   numbers = values._asdict()
   over = numbers.pop("balance_over")
   named.known(over, step.BALANCE_OVER, "config.train.balance_over")
-  for name, value in numbers.items():
-    if value < 1:
-      raise ValueError(f"config.train.{name} is {value}; give 1 or more.")
+  named.sizes("config.train", **numbers)
   return values
 
 
@@ -372,22 +378,23 @@ def layout(config: ConfigDict) -> sharding.Layout:
 def _layout(
   name,
   mesh_shape: Sequence[int],
-  rules: Mapping[str, str | Sequence[str] | None] | None = None,
+  rules: Mapping[str, Any] | None = None,
 ) -> sharding.Layout:
   shape = tuple(mesh_shape)
   sound = all(isinstance(n, int) and (n > 0 or n == -1) for n in shape)
   if not sound or len(shape) != 3 or shape.count(-1) > 1:
     raise ValueError(
-      f"config.layout.mesh_shape is {shape}; give the number of devices along"
-      f" {', '.join(sharding.MESH_AXES)}, with -1 for at most one of them."
+      f"config.layout.mesh_shape is {shape}; give the number of devices"
+      f" along {', '.join(sharding.MESH_AXES)}, -1 for at most one."
     )
   rules = rules or {}
   named.refuse_unknown(rules, sharding.RULES, "config.layout.rules")
   changes = {}
   for axis, over in rules.items():
     # A config of JSON has lists.
-    changes[axis] = over if isinstance(over, str | None) else tuple(over)
-    for mesh_axis in (over,) if isinstance(over, str) else over or ():
+    several = isinstance(over, list | tuple)
+    changes[axis] = tuple(over) if several else over
+    for mesh_axis in over if several else () if over is None else (over,):
       where = f"config.layout.rules.{axis}"
       named.known(mesh_axis, dict.fromkeys(sharding.MESH_AXES), where)
   return sharding.Layout(name, shape, sharding.rules(**changes))

@@ -227,6 +227,7 @@ def _mix_in_groups(module, x, train, mask, ids):
         " entry per token."
       )
   if mask is not None:
+    mask = mask.astype(bool)
     # Whatever stands in padding, NaN included, must not reach a product.
     x = jnp.where(mask[..., None], x, 0)
     mask = mask.reshape(-1, size)

@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +28,7 @@ def make(
   where: str,
   **given: Any,
 ) -> Any:
-  """Calls `factory` with a section's fields, checked by name."""
+  """Calls `factory` with a section's fields, checked by name and type."""
   parameters = inspect.signature(factory).parameters
   # Every linen module also takes these two; a config has no use for them.
   hidden = {"parent", "name", *given}
@@ -36,6 +38,8 @@ def make(
     needed = parameters[name].default is inspect.Parameter.empty
     if needed and name not in section:
       raise ValueError(f"{where}.{name} is missing; give it a value.")
+    if name in section:
+      typed(section[name], parameters[name].annotation, f"{where}.{name}")
   return factory(**section, **given)
 
 
@@ -49,6 +53,11 @@ def refuse_unknown(
   """
   known = list(known)
   for name in section:
+    if not known:
+      raise ValueError(
+        f"{where}.{name} does not exist, nor any other field there; take it"
+        " out of the config."
+      )
     if name not in known:
       raise ValueError(
         f"{where}.{name} does not exist; the nearest is"
@@ -56,13 +65,13 @@ def refuse_unknown(
       )
 
 
-def known(name: str, table: Mapping[str, Any], where: str) -> str:
+def known(name: Any, table: Mapping[str, Any], where: str) -> str:
   """Returns the name, if the table has it.
 
   Raises:
     ValueError: it has not; lists all names, and says which is the nearest.
   """
-  if name not in table:
+  if not isinstance(name, str) or name not in table:
     raise ValueError(
       f"{where} is {name!r}; choose one of {', '.join(map(repr, table))}"
       f" (the nearest is {_nearest(name, table)!r})."
@@ -70,17 +79,56 @@ def known(name: str, table: Mapping[str, Any], where: str) -> str:
   return name
 
 
-def sizes(where: str, **fields: int | Sequence[int] | None) -> None:
+def sizes(where: str, **fields: Any) -> None:
   """Lets no size pass that is not 1 or more; None is no size.
 
   Raises:
     ValueError: names the field and its value.
   """
   for name, value in fields.items():
-    for size in value if isinstance(value, (list, tuple)) else (value,):
+    several = isinstance(value, (list, tuple))
+    for size in value if several else (value,):
+      typed(size, int | None, f"{where}.{name}")
       if size is not None and size < 1:
         raise ValueError(f"{where}.{name} is {value}; give 1 or more.")
+    if several and not value:
+      raise ValueError(f"{where}.{name} is {value}; give at least one.")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def typed(value: Any, annotation: Any, where: str) -> None:
+  """Lets no value pass of another type than annotated, where a file holds such.
+
+  That is bool, int, float (an int will do), str, None, sections and lists, and
+  a choice of these; what sections and lists hold is not looked at.
+
+  Raises:
+    ValueError: names the field, its value and the type.
+  """
+  union = isinstance(annotation, types.UnionType)
+  each = typing.get_args(annotation) if union else (annotation,)
+  kinds = [typing.get_origin(kind) or kind for kind in each]
+  if not all(kind in _KINDS for kind in kinds):
+    return
+  for kind in kinds:
+    several = (
+      hasattr(value, "keys")
+      if kind is Mapping
+      else (kind in (Sequence, Iterable) and isinstance(value, (list, tuple)))
+    )
+    if several or type(value) in (kind, int if kind is float else kind):
+      return
+  wanted = " or ".join(_KINDS[kind] for kind in kinds)
+  raise ValueError(f"{where} is {value!r}; give it as {wanted}.")
+
+
+_KINDS = {
+  **{kind: kind.__name__ for kind in (bool, int, float, str)},
+  types.NoneType: "None",
+  Mapping: "dict",
+  Sequence: "list",
+  Iterable: "list",
+}
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
   return difflib.get_close_matches(str(name), list(known), 1, 0)[0]

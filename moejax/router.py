@@ -133,6 +133,11 @@ class NoisyTopK(Router):
   noise_epsilon: float = 1e-2
 
   def decide(self, x, train, mask, ids):
+    if not self.noise_epsilon >= 0:
+      raise ValueError(
+        f"noise_epsilon is {self.noise_epsilon}, but it is a standard"
+        " deviation; give 0 or more."
+      )
     logits = self.logits(x, _ZEROS)
     # Read in evaluation too: the parameters must not depend on `train`.
     noise_logits = self.logits(x, _ZEROS, name="noise")
@@ -222,7 +227,8 @@ class Hash(Router):
     if ids is None:
       raise ValueError(
         f"the hash router spreads token ids over {self.num_experts} experts,"
-        " but got no ids; pass ids=, one per token, or choose another router."
+        " but got no ids; pass ids=, one per token, or choose another router"
+        " (a mixture within a group or an expert is given none)."
       )
     return gating.hash_ids(ids, self.num_experts, self.k, mask)
 

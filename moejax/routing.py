@@ -137,11 +137,12 @@ def decision(
   def add(value):
     return per_expert(value, assignment.expert, logits.shape[-1])
 
-  count = add(jnp.ones_like(assignment.gate))
+  # In bfloat16 a count would end at 256.
+  count = add(jnp.ones(assignment.gate.shape, jnp.float32))
   return Routing(
     assignment,
     logits,
-    importance=add(assignment.gate),
+    importance=add(assignment.gate.astype(jnp.float32)),
     load=count,
     count=count,
     mask=mask,

@@ -383,3 +383,9 @@ def test_bias_learns_to_balance():
   _, before, after = learn(make("sigmoid"), losses.bias, 0.005)
   assert np.abs(before - 60 * K / E).max() > 8
   assert np.abs(after - 60 * K / E).max() <= 3
+
+
+def test_a_negative_standard_deviation_is_refused():
+  layer = router.NoisyTopK(4, 2, noise_epsilon=-1.0)
+  with pytest.raises(ValueError, match=r"noise_epsilon is -1\.0.*0 or more"):
+    layer.init(jax.random.key(0), jnp.zeros((1, 3, 2)), train=True)

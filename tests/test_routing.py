@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from decisions import CASES, drop, edges, make_level, make_mask
 
-from moejax import losses, routing
+from moejax import gating, losses, routing
 from moejax.routing import Assignment
 
 G, S, K, E = 2, 3, 2, 4
@@ -211,3 +211,10 @@ def test_groups_that_are_together_stay_where_they_lie(number):
     return values, losses.balance(decision)
 
   assert not moved(judge, decision, "group")
+
+
+def test_sums_of_a_bfloat16_router_do_not_end_at_256():
+  logits = jax.random.normal(jax.random.key(0), (1, 2000, 4), jnp.bfloat16)
+  found = gating.top_k(logits, 2)
+  assert int(found.count.sum()) == 4000
+  np.testing.assert_allclose(found.importance.sum(), 2000, rtol=1e-2)

@@ -174,6 +174,8 @@ def for_decoding(model: GNMT) -> GNMT:
 
   A token is a group of its own and none is dropped, so that a translation
   depends on nothing else in the batch. The parameters are those of `model`.
+  In a mixture of two levels, whose experts have slots, every expert then works
+  on every token: with many of them a translation is slow and takes much memory.
 
   Raises:
     ValueError: experts choose among the tokens of a batch, in evaluation too.

@@ -366,7 +366,7 @@ def table_rows(vocab_size: int, multiple: int) -> int:
 def look_up(
   table: Float[Array, "rows D"], ids: Int[Array, "B L"]
 ) -> Float[Array, "B L D"]:
-  """Returns rows of a table; an id outside it gives NaN.
+  """Returns rows of a table; an id past its end gives NaN.
 
   Where the table is split over devices, ids go to all of them and rows come
   back as sums, of which all terms but one are zero: a table is never gathered.
@@ -394,7 +394,7 @@ class Embed(nn.Module):
 
   @nn.compact
   def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Looks words up; an id outside the table gives NaN."""
+    """Looks words up; an id past the table's end gives NaN."""
     init = nn.with_logical_partitioning(_UNIT_ROWS, ("vocab", "embed"))
     shape = (table_rows(self.vocab_size, self.multiple), self.width)
     return look_up(self.param("table", init, shape, jnp.float32), ids)

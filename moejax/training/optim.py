@@ -65,6 +65,7 @@ def adam(
   The norm is over the logical arrays, wherever their parts lie: experts and
   dense layers are clipped alike on every mesh.
   """
+  _check(b1, b2, eps)
   scale = optax.scale_by_adam(b1, b2, eps) if b1 else _scale_by_rms(b2, eps)
   rule = optax.chain(scale, optax.scale_by_learning_rate(schedule))
   return _clipped(rule, clip_norm)
@@ -102,6 +103,7 @@ def factored_adam(
     eps: added to its root.
     clip_norm: as for `adam`.
   """
+  _check(b1, b2, eps)
   rules = {
     "adam": optax.scale_by_adam(b1, b2, eps),
     "factored": _scale_by_factors(b2, eps),
@@ -114,9 +116,24 @@ def factored_adam(
   return _clipped(update, clip_norm)
 
 
+def _check(b1: float, b2: float, eps: float) -> None:
+  for name, decay in (("b1", b1), ("b2", b2)):
+    if not 0 <= decay < 1:
+      raise ValueError(
+        f"config.optimizer.{name} is {decay}; give 0 or more, and less than 1."
+      )
+  if not eps >= 0:
+    raise ValueError(f"config.optimizer.eps is {eps}; give 0 or more.")
+
+
 def _clipped(update: Update, clip_norm: float | None) -> Update:
   if clip_norm is None:
     return update
+  if not clip_norm > 0:
+    raise ValueError(
+      f"config.optimizer.clip_norm is {clip_norm}; give more than 0, or None to"
+      " clip nothing."
+    )
   return optax.chain(optax.clip_by_global_norm(clip_norm), update)
 
 

@@ -75,7 +75,7 @@ def _check_own_rows(
   first, size = jax.process_index(), batch_size // count
   for (rows,) in own((batch_size,)).values():
     start, stop, _ = rows.indices(batch_size)
-    if not first * size <= start < stop <= (first + 1) * size:
+    if not first * size <= start <= stop <= (first + 1) * size:
       raise ValueError(
         f"layout {layout.name!r} wants rows {start} to {stop} of a batch of"
         f" {batch_size} on a device of process {first}, but each of the {count}"

@@ -1,0 +1,45 @@
+"""Fields of a config: what none can hold is said by name."""
+
+import config_shapes
+import pytest
+
+from moejax import config as config_lib
+
+
+@pytest.mark.parametrize(
+  "field, value, complaint",
+  [
+    ("seed", 2**32, "seed is 4294967296; give 0 or more, and less than"),
+    ("seed", 1.5, r"seed is 1\.5; give it as int"),
+    ("train.steps", "100", "train.steps is '100'; give it as int"),
+    ("model.width", 32.0, r"model.width is 32\.0; give it as int"),
+    ("model.moe.group_size", 8.0, r"group_size is 8\.0; .* int or None"),
+    ("model.moe.experts.hidden", (), r"hidden is \(\); give at least one"),
+    ("model.moe.experts.hidden", 8.0, r"hidden is 8\.0; give it as int"),
+    ("model.moe.experts", "linear", "experts is 'linear'; give it as dict or"),
+    ("model.moe.router", "top_k", "router is 'top_k'; give it as dict"),
+    ("model.moe.router.kind", ["top_k"], r"kind is \['top_k'\]; choose one"),
+    ("aux.load", "0.1", "aux.load is '0.1'; give it as float"),
+    ("optimizer.clip_norm", 0.0, r"clip_norm is 0\.0; give more than 0, or N"),
+    ("optimizer.b2", 1.0, r"b2 is 1\.0; give 0 or more, and less than 1"),
+    ("optimizer.eps", -1.0, r"eps is -1\.0; give 0 or more"),
+    ("layout", {"mesh_shape": 8}, "mesh_shape is 8; give it as list"),
+    (
+      "layout",
+      {"mesh_shape": (1, -1, 1), "rules": {"expert": 1}},
+      "rules.expert is 1; choose one of 'data'",
+    ),
+  ],
+)
+def test_a_field_of_another_type_or_size_is_named(field, value, complaint):
+  """A file may hold what no flag can."""
+  config = config_shapes.load("tiny.py")
+  *path, last = field.split(".")
+  with config.unlocked(), config.ignore_type():
+    section = config
+    for name in path:
+      section = section[name]
+    section[last] = value
+  with pytest.raises(ValueError, match=complaint):
+    config_lib.check(config)
+    config_lib.model(config, 100)
