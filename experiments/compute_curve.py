@@ -2,12 +2,22 @@
 
 Method: MoE-256-h of configs/lm1b and its dense twin MoE-1-Wide (Fig. 2, right,
 at a laptop's size) with widths a sixteenth, an eighth and a quarter of the
-paper's: the ops/timestep of both grow four-fold from one to the next. Steps,
-batches, optimiser and text as in capacity_curve.py, whose runs of an eighth
-are the same; the peak of the learning rate falls as the width grows. Runs lie
-under runs/curves and are resumed there.
+paper's: the ops/timestep grow four-fold from one to the next (of the mixture
+3.8 and 3.9). Steps, batches, optimiser and text as in capacity_curve.py, whose
+runs of an eighth are the same; the peak of the learning rate falls as the width
+grows. Runs lie under runs/curves and are resumed there.
 
-Result: not run to its end yet.
+Result: as in the paper the mixture is ahead at every size, and the more the
+larger. On 12 M words of technical documentation and 2400 steps (39 M words) the
+test perplexity is 69.2 dense and 65.1 with 256 experts at a sixteenth of the
+widths (6 % lower), 53.4 and 49.8 at an eighth (7 %), 45.1 and 41.6 at a quarter
+(8 %). What the mixture reaches with 0.14 M ops the dense model would with 0.23
+M, by the line between its points. The lead comes late, so more steps would make
+it longer: in training loss there is none until step 600, then at a quarter
+0.044 nats at step 1200, 0.071 at 1800, 0.092 at 2400; at a sixteenth 0.020,
+0.045, 0.058. One seed, one core of an AMD EPYC each, beside other work; the
+runs of an eighth are those of results/capacity_curve_text_models.csv
+(results/compute_curve_text.csv).
 """
 
 from collections.abc import Iterator
@@ -35,6 +45,11 @@ def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
     axes.plot(ops, [row["test"] for row in points], "o-", label=label)
   axes.set_xscale("log")
   axes.set_yscale("log")
+  for of_ticks in (
+    axes.yaxis.set_major_formatter,
+    axes.yaxis.set_minor_formatter,
+  ):
+    of_ticks("{x:.0f}")
   axes.set_xlabel("ops/timestep outside embedding and softmax")
   axes.set_ylabel("test perplexity per word")
   axes.legend()
