@@ -107,18 +107,19 @@ def typed(value: Any, annotation: Any, where: str) -> None:
   union = isinstance(annotation, types.UnionType)
   each = typing.get_args(annotation) if union else (annotation,)
   kinds = [typing.get_origin(kind) or kind for kind in each]
-  if not all(kind in _KINDS for kind in kinds):
-    return
-  for kind in kinds:
-    several = (
-      hasattr(value, "keys")
-      if kind is Mapping
-      else (kind in (Sequence, Iterable) and isinstance(value, (list, tuple)))
-    )
-    if several or type(value) in (kind, int if kind is float else kind):
-      return
-  wanted = " or ".join(_KINDS[kind] for kind in kinds)
-  raise ValueError(f"{where} is {value!r}; give it as {wanted}.")
+  plain = all(kind in _KINDS for kind in kinds)
+  if plain and not any(_is(value, kind) for kind in kinds):
+    wanted = " or ".join(_KINDS[kind] for kind in kinds)
+    raise ValueError(f"{where} is {value!r}; give it as {wanted}.")
+
+
+def _is(value: Any, kind: type) -> bool:
+  if kind is Mapping:
+    return hasattr(value, "keys")
+  if kind in (Sequence, Iterable):
+    return isinstance(value, (list, tuple))
+  # By the type itself: True is an int otherwise.
+  return type(value) is kind or (kind is float and type(value) is int)
 
 
 _KINDS = {

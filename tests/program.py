@@ -52,6 +52,18 @@ def start_several(
   ]
 
 
+def run_code(environment, code, flags, workdir):
+  """Runs code that calls `moejax train` after changing it; returns the end."""
+  command = [sys.executable, "-c", code, "train", *flags]
+  return subprocess.run(
+    [*command, f"--workdir={workdir}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=PATIENCE,
+  )
+
+
 def end(processes):
   """Waits for all of them; returns what they printed."""
   if isinstance(processes, subprocess.Popen):

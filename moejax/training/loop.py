@@ -197,7 +197,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
         save()
       checkpoints.wait()
       stopping = stops()
-    if stopping or done < options.steps:
+    if stopping:
       progress.say(
         f"stopped at step {done} of {options.steps}, saved in {workdir}; the"
         " same command goes on from there."

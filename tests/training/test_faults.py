@@ -144,14 +144,7 @@ NAN_AT_STEP_8 = textwrap.dedent("""
 
 def test_fault_not_a_number(start, environment, small_flags, whole, tmp_path):
   workdir = tmp_path / "run"
-  command = [sys.executable, "-c", NAN_AT_STEP_8, "train", *small_flags]
-  broken = subprocess.run(
-    [*command, f"--workdir={workdir}"],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=program.PATIENCE,
-  )
+  broken = program.run_code(environment, NAN_AT_STEP_8, small_flags, workdir)
   assert broken.returncode == 1, broken.stderr
   assert "loss became nan at step 8; checkpoint 6 was saved" in broken.stderr
   assert program.kept(workdir)[-1] == 6

@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 
 import program
@@ -129,13 +127,7 @@ def test_a_signal_at_the_end_stops_before_or_in_the_test(
     (FINAL_TEST, -signal.SIGTERM, "resuming"),
   ):
     code = ASKED.format(**where)
-    done = subprocess.run(
-      [sys.executable, "-c", code, "train", *small_flags]
-      + [f"--workdir={workdir}"],
-      env=environment,
-      capture_output=True,
-      text=True,
-    )
+    done = program.run_code(environment, code, small_flags, workdir)
     assert done.returncode == status, done.stderr
     assert said in done.stdout and "test perplexity" not in done.stdout
   assert "at step 12 of 12" in finish(start, workdir, whole)
