@@ -59,17 +59,22 @@ QUICK = ("moe_1_wide", "moe_256_h")
 TEXT = "comma-separated files (.txt, .gz, .xz) in place of the messages"
 MODELS = f"comma-separated, of {', '.join(PAPER)}, in place of all"
 ROWS = f"of 64 words, of a batch, in place of {BATCH_SIZE}"
+UPDATES = f"of the parameters, in place of {STEPS}"
 
 
 def rows(
-  quick: bool, text: str = "", models: str = "", batch_size: str = ""
+  quick: bool,
+  text: str = "",
+  models: str = "",
+  batch_size: str = "",
+  steps: str = "",
 ) -> Iterator[harness.Row]:
   """Yields a row per model.
 
   Raises:
     SystemExit: there is no such model.
   """
-  size = int(batch_size or BATCH_SIZE)
+  length = (int(batch_size or BATCH_SIZE), int(steps or STEPS))
   names = models.split(",") if models else QUICK if quick else tuple(PAPER)
   for name in names:
     if name not in PAPER:
@@ -77,7 +82,7 @@ def rows(
         f"there is no model {name!r}; take of {', '.join(PAPER)}"
       )
   for name in names:
-    yield row(name, 8, text, quick, size) | {"paper": PAPER[name]}
+    yield row(name, 8, text, quick, *length) | {"paper": PAPER[name]}
   # Of a config it reads the text alone, and that is the same in all.
   counted = kneser_ney.perplexities(scaled("moe_32", 8, text))
   counted = {split: round(value, 2) for split, value in counted.items()}
@@ -90,6 +95,7 @@ def row(
   text: str,
   quick: bool,
   batch_size: int = BATCH_SIZE,
+  steps: int = STEPS,
 ) -> harness.Row:
   """Trains a row of configs/lm1b; returns what it costs and how good it is.
 
@@ -99,19 +105,26 @@ def row(
     text: files to read, comma-separated; "" is the presidents' messages.
     quick: whether to make it smaller still.
     batch_size: rows of a batch.
+    steps: that it is trained for.
   """
-  config = scaled(name, smaller, text, batch_size)
+  config = scaled(name, smaller, text, batch_size, steps)
   if quick:
     config.update_from_flattened_dict(training.QUICK)
     # A group on each of eight devices, should there be as many.
     training.regroup(config, training.tokens_of_batch(config) // 8)
   with training.folder("curves", quick, text) as runs:
-    run = training.train(config, runs / f"{name}_{smaller}_{batch_size}")
+    run = training.train(
+      config, runs / f"{name}_{smaller}_{batch_size}_{steps}"
+    )
   return {"model": name, **training.report(config, run)}
 
 
 def scaled(
-  name: str, smaller: int, text: str, batch_size: int = BATCH_SIZE
+  name: str,
+  smaller: int,
+  text: str,
+  batch_size: int = BATCH_SIZE,
+  steps: int = STEPS,
 ) -> config_lib.Config:
   """Returns a row of configs/lm1b for a laptop; arguments as of `row`."""
   config = training.load("sotu/moe_32")
@@ -133,7 +146,7 @@ def scaled(
     config.model = model
   config.data.batch_size = batch_size
   training.regroup(config, training.tokens_of_batch(config))
-  config.train.update({"steps": STEPS, "eval_every": STEPS // 2})
+  config.train.update({"steps": steps, "eval_every": STEPS // 2})
   config.seed = SEED
   # 2e-2 is the better of two rates at width 64, 1e-2 at 128.
   config.optimizer.peak *= 64 / config.model.width
@@ -175,4 +188,5 @@ if __name__ == "__main__":
     text=TEXT,
     models=MODELS,
     batch_size=ROWS,
+    steps=UPDATES,
   )
