@@ -14,15 +14,7 @@ from ml_collections import ConfigDict
 
 from moejax import losses, named, sharding
 from moejax import workdir as workdir_lib
-from moejax.data import (
-  corpora,
-  corpus,
-  lm1b,
-  pairs,
-  text,
-  translation,
-  vocab,
-)
+from moejax.data import corpora, corpus, lm1b, pairs, text, translation, vocab
 from moejax.data.pieces import Pieces
 from moejax.models.build import MODELS
 from moejax.training import optim, step
@@ -60,11 +52,13 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: names the section and the nearest that exists.
   """
-  known = ("seed", "layout", "data", "model", "aux", "optimizer", "train")
-  named.refuse_unknown(config.to_dict(), known, "config")
-  for name in known:
+  kinds = dict.fromkeys(("data", "model", "aux", "optimizer", "train"), Mapping)
+  kinds |= {"seed": int, "layout": str | Mapping}
+  named.refuse_unknown(config.to_dict(), kinds, "config")
+  for name, kind in kinds.items():
     if name not in config:
       raise ValueError(f"config.{name} is missing; give it a value.")
+    named.typed(config[name], kind, f"config.{name}")
   if translates(config) != (config.model.get("kind") == "gnmt"):
     raise ValueError(
       f"config.model.kind is {config.model.get('kind')!r}, but config.data.kind"
@@ -72,7 +66,6 @@ def check(config: ConfigDict) -> None:
       " of sentences ('pairs', 'wmt14') are for it alone; change one of them."
     )
   losses.auxiliary([], *aux(config))
-  named.typed(config.seed, int, "config.seed")
   if not 0 <= config.seed < 2**32:
     raise ValueError(
       f"config.seed is {config.seed}; give 0 or more, and less than 2**32."
@@ -126,8 +119,8 @@ def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
   """
   for name in ("batch_size", "row_length", "source_length"):
     value = config.data.get(name, 1)
-    if value < 1:
-      raise ValueError(f"config.data.{name} is {value}; give 1 or more.")
+    named.typed(value, int, f"config.data.{name}")
+    named.sizes("config.data", **{name: value})
   size, length = config.data.batch_size, config.data.row_length
   sides = [(length, text.TYPES)]
   if translates(config):

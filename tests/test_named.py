@@ -11,6 +11,10 @@ from moejax import config as config_lib
   [
     ("seed", 2**32, "seed is 4294967296; give 0 or more, and less than"),
     ("seed", 1.5, r"seed is 1\.5; give it as int"),
+    ("aux", None, "config.aux is None; give it as dict"),
+    ("model", (), r"config.model is \(\); give it as dict"),
+    ("layout", 8, "config.layout is 8; give it as str or dict"),
+    ("data.batch_size", 32.0, r"data.batch_size is 32\.0; give it as int"),
     ("train.steps", "100", "train.steps is '100'; give it as int"),
     ("model.width", 32.0, r"model.width is 32\.0; give it as int"),
     ("model.moe.group_size", 8.0, r"group_size is 8\.0; .* int or None"),
@@ -42,4 +46,5 @@ def test_a_field_of_another_type_or_size_is_named(field, value, complaint):
     section[last] = value
   with pytest.raises(ValueError, match=complaint):
     config_lib.check(config)
+    config_lib.batch_shapes(config)
     config_lib.model(config, 100)

@@ -70,7 +70,8 @@ _KINDS = {
   "v5e": "TPU v5 lite",
   "v5p": "TPU v5",
   "v6e": "TPU v6 lite",
-  "h100": "NVIDIA H100",
+  # Those on a PCIe card or with NVL are slower.
+  "h100": "NVIDIA H100 80GB HBM3",
   "h200": "NVIDIA H200",
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)

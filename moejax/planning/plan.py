@@ -28,7 +28,8 @@ class Memory(NamedTuple):
   Attributes:
     parameters: its part of them.
     optimizer: of the optimiser's state.
-    rest: batch, gradients, activations, and whatever else is in between.
+    rest: batch, gradients, activations, and whatever else is in between; on a
+      CPU at hand also the state before the step, while that is being saved.
     has: what there is; None where nobody says.
   """
 
@@ -188,6 +189,8 @@ def make(
   parameters = state.bytes_per_device(parts.target.params)
   optimizer = state.bytes_per_device(parts.target.opt_state)
   rest = needs - parameters - optimizer
+  if topology.is_here:
+    rest += program.bytes_beside(parts)
   memory = Memory(parameters, optimizer, rest, limit or _has(topology))
   runs = topology.is_here and compiled is not None and memory.fits
   return Plan(

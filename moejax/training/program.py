@@ -105,7 +105,7 @@ def compiled(config: config_lib.Config, parts: Parts) -> jax.stages.Compiled:
     ValueError: names the bytes that a step needs of a device, and those there
       are.
   """
-  device, what = parts.mesh.local_devices[0], "a step takes"
+  what = "a step takes"
   try:
     step_fn = lower(config, parts).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -114,10 +114,10 @@ def compiled(config: config_lib.Config, parts: Parts) -> jax.stages.Compiled:
       raise
     needs, has = refused
   else:
-    needs, has = bytes_needed(step_fn), state.device_memory(device)
-    if device.platform == "cpu":
-      # What is being saved stays where it is; elsewhere it is copied away.
-      needs += state.bytes_per_device(parts.target)
+    has = state.device_memory(parts.mesh.local_devices[0])
+    beside = bytes_beside(parts)
+    needs = bytes_needed(step_fn) + beside
+    if beside:
       what = "a step, and the state before it that is being saved, take"
     if needs <= has:
       return step_fn
@@ -136,6 +136,16 @@ def bytes_needed(step_fn: jax.stages.Compiled) -> int:
   about = step_fn.memory_analysis()
   results = about.output_size_in_bytes - about.alias_size_in_bytes
   return about.argument_size_in_bytes + results + about.temp_size_in_bytes
+
+
+def bytes_beside(parts: Parts) -> int:
+  """Returns what the state before a step takes of one device in it.
+
+  While that is being saved it stays where it is on a CPU; elsewhere it is
+  copied away first.
+  """
+  on_host = parts.mesh.local_devices[0].platform == "cpu"
+  return state.bytes_per_device(parts.target) if on_host else 0
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:

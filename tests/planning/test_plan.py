@@ -41,7 +41,8 @@ def test_parameters_and_their_memory():
   assert got.memory.parameters == own
   # Two moments, and the counters of Adam and of the schedule.
   assert got.memory.optimizer == 2 * own + 2 * 4
-  assert got.memory.rest > own  # the gradients alone
+  # The gradients, and the state before the step that is being saved.
+  assert got.memory.rest > 4 * own
   assert got.memory.needs == sum(got.memory[:3])
   assert got.memory.has == state.device_memory(jax.devices()[0])
   assert got.memory.fits
@@ -84,6 +85,13 @@ def test_estimate_is_a_roofline():
   meanwhile = H100.flops * got.estimate.seconds
   assert got.utilisation == pytest.approx(got.model_flops / meanwhile)
   assert got.measured > got.estimate.seconds
+
+
+def test_only_a_cpu_at_hand_saves_beside_a_step():
+  there = plan.make(tiny(), VOCABULARY, chips.find("cpu:8"))
+  kept = sum(here().memory[:2])
+  # And the counters of step and words.
+  assert 0 <= here().memory.needs - there.memory.needs - kept < 100
 
 
 def test_too_little_memory_is_seen_before_anything_is_compiled():
