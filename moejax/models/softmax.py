@@ -24,9 +24,13 @@ def log_uniform(
     The distinct ids of all draws, sorted, in U = `most_distinct` places, and
     which places hold one. Should there be more ids, the rarest are left out.
   """
-  uniform = jax.random.uniform(rng, (num_samples,))
-  ids = jnp.exp(uniform * math.log(vocab_size + 1)).astype(jnp.int32) - 1
-  ids = jnp.clip(ids, 0, vocab_size - 1)
+  uniform, within = jax.random.uniform(rng, (2, num_samples))
+  logarithm = math.log(vocab_size + 1)
+  above = jnp.exp(uniform * logarithm)
+  # Of a large vocabulary the 2**23 values of a float32 would skip words, always
+  # the same; the second draw fills the step from one value to the next.
+  above += above * within * (logarithm * 2**-23)
+  ids = jnp.clip(above.astype(jnp.int32) - 1, 0, vocab_size - 1)
   places = most_distinct(num_samples, vocab_size)
   ids = jnp.unique(ids, size=places, fill_value=vocab_size)
   used = ids < vocab_size

@@ -74,10 +74,10 @@ def test_logits_agree_with_loss(inputs):
 
 
 def draw(key, draws):
-  """The ids of a sample, and those of all its draws, by its own formula."""
+  """The ids of a sample, and those of all its draws, in float64."""
   ids, used = softmax.log_uniform(key, draws, V)
-  uniform = jax.random.uniform(key, (draws,))
-  every = np.exp(uniform * np.log(V + 1)).astype(int) - 1
+  uniform, within = np.float64(jax.random.uniform(key, (2, draws)))
+  every = np.exp((uniform + within / 2**23) * np.log(V + 1)).astype(int) - 1
   return np.asarray(ids)[np.asarray(used)], np.unique(np.clip(every, 0, V - 1))
 
 
@@ -118,6 +118,18 @@ def test_classes_are_drawn_as_often_as_expected():
   # Four standard deviations of a binomial count.
   bound = 4 * np.sqrt(trials * chance * (1 - chance))
   assert (np.abs(counts - trials * chance) < bound).all()
+
+
+def test_no_word_of_a_large_vocabulary_is_skipped():
+  """float32 has too few values to tell the rarest of 793,471 apart."""
+  draws, classes = 2**22, 793_471
+  ids, used = softmax.log_uniform(jax.random.key(0), draws, classes)
+  rarest = np.asarray(ids)[np.asarray(used)] >= 700_000
+  chance = softmax.log_expected_count(
+    jnp.arange(700_000, classes), draws, classes
+  )
+  want = np.exp(np.float64(chance)).sum()
+  assert abs(rarest.sum() - want) < 5 * np.sqrt(want)
 
 
 def test_sampled_loss_by_hand(inputs, monkeypatch):
