@@ -10,7 +10,9 @@ parameters are `moejax.cost`'s, without embedding and softmax.
 
 Result: two cores of an Intel Xeon, times of the dense step: flat 1.14 (E=4),
 1.45 (64), 2.11 (256), 5.0 (1024), 12.9 (4096), 46.7 (16,384); two levels 1.18,
-1.61, 1.94, 3.4, 6.9, 15.6, the faster from 256 on. At constant k what grows is
+1.61, 1.94, 3.4, 6.9, 15.6, the faster from 256 on. The dense step takes 71 to
+82 ms, but 101 and 158 in turns with programs of gigabytes: over 79 ms the last
+two are 16.4 and 93 flat, 8.8 and 31 in two levels. At constant k what grows is
 the router (flat: 2 D E multiply-adds a word, as many as all else at E=1024) and
 the traffic of weights, gradients and Adam's moments, all E experts' a step for
 4096 words: 0.6 GB of state at E=1024, 9 GB at E=16,384. Before, flat took 4.5

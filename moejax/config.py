@@ -4,6 +4,7 @@ Nothing below this file has ever seen a config.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ def check(config: ConfigDict) -> None:
     raise ValueError(
       f"config.seed is {config.seed}; give 0 or more, and less than 2**32."
     )
+  named.sizes("config.data", vocab_size=config.data.get("vocab_size"))
   train(config)
   optimizer(config)
   layout(config)
@@ -81,7 +83,7 @@ def aux(config: ConfigDict) -> tuple[dict[str, float], str]:
   scope = weights.pop("scope", "batch")
   for name, weight in weights.items():
     named.typed(weight, float, f"config.aux.{name}")
-    if weight < 0:
+    if not 0 <= weight < math.inf:
       raise ValueError(f"config.aux.{name} is {weight}; give 0 or more.")
   return weights, scope
 

@@ -26,7 +26,17 @@ from moejax import config as config_lib
     ("aux.load", "0.1", "aux.load is '0.1'; give it as float"),
     ("optimizer.clip_norm", 0.0, r"clip_norm is 0\.0; give more than 0, or N"),
     ("optimizer.b2", 1.0, r"b2 is 1\.0; give 0 or more, and less than 1"),
-    ("optimizer.eps", -1.0, r"eps is -1\.0; give 0 or more"),
+    ("optimizer.b2", 0.99999999, r"b2 is 0\.99999999; .* less than 1"),
+    ("optimizer.eps", -1.0, r"eps is -1\.0; give more than 0"),
+    ("optimizer.eps", 0.0, r"eps is 0\.0; give more than 0"),
+    ("aux.importance", float("nan"), "importance is nan; give 0 or more"),
+    ("data.vocab_size", 0, "data.vocab_size is 0; give 1 or more"),
+    ("model.moe.experts", ("linear",), r"experts\[0\] is 'linear'; .* as dict"),
+    (
+      "model.moe.experts",
+      ({"kind": "linear", "num_experts": 8, "capacity": "2"},),
+      r"experts\[0\].capacity is '2'; give it as float",
+    ),
     ("layout", {"mesh_shape": 8}, "mesh_shape is 8; give it as list"),
     (
       "layout",

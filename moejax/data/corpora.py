@@ -272,6 +272,8 @@ class TextFiles(Prose, skip_registration=True):
 class Records(Sequence[str]):
   """The texts of a split, read when asked for.
 
+  Where the prepared copy is damaged, whatever reads it raises ValueError.
+
   Attributes:
     folder: where the prepared copy lies.
     split: which part of it this is, as TFDS writes it: "test[:100]".
@@ -288,18 +290,33 @@ class Records(Sequence[str]):
     self.split = split
     self.field = field
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    self._source = builder.as_data_source(split, deserialize_method=raw)
+    with self._sound():
+      self._source = builder.as_data_source(split, deserialize_method=raw)
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> str:
-    return self._text(self._source[index])
+    with self._sound():
+      return self._text(self._source[index])
 
   def __iter__(self) -> Iterator[str]:
     for begin in range(0, len(self), _READ_RECORDS):
       some = range(begin, min(begin + _READ_RECORDS, len(self)))
-      yield from map(self._text, self._source.__getitems__(some))
+      with self._sound():
+        records = self._source.__getitems__(some)
+      yield from map(self._text, records)
+
+  @contextlib.contextmanager
+  def _sound(self) -> Iterator[None]:
+    try:
+      yield
+    # Of array_record: no such file, another content, fewer records than named.
+    except (RuntimeError, IndexError) as error:
+      raise ValueError(
+        f"the files in {self.folder} are not as they were prepared ({error});"
+        " remove that folder, and prepare it again as it was the first time."
+      ) from error
 
   def _text(self, record: bytes) -> str:
     # Decoding by TFDS, for features of any kind, takes ten times as long.

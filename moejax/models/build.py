@@ -143,7 +143,7 @@ def _lstm(width: int, hidden: int | None = None) -> LSTM:
 def _moe(
   num_experts: int,
   router: Mapping[str, Any],
-  experts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+  experts: Mapping[str, Any] | Sequence[Any],
   group_size: int | None = None,
   capacity_factor: float | None = 1.25,
   eval_capacity_factor: float | None = 2.0,
@@ -196,7 +196,7 @@ def _hierarchical_moe(
 
 
 def _experts(
-  section: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+  section: Mapping[str, Any] | Sequence[Any],
   where: str,
   num_experts: int,
 ) -> nn.Module:
@@ -207,6 +207,9 @@ def _experts(
   """
   if isinstance(section, Mapping):
     return _expert(section, where, num_experts=num_experts)
+  for i, entry in enumerate(section):
+    named.typed(entry, Mapping, f"{where}[{i}]")
+    named.typed(entry.get("capacity", 1.0), float, f"{where}[{i}].capacity")
   entries = [dict(entry) for entry in section]
   capacities = tuple(entry.pop("capacity", 1.0) for entry in entries)
   kinds = tuple(

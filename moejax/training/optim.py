@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int
 
@@ -118,12 +119,16 @@ def factored_adam(
 
 def _check(b1: float, b2: float, eps: float) -> None:
   for name, decay in (("b1", b1), ("b2", b2)):
-    if not 0 <= decay < 1:
+    # Not what float32 rounds to 1.
+    if not 0 <= decay or not np.float32(decay) < 1:
       raise ValueError(
         f"config.optimizer.{name} is {decay}; give 0 or more, and less than 1."
       )
-  if not eps >= 0:
-    raise ValueError(f"config.optimizer.eps is {eps}; give 0 or more.")
+  # What has had no gradient yet would be 0 / 0.
+  if not jnp.finfo(jnp.float32).tiny <= eps < math.inf:
+    raise ValueError(
+      f"config.optimizer.eps is {eps}; give more than 0, such as 1e-8."
+    )
 
 
 def _clipped(update: Update, clip_norm: float | None) -> Update:

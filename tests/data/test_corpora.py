@@ -256,6 +256,29 @@ def test_preparing_starts_afresh_after_a_crash(tmp_path, monkeypatch):
   assert len(open_corpus("text", tmp_path, train=[path])["train"]) == 18
 
 
+@pytest.mark.parametrize(
+  "harm",
+  [
+    lambda file: file.unlink(),
+    lambda file: file.write_bytes(b""),
+    lambda file: file.write_bytes(file.read_bytes()[:-200]),
+  ],
+)
+def test_a_damaged_copy_is_named(tmp_path, harm):
+  path = write(tmp_path / "mine.txt", lines(400))
+  builder = corpora.prepared(
+    lambda: corpora.TextFiles(train=[path], data_dir=tmp_path)
+  )
+  (file,) = tmp_path.glob("text_files/*/*/*train*array_record*")
+  harm(file)
+  texts = corpora.Records(builder, "train")
+  named = f"in {file.parent} are not as .* remove that folder"
+  with pytest.raises(ValueError, match=named):
+    list(texts)
+  with pytest.raises(ValueError, match=named):
+    texts[len(texts) - 1]
+
+
 def test_two_can_prepare_at_once(tmp_path, monkeypatch):
   path = write(tmp_path / "a.txt", lines(20))
   counts = corpora.TextFiles._counts
