@@ -120,7 +120,7 @@ def factored_adam(
 def _check(b1: float, b2: float, eps: float) -> None:
   for name, decay in (("b1", b1), ("b2", b2)):
     # Not what float32 rounds to 1.
-    if not 0 <= decay or not np.float32(decay) < 1:
+    if decay < 0 or not np.float32(decay) < 1:
       raise ValueError(
         f"config.optimizer.{name} is {decay}; give 0 or more, and less than 1."
       )
