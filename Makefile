@@ -12,7 +12,8 @@ train: .venv/installed
 	  --workdir="$(WORKDIR)"
 
 test: .venv/installed-test
-	$(BIN) -m pytest -n auto
+	$(BIN) -m pytest -n auto --dist=loadfile --no-loadscope-reorder \
+	  --durations=40
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -128,7 +128,8 @@ def rows(quick: bool, topology: str = "") -> Iterator[harness.Row]:
   options = IN_HASTE if quick else {}
   one = sharding.Layout("one device", (1, 1, 1), sharding.rules())
   layouts = {one: devices[:1]}
-  layouts |= dict.fromkeys(sharding.LAYOUTS.values(), devices[:DEVICES])
+  names = ("expert", "fsdp") if quick else sharding.LAYOUTS
+  layouts |= {sharding.LAYOUTS[name]: devices[:DEVICES] for name in names}
   candidates = {
     (layout.name, name): compiled(module, sizes, layout, devices, options)
     for layout, devices in layouts.items()

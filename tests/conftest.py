@@ -28,6 +28,9 @@ import pytest
 jax.devices()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Most programs here are compiled once and run once. The runs in processes of
+# their own and the notebooks are optimised.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Compiling makes first examples slow; that is no failure.
 hypothesis.settings.register_profile(
@@ -36,6 +39,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("moejax")
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+# Files that take minutes come first, so that no worker is left with one at the
+# end: a file stays with one, which compiles what its tests share once.
+LONGEST = (
+  "test_experiments.py",
+  "test_multiprocess.py",
+  "test_contract.py",
+  "test_mesh.py",
+  "test_run.py",
+  "test_faults.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  last = len(LONGEST)
+  places = {name: place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: places.get(item.path.name, last))
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,6 @@ import reference
 
 from moejax import experts, moe, router
 
-# Options of jax.jit for what is compiled often and run once.
-IN_HASTE = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
 F = 3
 Q, J = 3, 2  # experts within an expert, and how many of them a row visits
 

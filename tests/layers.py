@@ -103,10 +103,7 @@ def run(layer, at):
     )
     return (y * jnp.asarray(OUT, y.dtype)).sum(), (y, state)
 
-  fn = jax.jit(
-    jax.value_and_grad(score, has_aux=True),
-    compiler_options=kinds.IN_HASTE,
-  )
+  fn = jax.jit(jax.value_and_grad(score, has_aux=True))
   (_, (y, state)), slopes = fn(at)
   (routing,) = losses.routings(state)
   return y, routing, slopes

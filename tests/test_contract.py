@@ -163,9 +163,7 @@ def compiled(combination, setting):
     )
     return (y * out).sum(), (y, routing)
 
-  return jax.jit(
-    jax.value_and_grad(score, has_aux=True), compiler_options=kinds.IN_HASTE
-  )
+  return jax.jit(jax.value_and_grad(score, has_aux=True))
 
 
 def run(combination, setting, inputs):

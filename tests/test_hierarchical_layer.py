@@ -6,7 +6,6 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import kinds
 import numpy as np
 import pytest
 
@@ -219,7 +218,7 @@ def test_without_drops_groups_may_be_together_or_not():
     total, _ = losses.auxiliary(routing, weights)
     return jnp.square(y).sum() + total, (y, losses.balance(routing))
 
-  @functools.partial(jax.jit, compiler_options=kinds.IN_HASTE)
+  @jax.jit
   def both(at):
     run = jax.value_and_grad(score, has_aux=True)
     return run(at, apart), run(at, apart.clone(groups_together=2))

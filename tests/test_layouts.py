@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import kinds
 import numpy as np
 import optax
 import pytest
@@ -117,7 +116,7 @@ def step(name, params, x):
 
 @functools.cache
 def on_one_device(name):
-  run = jax.jit(functools.partial(step, name), compiler_options=kinds.IN_HASTE)
+  run = jax.jit(functools.partial(step, name))
   return run(nn.unbox(boxed(name)), inputs())
 
 
@@ -140,11 +139,7 @@ def on_all_devices(layout_name, name, fn=step):
   x = jax.device_put(inputs(), batch)
   kept = (None, (places, batch)) if fn is step else None
   with sharding.use(layout, mesh), stderr() as warnings:
-    run = jax.jit(
-      functools.partial(fn, name),
-      out_shardings=kept,
-      compiler_options=kinds.IN_HASTE,
-    )
+    run = jax.jit(functools.partial(fn, name), out_shardings=kept)
     compiled = run.lower(params, x).compile()
   found = collectives.read(compiled.as_text(), mesh)
   return OnMesh(compiled(params, x), found, warnings[0], params)

@@ -1,11 +1,8 @@
 """Attention against loops; the LSTM around it against plain autodiff."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import kinds
 import numpy as np
 import pytest
 import recurrent
@@ -14,7 +11,6 @@ from moejax import placement, sharding
 from moejax.models import attention, layers
 
 B, L, M, D, H, N = 2, 7, 6, 4, 5, 3
-in_haste = functools.partial(jax.jit, compiler_options=kinds.IN_HASTE)
 forms = pytest.mark.parametrize("form", attention.FORMS)
 projections = pytest.mark.parametrize("projected", [True, False])
 
@@ -162,7 +158,7 @@ def gradients(fn, form, given, dtype=None):
 @projections
 def test_values_and_gradients_are_those_of_plain_steps(form, projected):
   given = on_device(draw(projected))
-  compiled = in_haste(
+  compiled = jax.jit(
     lambda given: [gradients(fn, form, given) for fn in (run, naive)]
   )
   (got, y), (want, y_want) = compiled(given)
@@ -177,8 +173,8 @@ def test_values_and_gradients_are_those_of_plain_steps(form, projected):
 @forms
 def test_bfloat16_rounds_the_operands_only(form):
   given = on_device(draw())
-  wide, y_wide = in_haste(lambda given: gradients(run, form, given))(given)
-  narrow, y = in_haste(lambda given: gradients(run, form, given, jnp.bfloat16))(
+  wide, y_wide = jax.jit(lambda given: gradients(run, form, given))(given)
+  narrow, y = jax.jit(lambda given: gradients(run, form, given, jnp.bfloat16))(
     given
   )
   assert y.dtype == jnp.bfloat16
@@ -191,7 +187,7 @@ def test_bfloat16_rounds_the_operands_only(form):
 @forms
 def test_eight_devices_agree_and_only_sum_weight_gradients(form):
   given = on_device(draw(rows=4))
-  alone, y_alone = in_haste(lambda given: gradients(run, form, given))(given)
+  alone, y_alone = jax.jit(lambda given: gradients(run, form, given))(given)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
   batch = placement.batch_sharding(layout, mesh, len(given["x"]))

@@ -16,7 +16,6 @@ from moejax.models import attention, gnmt, layers
 V, D, H, N, E, F, K = 11, 4, 5, 3, 4, 3, 2
 forms = pytest.mark.parametrize("form", attention.FORMS)
 wirings = pytest.mark.parametrize("wiring", gnmt.WIRINGS)
-in_haste = functools.partial(jax.jit, compiler_options=kinds.IN_HASTE)
 # (length of the target, of the source) of the pairs of each row.
 ROWS = [[(3, 2), (2, 3)], [(5, 4)]]
 L, M = 6, 6
@@ -135,7 +134,7 @@ def test_loss_and_gradient_are_those_of_the_loops(form, wiring):
     slopes, nats = jax.grad(total, has_aux=True)(params)
     return slopes, nats
 
-  slopes, nats = in_haste(along)(params)
+  slopes, nats = jax.jit(along)(params)
   here, way = kinds.in_float64(params), kinds.in_float64(way)
   given = {name: np.asarray(a) for name, a in batch.items()}
   want = recurrent.gnmt_loss(here, K, form, wiring, given)
@@ -161,7 +160,7 @@ def test_loss_and_gradient_are_those_of_the_loops(form, wiring):
 def test_two_pairs_in_a_row_are_two_rows(wiring):
   model = make(wiring=wiring)
   params = parameters(model)
-  run = in_haste(functools.partial(loss, model))
+  run = jax.jit(functools.partial(loss, model))
   (a, b), (c,) = sized()
   packed = run(params, pack([[a, b], [c], []]))
   apart = run(params, pack([[a], [b], [c]]))
@@ -192,7 +191,7 @@ def test_padding_changes_no_loss_or_figure(name, wiring):
   model = make(MIXTURES[name], wiring=wiring)
   params = parameters(model)
 
-  @in_haste
+  @jax.jit
   def run(params, batch):
     nats, sown = loss(model, params, batch, True, mutable=["routing"])
     aux, _ = losses.auxiliary(sown, BALANCE)
@@ -254,7 +253,7 @@ def test_steps_are_the_whole_pass(name, wiring, form):
   rows = [[pair] for row in sized() for pair in row]
   batch = pack(rows)
 
-  @in_haste
+  @jax.jit
   def run(params, batch):
     return loss(model, params, batch), translate(model, params, batch)
 
@@ -277,7 +276,7 @@ def test_steps_are_the_whole_pass(name, wiring, form):
 def test_a_translation_depends_on_nothing_else_in_the_batch():
   model, params = decoding("balanced", "recurrent", "product")
   (a, b), (c,) = sized()
-  run = in_haste(functools.partial(translate, model))
+  run = jax.jit(functools.partial(translate, model))
   one, _ = run(params, pack([[b], [], []]))
   other, _ = run(params, pack([[b], [c], [a]]))
   np.testing.assert_allclose(other[0], one[0], rtol=1e-5, atol=1e-6)
@@ -295,7 +294,7 @@ def test_bfloat16_is_close_and_finite():
   model = make(dtype=jnp.bfloat16)
   params, batch = parameters(model), pack(sized())
 
-  @in_haste
+  @jax.jit
   def run(params):
     wide = loss(model.clone(dtype=jnp.float32), params, batch, True)
     narrow = jax.value_and_grad(lambda p: loss(model, p, batch, True).sum())
@@ -311,7 +310,7 @@ def test_bfloat16_is_close_and_finite():
 def test_dropout_reaches_every_layer(wiring):
   """Where it leaves nothing of any output, nothing is left."""
   model = make(wiring=wiring, dropout=1 - 1e-7)
-  run = in_haste(functools.partial(model.apply, train=True))
+  run = jax.jit(functools.partial(model.apply, train=True))
   rngs = {"dropout": jax.random.key(0)}
   assert not run({"params": parameters(model)}, pack(sized()), rngs=rngs).any()
 
@@ -338,7 +337,7 @@ def test_experts_over_eight_devices_give_the_same():
 
     return jax.value_and_grad(total, has_aux=True)(params)
 
-  want = in_haste(step)(params, batch)
+  want = jax.jit(step)(params, batch)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
   init = functools.partial(model.init, jax.random.key(0), method="loss")
@@ -346,7 +345,7 @@ def test_experts_over_eight_devices_give_the_same():
   places = placement.shardings(boxed, layout, mesh)
   where = placement.batch_sharding(layout, mesh, 8)
   with sharding.use(layout, mesh):
-    got = in_haste(step, out_shardings=(None, places))(
+    got = jax.jit(step, out_shardings=(None, places))(
       jax.device_put(params, places), jax.device_put(batch, where)
     )
   kernel = got[1]["encoder_1"]["secondary"]

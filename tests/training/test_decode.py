@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import kinds
 import numpy as np
 import pytest
 
@@ -153,7 +152,7 @@ def compiled(search, kind, options):
       **dict(options),
     )
 
-  return jax.jit(found, compiler_options=kinds.IN_HASTE)
+  return jax.jit(found)
 
 
 def listed(got, row):

@@ -4,7 +4,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import kinds
 import numpy as np
 import optax
 import pytest
@@ -164,7 +163,6 @@ def train(name, on=None):
       balance_over=case.balance_over,
     ),
     out_shardings=(state.shardings(current), None),
-    compiler_options=kinds.IN_HASTE,
   )
   curve = []
   with sharding.use(layout, mesh):

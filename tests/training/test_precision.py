@@ -5,7 +5,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import kinds
 import numpy as np
 import pytest
 from jax.extend import core
@@ -157,10 +156,7 @@ def test_scores_are_sums_in_float32():
 @pytest.mark.parametrize("num_samples", [0, P])
 def test_one_step_in_bfloat16_is_that_in_float32_but_for_rounding(num_samples):
   (wide, exact), (narrow, rounded) = (
-    jax.jit(
-      jax.value_and_grad(functools.partial(loss, model=model)),
-      compiler_options=kinds.IN_HASTE,
-    )(draw())
+    jax.jit(jax.value_and_grad(functools.partial(loss, model=model)))(draw())
     for model in (
       build(dtype, num_samples=num_samples) for dtype in ("float32", "bfloat16")
     )
@@ -187,8 +183,7 @@ def train(dtype, steps=30):
   step_fn = jax.jit(
     functools.partial(
       step.train_step, model=model, tx=tx, aux_weights={"load": 0.1}, seed=0
-    ),
-    compiler_options=kinds.IN_HASTE,
+    )
   )
   current = state.TrainState(jnp.int32(0), draw(), tx.init(draw()))
   curve = []

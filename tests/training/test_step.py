@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import kinds
 import numpy as np
 import optax
 import pytest
@@ -78,11 +77,7 @@ def step_fn(
     microbatches=parts,
     balance_over=over,
   )
-  return jax.jit(
-    fn,
-    out_shardings=(state.shardings(current), None),
-    compiler_options=kinds.IN_HASTE,
-  )
+  return jax.jit(fn, out_shardings=(state.shardings(current), None))
 
 
 def run(net, batch=BATCH, steps=1, layout=LAYOUT, devices=1, tx=SGD, **options):
@@ -236,7 +231,7 @@ def test_balance_over_the_batch_is_that_of_all_decisions_together(kind):
     )
     return loss.sum() / jnp.float32(BATCH["mask"].sum()), losses.routings(sown)
 
-  @functools.partial(jax.jit, compiler_options=kinds.IN_HASTE)
+  @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def by_hand(params):
     tasks, found = zip(*(of_part(params, i) for i in range(parts)), strict=True)
