@@ -39,7 +39,6 @@ def get_config() -> ConfigDict:
           "wiring": "recurrent",  # or "parallel"
         },
         "dropout": 0.2,
-        "num_samples": 0,
         "dtype": "float32",  # of activations; or "bfloat16"
         "moe": {
           "num_experts": 16,

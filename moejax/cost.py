@@ -84,7 +84,8 @@ def flops_per_step(config: config_lib.Config, vocab_size: int) -> int:
   """
   model = config_lib.model(config, vocab_size)
   target, *source = _look_up(_MODELS, model)(model)
-  samples, length = model.num_samples, config.data.row_length
+  # A translation model takes no samples.
+  samples, length = getattr(model, "num_samples", 0), config.data.row_length
   classes = softmax.most_distinct(samples, vocab_size) + 1
   ops = target.ops + model.width * (classes if samples else vocab_size)
   ops *= length

@@ -109,7 +109,8 @@ def depart(
 
 
 def _travel(part: Array, way: Iterable[tuple[str | None, str | None]]) -> Array:
-  for axes in way:
+  # A lone expert is on every device already.
+  for axes in way if part.shape[0] > 1 else _WAY[:1]:
     part = sharding.constrain(part, *axes, *(None,) * (part.ndim - 2))
   return part
 

@@ -90,7 +90,9 @@ class MoE(nn.Module):
     def run(experts, weights, rows, real):
       return experts.run(weights, rows, real, train)
 
-    if self.recompute:
+    # Where parameters are made nothing is differentiated; and lifted within the
+    # manual part of `ragged` they would be tracers of it.
+    if self.recompute and not self.is_initializing():
       run = nn.checkpoint(run)
     y = dispatch_lib.DISPATCH[name](
       lambda *args: run(self.experts, *args),
@@ -310,7 +312,8 @@ def _count_dropped(routing: Routing, capacity: Capacity) -> Routing:
   first = zero
   if assignment.token is None:
     num_tokens = routing.logits.shape[1]
-    ones = jnp.ones_like(assignment.gate[:, :num_tokens])
+    # As in `routing.decision` not in the gate's type: bfloat16 ends at 256.
+    ones = jnp.ones_like(assignment.gate[:, :num_tokens], dtype=zero.dtype)
     first = routing_lib.per_expert(
       ones, assignment.expert[:, :num_tokens], num_experts
     )
@@ -327,7 +330,8 @@ def _side_by_side(
   P, G, C = slots.shape[:3]
   slots = slots.reshape(P, G // together, together * C, *slots.shape[3:])
   rest = (None,) * (slots.ndim - 2)
-  return sharding.constrain(slots, "expert", "group_away", *rest)
+  groups_of_experts = "expert" if P > 1 else None
+  return sharding.constrain(slots, groups_of_experts, "group_away", *rest)
 
 
 def _flatten(

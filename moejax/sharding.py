@@ -209,7 +209,7 @@ _SET_BY = {
   "group_away": (
     "choose a smaller groups_together, so that the groups it leaves are"
   ),
-  "expert": "choose num_experts",
+  "expert": "choose num_experts, of each kind of experts,",
 }
 
 

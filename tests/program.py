@@ -41,15 +41,20 @@ def start_several(
     devices: of each.
     each: further flags of each.
   """
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
+  address = free_address()
   many = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
   several = (f"--coordinator_address={address}", f"--num_processes={count}")
   return [
     start(many, flags, workdir, *more, *several, *own, f"--process_id={number}")
     for number, own in enumerate(each or [[]] * count)
   ]
+
+
+def free_address():
+  """Returns localhost:port of a port that nobody listens on."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return f"localhost:{free.getsockname()[1]}"
 
 
 def run_code(environment, code, flags, workdir):

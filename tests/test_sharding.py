@@ -1,10 +1,12 @@
 """Meshes, and what the names of a layout's axes mean on them."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from moejax import experts, moe, placement, router, sharding
+from moejax import dispatch, experts, moe, placement, router, sharding
 
 B, L, D, E = 8, 16, 5, 8
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
@@ -140,3 +142,38 @@ def test_batch_must_divide():
   layout = sharding.LAYOUTS["expert"]
   with pytest.raises(ValueError, match="12 entries.*8 devices; choose batch"):
     placement.batch_sharding(layout, sharding.make_mesh(layout), 12)
+
+
+def alone(name):
+  """A layer with one expert, or with one of a kind or one group of them."""
+  one, four = experts.FeedForward(1, 16), experts.FeedForward(4, 16)
+  if name == "expert":
+    return moe.MoE(router.TopK(1, 1), one, L)
+  if name == "kind":
+    return moe.MoE(
+      router.TopK(6, 2), experts.Mixed((four, one, experts.Identity(1))), L
+    )
+  within = moe.MoE(router.TopK(4, 2), four)
+  return moe.HierarchicalMoE(router.TopK(1, 1), within, L)
+
+
+# To groups of experts tokens travel by slots.
+WAYS = [
+  (name, way)
+  for name in ("expert", "kind", "group")
+  for way in dispatch.DISPATCH
+  if (name, way) != ("group", "ragged")
+]
+
+
+@pytest.mark.parametrize("name, way", WAYS)
+def test_a_lone_expert_need_not_divide(name, way):
+  module = alone(name).clone(dispatch=way)
+  x = jax.random.normal(jax.random.key(0), (B, L, D))
+  params = nn.unbox(module.init(jax.random.key(1), x))
+  want = jax.jit(module.apply)(params, x)
+  layout = sharding.LAYOUTS["expert"]
+  mesh = sharding.make_mesh(layout, jax.devices()[:4])
+  with sharding.use(layout, mesh):
+    got = jax.jit(module.apply)(params, x)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

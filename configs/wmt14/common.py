@@ -77,7 +77,6 @@ def model(pair: str, steps: int, mixture: str, **fields: Any) -> ConfigDict:
           "wiring": "recurrent",  # or "parallel"
         },
         "dropout": 0.4,
-        "num_samples": 0,
         "dtype": "float32",  # of activations; or "bfloat16"
         **fields,
       },

@@ -1,5 +1,6 @@
 """Lines of text as the source rows that decoding takes, and back in order."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -114,8 +115,9 @@ def _batch(
 def cut(pieces: Pieces, line: str, limit: int) -> list[str]:
   """Cuts a line into the longest parts of at most `limit` pieces.
 
-  It is cut between sentences; a sentence that is too long alone, between words;
-  a word that is, anywhere. Joined, the parts are the line again, up to spaces.
+  It is cut between sentences, of whatever script; a sentence that is too long
+  alone, between words; a word that is, anywhere. Joined, the parts are the line
+  again, up to spaces.
 
   Args:
     pieces: counts.
@@ -129,6 +131,8 @@ def cut(pieces: Pieces, line: str, limit: int) -> list[str]:
     return [line]
   parts = sentences(line)
   if len(parts) == 1:
+    parts = [part for part in _SENTENCE.split(line) if part.strip()]
+  if len(parts) == 1:
     parts = line.split()
   if len(parts) == 1:
     (word,) = parts
@@ -139,11 +143,17 @@ def cut(pieces: Pieces, line: str, limit: int) -> list[str]:
   return [part for group in groups for part in cut(pieces, group, limit)]
 
 
+# Between sentences that begin with other letters than those of English, and
+# where no space does. It knows no abbreviations.
+_SENTENCE = re.compile(r"(?<=[.!?…؟।])\s+|(?<=[。！？])")
+
+
 def _grouped(pieces: Pieces, parts: list[str], limit: int) -> list[str]:
-  """Joins neighbours by spaces while they fit."""
+  """Joins neighbours while they fit, by spaces but after a full stop of CJK."""
   groups = parts[:1]
   for part in parts[1:]:
-    together = f"{groups[-1]} {part}"
+    space = "" if groups[-1][-1] in "。！？" else " "
+    together = f"{groups[-1]}{space}{part}"
     if len(pieces.encode(together)) <= limit:
       groups[-1] = together
     else:

@@ -29,12 +29,18 @@ def _lstm_lm(
   dtype: str = "float32",
   vocab_multiple: int = 1,
 ) -> LSTMLM:
+  if num_samples < 0:
+    raise ValueError(
+      f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
+      " the full softmax."
+    )
   make = _layer_maker(width, lstm, moe, hierarchical_moe, one_expert)
   return LSTMLM(
     vocab_size,
     width,
     make(layers, "config.model.layers"),
-    **_shared(dropout, num_samples, dtype, vocab_multiple),
+    num_samples=num_samples,
+    **_shared(dropout, dtype, vocab_multiple),
   )
 
 
@@ -45,7 +51,6 @@ def _gnmt(
   decoder: Iterable[str],
   attention: Mapping[str, Any] | None = None,
   dropout: float = 0.0,
-  num_samples: int = 0,
   lstm: Mapping[str, Any] | None = None,
   moe: Mapping[str, Any] | None = None,
   hierarchical_moe: Mapping[str, Any] | None = None,
@@ -70,7 +75,7 @@ def _gnmt(
     layers,
     attends,
     wiring,
-    **_shared(dropout, num_samples, dtype, vocab_multiple),
+    **_shared(dropout, dtype, vocab_multiple),
   )
 
 
@@ -83,23 +88,15 @@ def _attention(
   return Attention(width, named.known(form, FORMS, f"{where}.form")), wiring
 
 
-def _shared(
-  dropout: float, num_samples: int, dtype: str, vocab_multiple: int
-) -> dict[str, Any]:
+def _shared(dropout: float, dtype: str, vocab_multiple: int) -> dict[str, Any]:
   """Checks the fields that all models have."""
   if not 0 <= dropout < 1:
     raise ValueError(
       f"config.model.dropout is {dropout}; give 0 or more, and less than 1."
     )
-  if num_samples < 0:
-    raise ValueError(
-      f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
-      " the full softmax."
-    )
   named.sizes("config.model", vocab_multiple=vocab_multiple)
   return {
     "dropout": dropout,
-    "num_samples": num_samples,
     "dtype": DTYPES[named.known(dtype, DTYPES, "config.model.dtype")],
     "vocab_multiple": vocab_multiple,
   }

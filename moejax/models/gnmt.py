@@ -50,7 +50,6 @@ class GNMT(nn.Module):
       input. "parallel": its outputs ask, all at once, and the context is added
       to what the next layer reads.
     dropout: chance of zeroing an output; the rng stream is "dropout".
-    num_samples: classes of the sampled softmax; 0 is the full one.
     dtype: of the activations and of the operands of matrix products. Whatever
       it is, parameters, routers, cells of LSTMs and every softmax are float32.
     vocab_multiple: see `LSTMLM.vocab_multiple`.
@@ -63,7 +62,6 @@ class GNMT(nn.Module):
   attention: Attention
   wiring: str = "recurrent"
   dropout: float = 0.0
-  num_samples: int = 0
   dtype: DTypeLike = jnp.float32
   vocab_multiple: int = 1
 
@@ -73,7 +71,9 @@ class GNMT(nn.Module):
       side: Embed(*size, self.vocab_multiple) for side in ("source", "target")
     }
     self.drop = nn.Dropout(self.dropout)
-    self.head = Softmax(*size, self.num_samples, self.vocab_multiple)
+    # In full always: the sampler wants ids by falling frequency, and the rarest
+    # pieces, letters and bytes, come first.
+    self.head = Softmax(*size, multiple=self.vocab_multiple)
 
   def __call__(
     self, batch: Batch, *, train: bool = False

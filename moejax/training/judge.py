@@ -65,21 +65,26 @@ def scores(
     the signatures of both, which say how they are counted.
   """
   values: dict[str, float] = {}
-  signatures: dict[str, str] = {}
+  signatures: dict[str, list[str]] = {}
   for pairs in parts:
     language = pairs.direction.target
     found = translator.lines(params, list(pairs.sources), language)
     _keep(stem.with_name(f"{stem.name}.{pairs.direction}"), pairs, found)
-    score = bleu.scores(found, list(pairs.targets))
+    score = bleu.scores(found, list(pairs.targets), language)
     values[f"bleu_{pairs.direction}"] = score.bleu
     values[f"chrf_{pairs.direction}"] = score.chrf
-    signatures["bleu"] = score.bleu_signature
-    signatures["chrf"] = score.chrf_signature
+    # Directions differ in theirs where languages are cut differently.
+    for name, own in (
+      ("bleu", score.bleu_signature),
+      ("chrf", score.chrf_signature),
+    ):
+      signatures.setdefault(name, []).append(own)
   means = {
     name: sum(v for n, v in values.items() if n.startswith(name)) / len(parts)
     for name in ("bleu", "chrf")
   }
-  return (means | values if len(parts) > 1 else means), signatures
+  said = {name: ", ".join(dict.fromkeys(s)) for name, s in signatures.items()}
+  return (means | values if len(parts) > 1 else means), said
 
 
 def _keep(stem: pathlib.Path, pairs: Pairs, found: Sequence[str]) -> None:

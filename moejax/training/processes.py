@@ -85,6 +85,9 @@ def join(
       " within five minutes, with one address that each can reach."
     ) from error
   if several():
+    # JAX takes it for a notice that nobody here reads: until training listens
+    # (`signals`), SIGTERM shall end the process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _WATCHERS.append(_watcher())
     atexit.register(_dismiss)
 

@@ -82,6 +82,23 @@ def test_lines_are_cut_between_sentences_then_words(pieces):
   assert cut(pieces, " \u3000", 8) == cut(pieces, "▁", 8) == []
 
 
+@pytest.mark.parametrize(
+  "sentences, space",
+  [
+    (["Écoutez cette histoire.", "À table !", "Être ici ?", "Oui."], " "),
+    (["Мы идём домой.", "Там тепло.", "А потом спать…", "Да."], " "),
+    (["私は東京に住んでいます。", "行きますか？", "はい。"], ""),
+  ],
+)
+def test_sentences_of_other_scripts_are_kept_whole(pieces, sentences, space):
+  limit = max(len(pieces.encode(sentence)) for sentence in sentences)
+  parts = cut(pieces, space.join(sentences), limit)
+  assert 1 < len(parts) <= len(sentences)
+  assert space.join(parts) == space.join(sentences)
+  ends = tuple(sentence[-2:] for sentence in sentences)
+  assert all(part.endswith(ends) for part in parts)
+
+
 def test_rows_by_hand(pieces):
   lines = ["the cat", "", "the " * 20, "sat"]
   short, long = source_rows(pieces, lines, 32, 4)

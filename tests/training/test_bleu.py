@@ -50,6 +50,23 @@ def test_scores_are_those_of_the_command(printed):
   assert "tok:13a" in found.bleu_signature
 
 
+@pytest.mark.parametrize(
+  "language, line, tokenizer",
+  [
+    ("zh", "我住在一座大城市里。", "zh"),
+    ("zh_tw", "我住在一座大城市裡。", "zh"),
+    ("ja", "私は東京に住んでいます。", "char"),
+    ("de", "Ich wohne in einer Stadt.", "13a"),
+  ],
+)
+def test_languages_without_spaces_are_cut_their_own_way(
+  language, line, tokenizer
+):
+  found = bleu.scores([line] * 2, [line] * 2, language)
+  assert found.bleu == pytest.approx(100)
+  assert f"tok:{tokenizer}|" in found.bleu_signature
+
+
 def test_the_same_lines_score_all():
   found = bleu.scores(REFERENCES, REFERENCES)
   assert found.bleu == pytest.approx(100)

@@ -3,6 +3,8 @@
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import program
@@ -70,6 +72,31 @@ def test_multiprocess_a_signal_to_one_stops_all(
   assert program.kept(workdir)[-1] == step < 12
   program.end_well(start_several(workdir, 2, 4))
   program.assert_close(program.curve(workdir), program.curve(one_process))
+
+
+def test_multiprocess_ends_by_a_signal_before_it_trains(environment):
+  code = (
+    "import sys, time\nfrom moejax.training import processes\n"
+    "processes.join(sys.argv[1], 2, int(sys.argv[2]))\n"
+    "print('joined', flush=True)\ntime.sleep(600)"
+  )
+  address = program.free_address()
+  several = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, address, str(number)],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  for process in several:
+    assert process.stdout.readline() == "joined\n"
+  for process in several:
+    process.terminate()
+  for process in several:
+    assert process.wait(program.PATIENCE) == -signal.SIGTERM
 
 
 def test_multiprocess_damaged_checkpoint_is_passed_over_by_all(

@@ -6,6 +6,7 @@ import re
 import jax
 import pytest
 
+from moejax import dispatch as dispatch_lib
 from moejax import experts, moe, router, sharding
 from moejax.data import text
 from moejax.models import lstm_lm
@@ -126,3 +127,20 @@ def test_a_container_has_less_than_its_machine(
 
 def test_this_machine_has_memory():
   assert 1e8 < state.device_memory(jax.devices()[0]) < 1e13
+
+
+@pytest.mark.parametrize("dispatch", dispatch_lib.DISPATCH)
+def test_a_state_is_made_of_layers_that_recompute(dispatch):
+  """By running the program: shapes alone show nothing of a trace that leaks."""
+  layer = MIXTURE.clone(dispatch=dispatch, recompute=True)
+  model = lstm_lm.LSTMLM(V, D, (layer,))
+  shapes = {
+    name: jax.ShapeDtypeStruct((B, L), dtype)
+    for name, dtype in text.TYPES.items()
+  }
+  for count in (1, 8):
+    layout = sharding.LAYOUTS["expert"]
+    mesh = sharding.make_mesh(layout, jax.devices()[:count])
+    made = state.create(model, ADAM, shapes, 0, layout, mesh)
+    leaves = jax.tree.leaves(made)
+    assert all(jax.numpy.isfinite(leaf).all() for leaf in leaves)
