@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from moejax.data import corpora, pair_ids, text, translation, vocab, word_ids
+from moejax.data import corpora, mixture, pair_ids, text, vocab, word_ids
 from moejax.data.pairs import Pairs
 from moejax.data.pieces import Pieces
 
@@ -97,7 +97,7 @@ class Translations(NamedTuple):
     batch_size: rows B of a batch, over all devices. The paper counts a batch in
       words of the target: that is B x L, of which packing leaves less than one
       in a hundred empty if the target fills its rows before the source does.
-    temperature: of sampling directions in training, see `translation.Mixture`.
+    temperature: of sampling directions in training, see `mixture.Mixture`.
   """
 
   vocabulary: Pieces
@@ -112,7 +112,7 @@ class Translations(NamedTuple):
     """Names of the parts."""
     return tuple(self.pairs)
 
-  def rows(self, split: str) -> translation.Mixture:
+  def rows(self, split: str) -> mixture.Mixture:
     """Packs a split into rows of word pieces; they are kept where it is."""
     return pair_ids.rows(
       self.pairs[split],

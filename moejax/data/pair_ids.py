@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moejax.data import kept, translation
+from moejax.data import kept, mixture, translation
 from moejax.data.corpora import Records
 from moejax.data.pairs import Pairs
 from moejax.data.pieces import Pieces
@@ -36,7 +36,7 @@ def rows(
   row_length: int,
   source_length: int,
   temperature: float = 1.0,
-) -> translation.Mixture:
+) -> mixture.Mixture:
   """Returns the rows of a split; tells of each direction what is left out.
 
   A source begins with the tag of its target's language where `pieces` has tags.
@@ -46,7 +46,7 @@ def rows(
     pieces: gives the ids.
     row_length: target places L of a row.
     source_length: source places M of a row.
-    temperature: of sampling, see `translation.Mixture`.
+    temperature: of sampling, see `mixture.Mixture`.
 
   Raises:
     ValueError: a language has no tag where others have, or a direction has no
@@ -63,7 +63,7 @@ def rows(
         tokens, pieces, row_length, source_length, packing
       )
     )
-  return translation.Mixture(packed, temperature)
+  return mixture.Mixture(packed, temperature)
 
 
 def tokenise(pairs: Pairs, pieces: Pieces) -> translation.PairTokens:

@@ -1,5 +1,6 @@
 """Pairs of a sentence and its translation, from one's own files or of TFDS."""
 
+import collections
 import functools
 import itertools
 import os
@@ -230,7 +231,8 @@ def open_pairs(
 ) -> dict[str, list[Pairs]]:
   """Opens the splits of one's own files; prepares them the first time.
 
-  A split for which a direction has no files is carved out of its train files.
+  A split for which a direction has no files is carved out of its train files,
+  and of these alone: it says so where directions share a language.
 
   Args:
     train: the files of each direction.
@@ -268,6 +270,7 @@ def open_pairs(
         f" those for {Direction(*back[::-1])}; turn the columns of the ones"
         " around to put them with the others, or set both_directions=False"
       )
+  _tell_of_leaks(splits)
   opened: dict[str, list[Pairs]] = {split: [] for split in splits}
   for direction in train:
     own = {split: files.get(direction, ()) for split, files in splits.items()}
@@ -279,6 +282,22 @@ def open_pairs(
       if both_directions:
         opened[split].append(_turned(there))
   return opened
+
+
+def _tell_of_leaks(splits: Mapping[str, Mapping[Direction, Paths]]) -> None:
+  """Says that carving each direction by itself may hold out too little."""
+  train = splits["train"]
+  carved = [split for split, files in splits.items() if len(files) < len(train)]
+  languages = collections.Counter(itertools.chain.from_iterable(train))
+  shared = [language for language, count in languages.items() if count > 1]
+  if carved and shared:
+    print(
+      f"{' and '.join(carved)} are carved out of the files of each direction by"
+      f" itself: a sentence in {' or '.join(shared)} that stands in files of"
+      " several is trained on in one though another holds it out; where there"
+      f" are such, give files for {' and '.join(carved)}",
+      file=sys.stderr,
+    )
 
 
 def _of_builder(

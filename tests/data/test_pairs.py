@@ -106,13 +106,17 @@ def test_a_given_split_is_not_carved_out(tmp_path):
   assert [len(splits[s][0].sources) for s in SPLITS] == [38, 2, 3]
 
 
-def test_directions_have_files_of_their_own(tmp_path):
+def test_directions_have_files_of_their_own(tmp_path, capsys):
   files = {
     EN_FR: [write(tmp_path / "fr.tsv", lines(40, "fr"))],
     Direction("en", "de"): [write(tmp_path / "de.tsv", lines(20, "de"))],
   }
   test = {EN_FR: [write(tmp_path / "test.tsv", lines(3, "test"))]}
   splits = pairs.open_pairs(files, {}, test, tmp_path / "tfds")
+  leaks = "validation and test are carved out of the files of each direction"
+  assert leaks in (said := capsys.readouterr().err) and "sentence in en" in said
+  pairs.open_pairs(files, files, files, tmp_path / "tfds")
+  assert leaks not in capsys.readouterr().err
   for split, counts in zip(SPLITS, [(38, 18), (2, 1), (3, 1)], strict=True):
     assert [str(part.direction) for part in splits[split]] == ["en-fr", "en-de"]
     assert tuple(len(part.sources) for part in splits[split]) == counts

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moejax.data import mixture as mixture_lib
 from moejax.data import text, translation
+from moejax.data.mixture import Mixture
 from moejax.data.pieces import Pieces
-from moejax.data.translation import Mixture, PackedPairs, PairTokens, pack
+from moejax.data.translation import PackedPairs, PairTokens, pack
 
 NAMES = (*translation.TARGET_TYPES, *translation.SOURCE_TYPES)
 START, END = 1, 2
@@ -247,11 +249,32 @@ def test_resuming_continues_exactly(parts):
     assert_same(other, want)
 
 
-def test_both_directions_have_orders_of_their_own(parts):
+def test_both_directions_have_orders_of_their_own(parts, monkeypatch):
+  # So that a row of one stays beside the row of the other.
+  monkeypatch.setattr(mixture_lib, "_WINDOW", 2)
   mixture = Mixture([parts[0], parts[0]])
   rows = [row["targets"].tobytes() for row in take(iter(mixture.order(0)), 200)]
-  assert len(set(rows[::2]) & set(rows[1::2])) < 90
   assert len(set(rows)) > 150
+
+
+def test_every_microbatch_has_both_directions(pieces):
+  """A microbatch is every n-th row of a batch (`step.train_step`)."""
+  counts = random_counts(400)
+  mixture = Mixture(
+    [
+      make_rows(counts, pieces, 16, 16, first=first)
+      for first in (1000, 100_000)
+    ]
+  )
+  is_second = np.array(
+    [
+      (batch["targets"] >= 100_000).any(axis=1)
+      for batch in take(text.train_batches(mixture, 64, seed=0), 8)
+    ]
+  )
+  for count in (1, 2, 4):
+    share = is_second.reshape(8, -1, count).mean(axis=(0, 1))
+    assert (np.abs(share - 0.5) < 0.15).all()
 
 
 def test_one_direction_is_visited_whole(parts):
