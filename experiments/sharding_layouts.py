@@ -167,7 +167,7 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
         )
         continue
       for choice in search.layouts(config).values():
-        changes = fitted(config, topology, choice)
+        changes = {"config.layout": choice}
         yield {
           "model": name,
           "topology": topology.name,
@@ -182,20 +182,6 @@ def groups(config: config_lib.Config) -> int:
   layer = config.model.get("moe") or config.model.hierarchical_moe
   tokens = training.tokens_of_batch(config)
   return tokens // config.train.microbatches // layer.group_size
-
-
-def fitted(
-  config: config_lib.Config, topology: chips.Topology, choice: Any
-) -> dict[str, Any]:
-  """Returns the layout; data replicas route no tokens of each other."""
-  changes = {"config.layout": choice}
-  layer = config.model.get("hierarchical_moe")
-  if layer and layer.groups_together > 1:
-    layout = config_lib.layout(search.changed_config(config, changes))
-    replicas = sharding.make_mesh(layout, topology.devices).shape["data"]
-    together = groups(config) // replicas
-    changes["config.model.hierarchical_moe.groups_together"] = together
-  return changes
 
 
 def planned_row(outcome: search.Outcome) -> harness.Row:

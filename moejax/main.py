@@ -216,7 +216,7 @@ def _layout(text: str) -> str | dict[str, Any]:
     return text
   try:
     return ast.literal_eval(text)
-  except (SyntaxError, ValueError) as error:
+  except (SyntaxError, TypeError, ValueError) as error:
     raise UsageError(
       f"{_LAYOUT}{text} cannot be read ({_sentence(error)}); write a name, or"
       " {'mesh_shape': (2, -1, 1), 'rules': {}}."
@@ -306,7 +306,8 @@ def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
       if name not in known:
         nearest = difflib.get_close_matches(name, known, 1, 0)[0]
         raise UsageError(
-          f"the config has no field {name}; the nearest is {nearest}."
+          f"the config has no field {name}; the nearest is {nearest}. One that"
+          " the file leaves out has to be written there."
         )
   config_flags.DEFINE_config_file(
     "config",

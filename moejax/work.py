@@ -37,7 +37,9 @@ def read(text: str) -> Work:
   what it makes; what lies between never leaves the chip. Of an array that is
   sliced only the slices are read, and of one that is changed in place only
   the changes are written, as in the scans of JAX. A kernel's products are
-  those that it was declared with; of sorted rows, all that there is room for.
+  those that it was declared with; where sorted rows travel to their experts,
+  not of all that there is room for but of as many as come to each device if
+  all experts are equally busy.
 
   Args:
     text: `jax.stages.Compiled.as_text()` of a CPU, GPU or TPU.
@@ -57,6 +59,7 @@ def instructions(text: str) -> Iterator[Work]:
     text: as of `read`.
   """
   program = hlo.parse(text)
+  filled = _filled(program)
   flops = moved = 0
   is_bounded = True
   for run in hlo.walk(program):
@@ -64,8 +67,9 @@ def instructions(text: str) -> Iterator[Work]:
       yield Work(flops, moved, is_bounded)
       flops, is_bounded = 0, True
       moved = run.times * _moved(program, run.op)
-    of_op = _FLOPS.get(run.op.opcode)
-    flops += run.times * of_op(run.op) if of_op else 0
+    if of_op := _FLOPS.get(run.op.opcode):
+      share = filled if _COST in run.op.rest else 1
+      flops += run.times * round(share * of_op(run.op))
     is_bounded &= run.is_bounded
   yield Work(flops, moved, is_bounded)
 
@@ -154,8 +158,30 @@ def _of_call(op: Op) -> int:
   """Of a GPU's library, or of a kernel that says how many."""
   if _is_library(op):
     return _of_product(op)
-  said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', op.rest)
+  said = re.search(_COST + r':\{[^}]*?"flops":"(\d+)"', op.rest)
   return int(said[1]) if said else 0
+
+
+# What a kernel says of itself, in any order.
+_COST = '"cost_estimate"'
+
+
+def _filled(program: Program) -> float:
+  """Returns how much of the room for sorted rows is taken, as a rule.
+
+  An exchange has the rows of a device on one side, and on the other room for
+  all that could come.
+  """
+  rows = room = 0
+  for computation in program.values():
+    for op in computation.ops.values():
+      if op.opcode in _BY_NUMBER:
+        sides = [hlo.size(each.shape) for each in hlo.operands(op)[:2]]
+        rows, room = rows + min(sides), room + max(sides)
+  return rows / room if room else 1.0
+
+
+_BY_NUMBER = ("ragged-all-to-all", "ragged-all-to-all-start")
 
 
 # -- bytes --------------------------------------------------------------------
@@ -192,6 +218,8 @@ def _read(program: Program, op: Op, place: int) -> int:
     # A scatter may add to what is there.
     change = operands[_IN_PLACE[kind][1]]
     return hlo.size(change.shape) if kind == "scatter" else 0
+  if kind == "ragged-all-to-all" and place == 0:
+    return min(hlo.size(each.shape) for each in operands[:2])
   if kind == "fusion":
     inner = program[hlo.called(op)[0]]
     return _looked_at(program, inner.parameters[place])
@@ -239,7 +267,8 @@ def _changes(program: Program, op: Op) -> list[tuple[Op, int] | None]:
     return [(operands[0], 0)]
   if kind in _IN_PLACE:
     base, change = (operands[place] for place in _IN_PLACE[kind])
-    return [(base, hlo.size(change.shape))]
+    # Of rows that travel home there is less than room for them.
+    return [(base, min(hlo.size(base.shape), hlo.size(change.shape)))]
   if kind in _VIEWS:
     return _changes(program, operands[0])
   if kind != "fusion":

@@ -5,10 +5,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import topology
 
-from moejax import hlo, kernels, work
+from moejax import collectives, hlo, kernels, work
 from moejax.models import layers
 
 M, N, K, A, B = 256, 128, 384, 3, 5
@@ -203,6 +204,36 @@ def test_a_kernel_of_a_tpu_says_what_it_multiplies():
 
   found = read(fn, "tpu", (M, K), (A, K, N), dtype=jnp.bfloat16)
   assert found.flops == 2 * M * N * K
+
+
+# Rows travel to a kernel and home, 64 of them in room for 256, as a TPU's
+# compiler writes it down in a dump: keys in the order of the alphabet.
+ROWS_BY_NUMBER = """
+ENTRY %main (a: bf16[64,16], b: bf16[256,16], c: s32[4]) -> bf16[64,16] {
+  %rows = bf16[64,16]{1,0} parameter(0)
+  %room = bf16[256,16]{1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %out = bf16[256,16]{1,0} ragged-all-to-all(%rows, %room, %n, %n, %n, %n), \
+replica_groups={{0,1,2,3}}
+  %kernel = bf16[256,16]{1,0} custom-call(%out), \
+custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
+{"cost_estimate":{"bytes_accessed":"123","flops":"4000"}}}
+  ROOT %home = bf16[64,16]{1,0} ragged-all-to-all(%kernel, %rows, %n, %n, %n, \
+%n), replica_groups={{0,1,2,3}}
+}
+"""
+
+
+def test_room_for_rows_is_not_all_taken():
+  found = work.read(ROWS_BY_NUMBER)
+  assert found.flops == 4000 // 4
+  way, room, numbers = 2 * 64 * 16, 2 * 256 * 16, 4 * 4 * 4
+  # Each way reads and writes what travels; the kernel all that it is given.
+  assert found.bytes == 2 * (2 * way + numbers) + 2 * room
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "e")
+  out, home = collectives.read(ROWS_BY_NUMBER, mesh)
+  assert out.wire_bytes == home.wire_bytes == way * 3 // 4
+  assert (out.bytes, home.bytes) == (room, way)
 
 
 # -- bytes --------------------------------------------------------------------

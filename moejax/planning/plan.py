@@ -91,6 +91,9 @@ class Plan(NamedTuple):
     memory: of one device.
     model_flops: of one device in a step, by formula (`cost.flops_per_step`).
     flops: of one device in a step, of the compiled program.
+    is_bounded: whether the lengths of all loops are known; what one round of
+      another does counts once, so that FLOP, collectives and estimate are the
+      least there may be.
     collectives: those of a step.
     estimate: of a step; None where the chip is unknown.
     words: places for words in a step.
@@ -108,6 +111,7 @@ class Plan(NamedTuple):
   memory: Memory
   model_flops: float
   flops: int
+  is_bounded: bool
   collectives: list[collectives.Collective]
   estimate: Estimate | None
   words: int
@@ -203,6 +207,7 @@ def make(
     memory,
     cost.flops_per_step(config, vocab_size) / len(topology.devices),
     sum(each.flops for each in done),
+    all(each.is_bounded for each in done),
     found,
     _estimate(done, found, topology, parts.mesh) if topology.chip else None,
     math.prod(parts.shapes["mask"].shape),

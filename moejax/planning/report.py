@@ -45,13 +45,18 @@ def tries(outcomes: Sequence[Outcome]) -> str:
 
 
 def _trouble(outcome: Outcome) -> str:
-  """Says why a layout cannot be; nothing if it can."""
+  """Says why a layout cannot be, or what is not known of it; or nothing."""
   where = f"{_name(outcome, [])} on {outcome.topology}"
   if isinstance(outcome, Refusal):
     return f"{where}: {outcome.reason}"
   memory = outcome.memory
-  if memory.fits:
+  if memory.fits and outcome.is_bounded:
     return ""
+  if memory.fits:
+    return (
+      f"{where}: some loops, as over sorted rows, go on until all is done, and"
+      " count once here: FLOP and time are more than it says."
+    )
   needs, has = map(plan_lib.in_bytes, (memory.needs, memory.has))
   return (
     f"{where}: needs {needs} of each device, which has {has}; take more"

@@ -213,6 +213,9 @@ def attempt(
   also = "".join(f", {n.rpartition('.')[2]} {v}" for n, v in shown.items())
   say(f"compiling {layout} for {topology.name}{also}")
   try:
+    if together := _together(changed, topology):
+      changed = changed_config(changed, together)
+      shown |= together
     return plan_lib.make(changed, vocab_size, topology, shown)
   except plan_lib.DoesNotFit as error:
     return Refusal(
@@ -243,6 +246,22 @@ def _mixture(config: config_lib.Config) -> tuple[str, Any]:
     if name in config.model:
       return f"config.model.{name}", config.model[name]
   return "", {}
+
+
+def _together(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
+  """Returns how many groups of tokens can be together at the second level.
+
+  Fewer than the config says where a data replica has fewer in a microbatch.
+  """
+  path, layer = _mixture(config)
+  together = layer.get("groups_together", 1)
+  if together == 1:
+    return {}
+  mesh = sharding.make_mesh(config_lib.layout(config), topology.devices)
+  tokens = config.data.batch_size * config.data.row_length
+  parts = config_lib.train(config).microbatches * mesh.shape["data"]
+  fit = math.gcd(together, tokens // parts // layer["group_size"])
+  return {} if fit == together else {f"{path}.groups_together": fit}
 
 
 def _more_microbatches(

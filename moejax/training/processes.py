@@ -143,6 +143,13 @@ def _cluster(
       f" {', '.join('--' + name for name in given)} (or JAX_"
       f"{missing[0].upper()} and so on); give none to train by one."
     )
+  address = given["coordinator_address"]
+  _, _, port = address.rpartition(":")
+  if ":" not in address or not (port.isdecimal() and 0 < int(port) < 2**16):
+    raise ValueError(
+      f"--coordinator_address is {address!r}; give the first process's host and"
+      " a free port of it, as in localhost:12345."
+    )
   if not 0 <= given["process_id"] < given["num_processes"]:
     raise ValueError(
       f"--process_id={given['process_id']}, but the"

@@ -127,6 +127,21 @@ def test_a_chip_has_its_roofline():
   assert "all-to-all" in kinds and "all-gather" not in kinds
 
 
+def test_sorted_rows_are_planned_for_as_many_as_come():
+  topology.chips()  # or skip
+  config = tiny()
+  # What the kernels of a TPU take.
+  config.model.width = config.model.moe.experts.hidden = 128
+  config.model.moe.update({"dispatch": "ragged", "group_size": 64})
+  with config.ignore_type():
+    config.model.moe.capacity_factor = None
+  config.data.update({"batch_size": 64, "row_length": 64})
+  got = plan.make(config, VOCABULARY, chips.find("v5e:2x4"))
+  assert got.flops == pytest.approx(got.model_flops, rel=0.1)
+  ways = [e for e in got.collectives if e.kind == "ragged-all-to-all"]
+  assert len(ways) == 4 and len({each.wire_bytes for each in ways}) == 1
+
+
 def test_report_has_all_of_it(tmp_path):
   changes = {"config.train.microbatches": 2}
   refused = search.Refusal(

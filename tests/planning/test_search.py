@@ -34,7 +34,7 @@ def made_up(config, vocab_size, topology, changes):
     changes,
     *(16, 1, 1),
     memory,
-    *(1.0, 1, [], estimate, 1, 0.0, 1e12, None),
+    *(1.0, 1, True, [], estimate, 1, 0.0, 1e12, None),
   )
 
 
@@ -121,3 +121,29 @@ def test_changes_leave_the_config_alone():
   changed = search.changed_config(config, changes)
   assert (changed.seed, config.seed, config.layout) == (3, 0, "expert")
   assert changed.layout.mesh_shape == (1, 8, 1)
+
+
+@pytest.mark.parametrize(
+  "changes, parts",
+  [
+    ({"config.layout": "expert"}, 1),
+    ({"config.layout": "data_expert"}, 2),
+    ({"config.layout": "data_expert", "config.train.microbatches": 2}, 4),
+  ],
+)
+def test_groups_of_tokens_are_together_in_a_replica(
+  changes, parts, monkeypatch
+):
+  def make(config, vocab_size, topology, changes):
+    raise ValueError("what it was asked for is known")
+
+  monkeypatch.setattr(plan, "make", make)
+  config = config_shapes.load("news/moe_131072_h.py")
+  layer = config.model.hierarchical_moe
+  assert config.train.microbatches == 1
+  groups = config.data.batch_size * config.data.row_length // layer.group_size
+  assert layer.groups_together == groups
+  here = chips.find("cpu:8")
+  planned = search.attempt(config, 100, here, changes, print)
+  name = "config.model.hierarchical_moe.groups_together"
+  assert planned.changes.get(name, groups) == groups // parts

@@ -44,6 +44,8 @@ def test_a_vote_has_an_entry_a_device(layout):
     (("a:1", 2, None), {}, "--process_id is missing.*JAX_PROCESS_ID"),
     ((None, None, 0), {}, "--coordinator_address is missing"),
     ((None, 2, 0), {}, "--coordinator_address is missing"),
+    (("localhost", 2, 0), {}, "coordinator_address is 'localhost'; give"),
+    (("localhost:x", 2, 0), {}, "is 'localhost:x'; .* localhost:12345"),
     (("a:1", 2, 2), {}, "process_id=2, but the 2 .* from 0 to 1"),
     (("a:1", 2, -1), {}, "process_id=-1, but"),
     ((None, None, None), {"JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID is 'x'"),
