@@ -11,13 +11,19 @@ Kneser-Ney 5-gram of the same words. `paper` is Table 7's. Runs lie under
 runs/curves and are resumed there. The text is the presidents' messages, or that
 of --text, of which words seen 20 times are known.
 
-Result: it does, if batches are large. On 12 M words of technical documentation
-and 2400 steps (39 M words) the test perplexity is 53.3 with 4 experts and for
-the dense twin (52.0 for four LSTMs), 50.3 with 32, 48.9 with 256 (49.8 in two
-levels): 8 % from 4 to 256, where the paper has 21 %. The lead still grows: of
-the training loss of MoE-256 over that of MoE-4 there is nothing until step 600,
-0.036 nats at 1200, 0.067 at 1800 and 0.085 at 2400; MoE-32 leads from step 300,
-by 0.039 at 1200, and gains little after. With batches of 4096 words
+Result: it does, if batches are large and training is long. On 12 M words of
+technical documentation and 2400 steps (39 M words) the test perplexity is 53.3
+with 4 experts and for the dense twin (52.0 for four LSTMs), 50.3 with 32, 48.9
+with 256 (49.8 in two levels): 8 % from 4 to 256. After 4800 it is 47.0, 44.0
+and 41.8 (results/capacity_curve_text_models_steps.csv): 11 %, where the paper,
+at 100 times the words, has 21 %. The lead still grows: of the training loss of
+MoE-256 over that of MoE-4 there is nothing until step 600, then 0.036 nats at
+1200, 0.067 at 1800, 0.085 at 2400, 0.103 at 3600, 0.124 at 4800; MoE-32 leads
+from step 300, by 0.038 at 1200 and 0.062 at 4800. MoE-1024-h is behind all
+others (62.5): of 0.109 nats behind MoE-4 at step 600 0.082 are its dropout, the
+paper's 0.2 in place of 0.1 (MoE-4 with 0.2 loses as much), which a model an
+eighth as wide cannot spare; the rest, and what comes later (0.147 at 2400), may
+be its 64 words an expert and batch. With batches of 4096 words
 (results/capacity_curve.csv, made when that was the default; --batch_size=64
 now) it was the reverse: 57.0 with 4, 55.3 with 32, 59.2 with 256, 59.1 with 256
 and 67.4 with 1024 in two levels. An expert of MoE-256 then sees 64 words of a
@@ -26,8 +32,8 @@ gradient, so that noise is what few words make of them: updates of the experts a
 quarter as long took 0.02 nats off MoE-256 at step 800 there, its whole gap to
 the twin, and weaker balance losses (0.01) nothing. On this text, which repeats
 itself, the 5-gram (37.2) is far ahead of all of them, on the presidents'
-messages behind (94.3 against 79.9). MoE-1024-h and two dense models were not
-run with the larger batches. One seed, one core of an AMD EPYC each
+messages behind (94.3 against 79.9). Two dense models were not run with the
+larger batches. One seed, one core of an AMD EPYC each
 (results/capacity_curve_text_models.csv).
 """
 
