@@ -33,13 +33,13 @@ is copied.
 
 Of whole models (results/sharding_layouts_topology.csv) those for the benchmark
 fit 16 chips of a v5e (17.2 GB) in the configs' own layout alone, experts and
-tables of words split: MoE-256 7.6 GB and 304 ms a step, MoE-4096-h 6.7 GB and
-110 ms; all others need 18 to 61 GB, and 1.5 to 29 times as long: gradients of
+tables of words split: MoE-256 7.6 GB and 203 ms a step, MoE-4096-h 6.7 GB and
+105 ms; all others need 18 to 61 GB, and 2.2 to 31 times as long: gradients of
 whole tables, 25 GB of float32, are summed over the chips in every microbatch.
-MoE-131072-h on 128 chips of a v5p: experts over all chips 10.1 GB and 29 ms,
-two replicas of them over 64 each 16.8 and 221, the hidden layers of each expert
-in halves 13.5 and 63; whole layers gathered (fsdp) need 631 GB. Collectives
-are in the table; compiled in 14 minutes, nothing ran.
+MoE-131072-h on 128 chips of a v5p: experts over all chips 10.5 GB and 28 ms,
+two replicas of them over 64 each 17.2 and 220, the hidden layers of each expert
+in halves 13.5 and 62; whole layers gathered (fsdp) need 631 GB. Collectives
+are in the table; compiled in 19 minutes on one core of an EPYC, nothing ran.
 """
 
 import contextlib
