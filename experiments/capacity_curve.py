@@ -32,7 +32,7 @@ gradient, so that noise is what few words make of them: updates of the experts a
 quarter as long took 0.02 nats off MoE-256 at step 800 there, its whole gap to
 the twin, and weaker balance losses (0.01) nothing. On this text, which repeats
 itself, the 5-gram (37.2) is far ahead of all of them, on the presidents'
-messages behind (94.3 against 79.7). Two dense models were not run with the
+messages behind (94.3 against 79.8). Two dense models were not run with the
 larger batches. One seed, one core of an AMD EPYC each
 (results/capacity_curve_text_models.csv).
 """

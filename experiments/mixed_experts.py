@@ -20,7 +20,7 @@ frequent, where a quarter would be even (another third of the rare words is
 passed through as it is). Nothing asks for that but the task:
 the balance losses keep every kind at a quarter of all edges (0.245 to 0.256).
 As a language model it stands between: test perplexity 81.30, against 79.82 of
-the uniform mixture and 82.05 of the dense twin (results/sparse_against_dense;
+the uniform mixture and 82.15 of the dense twin (results/sparse_against_dense;
 ops/timestep 66,744 and 65,536 outside the LSTMs and the router). One seed, two
 cores of an Intel Xeon, other work beside (results/mixed_experts.csv).
 """
