@@ -6,9 +6,9 @@ full softmax; the test is that of the checkpoint of lowest validation
 perplexity. Runs lie under runs/sparse_against_dense and are resumed there.
 
 Result: test perplexity 79.77 against 82.15, ahead from the first validation on
-(seed 0, two cores of an AMD EPYC, results/sparse_against_dense.csv; on one core,
-where sums are cut otherwise, 79.73 and 82.05). Before, at
-width 128, peak 1e-2, the two were level on validation and on the training loss:
+(seed 0, two cores of an AMD EPYC, results/sparse_against_dense.csv; one core,
+which cuts sums otherwise, gave 79.73 and 82.05). Before, at width 128, peak
+1e-2, the two were level on validation and on the training loss:
 100.0 and 100.0 at step 600, where it was stopped. The layer mattered (8 % worse
 without it at step 400) and the router was sure of itself (at step 1200 the top
 4 with and without noise agreed to 92 %), so it was text that each expert
