@@ -44,7 +44,7 @@ are in the table; compiled in 19 minutes on one core of an EPYC, nothing ran.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -69,11 +69,6 @@ from moejax.training import program as program_lib
 
 SEED = 0
 DEVICES = 8
-# What is compiled for a look at it alone.
-IN_HASTE = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
 WEIGHTS = {"importance": 0.1, "load": 0.1}
 CANDIDATES = {
   "einsum": {"dispatch": "einsum"},
@@ -125,16 +120,16 @@ def rows(quick: bool, topology: str = "") -> Iterator[harness.Row]:
   if len(devices) < DEVICES:
     devices = jax.devices("cpu")
   sizes = Sizes(256, 8, 16) if quick else Sizes()
-  options = IN_HASTE if quick else {}
   one = sharding.Layout("one device", (1, 1, 1), sharding.rules())
   layouts = {one: devices[:1]}
   names = ("expert", "fsdp") if quick else sharding.LAYOUTS
   layouts |= {sharding.LAYOUTS[name]: devices[:DEVICES] for name in names}
-  candidates = {
-    (layout.name, name): compiled(module, sizes, layout, devices, options)
-    for layout, devices in layouts.items()
-    for name, module in modules(sizes).items()
-  }
+  with training.in_haste() if quick else contextlib.nullcontext():
+    candidates = {
+      (layout.name, name): compiled(module, sizes, layout, devices)
+      for layout, devices in layouts.items()
+      for name, module in modules(sizes).items()
+    }
   times = harness.interleaved(
     {key: functools.partial(run, each) for key, each in candidates.items()},
     2 if quick else 5,
@@ -160,9 +155,10 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
     config = training.load(name)
     vocab_size = config_lib.vocab_size(config)
     for topology in map(chips.find, topologies):
-      if groups(config) % len(topology.devices):
+      groups = search.groups(config)
+      if groups % len(topology.devices):
         print(
-          f"{name}: {groups(config)} groups of tokens do not divide over"
+          f"{name}: {groups} groups of tokens do not divide over"
           f" {topology.name}; left out"
         )
         continue
@@ -175,13 +171,6 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
             search.attempt(config, vocab_size, topology, changes, print)
           ),
         }
-
-
-def groups(config: config_lib.Config) -> int:
-  """Counts the groups of tokens of a microbatch."""
-  layer = config.model.get("moe") or config.model.hierarchical_moe
-  tokens = training.tokens_of_batch(config)
-  return tokens // config.train.microbatches // layer.group_size
 
 
 def planned_row(outcome: search.Outcome) -> harness.Row:
@@ -224,7 +213,6 @@ def compiled(
   sizes: Sizes,
   layout: sharding.Layout,
   devices: list[jax.Device],
-  options: Mapping[str, Any],
 ) -> Candidate:
   """Compiles the layer's losses and gradients for a layout."""
   shape = (DEVICES, sizes.tokens // DEVICES, sizes.width)
@@ -250,7 +238,6 @@ def compiled(
     step = jax.jit(
       functools.partial(losses_and_gradients, module),
       out_shardings=(None, (places, batch)),
-      compiler_options=options,
     )
     program = step.lower(params, x).compile()
   found = collectives.read(program.as_text(), mesh)

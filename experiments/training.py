@@ -80,6 +80,17 @@ def tokens_of_batch(config: config_lib.Config) -> int:
 
 
 @contextlib.contextmanager
+def in_haste() -> Iterator[None]:
+  """Compiles faster and less well, what then runs for seconds or not at all."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextlib.contextmanager
 def folder(name: str, quick: bool, files: str = "") -> Iterator[pathlib.Path]:
   """Gives the folder for an experiment's runs; a quick one's goes away.
 
@@ -93,14 +104,8 @@ def folder(name: str, quick: bool, files: str = "") -> Iterator[pathlib.Path]:
     own = hashlib.sha256(files.encode()).hexdigest()[:8] if files else ""
     yield ROOT / "runs" / name / own
     return
-  # What runs for seconds should not be compiled for longer.
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    with tempfile.TemporaryDirectory() as scratch:
-      yield pathlib.Path(scratch)
-  finally:
-    jax.config.update("jax_disable_most_optimizations", before)
+  with in_haste(), tempfile.TemporaryDirectory() as scratch:
+    yield pathlib.Path(scratch)
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:

@@ -84,8 +84,7 @@ def read(
       kind, of_result = "reduce-scatter", of_result // groups
     sent = of_result
     if kind == "ragged-all-to-all":
-      # On one side lies what is sent, on the other room for whatever comes.
-      sent = min(of_result, hlo.size(hlo.operands(op)[0].shape))
+      sent, _ = hlo.rows_and_room(op)
     dtype = hlo.arrays(op.shape)[0].dtype
     wire = KINDS[kind](sent, groups)
     found.append(

@@ -162,7 +162,7 @@ def fastest(capacity: Capacity, needs_slots: bool, edges: int) -> str:
     edges: of all groups.
   """
   # Within an expert nothing can be sorted: a device has several of them.
-  if needs_slots or sharding.expert_axis() is None:
+  if needs_slots or sharding.in_expert():
     return "gather"
   if capacity is None:
     return "ragged"

@@ -34,8 +34,7 @@ _INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 def _partitioned(
   num_experts: int, *axes: str | None
 ) -> nn.initializers.Initializer:
-  # A lone expert has no axis to be split along: every device keeps a copy.
-  expert = sharding.expert_axis() if num_experts > 1 else None
+  expert = sharding.expert_axis(num_experts)
   return nn.with_logical_partitioning(_INIT, (expert, *axes))
 
 

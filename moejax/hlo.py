@@ -163,6 +163,16 @@ def size(shape: str) -> int:
   return sum(each.bytes for each in arrays(shape))
 
 
+def rows_and_room(op: Op) -> tuple[int, int]:
+  """Returns the bytes of the two sides of a ragged all-to-all.
+
+  One side is the rows of this device, the other room for all that could come,
+  whichever way they go.
+  """
+  rows, room = sorted(size(each.shape) for each in operands(op)[:2])
+  return rows, room
+
+
 def _cut(text: str) -> tuple[str, str]:
   """Splits a text after the bracket that closes its first."""
   depth = 0

@@ -284,7 +284,7 @@ def _chosen(
       f"unknown dispatch {name!r}; choose one of auto,"
       f" {', '.join(dispatch_lib.DISPATCH)}."
     )
-  if name == "ragged" and sharding.expert_axis() is None:
+  if name == "ragged" and sharding.in_expert():
     raise ValueError(
       "dispatch 'ragged' sorts the rows of a whole device, but this mixture is"
       " part of an expert, one of several there; choose auto, gather or einsum."
@@ -330,8 +330,7 @@ def _side_by_side(
   P, G, C = slots.shape[:3]
   slots = slots.reshape(P, G // together, together * C, *slots.shape[3:])
   rest = (None,) * (slots.ndim - 2)
-  groups_of_experts = "expert" if P > 1 else None
-  return sharding.constrain(slots, groups_of_experts, "group_away", *rest)
+  return sharding.constrain(slots, sharding.expert_axis(P), "group_away", *rest)
 
 
 def _flatten(

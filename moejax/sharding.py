@@ -269,12 +269,20 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
 _IN_EXPERT = contextvars.ContextVar("in_expert", default=False)
 
 
-def expert_axis() -> str | None:
-  """Returns the logical axis of experts; None for those within an expert.
+def in_expert() -> bool:
+  """Says whether the code being traced is a part of every expert.
 
   An expert, with all that it is made of, lives whole on one device (sec. 3.1).
   """
-  return None if _IN_EXPERT.get() else "expert"
+  return _IN_EXPERT.get()
+
+
+def expert_axis(num_experts: int) -> str | None:
+  """Returns the logical axis of so many experts; None where they are unsplit.
+
+  That is within an expert, and for a lone one: every device keeps a copy.
+  """
+  return None if in_expert() or num_experts == 1 else "expert"
 
 
 def splits(axis: str) -> bool:
@@ -286,7 +294,7 @@ def splits(axis: str) -> bool:
 
 def splits_experts() -> bool:
   """Says whether the code being traced must keep to its part of the experts."""
-  return _IN_EXPERT.get() or splits("expert")
+  return in_expert() or splits("expert")
 
 
 def over_experts(fn: _Fn, num_experts: int) -> _Fn:
@@ -299,8 +307,7 @@ def over_experts(fn: _Fn, num_experts: int) -> _Fn:
 
   def run(module, *args):
     rules = dict(nn.get_logical_axis_rules())
-    # A lone expert has no axis to be split along.
-    axis = expert_axis() if num_experts > 1 else None
+    axis = expert_axis(num_experts)
     on_mesh = axis and not jax.sharding.get_abstract_mesh().empty
     mapped = nn.vmap(
       fn,

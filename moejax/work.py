@@ -167,21 +167,15 @@ _COST = '"cost_estimate"'
 
 
 def _filled(program: Program) -> float:
-  """Returns how much of the room for sorted rows is taken, as a rule.
-
-  An exchange has the rows of a device on one side, and on the other room for
-  all that could come.
-  """
-  rows = room = 0
-  for computation in program.values():
-    for op in computation.ops.values():
-      if op.opcode in _BY_NUMBER:
-        sides = [hlo.size(each.shape) for each in hlo.operands(op)[:2]]
-        rows, room = rows + min(sides), room + max(sides)
-  return rows / room if room else 1.0
-
-
-_BY_NUMBER = ("ragged-all-to-all", "ragged-all-to-all-start")
+  """Returns how much of the room for sorted rows is taken, as a rule."""
+  sides = [
+    hlo.rows_and_room(op)
+    for computation in program.values()
+    for op in computation.ops.values()
+    if op.opcode.removesuffix("-start") == "ragged-all-to-all"
+  ]
+  rows, room = map(sum, zip(*sides, strict=True)) if sides else (1, 1)
+  return rows / room
 
 
 # -- bytes --------------------------------------------------------------------
@@ -219,7 +213,7 @@ def _read(program: Program, op: Op, place: int) -> int:
     change = operands[_IN_PLACE[kind][1]]
     return hlo.size(change.shape) if kind == "scatter" else 0
   if kind == "ragged-all-to-all" and place == 0:
-    return min(hlo.size(each.shape) for each in operands[:2])
+    return hlo.rows_and_room(op)[0]
   if kind == "fusion":
     inner = program[hlo.called(op)[0]]
     return _looked_at(program, inner.parameters[place])

@@ -143,16 +143,19 @@ def cut(pieces: Pieces, line: str, limit: int) -> list[str]:
   return [part for group in groups for part in cut(pieces, group, limit)]
 
 
-# Between sentences that begin with other letters than those of English, and
-# where no space does. It knows no abbreviations.
-_SENTENCE = re.compile(r"(?<=[.!?…؟।])\s+|(?<=[。！？])")
+# Between sentences that begin with other letters than those of English, which
+# `sentences` knows better, and where no space comes between.
+_STOPS = "。！？"
+_SENTENCE = re.compile(
+  rf"(?<=[.!?…؟।])\s+(?=\W*[^\W\d_a-zA-Zà-öø-ÿа-я])|(?<=[{_STOPS}])"
+)
 
 
 def _grouped(pieces: Pieces, parts: list[str], limit: int) -> list[str]:
   """Joins neighbours while they fit, by spaces but after a full stop of CJK."""
   groups = parts[:1]
   for part in parts[1:]:
-    space = "" if groups[-1][-1] in "。！？" else " "
+    space = "" if groups[-1][-1] in _STOPS else " "
     together = f"{groups[-1]}{space}{part}"
     if len(pieces.encode(together)) <= limit:
       groups[-1] = together

@@ -50,13 +50,12 @@ def _trouble(outcome: Outcome) -> str:
   if isinstance(outcome, Refusal):
     return f"{where}: {outcome.reason}"
   memory = outcome.memory
-  if memory.fits and outcome.is_bounded:
-    return ""
   if memory.fits:
-    return (
+    unknown = (
       f"{where}: some loops, as over sorted rows, go on until all is done, and"
       " count once here: FLOP and time are more than it says."
     )
+    return "" if outcome.is_bounded else unknown
   needs, has = map(plan_lib.in_bytes, (memory.needs, memory.has))
   return (
     f"{where}: needs {needs} of each device, which has {has}; take more"

@@ -248,6 +248,15 @@ def _mixture(config: config_lib.Config) -> tuple[str, Any]:
   return "", {}
 
 
+def groups(config: config_lib.Config) -> int:
+  """Counts the groups of tokens of a microbatch."""
+  _, layer = _mixture(config)
+  if not layer.get("group_size"):
+    return 1
+  tokens = config.data.batch_size * config.data.row_length
+  return tokens // config_lib.train(config).microbatches // layer["group_size"]
+
+
 def _together(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
   """Returns how many groups of tokens can be together at the second level.
 
@@ -258,9 +267,7 @@ def _together(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
   if together == 1:
     return {}
   mesh = sharding.make_mesh(config_lib.layout(config), topology.devices)
-  tokens = config.data.batch_size * config.data.row_length
-  parts = config_lib.train(config).microbatches * mesh.shape["data"]
-  fit = math.gcd(together, tokens // parts // layer["group_size"])
+  fit = math.gcd(together, groups(config) // mesh.shape["data"])
   return {} if fit == together else {f"{path}.groups_together": fit}
 
 
@@ -273,8 +280,8 @@ def _more_microbatches(
   step = {"config.train.microbatches": count}
   path, layer = _mixture(now)
   if size := layer.get("group_size"):
-    groups = now.data.batch_size * now.data.row_length // count // size
-    if groups < 1 or groups % len(topology.devices):
+    left = groups(changed_config(now, step))
+    if left < 1 or left % len(topology.devices):
       step[f"{path}.group_size"] = size // 2
   return step
 

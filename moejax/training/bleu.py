@@ -42,7 +42,7 @@ def scores(
   Args:
     hypotheses: translations.
     references: what they should be, line by line.
-    language: of both, two letters first, as "zh" or "zh_cn".
+    language: of both, as "zh" or "zh_cn".
 
   Raises:
     ValueError: there are no lines, or not equally many.
@@ -52,7 +52,7 @@ def scores(
       f"{len(hypotheses)} translations cannot be scored against"
       f" {len(references)} references; give one reference for each line"
     )
-  tokenizer = _TOKENIZERS.get(language[:2].lower(), "13a")
+  tokenizer = _TOKENIZERS.get(language.lower().partition("_")[0], "13a")
   bleu, chrf = metrics.BLEU(tokenize=tokenizer), metrics.CHRF()
   found = [
     metric.corpus_score(list(hypotheses), [list(references)]).score

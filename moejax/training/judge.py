@@ -65,7 +65,7 @@ def scores(
     the signatures of both, which say how they are counted.
   """
   values: dict[str, float] = {}
-  signatures: dict[str, list[str]] = {}
+  signatures: dict[str, list[str]] = {"bleu": [], "chrf": []}
   for pairs in parts:
     language = pairs.direction.target
     found = translator.lines(params, list(pairs.sources), language)
@@ -73,16 +73,13 @@ def scores(
     score = bleu.scores(found, list(pairs.targets), language)
     values[f"bleu_{pairs.direction}"] = score.bleu
     values[f"chrf_{pairs.direction}"] = score.chrf
-    # Directions differ in theirs where languages are cut differently.
-    for name, own in (
-      ("bleu", score.bleu_signature),
-      ("chrf", score.chrf_signature),
-    ):
-      signatures.setdefault(name, []).append(own)
+    signatures["bleu"].append(score.bleu_signature)
+    signatures["chrf"].append(score.chrf_signature)
   means = {
     name: sum(v for n, v in values.items() if n.startswith(name)) / len(parts)
-    for name in ("bleu", "chrf")
+    for name in signatures
   }
+  # Directions differ in theirs where languages are cut differently.
   said = {name: ", ".join(dict.fromkeys(s)) for name, s in signatures.items()}
   return (means | values if len(parts) > 1 else means), said
 

@@ -78,6 +78,12 @@ def test_lines_are_cut_between_sentences_then_words(pieces):
     "The cat then sat on the",
     "mat on the house.",
   ]
+  # An abbreviation ends nothing.
+  assert cut(pieces, "The cat sat on Mr. Cat. The mat sat.", 9) == [
+    "The cat sat on",
+    "Mr. Cat.",
+    "The mat sat.",
+  ]
   assert cut(pieces, f"cat cat {'x' * 12}", 8) == ["cat cat", *["x" * 6] * 2]
   assert cut(pieces, " \u3000", 8) == cut(pieces, "▁", 8) == []
 

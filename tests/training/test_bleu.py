@@ -56,6 +56,7 @@ def test_scores_are_those_of_the_command(printed):
     ("zh", "我住在一座大城市里。", "zh"),
     ("zh_tw", "我住在一座大城市裡。", "zh"),
     ("ja", "私は東京に住んでいます。", "char"),
+    ("jav", "Aku manggon ing kutha gedhe.", "13a"),
     ("de", "Ich wohne in einer Stadt.", "13a"),
   ],
 )
