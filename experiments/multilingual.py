@@ -17,8 +17,8 @@ there.
 Result: 32 experts have a test perplexity of 15.98, the dense layer 16.67, 4 %
 more, but BLEU is level: 0.7 lower to 0.5 higher by direction, lower in 7 of 10.
 The paper's mixture leads in 11 of 12; here models are still learning
-(perplexity 35 at half time). Documentation, one seed
-(results/multilingual_pairs.csv).
+(perplexity 35 at half time). Documentation, one seed, made when directions
+still took turns row by row (results/multilingual_pairs.csv).
 """
 
 import collections
