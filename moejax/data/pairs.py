@@ -6,12 +6,12 @@ import itertools
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
+from moejax import terminal
 from moejax.data import corpora, lines, published
 from moejax.data.lines import Paths
 
@@ -128,10 +128,9 @@ class _LeftOut:
       noun = "line" if len(numbers) == 1 else "lines"
       reasons.append(f"{len(numbers):,} {reason} ({noun} {told}{more})")
     count = sum(map(len, self._numbers.values()))
-    print(
+    terminal.warn(
       f"{self._path}: {count:,} of {total:,} lines left out:"
       f" {', '.join(reasons)}",
-      file=sys.stderr,
     )
 
 
@@ -291,12 +290,11 @@ def _tell_of_leaks(splits: Mapping[str, Mapping[Direction, Paths]]) -> None:
   languages = collections.Counter(itertools.chain.from_iterable(train))
   shared = [language for language, count in languages.items() if count > 1]
   if carved and shared:
-    print(
+    terminal.warn(
       f"{' and '.join(carved)} are carved out of the files of each direction by"
       f" itself: a sentence in {' or '.join(shared)} that stands in files of"
       " several is trained on in one though another holds it out; where there"
       f" are such, give files for {' and '.join(carved)}",
-      file=sys.stderr,
     )
 
 

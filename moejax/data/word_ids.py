@@ -5,11 +5,11 @@ ids; every start after that, and every other process, maps them into memory.
 """
 
 import functools
-import sys
 from collections.abc import Callable
 
 import numpy as np
 
+from moejax import terminal
 from moejax.data import kept, text
 from moejax.data.corpora import Records
 from moejax.data.vocab import Vocabulary
@@ -39,9 +39,8 @@ def tokenise(
   """
 
   def write(ids, lengths):
-    print(
+    terminal.warn(
       f"turning {len(texts):,} sentences into word ids (once), in {path}",
-      file=sys.stderr,
     )
     text.write_tokens(texts, vocabulary, split, ids, lengths)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from moejax import config as config_lib
+from moejax import terminal
 from moejax.planning import chips, report, search
 
 
@@ -51,7 +52,7 @@ def run(
   by_topology = []
 
   def say(line: str) -> None:
-    print(line, flush=True)
+    terminal.say(line)
 
   for topology in found:
     about = config, vocab_size, topology

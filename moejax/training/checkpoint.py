@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from moejax import terminal
 from moejax.training import processes
 from moejax.training.state import TrainState
 
@@ -285,4 +285,4 @@ def _read_sums(folder: pathlib.Path) -> list[tuple[str, str]]:
 
 def _say(text: str) -> None:
   if processes.first():
-    print(text, file=sys.stderr, flush=True)
+    terminal.warn(text)

@@ -13,7 +13,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax import files as files_lib
-from moejax import sharding
+from moejax import sharding, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import text
 from moejax.training import (
@@ -172,7 +172,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
         lambda: f"checkpoint {saved}, in {workdir}"
       )
     )
-    say = progress.say if processes.first() else print
+    say = progress.say if processes.first() else terminal.say
     # Until all is saved; a signal in the test that follows ends it at once.
     with processes.signals(say) as stopped:
 
@@ -275,7 +275,7 @@ def _outcome(
 
 def _print(text: str) -> None:
   if processes.first():
-    print(text, flush=True)
+    terminal.say(text)
 
 
 def _check_shared(workdir: pathlib.Path) -> None:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import placement
+from moejax import placement, terminal
 
 _Made = TypeVar("_Made")
 
@@ -301,11 +301,10 @@ def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     if not several():
       raise
-    print(
+    terminal.warn(
       f"moejax: process {jax.process_index()} of {jax.process_count()} lost"
       f" another one ({_first_line(error)}); start all of them again: they go"
       f" on from {goes_on_from()}.",
-      file=sys.stderr,
     )
     leave(1)
 
