@@ -273,14 +273,20 @@ def sigmoid(
 def _largest(
   values: Num[Array, "G N M"], k: int
 ) -> tuple[Num[Array, "G N K"], Int[Array, "G N K"]]:
+  if not sharding.knows("group", values):
+    # The compiler splits a sort over devices, and not a CPU's top_k.
+    order = jnp.argsort(values, axis=-1, stable=True, descending=True)
+    order = order[..., :k].astype(jnp.int32)
+    return jnp.take_along_axis(values, order, axis=-1), order
   # Each device on its own groups: a CPU's top_k is opaque to the partitioner,
   # which would gather the values of all devices on each.
   axes = ("group", None, None)
   largest = sharding.manual(
     lambda values: tuple(jax.lax.top_k(values, k)), (axes,), (axes, axes)
   )
-  # A slice of the result would make XLA take it for a sort of all values.
-  return jax.lax.optimization_barrier(largest(values))
+  # A slice of the result would make XLA take it for a sort of all values. One
+  # barrier for both results makes it fail where every device has all groups.
+  return tuple(map(jax.lax.optimization_barrier, largest(values)))
 
 
 def _softmax_of(

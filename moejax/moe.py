@@ -228,6 +228,17 @@ def _mix_in_groups(module, x, train, mask, ids):
         f"the {name} is {value.shape}, but the tokens are {shape}; give one"
         " entry per token."
       )
+  y, routing = sharding.lift_to_compiler(_mix)(module, x, mask, ids, train)
+  # What init leaves behind would be counted a second time by apply.
+  if not module.is_initializing():
+    module.sow(ROUTING, "routing", routing)
+  return y
+
+
+def _mix(module, x, mask, ids, train):
+  """Mixes tokens in groups; returns y, the decision and its logical axes."""
+  num_tokens, width = x.size // x.shape[-1], x.shape[-1]
+  size = module.group_size or num_tokens
   if mask is not None:
     mask = mask.astype(bool)
     # Whatever stands in padding, NaN included, must not reach a product.
@@ -235,13 +246,10 @@ def _mix_in_groups(module, x, train, mask, ids):
     mask = mask.reshape(-1, size)
   if ids is not None:
     ids = ids.reshape(-1, size)
-  grouped = x.reshape(-1, size, x.shape[-1])
+  grouped = x.reshape(-1, size, width)
   grouped = sharding.constrain(grouped, "group", None, None)
   y, routing = module.mix(grouped, train, mask, ids)
-  # What init leaves behind would be counted a second time by apply.
-  if not module.is_initializing():
-    module.sow(ROUTING, "routing", routing)
-  return y.reshape(*shape, -1)
+  return y.reshape(*x.shape[:-1], -1), routing, routing_lib.axes(routing)
 
 
 def _capacity(

@@ -20,7 +20,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +53,9 @@ def ragged(
   Raises:
     ValueError: a capacity below 1.
   """
-  axis = _split_over(weights, num_experts)
+  axis = None
+  if sharding.knows("group", x):
+    axis = _split_over(weights, num_experts)
   blocks = seats_lib.blocks_of(capacity, num_experts, x.shape[1])
 
   def on_device(weights, x, assignment, here):
@@ -87,9 +88,7 @@ def _split_over(weights: Any, num_experts: int) -> Axis | None:
   first = {w.shape[0] for w in jax.tree.leaves(weights)}
   if first != {num_experts} or num_experts == 1:
     return None
-  if not sharding.splits_experts():
-    return None
-  return dict(nn.get_logical_axis_rules())["expert"]
+  return sharding.split_over("expert")
 
 
 def _room(

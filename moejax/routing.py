@@ -237,3 +237,21 @@ def join(parts: Routing) -> Routing:
     dropped_first=merge(parts.dropped_first),
     primary=None if parts.primary is None else join(parts.primary),
   )
+
+
+def axes(routing: Routing) -> Routing:
+  """Returns the logical axes of every array of a decision, as tuples."""
+  in_front = () if routing.primary is None else (None,)
+  of_groups = ("assignment", "logits", "mask")
+
+  def of(name, value):
+    if name == "primary":
+      return None if value is None else axes(value)
+    group = (*(in_front if name in of_groups else ()), "group")
+    if name in ("thresholds", "bias"):
+      group = ()
+    return jax.tree.map(
+      lambda a: group + (None,) * (a.ndim - len(group)), value
+    )
+
+  return Routing(*(of(n, v) for n, v in routing._asdict().items()))

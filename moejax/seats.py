@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 from moejax.routing import Assignment
@@ -139,8 +138,9 @@ def blocks_of(
 
 def _capacity_of(blocks: Sequence[Block]) -> Int[Array, "bounds"]:
   """Slots of each expert, and of none: 0."""
-  each = [np.full(block.num_experts, block.capacity) for block in blocks]
-  return jnp.asarray(np.concatenate([*each, [0]]), jnp.int32)
+  blocks = *blocks, Block(1, 0)
+  # No array from outside: `sharding.manual` may trace without any.
+  return jnp.concatenate([jnp.full(*block, jnp.int32) for block in blocks])
 
 
 def seat(expert: Int[Array, "A"], blocks: Sequence[Block]) -> Seats:

@@ -8,13 +8,17 @@ lays them over the mesh axes (data, expert, model).
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import custom_partitioning
 from jaxtyping import Array
 
 MESH_AXES = ("data", "expert", "model")
@@ -191,15 +195,55 @@ def use(layout: Layout, mesh: AnyMesh) -> Iterator[None]:
 def constrain(x: Array, *axes: str | None) -> Array:
   """Asks for `x` to lie as its logical axes say; a no-op off the mesh.
 
+  Only what the rules name is asked for: of a layout that is everything, of
+  rules of the user's own what they name, and without rules nothing.
+
   Raises:
     ValueError: an axis does not divide by the devices it is split over.
   """
+  table = _rules()
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if not table or not _auto_axes(mesh):
     return x
-  spec = nn.logical_to_mesh_axes(axes)
+  spec = _spec(axes, mesh)
   check_divides(axes, x.shape, spec, mesh)
-  return jax.lax.with_sharding_constraint(x, spec)
+  if not RULES.keys() <= table.keys():
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    named = [axis in table for axis in axes]
+    if not any(named):
+      return x
+    spec = [
+      over if is_named else free
+      for over, is_named in zip(spec, named, strict=True)
+    ]
+  return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
+
+
+def _rules() -> dict[str, Over]:
+  """Returns the rules in use, and how groups are known to lie without any."""
+  return {**_KNOWN.get(), **dict(nn.get_logical_axis_rules())}
+
+
+def _auto_axes(mesh: AnyMesh) -> tuple[str, ...]:
+  """Returns the mesh axes over which the compiler splits arrays.
+
+  Those are not the ones that are manual: within `jax.shard_map` a device has
+  its own part of an array, and nothing more is to be said about it.
+  """
+  auto = jax.sharding.AxisType.Auto
+  types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in types if kind == auto)
+
+
+def _spec(
+  axes: Sequence[str | None], mesh: AnyMesh
+) -> jax.sharding.PartitionSpec:
+  """Returns which axes of the mesh each logical axis is split over."""
+  auto, spec = _auto_axes(mesh), []
+  for over in nn.logical_to_mesh_axes(axes, tuple(_rules().items())):
+    over = tuple(name for name in _axes(over) if name in auto)
+    spec.append(over if len(over) > 1 else over[0] if over else None)
+  return jax.sharding.PartitionSpec(*spec)
 
 
 # How a user changes the size of a logical axis.
@@ -237,14 +281,14 @@ def check_divides(
 def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
   """`jax.shard_map` in logical axis names; `fn` itself off the mesh.
 
+  On a mesh without rules for these axes each device works on the part of
+  "group" that the compiler gives it, and has all else whole.
+
   Args:
     fn: works on one device's part of its arguments.
     in_axes: a tuple of logical axes per argument.
     out_axes: the same for the result, or a tree of such tuples.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return fn
 
   def is_axes(axes):
     # Not a named tuple, and not an empty dict.
@@ -252,18 +296,281 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
       axis is None or isinstance(axis, str) for axis in axes
     )
 
-  def specs(tree):
-    return jax.tree.map(nn.logical_to_mesh_axes, tree, is_leaf=is_axes)
+  def run(*args):
+    mesh = _mesh_of(args)
+    auto = _auto_axes(mesh)
+    if not auto:
+      return fn(*args)
+    if not knows("group", args):
+      in_leaves = jax.tree.leaves(in_axes, is_leaf=is_axes)
+      out_leaves = jax.tree.leaves(out_axes, is_leaf=is_axes)
+      return _as_compiled(fn, in_leaves, out_leaves)(*args)
 
-  # The kernels that come with JAX do not say over which axes they vary.
-  return jax.shard_map(
-    fn,
-    mesh=mesh,
-    in_specs=specs(in_axes),
-    out_specs=specs(out_axes),
-    check_vma=False,
+    def specs(tree):
+      return jax.tree.map(
+        lambda axes: _spec(axes, mesh),
+        tree,
+        is_leaf=is_axes,
+      )
+
+    # The kernels that come with JAX do not say over which axes they vary.
+    return jax.shard_map(
+      fn,
+      mesh=mesh,
+      in_specs=specs(in_axes),
+      out_specs=specs(out_axes),
+      axis_names=set(auto),
+      check_vma=False,
+    )(*args)
+
+  return run
+
+
+def _mesh_of(args: Any) -> AnyMesh:
+  """Returns the mesh in use, or else the one that arrays say they lie on."""
+  mesh = jax.sharding.get_abstract_mesh()
+  for leaf in jax.tree.leaves(args):
+    if mesh.empty:
+      mesh = jax.typeof(leaf).sharding.mesh
+  return mesh
+
+
+def knows(axis: str, x: Any) -> bool:
+  """Says whether it is known, while code is traced, how an axis of `x` lies.
+
+  It is not on a mesh of the user's own without a rule for it: there the
+  compiler alone decides.
+  """
+  mesh = _mesh_of(x)
+  named = axis in _rules() and not jax.sharding.get_abstract_mesh().empty
+  return named or not _auto_axes(mesh) or mesh.size == 1
+
+
+def leave_to_compiler(fn: _Fn) -> _Fn:
+  """Lets fn(*args) see Auto axes where arrays have Explicit ones in their type.
+
+  What `fn` returns every device has whole.
+  """
+
+  def run(*args):
+    explicit = _explicit_mesh(args)
+    if explicit is None:
+      return fn(*args)
+    with jax.sharding.use_abstract_mesh(_as_auto(explicit)):
+      out = fn(*_to_auto(args))
+    return _to_explicit(out, lambda leaf: (), explicit)
+
+  return run
+
+
+def lift_to_compiler(fn: _Fn) -> _Fn:
+  """Lifts fn(module, x, *args), as `leave_to_compiler` does a pure function.
+
+  Args:
+    fn: returns (y, report, axes of the report): y lies as `x` does, the report
+      as its logical axes say. It knows how groups lie where the first axis of
+      `x` alone is split.
+  """
+
+  def run(module, x, *args):
+    explicit = _explicit_mesh(x)
+    if explicit is None:
+      return fn(module, x, *args)[:2]
+    spec = jax.typeof(x).sharding.spec
+    known = {} if any(spec[1:-1]) else {"group": spec[0]}
+
+    def transform(core):
+      def inner(scope_fn, repack_fn, variables, rngs, *args):
+        token = _KNOWN.set(known)
+        try:
+          with jax.sharding.use_abstract_mesh(_as_auto(explicit)):
+            variables, rngs, args = _to_auto((variables, rngs, args))
+            scope = scope_fn(variables, rngs)
+            y, report, axes = core(scope, *args)
+            variables = repack_fn(scope)
+        finally:
+          _KNOWN.reset(token)
+
+        def lies(axes):
+          return [known.get(axis) for axis in axes]
+
+        y = _to_explicit(y, lambda leaf: spec, explicit)
+        report = jax.tree.map(
+          lambda leaf, axes: _to_explicit(leaf, lambda _: lies(axes), explicit),
+          report,
+          axes,
+        )
+        return (y, report), _to_explicit(variables, lambda leaf: (), explicit)
+
+      return flax.core.lift.pack(inner, (True,), (True,), (True,), "auto")
+
+    lifted = nn.transforms.decorator_lift_transform(transform, fn)
+    return lifted(module, x, *args)
+
+  return run
+
+
+def _explicit_mesh(args: Any) -> AnyMesh | None:
+  """Returns the mesh of arrays whose types say how they lie, if there are."""
+  explicit = jax.sharding.AxisType.Explicit
+  for leaf in jax.tree.leaves(args):
+    mesh = jax.typeof(leaf).sharding.mesh
+    if explicit in mesh.axis_types:
+      return mesh
+  return None
+
+
+def _as_auto(mesh: AnyMesh) -> AnyMesh:
+  kinds = jax.sharding.AxisType
+  return mesh.update_axis_types(
+    {
+      name: kinds.Auto
+      for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+      if kind == kinds.Explicit
+    }
   )
 
+
+def _to_auto(tree: Any) -> Any:
+  """Takes from types how arrays lie; they stay where they are."""
+
+  def cast(leaf):
+    if _explicit_mesh(leaf) is None:
+      return leaf
+    return jax.sharding.reshard(leaf, jax.sharding.PartitionSpec())
+
+  return jax.tree.map(cast, tree)
+
+
+def _to_explicit(
+  tree: Any, spec: Callable[[Array], Sequence[Over]], mesh: AnyMesh
+) -> Any:
+  def cast(leaf):
+    lies = jax.sharding.PartitionSpec(*spec(leaf))
+    return jax.sharding.reshard(leaf, jax.sharding.NamedSharding(mesh, lies))
+
+  return jax.tree.map(cast, tree)
+
+
+def _as_compiled(
+  fn: _Fn,
+  in_axes: Sequence[tuple[str | None, ...]],
+  out_axes: Sequence[tuple[str | None, ...]],
+) -> _Fn:
+  """Lets fn(*args) work on the parts of "group" that the compiler chooses.
+
+  The backward pass runs `fn` again: what it would keep has no shape that is
+  the same for any number of devices.
+
+  Args:
+    fn: works on one device's groups.
+    in_axes: of each array among the arguments, in the order of their leaves.
+    out_axes: of each array in the result.
+  """
+
+  def pieces(axes):
+    return [each[0] == "group" for each in axes]
+
+  def partitioned(fn, by_group, out_by_group, sums):
+    """Runs `fn` on parts; of the results named in `sums` returns the sums."""
+    run = custom_partitioning.custom_partitioning(fn)
+
+    def partition(mesh, args, results):
+      del results
+      (over,) = {
+        arg.sharding.spec[0] if arg.sharding.spec else None
+        for arg, split in zip(args, by_group, strict=True)
+        if split
+      }
+
+      def lies(split):
+        spec = jax.sharding.PartitionSpec(over if split else None)
+        return jax.sharding.NamedSharding(mesh, spec)
+
+      def on_device(*args):
+        parts = fn(*args)
+        return tuple(
+          jax.lax.psum(part, over) if over and add else part
+          for part, add in zip(parts, sums, strict=True)
+        )
+
+      return (
+        mesh,
+        on_device,
+        tuple(map(lies, out_by_group)),
+        tuple(map(lies, by_group)),
+      )
+
+    def rule(mesh, args, results):
+      del mesh
+      numbers = itertools.count()
+
+      def factors(split, rank):
+        names = [f"a{next(numbers)}" for _ in range(rank)]
+        return " ".join(["g", *names[1:]] if split else names)
+
+      sides = [
+        ", ".join(map(factors, splits, (t.rank for t in types)))
+        for splits, types in ((by_group, args), (out_by_group, results))
+      ]
+      whole = tuple(f"a{i}" for i in range(next(numbers)))
+      whole = tuple(name for name in whole if name in " ".join(sides).split())
+      return " -> ".join(sides), {"need_replication_factors": whole}
+
+    run.def_partition(partition=partition, sharding_rule=rule)
+    return jax.custom_batching.sequential_vmap(run)
+
+  def run(*args):
+    leaves, tree = jax.tree.flatten(args)
+    is_float = [jnp.issubdtype(a.dtype, jnp.inexact) for a in leaves]
+    by_group, out_by_group = pieces(in_axes), pieces(out_axes)
+
+    def flat(*leaves):
+      return tuple(jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves))))
+
+    def slopes(*leaves_and_gradient):
+      leaves = leaves_and_gradient[: len(is_float)]
+      gradient = leaves_and_gradient[len(is_float) :]
+
+      def of_floats(*floats):
+        left = iter(floats)
+        return flat(
+          *(
+            next(left) if yes else leaf
+            for yes, leaf in zip(is_float, leaves, strict=True)
+          )
+        )
+
+      floats = list(itertools.compress(leaves, is_float))
+      return jax.vjp(of_floats, *floats)[1](gradient)
+
+    no_sums = [False] * len(out_by_group)
+    forward = partitioned(flat, by_group, out_by_group, no_sums)
+    of_floats = list(itertools.compress(by_group, is_float))
+    backward = partitioned(
+      slopes, by_group + out_by_group, of_floats, [not b for b in of_floats]
+    )
+
+    @jax.custom_vjp
+    def differentiable(*leaves):
+      return forward(*leaves)
+
+    def pull(leaves, gradient):
+      found = iter(backward(*leaves, *gradient))
+      return tuple(next(found) if yes else None for yes in is_float)
+
+    differentiable.defvjp(lambda *leaves: (forward(*leaves), leaves), pull)
+    out = differentiable(*leaves)
+    return out if len(out) > 1 else out[0]
+
+  return run
+
+
+# What is said anew within an expert.
+_OF_GROUPS = ("group", "group_sent", "expert")
+
+# How groups lie by the types of the user's arrays, where no rule says it.
+_KNOWN = contextvars.ContextVar("known", default={})  # noqa: B039
 
 # Whether the code being traced runs once for each expert.
 _IN_EXPERT = contextvars.ContextVar("in_expert", default=False)
@@ -285,11 +592,16 @@ def expert_axis(num_experts: int) -> str | None:
   return None if in_expert() or num_experts == 1 else "expert"
 
 
+def split_over(axis: str) -> Over:
+  """Returns the mesh axes that a logical axis is split over; None for none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  (over,) = _spec((axis,), mesh)
+  return over if num_parts(over, mesh) > 1 else None
+
+
 def splits(axis: str) -> bool:
   """Says whether the layout in use splits a logical axis over devices."""
-  mesh = jax.sharding.get_abstract_mesh()
-  over = dict(nn.get_logical_axis_rules()).get(axis)
-  return not mesh.empty and num_parts(over, mesh) > 1
+  return split_over(axis) is not None
 
 
 def splits_experts() -> bool:
@@ -308,22 +620,26 @@ def over_experts(fn: _Fn, num_experts: int) -> _Fn:
   def run(module, *args):
     rules = dict(nn.get_logical_axis_rules())
     axis = expert_axis(num_experts)
-    on_mesh = axis and not jax.sharding.get_abstract_mesh().empty
     mapped = nn.vmap(
       fn,
       variable_axes={True: 0},
       split_rngs={True: True},
       axis_size=num_experts,
       metadata_params={nn.PARTITION_NAME: axis},
-      spmd_axis_name=rules.get("expert") if on_mesh else None,
+      spmd_axis_name=split_over(axis) if axis else None,
     )
-    away = rules.get("group_away")
-    away = {"group": away, "group_sent": away, "expert": None}
-    token = _IN_EXPERT.set(True)
+    if away := {n: over for n, over in rules.items() if n == "group_away"}:
+      away = dict.fromkeys(("group", "group_sent"), away["group_away"])
+      away["expert"] = None
+    inside = {
+      n: over for n, over in rules.items() if n not in _OF_GROUPS
+    } | away
+    tokens = _IN_EXPERT.set(True), _KNOWN.set({})
     try:
-      with nn.logical_axis_rules(tuple((rules | away).items())):
+      with nn.logical_axis_rules(tuple(inside.items())):
         return mapped(module, *args)
     finally:
-      _IN_EXPERT.reset(token)
+      _IN_EXPERT.reset(tokens[0])
+      _KNOWN.reset(tokens[1])
 
   return run

@@ -94,7 +94,7 @@ def test_off_the_mesh_nothing_is_asked_for():
   def fn(x):
     return x
 
-  assert sharding.manual(fn, (("group",),), ("group",)) is fn
+  assert sharding.manual(fn, (("group",),), ("group",))(x) is x
 
 
 @ALL
