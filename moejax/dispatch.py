@@ -5,7 +5,12 @@ Functions with one signature and one meaning,
   y[token] += gate * expert(x[token])    for every edge that wins a slot,
 
 where an expert takes its first `capacity` edges of each group. They differ in
-how rows travel, never in what is computed.
+how rows travel, never in what is computed. Two exceptions:
+
+* A token with an infinity makes its own y infinite or NaN; by "einsum" NaN. As
+  everywhere in arithmetic it also spoils the gradient of its experts' weights.
+* Derivatives forward (`jax.jvp`, `jax.linearize`, `jax.hessian`) are those of
+  "einsum" alone: the others have backward passes of their own.
 """
 
 import functools
@@ -74,8 +79,9 @@ def depart(
     capacity: slots per expert and group.
 
   Raises:
-    ValueError: a capacity below 1.
+    ValueError: a capacity below 1, or rows of whole numbers.
   """
+  moves.check_rows(x)
   G, S, _ = x.shape
   blocks = seats_lib.blocks_of(capacity, num_experts, S)
   send, combine = _BY_SLOTS[name]

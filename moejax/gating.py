@@ -273,7 +273,7 @@ def sigmoid(
 def _largest(
   values: Num[Array, "G N M"], k: int
 ) -> tuple[Num[Array, "G N K"], Int[Array, "G N K"]]:
-  if not sharding.knows("group", values):
+  if not sharding.is_known("group", values):
     # The compiler splits a sort over devices, and not a CPU's top_k.
     order = jnp.argsort(values, axis=-1, stable=True, descending=True)
     order = order[..., :k].astype(jnp.int32)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import kernels
+from moejax import kernels, sharding
+from moejax.seats import num_below
 
 # A group's rows go together in the least of these sizes that holds them, in
 # eighths of the mean group. Shapes are static, so each size is a loop.
@@ -57,7 +58,11 @@ def grouped(
     rows: zero past the last group.
     group_sizes: the first group_sizes[0] rows are of group 0, and so on.
   """
-  weights = jax.tree.map(lambda w: w.astype(rows.dtype), weights)
+  # Within `jax.shard_map` weights are the same on all devices and rows are not.
+  # The sum over devices of the weights' gradient then comes after the loops.
+  weights, group_sizes = sharding.vary_as(
+    rows, (jax.tree.map(lambda w: w.astype(rows.dtype), weights), group_sizes)
+  )
   if rows.shape[0] == 0:
     return fn(jax.tree.map(lambda w: w[0], weights), rows, jnp.matmul)
   return _grouped(fn, weights, rows, group_sizes)
@@ -290,7 +295,7 @@ class _Plan(NamedTuple):
     size, total = self.sizes[-1], jnp.cumsum(self.full)
 
     def more(at, carry):
-      group = jnp.searchsorted(total, at, side="right").astype(jnp.int32)
+      group = num_below(total, at + 1)
       before = at - (total[group] - self.full[group])
       start = self.start[group] + self.rest[group] + before * size
       part = _Part(start, start + size, size, self.num_rows)
@@ -310,6 +315,6 @@ def _plan(num_rows: int, group_sizes: Int[Array, "E"]) -> _Plan:
   kind = jnp.where(rest > 0, kind, len(sizes))
   order = jnp.argsort(kind).astype(jnp.int32)
   steps = jnp.arange(len(sizes) + 1, dtype=jnp.int32)
-  bounds = jnp.searchsorted(kind[order], steps).astype(jnp.int32)
+  bounds = num_below(kind[order], steps)
   start = jnp.cumsum(group_sizes) - group_sizes
   return _Plan(num_rows, sizes, start, rest, full, order, bounds)

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moejax import dispatch as dispatch_lib
@@ -12,6 +13,9 @@ from moejax import sharding
 from moejax.experts import Each, Mixed
 from moejax.routing import Routing
 from moejax.seats import Block, Capacity
+
+# What a caller may give: arrays of JAX or NumPy.
+ArrayLike = Array | np.ndarray
 
 # The collection in which every MoE layer leaves its Routing.
 ROUTING = "routing"
@@ -48,16 +52,16 @@ class MoE(nn.Module):
 
   def __call__(
     self,
-    x: Float[Array, "*batch D"],
+    x: Shaped[ArrayLike, "*batch D"],
     *,
     train: bool = False,
-    mask: Bool[Array, "..."] | None = None,
-    ids: Int[Array, "..."] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
     """Mixes; a token whose every edge was dropped, or padding, gives zero.
 
     Args:
-      x: activations, [B, L, D] as a rule.
+      x: activations, [B, L, D] as a rule; whole numbers become float32.
       train: whether to draw noise and use the training capacity.
       mask: real tokens; all of them by default.
       ids: the tokens' ids in the vocabulary, for a router that reads them.
@@ -147,11 +151,11 @@ class HierarchicalMoE(nn.Module):
 
   def __call__(
     self,
-    x: Float[Array, "*batch D"],
+    x: Shaped[ArrayLike, "*batch D"],
     *,
     train: bool = False,
-    mask: Bool[Array, "..."] | None = None,
-    ids: Int[Array, "..."] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
     """Mixes, as MoE does.
 
@@ -228,11 +232,36 @@ def _mix_in_groups(module, x, train, mask, ids):
         f"the {name} is {value.shape}, but the tokens are {shape}; give one"
         " entry per token."
       )
-  y, routing = sharding.lift_to_compiler(_mix)(module, x, mask, ids, train)
+  x = _as_float(x)
+  try:
+    mix = sharding.lift_to_compiler(_mix)
+    y, routing = mix(module, x, mask, ids, train)
+  except TypeError as error:
+    if "forward-mode" not in str(error):
+      raise
+    raise TypeError(
+      f"dispatch {module.dispatch!r} has no derivative forward (jax.jvp,"
+      " jax.linearize, jax.hessian); choose dispatch='einsum' for it."
+    ) from error
   # What init leaves behind would be counted a second time by apply.
   if not module.is_initializing():
     module.sow(ROUTING, "routing", routing)
   return y
+
+
+def _as_float(x):
+  """Promotes whole numbers, as `nn.Dense` does; takes arrays of NumPy too.
+
+  Raises:
+    ValueError: complex numbers.
+  """
+  x = jnp.asarray(x)
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    raise ValueError(
+      f"x is {x.dtype}, which no router reads; give its real and imaginary"
+      " parts side by side."
+    )
+  return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
 
 def _mix(module, x, mask, ids, train):
@@ -240,12 +269,12 @@ def _mix(module, x, mask, ids, train):
   num_tokens, width = x.size // x.shape[-1], x.shape[-1]
   size = module.group_size or num_tokens
   if mask is not None:
-    mask = mask.astype(bool)
+    mask = jnp.asarray(mask, bool)
     # Whatever stands in padding, NaN included, must not reach a product.
     x = jnp.where(mask[..., None], x, 0)
     mask = mask.reshape(-1, size)
   if ids is not None:
-    ids = ids.reshape(-1, size)
+    ids = jnp.asarray(ids).reshape(-1, size)
   grouped = x.reshape(-1, size, width)
   grouped = sharding.constrain(grouped, "group", None, None)
   y, routing = module.mix(grouped, train, mask, ids)
@@ -383,15 +412,15 @@ class OneExpert(nn.Module):
 
   def __call__(
     self,
-    x: Float[Array, "*batch D"],
+    x: Shaped[ArrayLike, "*batch D"],
     *,
     train: bool = False,
-    mask: Bool[Array, "..."] | None = None,
-    ids: Int[Array, "..."] | None = None,
+    mask: Shaped[ArrayLike, "..."] | None = None,
+    ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
     """Applies the expert to every token; padding gives zero, as in MoE."""
     del ids
-    real = None
+    x, real = _as_float(x), None
     if mask is not None:
       # As there: NaN times the zero gradient of padding would be NaN.
       x, real = jnp.where(mask[..., None], x, 0), mask.reshape(1, -1)

@@ -127,13 +127,28 @@ def _tokens_and_gates(
 _EXACT = jax.lax.Precision.HIGHEST
 
 
+def _product(
+  weights: Float[Array, "to from"],
+  rows: Float[Array, "from D"],
+) -> Float[Array, "to D"]:
+  """Multiplies a mask by rows; a row that is not finite reaches its own places.
+
+  In the product itself 0 * NaN would be NaN everywhere. Where such a row
+  arrives all is NaN, and no gradient comes back from there.
+  """
+  finite = jnp.isfinite(rows).all(axis=1)
+  clean = jnp.where(finite[:, None], rows, 0)
+  y = jnp.einsum("NS,SD->ND", weights, clean, precision=_EXACT)
+  spoilt = ((weights != 0) & ~finite[None]).any(axis=1)
+  return jnp.where(spoilt[:, None], jnp.nan, y)
+
+
 def send_by_product(
   x: Float[Array, "S D"], seats: Seats, assignment: Assignment
 ) -> Float[Array, "N D"]:
   """Returns what `send_by_index` does, by a product with a mask [N, S]."""
   token, _ = _tokens_and_gates(seats, assignment, x.shape[0])
-  mask = jax.nn.one_hot(token, x.shape[0], dtype=x.dtype)
-  return jnp.einsum("NS,SD->ND", mask, x, precision=_EXACT)
+  return _product(jax.nn.one_hot(token, x.shape[0], dtype=x.dtype), x)
 
 
 def combine_by_product(
@@ -144,6 +159,20 @@ def combine_by_product(
 ) -> Float[Array, "S O"]:
   """Returns what `combine_by_index` does, by a product with a mask [N, S]."""
   token, gate = _tokens_and_gates(seats, assignment, num_tokens)
-  mask = jax.nn.one_hot(token, num_tokens, dtype=rows.dtype)
-  weights = mask * gate.astype(rows.dtype)[:, None]
-  return jnp.einsum("NS,NO->SO", weights, rows, precision=_EXACT)
+  mask = jax.nn.one_hot(token, num_tokens, dtype=bool)
+  # By choice, as a gate that is NaN times 0 would be.
+  weights = jnp.where(mask, gate.astype(rows.dtype)[:, None], 0)
+  return _product(weights.T, rows)
+
+
+def check_rows(x: Array) -> None:
+  """Refuses rows that cannot be weighed by gates.
+
+  Raises:
+    ValueError: they are whole numbers, or complex ones.
+  """
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f"the rows are {x.dtype}, which gates between 0 and 1 cannot weigh; give"
+      " them as float32 or bfloat16, as the layers do with whole numbers."
+    )

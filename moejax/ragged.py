@@ -51,10 +51,11 @@ def ragged(
   weights of all and sorts its own groups.
 
   Raises:
-    ValueError: a capacity below 1.
+    ValueError: a capacity below 1, or rows of whole numbers.
   """
+  moves.check_rows(x)
   axis = None
-  if sharding.knows("group", x):
+  if sharding.is_known("group", x) and not sharding.is_local(x):
     axis = _split_over(weights, num_experts)
   blocks = seats_lib.blocks_of(capacity, num_experts, x.shape[1])
 

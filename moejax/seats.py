@@ -99,13 +99,29 @@ def line_up(expert: Int[Array, "A"], num_experts: int) -> Line:
     keys = jnp.sort(expert * stride + rank)
     order = keys % stride
     bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * stride
-    start = jnp.searchsorted(keys, bounds)
+    start = num_below(keys, bounds)
   else:
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     bounds = jnp.arange(num_experts + 1, dtype=jnp.int32)
-    start = jnp.searchsorted(expert[order], bounds)
+    start = num_below(expert[order], bounds)
   place = jnp.zeros_like(rank).at[order].set(rank, unique_indices=True)
-  return Line(order, start.astype(jnp.int32), place)
+  return Line(order, start, place)
+
+
+def num_below(
+  keys: Int[Array, "A"], bounds: Int[Array, "*bounds"]
+) -> Int[Array, "*bounds"]:
+  """Returns how many of the sorted keys are below each bound.
+
+  As `jnp.searchsorted`, which fails under `jax.vmap` in a `jax.shard_map` over
+  some axes of a mesh. A loop would have to be told what varies over devices.
+  """
+  found = jnp.zeros_like(bounds, jnp.int32)
+  for power in reversed(range(keys.size.bit_length())):
+    more = found + (1 << power)
+    key = keys[jnp.minimum(more, keys.size) - 1]
+    found = jnp.where((more <= keys.size) & (key < bounds), more, found)
+  return found
 
 
 def blocks_of(

@@ -297,14 +297,13 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
     )
 
   def run(*args):
-    mesh = _mesh_of(args)
-    auto = _auto_axes(mesh)
-    if not auto:
+    if is_local(args):
       return fn(*args)
-    if not knows("group", args):
+    if not is_known("group", args):
       in_leaves = jax.tree.leaves(in_axes, is_leaf=is_axes)
       out_leaves = jax.tree.leaves(out_axes, is_leaf=is_axes)
       return _as_compiled(fn, in_leaves, out_leaves)(*args)
+    mesh = jax.sharding.get_abstract_mesh()
 
     def specs(tree):
       return jax.tree.map(
@@ -319,7 +318,6 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
       mesh=mesh,
       in_specs=specs(in_axes),
       out_specs=specs(out_axes),
-      axis_names=set(auto),
       check_vma=False,
     )(*args)
 
@@ -335,15 +333,42 @@ def _mesh_of(args: Any) -> AnyMesh:
   return mesh
 
 
-def knows(axis: str, x: Any) -> bool:
+def is_local(x: Any) -> bool:
+  """Says whether no compiler splits `x`: a device has all that there is.
+
+  So it is without a mesh, and within `jax.shard_map`, for which a device's
+  part is the whole.
+  """
+  mesh = _mesh_of(x)
+  return (
+    not _auto_axes(mesh)
+    or jax.sharding.AxisType.Manual in mesh.axis_types
+    or (mesh.size == 1 and not _rules())
+  )
+
+
+def vary_as(x: Array, tree: Any) -> Any:
+  """Lets the types of arrays say that they vary over devices as `x` does.
+
+  A no-op but within `jax.shard_map`, whose loops take one type alone.
+  """
+  varying = jax.typeof(x).manual_axis_type.varying
+
+  def cast(leaf):
+    missing = tuple(varying - jax.typeof(leaf).manual_axis_type.varying)
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(cast, tree)
+
+
+def is_known(axis: str, x: Any) -> bool:
   """Says whether it is known, while code is traced, how an axis of `x` lies.
 
   It is not on a mesh of the user's own without a rule for it: there the
   compiler alone decides.
   """
-  mesh = _mesh_of(x)
   named = axis in _rules() and not jax.sharding.get_abstract_mesh().empty
-  return named or not _auto_axes(mesh) or mesh.size == 1
+  return named or is_local(x)
 
 
 def leave_to_compiler(fn: _Fn) -> _Fn:
