@@ -39,10 +39,11 @@ _PLAIN = re.compile(
 
 
 class Restored(NamedTuple):
-  """A checkpoint's content; `progress` is what `save` was given."""
+  """A checkpoint's content, as `save` was given it."""
 
   state: TrainState
   progress: dict[str, Any]
+  perplexity: float | None
 
 
 class Checkpoints:
@@ -157,6 +158,10 @@ class Checkpoints:
     self.wait()
     return self._first_sound(target, self._by_perplexity)
 
+  def newest(self) -> int:
+    """Returns the newest step there is, damaged or not; 0 without any."""
+    return max([0, *self._perplexity, *self._damaged])
+
   def wait(self) -> None:
     """Waits until what was saved is on the disk.
 
@@ -177,14 +182,13 @@ class Checkpoints:
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
     """Tells Orbax which to keep, by its protocol of preservation policies.
 
-    The last ones, the best, and those whose perplexity nobody knows.
+    The last ones, the best, and all that nobody knows to be sound.
     """
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
     sound = [step for step in steps if step in self._perplexity]
-    kept = {*steps[-self._keep :], *self._damaged}
-    kept.add(min(sound, key=self._by_perplexity))
-    return [step in kept for step in steps]
+    kept = {*sound[-self._keep :], min(sound, key=self._by_perplexity)}
+    return [step in kept or step not in self._perplexity for step in steps]
 
   def _by_perplexity(self, step: int) -> tuple[float, int]:
     """Orders steps; of equally good ones the newest comes first."""
@@ -197,6 +201,9 @@ class Checkpoints:
     Not Orbax reads the perplexities: it takes them as they come, and where one
     is no JSON it refuses the whole directory.
     """
+    # A folder that may be listed but not entered would pass for an empty one.
+    with _all_or_none(), contextlib.suppress(FileNotFoundError):
+      os.stat(f"{self._directory}/.")
     self._manager = ocp.CheckpointManager(
       self._path,
       options=ocp.CheckpointManagerOptions(
@@ -209,16 +216,14 @@ class Checkpoints:
     )
     known, self._damaged, self._perplexity = self._damaged, set(), {}
     for step in self._manager.all_steps():
+      if not (self._directory / str(step)).is_dir():
+        continue  # It is called 09, or deleted by a training that goes on.
       perplexity, wrong = None, ""
       with _all_or_none():
         try:
           perplexity = self._measured(step)
         except ValueError as error:
           wrong = str(error)
-        except FileNotFoundError:
-          if self._read_only:
-            continue  # Training goes on, and has deleted it.
-          raise
       self._perplexity[step] = perplexity
       if processes.any_of_us(bool(wrong)):
         self._leave_out(step, "" if step in known else wrong)
@@ -294,9 +299,9 @@ class Checkpoints:
         progress=ocp.args.JsonRestore(),
       ),
     )
-    restored = Restored(TrainState(*items.state), items.progress)
-    _check_step(int(restored.state.step), step)
-    return restored
+    state = TrainState(*items.state)
+    _check_step(int(state.step), step)
+    return Restored(state, items.progress, self._perplexity[step])
 
   def _check_sums(self, step: int) -> None:
     """Refuses a checkpoint whose files are not what was written.
@@ -385,13 +390,19 @@ def _plain_path(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def _all_or_none() -> Iterator[None]:
   """Fails on all processes where one cannot read: none waits for it."""
-  caught = None
+  caught, what = None, "on another process, a file of a checkpoint"
   try:
     yield
   except OSError as error:
     caught = error
+    what = f"{error.filename or 'a checkpoint'} ({error.strerror or error})"
   if processes.any_of_us(caught is not None):
-    raise caught or OSError("another process cannot read the checkpoints")
+    if isinstance(caught, FileNotFoundError):
+      raise caught
+    raise OSError(
+      f"{what} cannot be read, which does not mean that it is damaged: nothing"
+      " was changed; make it readable, and start again."
+    ) from caught
 
 
 def _check_step(found: int, step: int) -> None:
@@ -430,12 +441,12 @@ def _check_complete(
     )
     for array in arrays
   )
-  if len(keys) != wanted:
-    raise OSError(f"of {wanted} entries {len(keys)} are there")
-  # The last byte of each, in whichever file it lies.
+  # The last byte of each, in whichever file it lies: none where that is gone.
   last = slice(-1, None)
-  for reading in [store.read(key, byte_range=last) for key in keys]:
-    reading.result()
+  reads = [store.read(key, byte_range=last) for key in keys]
+  there = sum(len(read.result().value) for read in reads)
+  if there != wanted:
+    raise OSError(f"of {wanted} parts of arrays {there} are there")
 
 
 def _files(folder: pathlib.Path) -> list[str]:

@@ -213,6 +213,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       "steps": done,
       "seconds": seconds,
     }
+    if lost := run_lib.lost_steps(workdir, best, done):
+      result["lost_steps"] = lost
     if translator:
       progress.say("translating the test")
       about = translator, best.state.params, data.pairs["test"]
@@ -266,9 +268,12 @@ def _outcome(
   workdir: pathlib.Path,
 ) -> str:
   test = metrics.describe(result["test"], config_lib.unit(config))
+  left = ""
+  if lost := result.get("lost_steps"):
+    left = f"; better, but damaged or gone: {str(lost)[1:-1]}"
   return (
     f"test {test}, by the best checkpoint (step"
-    f" {result['best_step']} of {result['steps']}); trained in"
+    f" {result['best_step']} of {result['steps']}{left}); trained in"
     f" {metrics.clock(result['seconds'])}; the run lies in {workdir}"
   )
 

@@ -1,6 +1,7 @@
 """What can be done with a run, even while it trains: measure, translate."""
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moejax import config as config_lib
+from moejax import terminal
 from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
 from moejax.training import (
@@ -176,6 +178,8 @@ def make_translator(
 def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
   """Restores the best checkpoint of a run, which may still be training.
 
+  Says so where a better one is damaged or gone.
+
   Args:
     workdir: of the run.
     parts: what its config builds.
@@ -186,6 +190,34 @@ def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     found = checkpoints.best(parts.target)
+    newest = checkpoints.newest()
   if found is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
+  if lost := lost_steps(workdir, found, newest):
+    terminal.warn(
+      f"in {workdir} the checkpoint of step {int(found.state.step)} is the best"
+      f" that is left; better, but damaged or gone: {str(lost)[1:-1]}."
+    )
   return found.state
+
+
+def lost_steps(
+  workdir: pathlib.Path, best: checkpoint.Restored, newest: int
+) -> list[int]:
+  """Returns the steps whose validation was better than that of the best left.
+
+  Their checkpoints were kept, and are damaged or gone.
+
+  Args:
+    workdir: of the run, whose metrics tell.
+    best: of the checkpoints that can be read.
+    newest: step of the newest one; what comes after it may not be saved yet.
+  """
+  bar = math.inf if best.perplexity is None else best.perplexity
+  return [
+    line["step"]
+    for line in metrics.read(workdir / metrics.METRICS_FILE)
+    if line["split"] == "validation"
+    and line["step"] <= newest
+    and (line["perplexity"] or math.inf) < bar
+  ]
