@@ -193,31 +193,29 @@ def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
     newest = checkpoints.newest()
   if found is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
-  if lost := lost_steps(workdir, found, newest):
+  if lost := lost_best(workdir, found, newest):
     terminal.warn(
-      f"in {workdir} the checkpoint of step {int(found.state.step)} is the best"
-      f" that is left; better, but damaged or gone: {str(lost)[1:-1]}."
+      f"the best checkpoint in {workdir}, of step {lost}, is damaged or gone;"
+      f" the best that is left is of step {int(found.state.step)}."
     )
   return found.state
 
 
-def lost_steps(
-  workdir: pathlib.Path, best: checkpoint.Restored, newest: int
-) -> list[int]:
-  """Returns the steps whose validation was better than that of the best left.
-
-  Their checkpoints were kept, and are damaged or gone.
+def lost_best(
+  workdir: pathlib.Path, left: checkpoint.Restored, newest: int
+) -> int | None:
+  """Returns the step of the best validation, if its checkpoint is lost.
 
   Args:
     workdir: of the run, whose metrics tell.
-    best: of the checkpoints that can be read.
+    left: the best checkpoint that can be read.
     newest: step of the newest one; what comes after it may not be saved yet.
   """
-  bar = math.inf if best.perplexity is None else best.perplexity
-  return [
-    line["step"]
+  bar = math.inf if left.perplexity is None else left.perplexity
+  measured = [
+    (line["perplexity"], -line["step"])
     for line in metrics.read(workdir / metrics.METRICS_FILE)
-    if line["split"] == "validation"
-    and line["step"] <= newest
-    and (line["perplexity"] or math.inf) < bar
+    if line["split"] == "validation" and line["step"] <= newest
   ]
+  perplexity, step = min(measured, default=(bar, 0))
+  return -step if perplexity < bar else None
