@@ -216,16 +216,19 @@ class Checkpoints:
     )
     known, self._damaged, self._perplexity = self._damaged, set(), {}
     for step in self._manager.all_steps():
-      if not (self._directory / str(step)).is_dir():
-        continue  # It is called 09, or deleted by a training that goes on.
       perplexity, wrong = None, ""
-      with _all_or_none():
-        try:
+      try:
+        with _all_or_none():
           perplexity = self._measured(step)
-        except ValueError as error:
-          wrong = str(error)
+      except FileNotFoundError:
+        # Training goes on and deletes it; or the folder is called 09.
+        if self._read_only or not (self._directory / str(step)).is_dir():
+          continue
+        raise
+      except ValueError as error:
+        wrong = str(error)
       self._perplexity[step] = perplexity
-      if processes.any_of_us(bool(wrong)):
+      if wrong:
         self._leave_out(step, "" if step in known else wrong)
 
   def _measured(self, step: int) -> float | None:
@@ -250,6 +253,8 @@ class Checkpoints:
     self, target: TrainState, order: Callable[[int], Any]
   ) -> Restored | None:
     """Restores the first checkpoint, in an order, that can be read."""
+    if self._damaged:
+      self._has_changed()
     while self._perplexity:
       step = min(self._perplexity, key=order)
       try:
@@ -310,18 +315,11 @@ class Checkpoints:
     restore that fails on some would keep the others waiting.
     """
     folder = self._directory / str(step)
-    wrong = ""
     with _all_or_none():
-      try:
-        sums = sorted(_read_sums(folder).items())
-      except ValueError as error:
-        sums, wrong = [], str(error)
+      sums = sorted(_read_sums(folder).items())
       for name, digest in sums[jax.process_index() :: jax.process_count()]:
         if _digest(folder / name) != digest:
-          wrong = f"{name} is not as written, by {SUMS_FILE}"
-          break
-    if processes.any_of_us(bool(wrong)):
-      raise ValueError(wrong or f"a file is not as written, by {SUMS_FILE}")
+          raise ValueError(f"{name} is not as written, by {SUMS_FILE}")
 
   def _sign(self) -> None:
     """Writes the digests, just before a checkpoint gets its final name.
@@ -389,20 +387,30 @@ def _plain_path(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _all_or_none() -> Iterator[None]:
-  """Fails on all processes where one cannot read: none waits for it."""
-  caught, what = None, "on another process, a file of a checkpoint"
+  """Fails on all processes where one fails: none waits for it.
+
+  Raises:
+    FileNotFoundError: a file is gone.
+    OSError: one cannot be read, on some process.
+    ValueError: one is damaged, by some process.
+  """
+  caught = None
   try:
     yield
-  except OSError as error:
+  except (OSError, ValueError) as error:
     caught = error
-    what = f"{error.filename or 'a checkpoint'} ({error.strerror or error})"
-  if processes.any_of_us(caught is not None):
+  if processes.any_of_us(isinstance(caught, OSError)):
     if isinstance(caught, FileNotFoundError):
       raise caught
+    what = "a file of a checkpoint"
+    if isinstance(caught, OSError):
+      what = f"{caught.filename or what} ({caught.strerror or caught})"
     raise OSError(
       f"{what} cannot be read, which does not mean that it is damaged: nothing"
       " was changed; make it readable, and start again."
     ) from caught
+  if processes.any_of_us(caught is not None):
+    raise caught or ValueError("another process finds a file damaged")
 
 
 def _check_step(found: int, step: int) -> None:
