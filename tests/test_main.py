@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -267,6 +268,36 @@ def test_eval_repeats_the_test(trained, capsys):
   said = capsys.readouterr().out
   assert f"perplexity {want['test']['perplexity']:,.2f} per word" in said
   assert f"(checkpoint of step {want['best_step']})" in said
+
+
+def test_eval_says_where_the_best_is_damaged(trained, tmp_path, capsys):
+  best = json.loads((trained / "result.json").read_text())["best_step"]
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  score = workdir / "checkpoints" / str(best) / "metrics" / "metrics"
+  score.write_bytes(score.read_bytes().replace(b".", b"1", 1))
+  assert main(["moejax", "eval", f"--workdir={workdir}"]) == 0
+  out, err = capsys.readouterr()
+  assert f"(checkpoint of step {best - 3})" in out
+  assert f"of step {best}, is damaged or gone" in err
+  assert f"best that is left is of step {best - 3}." in err
+
+
+def test_a_result_says_where_the_best_is_gone(
+  trained, small_flags, tmp_path, capsys
+):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  result = json.loads((workdir / "result.json").read_text())
+  (workdir / "result.json").unlink()
+  validation = {"step": 3, "split": "validation", "perplexity": 2.0}
+  with (workdir / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps(validation) + "\n")
+  assert main(["moejax", "train", *small_flags, f"--workdir={workdir}"]) == 0
+  said = capsys.readouterr().out
+  assert "left, as that of step 3 is damaged or gone (step 12 of 12)" in said
+  left = json.loads((workdir / "result.json").read_text())
+  assert left["lost_best_step"] == 3
+  assert left["best_step"] == result["best_step"] == 12
+  assert "lost_best_step" not in result
 
 
 def test_eval_reads_other_text(trained, tmp_path, capsys):

@@ -213,6 +213,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       "steps": done,
       "seconds": seconds,
     }
+    if lost := run_lib.lost_best(workdir, best, done):
+      result["lost_best_step"] = lost
     if translator:
       progress.say("translating the test")
       about = translator, best.state.params, data.pairs["test"]
@@ -266,8 +268,11 @@ def _outcome(
   workdir: pathlib.Path,
 ) -> str:
   test = metrics.describe(result["test"], config_lib.unit(config))
+  left = ""
+  if lost := result.get("lost_best_step"):
+    left = f" that is left, as that of step {lost} is damaged or gone"
   return (
-    f"test {test}, by the best checkpoint (step"
+    f"test {test}, by the best checkpoint{left} (step"
     f" {result['best_step']} of {result['steps']}); trained in"
     f" {metrics.clock(result['seconds'])}; the run lies in {workdir}"
   )
