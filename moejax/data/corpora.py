@@ -32,6 +32,8 @@ _CYCLE = 20
 _BLOCK_LINES = 100
 _SHARD_RECORDS = 200_000
 _READ_RECORDS = 16_384
+# Files that are told of by name.
+_TOLD = 3
 
 
 def split_of(index: int, held_out: Collection[str] = tuple(_HELD_OUT)) -> str:
@@ -379,10 +381,11 @@ def prepared(make: Callable[[], Prose]) -> Prose:
 
 def _prepare(builder: Prose) -> None:
   where = builder.data_dir
-  if builder.sources:
+  if names := list(dict.fromkeys(path.name for path in builder.sources)):
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
     terminal.warn(
-      f"copying {', '.join(path.name for path in builder.sources)} (once) to"
-      f" {where}; config.data.data_dir gives another place"
+      f"copying {', '.join(names[:_TOLD])}{more} (once) to {where}, which"
+      " config.data.data_dir changes"
     )
   else:
     terminal.warn(f"preparing {builder.name} (once) in {where}")

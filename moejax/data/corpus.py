@@ -1,7 +1,7 @@
 """A corpus as a run reads it: a vocabulary, and rows of ids for each split."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from moejax import terminal
@@ -89,7 +89,12 @@ class Sentences(NamedTuple):
 
     Warns of words that are too few, or too often unknown, to be words.
     """
-    tokens = self.tokens(split)
+    tokens, texts = self.tokens(split), self.texts[split]
+    if isinstance(texts, Sized) and len(texts) > len(tokens.lengths):
+      terminal.warn(
+        f"{split}: {len(texts) - len(tokens.lengths):,} of {len(texts):,}"
+        " sentences left out, which have no words"
+      )
     packing = word_ids.pack(tokens, self.row_length)
     rows = text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
     if rows.unknown > _MANY_UNKNOWN or len(self.vocabulary) < _FEW_WORDS:

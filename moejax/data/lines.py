@@ -16,7 +16,6 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import BinaryIO
 
 from moejax.data import formats
 from moejax.data.formats import Origin
@@ -29,7 +28,7 @@ _HEAD = 1 << 16
 _LONGEST = 1 << 26
 
 
-def _open_zstd(path: pathlib.Path) -> BinaryIO:
+def _open_zstd(path: pathlib.Path) -> io.BufferedIOBase:
   import pyarrow  # late: it is large, and such files are few
 
   stream = pyarrow.input_stream(str(path), compression="zstd")
@@ -115,7 +114,7 @@ def _plain(line: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[tuple[BinaryIO, Origin]]:
+def _opened(path: pathlib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
   """Opens a file by what it begins with, whatever its name says."""
   with open(path, "rb") as file:
     begin = file.read(8)
@@ -141,7 +140,9 @@ def _opened(path: pathlib.Path) -> Iterator[tuple[BinaryIO, Origin]]:
     ) from None
 
 
-def _decoded(file: BinaryIO, origin: Origin) -> Iterator[tuple[int, str]]:
+def _decoded(
+  file: io.BufferedIOBase, origin: Origin
+) -> Iterator[tuple[int, str]]:
   more = functools.partial(file.read, _HEAD)
   lines = iter(functools.partial(file.readline, _LONGEST), b"")
   for number, line in enumerate(lines, start=1):

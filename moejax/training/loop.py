@@ -223,6 +223,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       lines = workdir / run_lib.TRANSLATIONS / "test"
       found, result["signatures"] = judge.scores(*about, lines)
       test |= found
+      for name, signature in result["signatures"].items():
+        progress.say(f"{name}: {signature}")
     writer.write(done, "test", test)
     as_json = json.dumps(result, indent=2) + "\n"
     processes.first_does(
