@@ -58,7 +58,8 @@ def scores(
     params: of the model.
     parts: the directions of a split.
     stem: of the files that keep the lines of each direction, for people and
-      for `sacrebleu STEM.en-fr.reference -i STEM.en-fr.translation`.
+      for `sacrebleu STEM.en-fr.reference -i STEM.en-fr.translation`, with
+      the -tok of the signature.
 
   Returns:
     BLEU and chrF, over several directions their means and those of each; and

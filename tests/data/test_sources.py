@@ -33,7 +33,7 @@ LINES = st.lists(
 
 def squeezed(text):
   """The text without what is read as space."""
-  return "".join(text.replace("▁", " ").split())
+  return "".join(text.split())
 
 
 @given(LINES, st.integers(7, 24), st.integers(1, 4), st.booleans())
