@@ -52,7 +52,9 @@ def lines_of_block(lines: int) -> int:
 # -- sentences ----------------------------------------------------------------
 
 _BOUNDARY = re.compile(r"""[.!?]["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9$])""")
-# Looked for at the end of a candidate with the letter that comes after it.
+# Looked for in the last letters of a candidate, with the one that comes after:
+# in all of them it would take the square of the length.
+_TAIL = 100
 _ABBREVIATION = re.compile(
   r"\b(?:(?:Mr|Mrs|Ms|Messrs|Dr|Prof|Rev|Hon|St|Jr|Sr|Gen|Brig|Maj|Col|Capt"
   r"|Lieut|Lt|Gov|Sen|Rep|Esq|vs|[^\W\d_](?:\.[^\W\d_])*)\.\s+\S"
@@ -65,15 +67,18 @@ def sentences(text: str) -> list[str]:
   found = []
   for paragraph in re.split(r"\n\s*\n", text):
     paragraph = " ".join(paragraph.split())
-    begin = 0
+    begin = seen = 0
+    lettered = False
     for boundary in _BOUNDARY.finditer(paragraph):
-      candidate = paragraph[begin : boundary.end() + 1]
+      end = boundary.end()
       # "1." and "(2)" number what follows them.
-      numbered = not any(letter.isalpha() for letter in candidate[:-1])
-      if numbered or _ABBREVIATION.search(candidate):
+      lettered |= any(letter.isalpha() for letter in paragraph[seen:end])
+      seen = end
+      last = paragraph[max(begin, end - _TAIL) : end + 1]
+      if not lettered or _ABBREVIATION.search(last):
         continue
-      found.append(candidate[:-1].rstrip())
-      begin = boundary.end()
+      found.append(paragraph[begin:end].rstrip())
+      begin, lettered = end, False
     if begin < len(paragraph):
       found.append(paragraph[begin:])
   return found

@@ -62,6 +62,11 @@ BREAK = (
   "| perl -CSD -Mutf8 -pe"
   r" 'BEGIN { $/ = \65536 } s/([.!?])\s+|([。！？])/$+\n/g'"
 )
+# Converts the lines that are not UTF-8 yet.
+_LINE_BY_LINE = (
+  '| perl -MEncode -pe \'$_ = encode("UTF-8", decode("ENCODING", $_))'
+  ' unless eval { decode("UTF-8", my $line = $_, 1); 1 }\''
+)
 _UTF32 = "| iconv -f UTF-32 -t UTF-8"
 _UTF16 = "| iconv -f UTF-16 -t UTF-8"
 _NO_TAGS = r"perl -0777 -pe 's/<[^>]*>//g'"
@@ -116,6 +121,7 @@ _SIGNATURES = tuple(
     (rb"SQLite format 3\0", "a data base", _OTHER),
     (rb"\x89HDF\r\n", "an HDF5 file", _OTHER),
     (rb"\x93NUMPY", "a NumPy array", _OTHER),
+    (rb"\x80[\2-\5]", "a Python pickle", _OTHER),
   )
 )
 
@@ -123,10 +129,10 @@ _SIGNATURES = tuple(
 _WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 # Those that text is in where it is not in UTF-8, as Python and iconv name them:
 # such as have few letters beyond ASCII, and such as have many.
-_OF_FEW = ("CP1252", "CP1250", "CP1254", "ISO-8859-15")
+_OF_FEW = ("CP1252", "CP1250", "CP1254", "CP850", "MACINTOSH")
 _OF_MANY = (
   *("CP1251", "KOI8-R", "CP1253", "CP1255", "CP1256", "TIS-620"),
-  *("CP932", "EUC-JP", "GB18030", "BIG5", "CP949"),
+  *("CP932", "EUC-JP", "GBK", "BIG5", "CP949"),
 )
 _CONTROL = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 _SPACE = " \t\r\n"
@@ -160,7 +166,7 @@ def check(head: bytes, origin: Origin) -> str:
     )
   # Text with stray NUL bytes can be cured, see `line_text`, and letters that
   # were converted twice, see `_doubt`, may look like control characters.
-  if not _twice(text) and _controls(text.replace("\0", "")) > 0.05:
+  if not _twice(text) and _controls(text.replace("\0", "")) > 0.1:
     raise origin.refused("binary, with many control characters", _OTHER)
   if re.search(rb"\x1b\$[@B]", head):
     raise origin.refused(
@@ -175,7 +181,11 @@ def check(head: bytes, origin: Origin) -> str:
 
 
 def line_text(
-  line: bytes, number: int, more: Callable[[], bytes], origin: Origin
+  line: bytes,
+  number: int,
+  more: Callable[[], bytes],
+  mixed: bool,
+  origin: Origin,
 ) -> str:
   """Decodes a line.
 
@@ -183,6 +193,7 @@ def line_text(
     line: with its line break.
     number: of the line, from 1.
     more: reads some of the bytes that follow.
+    mixed: whether lines before it have letters beyond ASCII, in UTF-8.
     origin: of the line.
 
   Raises:
@@ -199,7 +210,7 @@ def line_text(
     place = error.start
     raise ValueError(
       f"{origin.name} is not UTF-8: byte {place + 1} of line {number} is"
-      f" 0x{line[place]:02x}; {_encodings(line + more(), origin)}"
+      f" 0x{line[place]:02x}; {_encodings(line, more(), mixed, origin)}"
     ) from None
   if text.count("\r") > 100:
     raise _old_lines(origin)
@@ -253,26 +264,36 @@ def _wide(head: bytes) -> str:
   return ""
 
 
-def _encodings(block: bytes, origin: Origin) -> str:
-  """Says what to do about bytes that are not UTF-8, which come first."""
-  text = _begun("UTF-8", block, "replace")
+def _encodings(line: bytes, more: bytes, mixed: bool, origin: Origin) -> str:
+  """Says what to do about a line that is not UTF-8, and those after it."""
   leave_out = origin.cure("| iconv -f UTF-8 -t UTF-8 -c")
-  if "\ufffd" not in text:
+  if not more and "\ufffd" not in _begun("UTF-8", line, "replace"):
     return (
-      f"it ends within a letter: copy it again, or leave that out: {leave_out}"
+      f"it ends within a letter; copy it again, or leave that out: {leave_out}"
     )
-  bad = text.count("\ufffd")
-  if sum(letter > "\x7f" for letter in text) > 2 * bad:
-    return f"most of what follows is; to leave out what is not: {leave_out}"
+  if _mostly_utf8(line):
+    return f"the rest of the line is; to leave out what is not: {leave_out}"
+  how, whose = "| iconv -f ENCODING -t UTF-8", "find out its"
+  if mixed or _mostly_utf8(more):
+    how, whose, more = _LINE_BY_LINE, "other lines are; find out its", b""
+  block = line + more
   high = sum(byte > 0x7F for byte in block)
-  known = _OF_FEW if high < 0.25 * len(block) else _OF_MANY
+  known = _OF_FEW if high < 0.4 * len(block) else _OF_MANY
   names = [name for name in known if _fits(name, block)]
   if not names:
     return f"nor is it text in an encoding that is known here; {_OTHER}"
   return (
-    f"find out its encoding, which may be {' or '.join(names)}, and see that"
-    f" this makes text of it: {origin.cure('| iconv -f ENCODING -t UTF-8')}"
+    f"{whose} encoding, which may be {' or '.join(names)}, and see that"
+    f" this makes text of it: {origin.cure(how)}"
   )
+
+
+def _mostly_utf8(block: bytes) -> bool:
+  """Returns whether most of the letters beyond ASCII are in UTF-8."""
+  text = _begun("UTF-8", block, "replace")
+  # In other encodings a few bytes look as if they were.
+  beyond = sum(letter > "\x7f" for letter in text)
+  return beyond > 1.8 * text.count("\ufffd")
 
 
 def _fits(encoding: str, block: bytes) -> bool:
@@ -299,8 +320,8 @@ def _doubt(text: str, origin: Origin) -> None:
     origin.doubted("is a page in HTML, tags and all", f"| {_NO_TAGS}")
   elif re.match(r"\s*<\?xml\b", text):
     origin.doubted("is XML, tags and all", f"| {_NO_TAGS}")
-  elif field := _field(text):
-    origin.doubted("is JSON, names and all", f"| jq -r '.\"{field}\"'")
+  elif strings := _strings(text):
+    origin.doubted("is JSON, names and all", f"| jq -r '{strings}'")
   if encoding := _twice(text):
     origin.doubted(
       f"was UTF-8 already when it was converted from {encoding}",
@@ -322,8 +343,8 @@ def _doubt(text: str, origin: Origin) -> None:
     )
 
 
-def _field(text: str) -> str:
-  """Names the field of the longest string where lines are JSON, or ""."""
+def _strings(text: str) -> str:
+  """Returns jq's word for the strings where lines are JSON, or ""."""
   try:
     record = json.loads(text.partition("\n")[0])
   except ValueError:
@@ -335,7 +356,9 @@ def _field(text: str) -> str:
     for name, value in record.items()
     if isinstance(value, str) and re.fullmatch(r"[\w -]+", name)
   }
-  return max(strings, key=lambda name: len(strings[name]), default="text")
+  if not strings:
+    return ".. | strings"
+  return f'."{max(strings, key=lambda name: len(strings[name]))}"'
 
 
 def _twice(text: str) -> str:

@@ -145,13 +145,16 @@ def _decoded(
 ) -> Iterator[tuple[int, str]]:
   more = functools.partial(file.read, _HEAD)
   lines = iter(functools.partial(file.readline, _LONGEST), b"")
+  mixed = False
   for number, line in enumerate(lines, start=1):
     if len(line) == _LONGEST:
       raise ValueError(
         f"line {number} of {origin.name} is longer than {_LONGEST:,} bytes;"
         f" break it between sentences: {origin.cure(formats.BREAK)}"
       )
-    yield number, formats.line_text(line, number, more, origin)
+    text = formats.line_text(line, number, more, mixed, origin)
+    mixed = mixed or not text.isascii()
+    yield number, text
 
 
 def fingerprint(files: Mapping[str, Sequence[pathlib.Path]]) -> str:

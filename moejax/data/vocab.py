@@ -65,10 +65,10 @@ def doubt(text: str, origin: Origin) -> None:
   found = [word for word in words(text) if word[0].isalnum()]
   letters = sum(map(len, found)) / max(1, len(found))
   if letters > _LONG:
-    joint = max("_-'’", key=text.count)
+    joint = max("_-'’\u200b", key=text.count)
     origin.doubted(
       f"has words of {letters:.0f} letters on average",
-      f"| tr {joint!r} ' '"
+      f"| perl -CSD -pe 's/\\x{{{ord(joint):x}}}/ /g'"
       if text.count(joint) >= len(found)
       else "put spaces between its words",
     )

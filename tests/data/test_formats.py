@@ -135,7 +135,7 @@ def test_what_is_no_text_is_named_with_the_cure(tmp_path, what, content, text):
     ("CP1252", "latin-1", FRENCH),
     ("CP1251", "cp1251", RUSSIAN),
     ("KOI8-R", "koi8-r", RUSSIAN),
-    ("GB18030", "gbk", CHINESE),
+    ("GBK", "gbk", CHINESE),
     ("CP949", "euc-kr", KOREAN),
     ("TIS-620", "tis-620", THAI),
   ],
@@ -156,18 +156,23 @@ def test_of_other_encodings_the_right_one_is_among_the_named(
 @pytest.mark.parametrize(
   ("content", "what"),
   [
-    (FRENCH.encode() + b"\xff" + FRENCH.encode(), "most of what follows is"),
-    (FRENCH.encode() + b"\xed\xa0\x80\n", "leave"),
+    (FRENCH.encode() + b"d\xc3\xa9j\xff\n", "the rest of the line is"),
+    (FRENCH.encode() + b"\xff\n", "other lines are"),
+    (FRENCH.encode() + FRENCH.encode("latin-1"), "other lines are"),
     (FRENCH.encode() + "é".encode()[:1], "it ends within a letter"),
   ],
 )
 def test_utf8_with_a_fault_is_not_taken_for_latin1(tmp_path, content, what):
   path = tmp_path / "a.txt"
-  path.write_bytes(content + FRENCH.encode() * (what == "leave"))
-  with pytest.raises(ValueError, match="line 61") as caught:
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=f"line 61 is 0x.*{what}") as caught:
     corpora.read_lines([path])
-  assert "latin" not in str(caught.value).lower()
-  assert as_read(cured(str(caught.value), tmp_path)).startswith(FRENCH)
+  said = str(caught.value).replace('"ENCODING"', '"CP1252"')
+  text = as_read(cured(said, tmp_path))
+  # What was UTF-8 stays as it was.
+  assert text.startswith(FRENCH)
+  if content.endswith(FRENCH.encode("latin-1")):
+    assert text == FRENCH * 2
 
 
 @pytest.mark.parametrize(
@@ -308,6 +313,7 @@ def test_a_vocabulary_may_be_marked_and_must_be_text(tmp_path):
       ),
       ENGLISH,
     ),
+    ("is JSON", '{"translation": {"en": "One", "fr": "Un"}}\n', "One\nUn\n"),
     (
       "was UTF-8 already when it was converted from CP1252",
       FRENCH.replace("à", "é").encode().decode("cp1252"),
@@ -333,6 +339,11 @@ def test_a_vocabulary_may_be_marked_and_must_be_text(tmp_path):
       "has words of 2. letters",
       "The_cat_sat_on_the_old_mat\n" * 9,
       "The cat sat on the old mat\n" * 9,
+    ),
+    (
+      "has words of 2. letters",
+      "ឆ្មា\u200bអង្គុយ\u200bលើ\u200bកន្ទេល\u200bចាស់\n",
+      "ឆ្មា អង្គុយ លើ កន្ទេល ចាស់\n",
     ),
   ],
 )

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.data import sources
+from moejax.data.corpora import sentences
 from moejax.data.pieces import Pieces
 from moejax.data.sources import cut, source_rows
 
@@ -62,6 +63,12 @@ def test_parts_are_the_line_again(pieces, line, limit):
   parts = cut(pieces, line, limit)
   assert squeezed("".join(parts)) == squeezed(line)
   assert all(0 < len(pieces.encode(part)) <= limit for part in parts)
+
+
+def test_a_long_line_of_numbers():
+  """It takes a moment; of the square of its length, hours."""
+  line = " ".join(f"{i}." for i in range(30_000))
+  assert sentences(line) == [line]
 
 
 def test_lines_are_cut_between_sentences_then_words(pieces):
