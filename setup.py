@@ -43,6 +43,7 @@ setuptools.setup(
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.11.31",
+    "pyarrow",  # reads .zst
     "pip",  # not in every environment; experiments/package_pairs.py calls it
     "sacrebleu>=2.4",
     "sentencepiece>=0.2",

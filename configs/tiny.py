@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
       "layout": "expert",
       "data": {
         "kind": "sotu",  # or "text", with the files below
-        "train": "",  # comma-separated .txt, .gz, .xz
+        "train": "",  # comma-separated text files
         "validation": "",  # carved out of train where none are given
         "test": "",
         "data_dir": "",  # where prepared corpora lie; "" is TFDS's own place

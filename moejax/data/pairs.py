@@ -17,13 +17,18 @@ from moejax.data.lines import Paths
 
 _WMT14 = "wmt14_translate"
 _WMT14_PAIRS = ("de-en", "fr-en")  # those of the paper
-_NAMED = re.compile(r"(\w+)-(\w+)=(.+)")
+_NAMED = re.compile(r"(\w+(?:-\w+)+)=(.+)")
+# What may be meant to be named; a path has a point or a slash soon.
+_MEANT = re.compile(r"([^=./\\]*)=(.*)")
 # Of the lines that are left out for one reason, those whose numbers are told.
 _TOLD = 3
 
 
 class Direction(NamedTuple):
-  """Which language is translated into which."""
+  """Which language is translated into which.
+
+  A subtag of a language comes after "_", as in "pt_BR".
+  """
 
   source: str
   target: str
@@ -54,16 +59,24 @@ class Pairs(NamedTuple):
 def named_files(value: str) -> dict[Direction, list[str]]:
   """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
 
-  A plain path, whose languages do not matter, is of `NO_LANGUAGES`.
+  A plain path, whose languages do not matter, is of `NO_LANGUAGES`; one that
+  would pass for a named file begins with "./".
 
   Raises:
-    ValueError: some paths are plain and others are not.
+    ValueError: some paths are plain and others are not, or the languages can be
+      read in more ways than one.
   """
   files: dict[Direction, list[str]] = {}
   for item in filter(None, value.split(",")):
-    named = _NAMED.fullmatch(item)
-    source, target, path = named.groups() if named else (*NO_LANGUAGES, item)
-    files.setdefault(Direction(source, target), []).append(path)
+    direction, path = NO_LANGUAGES, item
+    if named := _NAMED.fullmatch(item):
+      direction, path = _direction(named[1], item), named[2]
+    elif (meant := _MEANT.match(item)) and not pathlib.Path(item).exists():
+      raise ValueError(
+        f"{item} is no file, nor is {meant[1]!r} two languages; name them as in"
+        f" en-fr={meant[2]}"
+      )
+    files.setdefault(direction, []).append(path)
   if NO_LANGUAGES in files and len(files) > 1:
     path = files.pop(NO_LANGUAGES)[0]
     raise ValueError(
@@ -71,6 +84,30 @@ def named_files(value: str) -> dict[Direction, list[str]]:
       f" {next(iter(files))}={path}"
     )
   return files
+
+
+def _direction(name: str, item: str) -> Direction:
+  """Reads "en-fr", "en-pt_BR" or "en-pt-BR".
+
+  Where subtags come after "-" too, a language begins in small letters and a
+  script or country with a capital, as ISO writes them.
+  """
+  tags = name.split("-")
+  ways = [
+    Direction("_".join(tags[:cut]), "_".join(tags[cut:]))
+    for cut in range(1, len(tags))
+  ]
+  if len(ways) == 1:
+    return ways[0]
+  plain = [
+    way for way in ways if all(language[0].islower() for language in way)
+  ]
+  if len(plain) != 1:
+    raise ValueError(
+      f"{name} in {item} may be {' or '.join(map(str, plain or ways))}; write"
+      f" the one that is meant, or ./{item} for a file of this name"
+    )
+  return plain[0]
 
 
 def directions(
@@ -175,7 +212,7 @@ def read_pairs(
   """
   found: list[tuple[str, str]] = []
   for path in map(pathlib.Path, paths):
-    lines.check_path(path)
+    lines.check(path)
     before = len(found)
     found.extend(_read(path, strict, loud=True))
     _refuse_empty(path, len(found) - before)
@@ -210,6 +247,10 @@ class PairFiles(corpora.TextFiles, skip_registration=True):
   def _name(self):
     # A copy made with lines left out must not pass for a strict one.
     return super()._name() + ("_strict" if self._strict else "")
+
+  def check(self):
+    for path in self.sources:
+      lines.check(path)
 
   def _read(self, path):
     return _read(path, self._strict, loud=False)

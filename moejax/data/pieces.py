@@ -6,26 +6,32 @@ import os
 import pathlib
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
-from moejax import files
+from moejax import files, terminal
 
 # What it is trained on is at most so many sentences, drawn evenly, and of each
 # so many letters: sentencepiece leaves out what is longer than 4192 bytes.
 _SAMPLE = 1_000_000
 _LETTERS = 1000
-_TAG = re.compile(r"<2(\w+)>")
+_TAG = re.compile(r"<2([^<>]+)>")
+# Characters that mean something to sentencepiece, which reads U+2581 as a space
+# and learns nothing from sentences with U+2585, or pieces with NUL; and what it
+# gets in their place: such as Unicode keeps out of text.
+_STAND_INS = {"\0": "\ufdd0", "\u2581": "\ufdd1", "\u2585": "\ufdd5"}
+_TEXTS = {inside: outside for outside, inside in _STAND_INS.items()}
+_RESERVED = re.compile(f"[{''.join(_STAND_INS)}]")
+_INSIDE = re.compile(f"[{''.join(_TEXTS)}]")
 
 
 class Pieces:
   """Pieces of words and their ids; any text becomes pieces and comes back.
 
-  Text is taken as it is, but for spaces, which U+2581 is read as too: several
-  become one, and those at the ends are dropped. What has no piece is spelt in
-  bytes, so nothing is unknown. Text that spells out a special piece does not
-  turn into one.
+  Text is taken as it is, but for spaces: several become one, and those at the
+  ends are dropped. What has no piece is spelt in bytes, so nothing is unknown.
+  Text that spells out a special piece does not turn into one.
 
   Attributes:
     unknown: id of `<unk>`, 0, which no text becomes.
@@ -72,7 +78,8 @@ class Pieces:
   ) -> "Pieces":
     """Finds the pieces of raw texts, by byte pair encoding.
 
-    Of more than a million texts a million are used, always the same.
+    Of more than a million texts a million are used, always the same, and of
+    each the first thousand letters. It says how many are not used whole.
 
     Args:
       texts: sentences of both sides.
@@ -83,9 +90,24 @@ class Pieces:
       ValueError: there is no text, or too little for the size, or too small a
         size for the letters.
     """
-    sample = _sample(text[:_LETTERS] for text in texts if text.strip())
+    long = 0
+
+    def used() -> Iterator[str]:
+      nonlocal long
+      for text in texts:
+        begin = _inside(text[:_LETTERS])
+        if begin.strip():
+          long += len(text) > _LETTERS
+          yield begin
+
+    sample, count = _sample(used())
     if not sample:
       raise ValueError("word pieces are learnt from text; got 0 sentences")
+    if long or count > len(sample):
+      terminal.warn(
+        f"word pieces are learnt from {len(sample):,} of {count:,} sentences,"
+        f" and from the first {_LETTERS:,} letters of {long:,} that are longer"
+      )
     model = io.BytesIO()
     try:
       sentencepiece.SentencePieceTrainer.train(
@@ -129,40 +151,50 @@ class Pieces:
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text; no special one is among them."""
-    return self._processor.encode(text)
+    return self._processor.encode(_inside(text))
 
   def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns what `encode` does for each text, by all cores."""
-    return self._processor.encode(list(texts))
+    return self._processor.encode(list(map(_inside, texts)))
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids; special ones are left out."""
     first = self.end + 1 + len(self._tags)
-    return self._processor.decode([int(i) for i in ids if i >= first])
+    text = self._processor.decode([int(i) for i in ids if i >= first])
+    return _INSIDE.sub(lambda letter: _TEXTS[letter[0]], text)
 
   def tag(self, language: str) -> int:
     """Returns the id of the piece that asks for a language.
 
+    Args:
+      language: with its subtags after "_", or "-", which is the same.
+
     Raises:
       ValueError: it was not trained.
     """
-    if language not in self._tags:
+    found = self._tags.get(language, self._tags.get(language.replace("-", "_")))
+    if found is None:
       trained = ", ".join(self.languages) or "none, as there was one target"
       raise ValueError(
         f"language {language!r} was not trained; those that were: {trained}"
       )
-    return self._tags[language]
+    return found
 
 
-def _sample(texts: Iterable[str]) -> list[str]:
-  """Draws _SAMPLE texts evenly, or takes all of fewer."""
-  drawn, rng = [], random.Random(0)
-  for count, text in enumerate(texts):
-    if count < _SAMPLE:
+def _inside(text: str) -> str:
+  """Returns a text as sentencepiece gets it."""
+  return _RESERVED.sub(lambda letter: _STAND_INS[letter[0]], text)
+
+
+def _sample(texts: Iterable[str]) -> tuple[list[str], int]:
+  """Draws _SAMPLE texts evenly, or takes all of fewer; counts them all."""
+  drawn, count, rng = [], 0, random.Random(0)
+  for count, text in enumerate(texts, start=1):
+    if count <= _SAMPLE:
       drawn.append(text)
-    elif (place := rng.randrange(count + 1)) < _SAMPLE:
+    elif (place := rng.randrange(count)) < _SAMPLE:
       drawn[place] = text
-  return drawn
+  return drawn, count
 
 
 def _size_that_would_do(size: int, error: str) -> ValueError:

@@ -20,6 +20,8 @@ from moejax.data.vocab import Vocabulary, words
 # Batches made ahead of the one asked for, and the threads that make them.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
+# Words that are looked through at once.
+_BLOCK = 1 << 20
 # The arrays of a row, see `PackedRows`.
 TYPES = {
   "inputs": np.int32,
@@ -172,11 +174,13 @@ class Rows(Protocol):
   Attributes:
     row_length: places L of a row.
     num_words: real targets in all rows.
+    unknown: fraction of them that the vocabulary does not have.
     digest: a short name that other rows would not have.
   """
 
   row_length: int
   num_words: int
+  unknown: float
   digest: str
 
   def __len__(self) -> int:
@@ -211,6 +215,7 @@ class PackedRows:
   Attributes:
     row_length: L.
     num_words: real targets in all rows, `</S>` counted.
+    unknown: fraction of them that is `<UNK>`.
     digest: of the words, see `Tokens`.
   """
 
@@ -223,6 +228,12 @@ class PackedRows:
   ):
     self.row_length = row_length
     self.num_words = len(tokens.ids)
+    blocks = range(0, self.num_words, _BLOCK)
+    unknown = sum(
+      np.count_nonzero(tokens.ids[begin : begin + _BLOCK] == vocabulary.unknown)
+      for begin in blocks
+    )
+    self.unknown = unknown / self.num_words
     self.digest = tokens.digest
     self._ids = tokens.ids
     self._end_id, self._start_id = vocabulary.end, vocabulary.start

@@ -256,8 +256,11 @@ class PackedPairs:
     row_length: L.
     source_length: M.
     num_words: real targets in all rows, `</s>` counted.
+    unknown: 0, as word pieces spell all.
     digest: that of the tokens.
   """
+
+  unknown = 0.0
 
   def __init__(
     self,

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from moejax import files
+from moejax.data import lines, scripts
+from moejax.data.formats import Origin
 
 END, START, UNKNOWN = "</S>", "<S>", "<UNK>"
 
@@ -39,6 +41,37 @@ def tokens(text: str) -> list[str]:
   """
   found = text.split(" ")
   return found if all(found) else [token for token in found if token]
+
+
+# Letters of a word on average; more than in any language with spaces.
+_LONG = 20
+
+
+def doubt(text: str, origin: Origin) -> None:
+  """Warns of text without spaces between what should be words.
+
+  Args:
+    text: what the origin begins with.
+    origin: of the text.
+  """
+  script = scripts.main_script(text)
+  if script and not scripts.is_cut(text, script):
+    origin.doubted(
+      f"is in a script without spaces between words ({script}), so whole"
+      " sentences are taken for words",
+      r"| perl -CSD -pe 's/\X/$& /g'",
+    )
+    return
+  found = [word for word in words(text) if word[0].isalnum()]
+  letters = sum(map(len, found)) / max(1, len(found))
+  if letters > _LONG:
+    joint = max("_-'’\u200b", key=text.count)
+    origin.doubted(
+      f"has words of {letters:.0f} letters on average",
+      f"| perl -CSD -pe 's/\\x{{{ord(joint):x}}}/ /g'"
+      if text.count(joint) >= len(found)
+      else "put spaces between its words",
+    )
 
 
 class Vocabulary:
@@ -126,12 +159,19 @@ class Vocabulary:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not UTF-8, or a special symbol is missing or an entry
-        occurs twice.
+      ValueError: it is no text in UTF-8, or a special symbol is missing or an
+        entry occurs twice.
     """
+    path = pathlib.Path(path)
+    lines.check(path)
+    # Marks of byte order inside are of entries, as an older text has them.
+    entries = [
+      line.removesuffix("\n").removesuffix("\r")
+      for _, line in lines.as_written(path)
+    ]
+    entries[:1] = [entry.removeprefix("\ufeff") for entry in entries[:1]]
     try:
-      text = pathlib.Path(path).read_text(encoding="utf-8")
-      return cls(text.removesuffix("\n").split("\n"))
+      return cls(entries)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moejax import files
+from moejax import files, terminal
 from moejax.data.pairs import Pairs
 from moejax.training import bleu, processes
 from moejax.training.translate import Translator
@@ -58,14 +58,15 @@ def scores(
     params: of the model.
     parts: the directions of a split.
     stem: of the files that keep the lines of each direction, for people and
-      for `sacrebleu STEM.en-fr.reference -i STEM.en-fr.translation`.
+      for `sacrebleu STEM.en-fr.reference -i STEM.en-fr.translation`, with
+      the -tok of the signature.
 
   Returns:
     BLEU and chrF, over several directions their means and those of each; and
     the signatures of both, which say how they are counted.
   """
   values: dict[str, float] = {}
-  signatures: dict[str, list[str]] = {"bleu": [], "chrf": []}
+  signatures: dict[str, dict[str, str]] = {"bleu": {}, "chrf": {}}
   for pairs in parts:
     language = pairs.direction.target
     found = translator.lines(params, list(pairs.sources), language)
@@ -73,14 +74,20 @@ def scores(
     score = bleu.scores(found, list(pairs.targets), language)
     values[f"bleu_{pairs.direction}"] = score.bleu
     values[f"chrf_{pairs.direction}"] = score.chrf
-    signatures["bleu"].append(score.bleu_signature)
-    signatures["chrf"].append(score.chrf_signature)
+    signatures["bleu"][str(pairs.direction)] = score.bleu_signature
+    signatures["chrf"][str(pairs.direction)] = score.chrf_signature
+    if score.doubt and processes.first():
+      terminal.warn(f"{pairs.direction}: {score.doubt}")
   means = {
     name: sum(v for n, v in values.items() if n.startswith(name)) / len(parts)
     for name in signatures
   }
-  # Directions differ in theirs where languages are cut differently.
-  said = {name: ", ".join(dict.fromkeys(s)) for name, s in signatures.items()}
+  said = {}
+  for name, of in signatures.items():
+    (said[name], *others) = dict.fromkeys(of.values())
+    # Directions differ in theirs where languages are cut differently.
+    if others:
+      said[name] = ", ".join(f"{way} {how}" for way, how in of.items())
   return (means | values if len(parts) > 1 else means), said
 
 

@@ -80,7 +80,11 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   )
   identity = {split: rows[split].digest for split in rows}
   processes.check_same(json.dumps(identity), "text")
-  words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
+  words = ", ".join(
+    f"{split} {part.num_words:,}"
+    + (f" ({part.unknown:.1%} unknown)" if part.unknown else "")
+    for split, part in rows.items()
+  )
   _print(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
   _print("compiling the training step")
   step_fn = program.compiled(config, parts)
@@ -221,6 +225,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       lines = workdir / run_lib.TRANSLATIONS / "test"
       found, result["signatures"] = judge.scores(*about, lines)
       test |= found
+      for name, signature in result["signatures"].items():
+        progress.say(f"{name}: {signature}")
     writer.write(done, "test", test)
     as_json = json.dumps(result, indent=2) + "\n"
     processes.first_does(

@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from moejax import config as config_lib
 from moejax import terminal
 from moejax import workdir as workdir_lib
@@ -68,11 +66,7 @@ def evaluate_run(
       workdir / TRANSLATIONS / split,
     )
     return values | found
-  unknown = sum(
-    np.count_nonzero(row["mask"] & (row["targets"] == data.vocabulary.unknown))
-    for row in rows
-  )
-  return values | {"unknown": unknown / rows.num_words}
+  return values | {"unknown": rows.unknown}
 
 
 def described(values: dict[str, Any]) -> Iterator[str]:

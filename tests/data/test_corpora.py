@@ -178,20 +178,20 @@ def test_a_changed_file_is_prepared_anew(tmp_path):
     ("a.txt", b"", "a.txt is empty"),
     ("a.txt", b"\n \t\r\n\n", "a.txt is empty"),
     ("a.txt", b"ab\nc\xe9d\n", "not UTF-8: byte 2 of line 2 is 0xe9.*iconv"),
-    ("a.txt", "déjà".encode("utf-16"), "not UTF-8: byte 1 of line 1 is 0xff"),
+    ("a.txt", "déjà".encode("utf-16"), "a.txt is text in UTF-16, .*iconv"),
     (
       "a.gz",
       gzip.compress(b"word " * 9999, mtime=0)[:-9],
       "a.gz is cut short or",
     ),
-    ("a.gz", b"plain text", "a.gz is cut short or damaged"),
+    ("a.gz", b"plain text", "a.gz is damaged, or not compressed as its name"),
     (
       "a.gz",
       gzip.compress(b"word", mtime=0)[:10] + b"\xff" * 20,
       "a.gz is cut",
     ),
     ("a.xz", lzma.compress(b"word " * 9999)[:-9], "a.xz is cut short or"),
-    ("a.xz", b"plain text", "a.xz is cut short or damaged"),
+    ("a.xz", b"plain text", "if it is plain text, rename it to .*/a$"),
     ("a.txt", b"line\n" * 19, "a.txt: 19 lines are too few .* takes 20"),
   ],
 )
@@ -234,6 +234,60 @@ def test_preparing_is_quiet_and_happens_once(tmp_path, capfd, monkeypatch):
   assert capfd.readouterr().out == ""
   monkeypatch.setattr(corpora.TextFiles, "_counts", None)
   assert len(open_corpus("text", tmp_path, train=[path])["train"]) == 18
+
+
+def test_a_text_is_looked_at_and_its_copy_told_of(tmp_path, capsys):
+  path = tmp_path / "mine.txt"
+  path.write_text("今天天气很好。\n" * 20, encoding="utf-8")
+  for first in (True, False):
+    open_corpus("text", tmp_path / "kept", train=[path])
+    said = capsys.readouterr().err
+    assert said.count(f"{path} is in a script without spaces") == 1
+    told = f"copying mine.txt (once) to {tmp_path}/kept/text_files/" in said
+    assert told == first
+
+
+def modes(folder):
+  """What the user, the group and others may do with a folder."""
+  return oct(folder.stat().st_mode & 0o777)
+
+
+@pytest.mark.parametrize(
+  ("file", "folder", "mode"),
+  [
+    (0o644, 0o755, "0o755"),
+    (0o600, 0o755, "0o700"),
+    (0o640, 0o755, "0o750"),
+    (0o644, 0o700, "0o700"),
+    (0o644, 0o750, "0o750"),
+  ],
+)
+def test_a_copy_is_no_more_open_than_the_text(tmp_path, file, folder, mode):
+  path = tmp_path / "texts" / "a.txt"
+  path.parent.mkdir()
+  write(path, lines(20)).chmod(file)
+  path.parent.chmod(folder)
+  for above in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    above.chmod(0o755)
+  open_corpus("text", tmp_path / "tfds", train=[path])
+  (copy,) = tmp_path.glob("tfds/text_files/*")
+  assert modes(copy) == mode
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+  path = write(tmp_path / "a.txt", lines(20))
+  records = corpora.TextFiles._records
+
+  def grows(self, split):
+    yield from records(self, split)
+    write(path, lines(21))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(corpora.TextFiles, "_records", grows)
+    with pytest.raises(ValueError, match="a.txt changed while it was read"):
+      open_corpus("text", tmp_path / "tfds", train=[path])
+  write(path, lines(20))
+  assert len(open_corpus("text", tmp_path / "tfds", train=[path])["test"]) == 1
 
 
 def test_preparing_starts_afresh_after_a_crash(tmp_path, monkeypatch):
@@ -293,7 +347,7 @@ def test_two_can_prepare_at_once(tmp_path, monkeypatch):
   splits = open_corpus("text", tmp_path, train=[path])
   assert list(splits["train"]) == list(lost[0]["train"])
   (directory,) = tmp_path.glob("text_files/*")
-  assert [version.name for version in directory.iterdir()] == ["1.0.0"]
+  assert [version.name for version in directory.iterdir()] == ["1.0.1"]
 
 
 def test_a_failing_disk_is_not_taken_for_a_lost_race(tmp_path, monkeypatch):

@@ -60,6 +60,44 @@ def test_files_by_direction():
   assert str(EN_FR) == "en-fr"
 
 
+@pytest.mark.parametrize(
+  "name, source, target",
+  [
+    ("en-pt_BR", "en", "pt_BR"),
+    ("en-pt-BR", "en", "pt_BR"),
+    ("pt-BR-en", "pt_BR", "en"),
+    ("zh-Hans-en", "zh_Hans", "en"),
+    ("zh-Hans-zh-Hant", "zh_Hans", "zh_Hant"),
+    ("sr-Latn-RS-es-419", "sr_Latn_RS", "es_419"),
+    ("cmn_Hant-jpn_Jpan", "cmn_Hant", "jpn_Jpan"),
+    ("EN-FR", "EN", "FR"),
+  ],
+)
+def test_languages_with_subtags(name, source, target):
+  found = pairs.named_files(f"{name}=x-y=z.tsv")
+  assert found == {Direction(source, target): ["x-y=z.tsv"]}
+  assert pairs.named_files(f"{Direction(source, target)}=a") == {
+    Direction(source, target): ["a"]
+  }
+
+
+@pytest.mark.parametrize(
+  "value, message",
+  [
+    ("en-pt-br=a.tsv", "may be en-pt_br or en_pt-br; .* or ./en-pt-br=a.tsv"),
+    ("zh-hans-en=a", "may be zh-hans_en or zh_hans-en"),
+    ("EN-PT-BR=a", "may be EN-PT_BR or EN_PT-BR"),
+    ("en_fr=a.tsv", "nor is 'en_fr' two languages; .* en-fr=a.tsv"),
+    ("en–fr=a.tsv", "nor is 'en–fr' two languages"),
+    ("=a.tsv", "nor is '' two languages"),
+  ],
+)
+def test_languages_that_may_be_read_in_two_ways(value, message):
+  with pytest.raises(ValueError, match=message):
+    pairs.named_files(value)
+  assert pairs.named_files(f"./{value}") == {PLAIN: [f"./{value}"]}
+
+
 @pytest.mark.parametrize("value", ["en-fr=a.tsv,b.tsv", "b.tsv,en-fr=a.tsv"])
 def test_a_file_without_languages_beside_one_with(value):
   message = "b.tsv has no languages .* name them, as in en-fr=b.tsv"
@@ -206,7 +244,9 @@ def test_bad_lines_are_refused_on_request(tmp_path, bad, reason):
     ("a.tsv", b"a\tb\nc\t\xe9d\n", "byte 3 of line 2 is 0xe9.*iconv"),
     ("a.tsv", b"\xef\xbb\xbfa\t\xe9\n", "byte 6 of line 1 is 0xe9"),
     ("a.gz", gzip.compress(b"a\tb\n" * 99, mtime=0)[:-9], "a.gz is cut short"),
-    ("a.xz", b"plain\ttext", "a.xz is cut short or damaged"),
+    ("a.xz", b"plain\ttext", "a.xz is damaged, or not compressed as its name"),
+    ("a.tsv", "a\tb\n".encode("utf-16-le"), "a.tsv is text in UTF-16LE"),
+    ("a.tsv", b"a\tb\nc\td\0\n", "NUL bytes, one at byte 4 of line 2"),
     ("a.tsv", b"a\tb\n" * 19, "a.tsv: 19 lines are too few .* takes 20"),
   ],
 )

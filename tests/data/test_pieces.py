@@ -1,9 +1,11 @@
 """Word pieces: text comes back, special pieces stay apart, training is one."""
 
 import random
+import subprocess
+import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moejax.data import pieces as pieces_lib
@@ -22,15 +24,13 @@ def pieces():
 # -- encoding -----------------------------------------------------------------
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])))
+# Noncharacters stand in for what sentencepiece takes for its own.
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"])))
+@example("▁▂▃▄▅▆▇█ ▁ ▁▁ \0<0x00>")
 def test_text_comes_back(pieces, text):
   ids = pieces.encode(text)
   assert all(i > pieces.tag("de") for i in ids)
-  assert (
-    pieces.decode(ids).split(" ")
-    == [*filter(None, text.replace("▁", " ").split(" "))]
-    or not ids
-  )
+  assert pieces.decode(ids) == " ".join(filter(None, text.split(" ")))
 
 
 def test_words_that_were_seen_are_few_pieces(pieces):
@@ -64,6 +64,12 @@ def test_a_language_that_was_not_trained(pieces):
     Pieces.train(TEXTS, 300).tag("fr")
 
 
+def test_a_language_with_subtags():
+  pieces = Pieces.train(TEXTS, 300, ["pt_BR", "zh_Hans"])
+  assert pieces.languages == ("pt_BR", "zh_Hans")
+  assert pieces.tag("pt_BR") == pieces.tag("pt-BR") != pieces.tag("zh-Hans")
+
+
 # -- training -----------------------------------------------------------------
 
 
@@ -77,22 +83,67 @@ def test_training_is_quiet_and_always_the_same(pieces, capfd):
 
 def test_of_many_texts_a_fixed_part_is_used(monkeypatch):
   monkeypatch.setattr(pieces_lib, "_SAMPLE", 50)
-  drawn = pieces_lib._sample(map(str, range(1000)))
-  assert drawn == pieces_lib._sample(map(str, range(1000)))
+  drawn, count = pieces_lib._sample(map(str, range(1000)))
+  assert (drawn, count) == pieces_lib._sample(map(str, range(1000)))
+  assert count == 1000
   numbers = [int(text) for text in drawn]
   assert len(set(numbers)) == 50
   assert 400 < sum(numbers) / 50 < 600
-  assert pieces_lib._sample("abc") == ["a", "b", "c"]
+  assert pieces_lib._sample("abc") == (["a", "b", "c"], 3)
 
 
-def test_long_texts_count(pieces):
-  long = Pieces.train([" ".join(TEXTS)] * 3, 300)
-  assert len(long.encode("the cat")) <= 4
+def test_what_is_not_used_is_told(monkeypatch, capsys):
+  monkeypatch.setattr(pieces_lib, "_SAMPLE", 150)
+  long = " ".join(TEXTS)
+  pieces = Pieces.train([*TEXTS[:198], long, "  ", long], 300)
+  assert len(pieces.encode("the cat")) <= 4
+  assert capsys.readouterr().err == (
+    "word pieces are learnt from 150 of 200 sentences, and from the first 1,000"
+    " letters of 2 that are longer\n"
+  )
+
+
+# What sentencepiece logs of sentences with every letter, and of long ones.
+EVERY_LETTER = """
+import sentencepiece
+from moejax.data.pieces import Pieces
+train = sentencepiece.SentencePieceTrainer.train
+sentencepiece.SentencePieceTrainer.train = (
+  lambda **k: train(**k | dict(minloglevel=0))
+)
+letters = [chr(i) for i in range(0x3000)]
+texts = [f"the cat {letter} {letter}" for letter in letters]
+texts += ["<s> </s> <unk> <2fr> <0x41>", "\U0001d11e" * 2000, " x" * 2000]
+print(len(texts))
+Pieces.train(texts, 20_000, ["fr"])
+"""
+
+
+def test_no_sentence_is_left_out():
+  done = subprocess.run(
+    [sys.executable, "-c", EVERY_LETTER],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  count = done.stdout.strip()
+  assert f"Loaded all {count} sentences" in done.stderr
+  assert f"preprocessed {count} sentences" in done.stderr
+  for fault in ("kipped", "eserved", "null character"):
+    assert fault not in done.stderr
+
+
+def test_progress_bars_are_learnt():
+  bars = [f"{'▅' * i} {'▁' * (9 - i % 9)} {i}%" for i in range(1, 60)]
+  pieces = Pieces.train(bars, 300)
+  assert len(pieces.encode(bars[40])) < 15
+  assert pieces.decode(pieces.encode(bars[40])) == bars[40]
 
 
 @pytest.mark.parametrize(
   ("texts", "size", "message"),
   [
+    (["▅", "\0"], 300, "300 word pieces|too little"),
     ([], 300, "word pieces are learnt from text; got 0 sentences"),
     (["  ", ""], 300, "got 0 sentences"),
     (["abc abd"], 5000, "too little for 5,000 word pieces.* of 2[67]. or less"),

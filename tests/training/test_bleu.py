@@ -1,6 +1,7 @@
 """BLEU and chrF: what the sacrebleu command prints for the same lines."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -42,7 +43,7 @@ def printed(tmp_path_factory):
 def test_scores_are_those_of_the_command(printed):
   found = bleu.scores(HYPOTHESES, REFERENCES)
   for metric, score, signature in zip(
-    printed, (found.bleu, found.chrf), found[2:], strict=True
+    printed, (found.bleu, found.chrf), found[2:4], strict=True
   ):
     assert score == pytest.approx(metric["score"], abs=1e-12)
     assert signature == metric["signature"]
@@ -50,14 +51,34 @@ def test_scores_are_those_of_the_command(printed):
   assert "tok:13a" in found.bleu_signature
 
 
+CHINESE = (
+  *("zh", "zh_tw", "zh-Hans", "zho", "zho_Hant", "chi", "cmn", "cmn_Hans"),
+  *("yue", "yue_Hant", "lzh"),
+)
+JAPANESE = ("ja", "ja_JP", "jpn", "jpn_Jpan")
+
+
 @pytest.mark.parametrize(
   "language, line, tokenizer",
   [
-    ("zh", "我住在一座大城市里。", "zh"),
-    ("zh_tw", "我住在一座大城市裡。", "zh"),
-    ("ja", "私は東京に住んでいます。", "char"),
+    *((name, "我住在一座大城市裡。", "zh") for name in CHINESE),
+    *((name, "私は東京に住んでいます。", "char") for name in JAPANESE),
+    *((name, "แมวนั่งอยู่บนเสื่อเก่า", "char") for name in ("th", "tha", "tha_Thai")),
+    *((name, "ຂ້ອຍອາໄສຢູ່ໃນເມືອງໃຫຍ່", "char") for name in ("lao", "lao_Laoo")),
+    *((name, "ខ្ញុំរស់នៅក្នុងទីក្រុងធំ", "char") for name in ("km", "khm_Khmr")),
+    *(
+      (name, "ကျွန်တော်မြို့ကြီးမှာနေတယ်", "char") for name in ("mya", "bur", "shn_Mymr")
+    ),
+    *(
+      (name, "བོད་སྐད་ནི་བོད་ཀྱི་སྐད་ཡིག", "char")
+      for name in ("bod", "dzo", "dzo_Tibt")
+    ),
     ("jav", "Aku manggon ing kutha gedhe.", "13a"),
     ("de", "Ich wohne in einer Stadt.", "13a"),
+    ("pt_BR", "Moro em uma cidade muito grande.", "13a"),
+    ("kor_Hang", "고양이 마리가 낡은 매트 위에", "13a"),
+    ("zh_Latn", "Wo zhu zai yi zuo da chengshi.", "13a"),
+    ("", "Ich wohne in einer Stadt.", "13a"),
   ],
 )
 def test_languages_without_spaces_are_cut_their_own_way(
@@ -66,6 +87,30 @@ def test_languages_without_spaces_are_cut_their_own_way(
   found = bleu.scores([line] * 2, [line] * 2, language)
   assert found.bleu == pytest.approx(100)
   assert f"tok:{tokenizer}|" in found.bleu_signature
+  assert found.doubt == ""
+
+
+@pytest.mark.parametrize(
+  "language, line, tokenizer, doubt",
+  [
+    (
+      "target",
+      "我住在一座大城市裡。",
+      "zh",
+      "'target', but .* Han, .* by 'zh'",
+    ),
+    ("", "私は東京に住んでいます。", "char", "Kana, .* by 'char'"),
+    ("fr", "แมวนั่งอยู่บนเสื่อเก่า", "char", "'fr', but .* Thai"),
+    ("zh_Latn", "我住在一座大城市裡。", "13a", "Han, .* by '13a'"),
+    ("ja", "I live in a town.", "char", "a script with spaces; .* by 'char'"),
+  ],
+)
+def test_references_that_do_not_look_like_their_language(
+  language, line, tokenizer, doubt
+):
+  found = bleu.scores([line] * 2, [line] * 2, language)
+  assert f"tok:{tokenizer}|" in found.bleu_signature
+  assert re.search(doubt, found.doubt)
 
 
 def test_the_same_lines_score_all():

@@ -177,10 +177,10 @@ def test_lines_stay_where_they_are(monkeypatch, capsys, trained):
 def test_what_it_refuses(monkeypatch, capsys, trained, tmp_path):
   run = shutil.copytree(trained[0], tmp_path / "run")
   _, said, status = translate(monkeypatch, capsys, run, b"caf\xe9\n")
-  assert status == 1 and "line 1 has the byte 0xe9" in said
+  assert status == 1 and "byte 4 of line 1 is 0xe9" in said
   marked = b"\xef\xbb\xbfcaf\xc3\xa9\n\xe9\n"
   _, said, status = translate(monkeypatch, capsys, run, marked)
-  assert status == 1 and "line 2 has the byte 0xe9" in said
+  assert status == 1 and "byte 1 of line 2 is 0xe9" in said
   named = tmp_path / "other.tsv"
   named.write_text("a\tb\n")
   argv = ["moejax", "eval", f"--workdir={run}", f"--data=de-fr={named}"]
