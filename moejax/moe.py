@@ -1,20 +1,46 @@
 """The layer: group, route, dispatch, and report what was decided."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moejax import dispatch as dispatch_lib
+from moejax import experts as experts_lib
+from moejax import named, sharding
+from moejax import router as router_lib
 from moejax import routing as routing_lib
 from moejax import seats as seats_lib
-from moejax import sharding
 from moejax.experts import Each, Mixed
 from moejax.routing import Routing
 from moejax.seats import Block, Capacity
 
 # The collection in which every MoE layer leaves its Routing.
 ROUTING = "routing"
+# Where a step counts the calls of a layer.
+_CALLS = "moejax.calls"
+
+
+class _Reports(nn.Partitioned):
+  """The routings of one layer in one step; those of a stack stand in front."""
+
+  def unbox(self, apply_constraint: bool = True) -> tuple[Routing, ...]:
+    return self.value
+
+  def add_axis(self, index: int, params: Mapping[str, Any]) -> "_Reports":
+    if index != 0:
+      raise ValueError(
+        f"a stack of layers puts its routings along axis {index}, but the"
+        ' balance losses read them along axis 0; write variable_axes={"params":'
+        ' ..., "routing": 0} in nn.scan or nn.vmap.'
+      )
+    return self
+
+  def remove_axis(self, index: int, params: Mapping[str, Any]) -> "_Reports":
+    return self
 
 
 class MoE(nn.Module):
@@ -46,11 +72,16 @@ class MoE(nn.Module):
   dispatch: str = "auto"
   recompute: bool = False
 
+  def __post_init__(self) -> None:
+    router_lib.check(self.router, "router")
+    experts_lib.check(self.experts, "experts")
+    super().__post_init__()
+
   def __call__(
     self,
     x: Float[Array, "*batch D"],
-    *,
     train: bool = False,
+    *,
     mask: Bool[Array, "..."] | None = None,
     ids: Int[Array, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
@@ -58,7 +89,8 @@ class MoE(nn.Module):
 
     Args:
       x: activations, [B, L, D] as a rule.
-      train: whether to draw noise and use the training capacity.
+      train: whether to draw noise and use the training capacity; True or False
+        itself, since it decides what is compiled.
       mask: real tokens; all of them by default.
       ids: the tokens' ids in the vocabulary, for a router that reads them.
 
@@ -145,11 +177,20 @@ class HierarchicalMoE(nn.Module):
   eval_capacity_factor: float | None = 2.0
   dispatch: str = "gather"
 
+  def __post_init__(self) -> None:
+    router_lib.check(self.primary, "primary")
+    if not isinstance(self.secondary, MoE):
+      raise ValueError(
+        f"secondary is {named.shown(self.secondary)}; give the MoE of one group"
+        " of experts."
+      )
+    super().__post_init__()
+
   def __call__(
     self,
     x: Float[Array, "*batch D"],
-    *,
     train: bool = False,
+    *,
     mask: Bool[Array, "..."] | None = None,
     ids: Int[Array, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
@@ -240,8 +281,36 @@ def _mix_in_groups(module, x, train, mask, ids):
   y, routing = module.mix(grouped, train, mask, ids)
   # What init leaves behind would be counted a second time by apply.
   if not module.is_initializing():
-    module.sow(ROUTING, "routing", routing)
+    _report(module, routing)
   return y.reshape(*shape, -1)
+
+
+def _report(module: nn.Module, routing: Routing) -> None:
+  """Adds the decision to those that the layer made before in this step.
+
+  Raises:
+    ValueError: the variables hold one of another step.
+  """
+  if not module.is_mutable_collection(ROUTING):
+    return
+  # These counters are what all copies of a module share in one `apply`, in
+  # whatever `nn.scan` or `nn.remat` they are, and nothing after it.
+  calls = module.scope.rng_counters
+  calls[_CALLS] = calls.get(_CALLS, 0) + 1
+  if calls[_CALLS] == 1 and module.has_variable(ROUTING, "routing"):
+    raise ValueError(
+      "the layer still holds a routing of an earlier step or call, which would"
+      ' be weighed once more; give model.apply {"params": params} alone, and in'
+      " nnx take it out after every call:"
+      ' sown = nnx.pop(model, nnx.PathContains("routing")).'
+    )
+  module.sow(
+    ROUTING,
+    "routing",
+    routing,
+    reduce_fn=lambda past, one: past.replace(value=(*past.value, one)),
+    init_fn=lambda: _Reports((), names=()),
+  )
 
 
 def _capacity(
@@ -373,11 +442,15 @@ class OneExpert(nn.Module):
 
   experts: nn.Module
 
+  def __post_init__(self) -> None:
+    experts_lib.check(self.experts, "experts")
+    super().__post_init__()
+
   def __call__(
     self,
     x: Float[Array, "*batch D"],
-    *,
     train: bool = False,
+    *,
     mask: Bool[Array, "..."] | None = None,
     ids: Int[Array, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
