@@ -16,6 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax import gating, named, placement
 from moejax.routing import Routing
 
+_ZEROS = nn.initializers.zeros
+# From zeros, without noise, all experts tie for every token: at first k of them
+# would take all tokens or, where experts choose, all experts the same few.
+_RANDOM = nn.initializers.lecun_normal()
+
 
 def check(router: Any, name: str) -> None:
   """Lets nothing pass that does not choose experts.
@@ -29,12 +34,6 @@ def check(router: Any, name: str) -> None:
       f"{name} is {named.shown(router)}; give a module of moejax.router, as"
       " NoisyTopK(num_experts=8, k=2)."
     )
-
-
-_ZEROS = nn.initializers.zeros
-# From zeros, without noise, all experts tie for every token: at first k of them
-# would take all tokens or, where experts choose, all experts the same few.
-_RANDOM = nn.initializers.lecun_normal()
 
 
 class _Logits(nn.Module):
@@ -88,8 +87,8 @@ class Router(nn.Module):
     if not isinstance(train, bool | np.bool_):
       raise ValueError(
         f"train is {named.shown(train)}, but it decides what is compiled; give"
-        " True or False itself: under jax.jit with static_argnames='train', under"
-        " nn.remat by its place: nn.remat(MoE, static_argnums=(2,))(...)(x, True)."
+        " True or False itself: with static_argnames='train' under jax.jit, and"
+        " as nn.remat(MoE, static_argnums=(2,))(...)(x, True) under nn.remat."
       )
     return self.decide(x, train, mask, ids)
 
