@@ -66,7 +66,7 @@ def check(config: ConfigDict) -> None:
       f" is {config.data.get('kind')!r}: the model 'gnmt' translates, and pairs"
       " of sentences ('pairs', 'wmt14') are for it alone; change one of them."
     )
-  losses.auxiliary([], *aux(config))
+  losses.check(*aux(config))
   if not 0 <= config.seed < 2**32:
     raise ValueError(
       f"config.seed is {config.seed}; give 0 or more, and less than 2**32."

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import sharding
+from moejax import named, placement, sharding
 from moejax.grouped import grouped, grouped_dot
 
 Weights = Mapping[str, Any]
@@ -35,7 +35,21 @@ def _partitioned(
   num_experts: int, *axes: str | None
 ) -> nn.initializers.Initializer:
   expert = sharding.expert_axis(num_experts)
-  return nn.with_logical_partitioning(_INIT, (expert, *axes))
+  return placement.with_axes(_INIT, expert, *axes)
+
+
+def check(experts: Any, name: str) -> None:
+  """Lets nothing pass that does not run experts.
+
+  Raises:
+    ValueError: says what is wanted.
+  """
+  if not isinstance(experts, nn.Module) or not hasattr(experts, "run"):
+    raise ValueError(
+      f"{name} is {named.shown(experts)}; give a module of moejax.experts, as"
+      " FeedForward(num_experts=8, hidden=64), or Each(num_experts=8, expert=M)"
+      " of any linen module M."
+    )
 
 
 def expert_dot(
@@ -164,6 +178,14 @@ class Each(nn.Module):
   num_experts: int
   expert: nn.Module
 
+  def __post_init__(self) -> None:
+    if not isinstance(self.expert, nn.Module):
+      raise ValueError(
+        f"expert is {named.shown(self.expert)}; give a linen module, such as"
+        " nn.Dense(64)."
+      )
+    super().__post_init__()
+
   @nn.compact
   def __call__(self, width: int) -> Weights:
     del width
@@ -204,6 +226,11 @@ class Mixed(nn.Module):
 
   kinds: Sequence[nn.Module]
   capacities: Sequence[float] | None = None
+
+  def __post_init__(self) -> None:
+    for i, kind in enumerate(self.kinds):
+      check(kind, f"kinds[{i}]")
+    super().__post_init__()
 
   @property
   def num_experts(self) -> int:

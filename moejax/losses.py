@@ -163,7 +163,8 @@ _LEARNED = {"threshold": "thresholds", "bias": "bias"}
 def routings(sown: Any) -> list[Routing]:
   """Finds the routing decisions in the collection "routing" of a model.
 
-  Mixtures that are the experts of another (`experts.Each`) come one by one.
+  Those of a stack of layers (`nn.scan`), and mixtures that are the experts of
+  another (`experts.Each`), come one by one.
   """
   leaves = jax.tree.leaves(sown, is_leaf=lambda v: isinstance(v, Routing))
   found = [leaf for leaf in leaves if isinstance(leaf, Routing)]
@@ -187,7 +188,7 @@ def auxiliary(
 
   Args:
     sown: the collection "routing" of a model in training, or any tree of
-      Routing.
+      Routing, such as the state that `nnx.pop` returns.
     weights: loss name in `LOSSES` -> weight, e.g. w_importance.
     scope: what is to be balanced, the "batch" or every "group" by itself.
 
@@ -196,17 +197,25 @@ def auxiliary(
 
   Raises:
     ValueError: a name that no loss has, an unknown scope, or a weight for what
-      there is none of: thresholds or biases that no layer is learning.
+      there is none of: routing, or thresholds or biases that a layer learns.
   """
-  _check_scope(scope)
+  check(weights, scope)
   found = routings(sown)
+  # What a schedule computes is an array: nobody knows yet that it is 0.
+  weighed = [
+    name
+    for name, weight in weights.items()
+    if not isinstance(weight, int | float) or weight
+  ]
+  if weighed and not found:
+    raise ValueError(
+      f"the balance losses {', '.join(weighed)} have weights, but there is no"
+      " routing of an MoE layer to weigh; ask for it by model.apply(...,"
+      ' mutable=["routing"]), let it out of a stack of layers by nn.scan(...,'
+      ' variable_axes={"params": 0, "routing": 0}), nn.vmap alike, and give a'
+      " model without mixtures no weights."
+    )
   for name in weights:
-    if name not in LOSSES:
-      (nearest,) = difflib.get_close_matches(name, LOSSES, 1, 0)
-      raise ValueError(
-        f"unknown balance loss {name!r}; the nearest is {nearest!r}, the"
-        f" known ones are {', '.join(LOSSES)}."
-      )
     if name in _LEARNED and found and not _learns(found, _LEARNED[name]):
       raise ValueError(
         f"the balance loss {name!r} has weight {weights[name]}, but of"
@@ -220,6 +229,22 @@ def auxiliary(
   }
   total = sum((weights[name] * value for name, value in values.items()), zero)
   return total, values
+
+
+def check(weights: Mapping[str, float], scope: str = "batch") -> None:
+  """Lets nothing pass that `auxiliary` does not know.
+
+  Raises:
+    ValueError: a name that no loss has, or an unknown scope.
+  """
+  _check_scope(scope)
+  for name in weights:
+    if name not in LOSSES:
+      (nearest,) = difflib.get_close_matches(name, LOSSES, 1, 0)
+      raise ValueError(
+        f"unknown balance loss {name!r}; the nearest is {nearest!r}, the"
+        f" known ones are {', '.join(LOSSES)}."
+      )
 
 
 def balance(sown: Any) -> dict[str, Float[Array, ""]]:

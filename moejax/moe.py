@@ -1,5 +1,8 @@
 """The layer: group, route, dispatch, and report what was decided."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,9 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moejax import dispatch as dispatch_lib
+from moejax import experts as experts_lib
+from moejax import named, sharding
+from moejax import router as router_lib
 from moejax import routing as routing_lib
 from moejax import seats as seats_lib
-from moejax import sharding
 from moejax.experts import Each, Mixed
 from moejax.routing import Routing
 from moejax.seats import Block, Capacity
@@ -19,6 +24,27 @@ ArrayLike = Array | np.ndarray
 
 # The collection in which every MoE layer leaves its Routing.
 ROUTING = "routing"
+# Where a step counts the calls of a layer.
+_CALLS = "moejax.calls"
+
+
+class _Reports(nn.Partitioned):
+  """The routings of one layer in one step; those of a stack stand in front."""
+
+  def unbox(self, apply_constraint: bool = True) -> tuple[Routing, ...]:
+    return self.value
+
+  def add_axis(self, index: int, params: Mapping[str, Any]) -> "_Reports":
+    if index != 0:
+      raise ValueError(
+        f"a stack of layers puts its routings along axis {index}, but the"
+        ' balance losses read them along axis 0; write variable_axes={"params":'
+        ' ..., "routing": 0} in nn.scan or nn.vmap.'
+      )
+    return self
+
+  def remove_axis(self, index: int, params: Mapping[str, Any]) -> "_Reports":
+    return self
 
 
 class MoE(nn.Module):
@@ -50,11 +76,16 @@ class MoE(nn.Module):
   dispatch: str = "auto"
   recompute: bool = False
 
+  def __post_init__(self) -> None:
+    router_lib.check(self.router, "router")
+    experts_lib.check(self.experts, "experts")
+    super().__post_init__()
+
   def __call__(
     self,
     x: Shaped[ArrayLike, "*batch D"],
-    *,
     train: bool = False,
+    *,
     mask: Shaped[ArrayLike, "..."] | None = None,
     ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
@@ -62,7 +93,8 @@ class MoE(nn.Module):
 
     Args:
       x: activations, [B, L, D] as a rule; whole numbers become float32.
-      train: whether to draw noise and use the training capacity.
+      train: whether to draw noise and use the training capacity; True or False
+        itself, since it decides what is compiled.
       mask: real tokens; all of them by default.
       ids: the tokens' ids in the vocabulary, for a router that reads them.
 
@@ -149,11 +181,20 @@ class HierarchicalMoE(nn.Module):
   eval_capacity_factor: float | None = 2.0
   dispatch: str = "gather"
 
+  def __post_init__(self) -> None:
+    router_lib.check(self.primary, "primary")
+    if not isinstance(self.secondary, MoE):
+      raise ValueError(
+        f"secondary is {named.shown(self.secondary)}; give the MoE of one group"
+        " of experts."
+      )
+    super().__post_init__()
+
   def __call__(
     self,
     x: Shaped[ArrayLike, "*batch D"],
-    *,
     train: bool = False,
+    *,
     mask: Shaped[ArrayLike, "..."] | None = None,
     ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
@@ -245,7 +286,7 @@ def _mix_in_groups(module, x, train, mask, ids):
     ) from error
   # What init leaves behind would be counted a second time by apply.
   if not module.is_initializing():
-    module.sow(ROUTING, "routing", routing)
+    _report(module, routing)
   return y
 
 
@@ -279,6 +320,34 @@ def _mix(module, x, mask, ids, train):
   grouped = sharding.constrain(grouped, "group", None, None)
   y, routing = module.mix(grouped, train, mask, ids)
   return y.reshape(*x.shape[:-1], -1), routing, routing_lib.axes(routing)
+
+
+def _report(module: nn.Module, routing: Routing) -> None:
+  """Adds the decision to those that the layer made before in this step.
+
+  Raises:
+    ValueError: the variables hold one of another step.
+  """
+  if not module.is_mutable_collection(ROUTING):
+    return
+  # These counters are what all copies of a module share in one `apply`, in
+  # whatever `nn.scan` or `nn.remat` they are, and nothing after it.
+  calls = module.scope.rng_counters
+  calls[_CALLS] = calls.get(_CALLS, 0) + 1
+  if calls[_CALLS] == 1 and module.has_variable(ROUTING, "routing"):
+    raise ValueError(
+      "the layer still holds a routing of an earlier step or call, which would"
+      ' be weighed once more; give model.apply {"params": params} alone, and in'
+      " nnx take it out after every call:"
+      ' sown = nnx.pop(model, nnx.PathContains("routing")).'
+    )
+  module.sow(
+    ROUTING,
+    "routing",
+    routing,
+    reduce_fn=lambda past, one: past.replace(value=(*past.value, one)),
+    init_fn=lambda: _Reports((), names=()),
+  )
 
 
 def _capacity(
@@ -410,21 +479,31 @@ class OneExpert(nn.Module):
 
   experts: nn.Module
 
+  def __post_init__(self) -> None:
+    experts_lib.check(self.experts, "experts")
+    super().__post_init__()
+
   def __call__(
     self,
     x: Shaped[ArrayLike, "*batch D"],
-    *,
     train: bool = False,
+    *,
     mask: Shaped[ArrayLike, "..."] | None = None,
     ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch D"]:
     """Applies the expert to every token; padding gives zero, as in MoE."""
     del ids
-    x, real = _as_float(x), None
+    mix = sharding.lift_to_compiler(OneExpert._run)
+    return mix(self, _as_float(x), mask, train)[0]
+
+  def _run(self, x, mask, train):
+    """Returns y, and what else `_mix` does of a mixture: nothing."""
+    real = None
     if mask is not None:
+      mask = jnp.asarray(mask, bool)
       # As there: NaN times the zero gradient of padding would be NaN.
       x, real = jnp.where(mask[..., None], x, 0), mask.reshape(1, -1)
     rows = x.reshape(1, -1, x.shape[-1])
     weights = self.experts(x.shape[-1])
     y = self.experts.run(weights, rows, real, train).reshape(x.shape)
-    return y if mask is None else jnp.where(mask[..., None], y, 0)
+    return y if mask is None else jnp.where(mask[..., None], y, 0), (), ()

@@ -95,6 +95,14 @@ def sizes(where: str, **fields: Any) -> None:
       raise ValueError(f"{where}.{name} is {value}; give at least one.")
 
 
+def shown(value: Any) -> str:
+  """Returns in a few words what a value is, be it a module or an array."""
+  if isinstance(value, type):
+    return f"the class {value.__name__}"
+  plain = isinstance(value, bool | int | float | str | None)
+  return repr(value) if plain else f"of type {type(value).__name__}"
+
+
 def typed(value: Any, annotation: Any, where: str) -> None:
   """Lets no value pass of another type than annotated, where a file holds such.
 

@@ -4,7 +4,7 @@
 parameters rest in the same places, in "fsdp" they rest in parts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,48 @@ import jax
 import numpy as np
 
 from moejax import sharding
+
+
+class LogicalAxes(nn.LogicallyPartitioned):
+  """A parameter with the logical names of its axes, in any program of Flax."""
+
+  # Else a dataclass would compare the arrays.
+  __eq__ = nn.LogicallyPartitioned.__eq__
+
+  def unbox(self, apply_constraint: bool = True) -> Any:
+    """Takes the names off; where rules are set the value lies as they say."""
+    if not apply_constraint or not nn.get_logical_axis_rules():
+      return self.value
+    return sharding.constrain(self.value, *self.names)
+
+  def add_axis(self, index: int, params: Mapping[str, Any]) -> "LogicalAxes":
+    """Adds the axis of a stack; it is split over nothing if it has no name."""
+    return super().add_axis(index, {nn.PARTITION_NAME: None, **params})
+
+  def remove_axis(self, index: int, params: Mapping[str, Any]) -> "LogicalAxes":
+    """Undoes `add_axis`."""
+    return super().remove_axis(index, {nn.PARTITION_NAME: None, **params})
+
+  def to_nnx_metadata(self) -> dict[str, Any]:
+    """Says what a variable of nnx is to know.
+
+    By itself nnx would lay it out at once, and fail where no mesh is in use, or
+    one without axes of these names.
+    """
+    return {
+      "value": self.unbox(),
+      "out_sharding": self.names,
+      "sharding_rules": (),
+      "eager_sharding": False,
+    }
+
+
+def with_axes(
+  init: nn.initializers.Initializer, *names: str | None
+) -> nn.initializers.Initializer:
+  """Lets an initializer return `LogicalAxes` of these names."""
+  return lambda *args: LogicalAxes(init(*args), names)
+
 
 # Cheaper to do again than to keep.
 _CASTS = ("convert_element_type", "reshape", "transpose")

@@ -5,19 +5,35 @@ activations are: a bfloat16 logit moves tokens between experts.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import gating
+from moejax import gating, named, placement
 from moejax.routing import Routing
 
 _ZEROS = nn.initializers.zeros
 # From zeros, without noise, all experts tie for every token: at first k of them
 # would take all tokens or, where experts choose, all experts the same few.
 _RANDOM = nn.initializers.lecun_normal()
+
+
+def check(router: Any, name: str) -> None:
+  """Lets nothing pass that does not choose experts.
+
+  Raises:
+    ValueError: says what is wanted.
+  """
+  chooses = isinstance(router, nn.Module) and hasattr(router, "num_experts")
+  if not chooses or hasattr(router, "run"):
+    raise ValueError(
+      f"{name} is {named.shown(router)}; give a module of moejax.router, as"
+      " NoisyTopK(num_experts=8, k=2)."
+    )
 
 
 class _Logits(nn.Module):
@@ -28,7 +44,7 @@ class _Logits(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"]:
-    init = nn.with_logical_partitioning(self.kernel_init, ("embed", None))
+    init = placement.with_axes(self.kernel_init, "embed", None)
     kernel = self.param(
       "kernel", init, (x.shape[-1], self.num_experts), jnp.float32
     )
@@ -64,7 +80,16 @@ class Router(nn.Module):
       train: whether to decide as in training.
       mask: real tokens; all of them by default.
       ids: of the tokens in the vocabulary; only `Hash` asks for them.
+
+    Raises:
+      ValueError: sizes that do not go together, or `train` is no bool.
     """
+    if not isinstance(train, bool | np.bool_):
+      raise ValueError(
+        f"train is {named.shown(train)}, but it decides what is compiled; give"
+        " True or False itself: with static_argnames='train' under jax.jit, and"
+        " as nn.remat(MoE, static_argnums=(2,))(...)(x, True) under nn.remat."
+      )
     return self.decide(x, train, mask, ids)
 
   def decide(
@@ -88,9 +113,7 @@ class Router(nn.Module):
 
   def vector(self, name: str, start: float) -> Float[Array, "E"]:
     """A parameter with one entry per expert."""
-    init = nn.with_logical_partitioning(
-      nn.initializers.constant(start), (None,)
-    )
+    init = placement.with_axes(nn.initializers.constant(start), None)
     return self.param(name, init, (self.num_experts,), jnp.float32)
 
 
@@ -122,6 +145,8 @@ class NoisyTopK(Router):
 
   W_g and W_noise start at zero (app. A), so that at first the noise alone
   chooses and load is balanced. It is drawn from the rng stream "router".
+  Evaluation has none: before any training all logits tie there, every token
+  goes to the first k experts, and most find no slot.
 
   Attributes:
     k: experts per token.

@@ -1,26 +1,37 @@
-"""What the README shows runs, and what it names is there."""
+"""What README and docs show runs, and what they name is there."""
 
 import pathlib
 import re
 
+import jax
 import pytest
 
 from moejax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+  page.name: page.read_text(encoding="utf-8")
+  for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
 COMMANDS = re.findall(
   r"moejax (?:train|eval|plan|translate) (?:[^\n`]|\\\n)*",
   README.replace("\\\n", " "),
 )
 
 
-def test_python_runs(capsys):
-  snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("name", PAGES)
+def test_python_runs(name, capsys):
+  snippets = re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL)
   assert snippets
-  # One after the other: the later ones use what the first has made.
-  exec("\n".join(snippets), {})
-  assert "max_over_mean_load" in capsys.readouterr().out
+  # One after the other: the later ones use what the first has made. As users
+  # run it: optax raises a float to an integer step count.
+  with jax.numpy_dtype_promotion("standard"):
+    exec("\n".join(snippets), {})
+  printed = capsys.readouterr().out
+  assert "max_over_mean_load" in printed or name != "README.md"
+  for line in re.findall(r"print\(.*\) +# (\d.*)", "\n".join(snippets)):
+    assert line in printed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -38,9 +49,11 @@ def test_commands_were_found():
   assert len(COMMANDS) >= 3
 
 
-def test_paths_exist():
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_exist(name):
   inside = re.findall(
-    r"\b(?:moejax|configs|experiments|notebooks|tests)/[\w./]*\w", README
+    r"\b(?:moejax|configs|docs|experiments|notebooks|tests)/[\w./]*\w",
+    PAGES[name],
   )
   assert inside
   assert [path for path in inside if not (ROOT / path).exists()] == []

@@ -88,7 +88,9 @@ def train_step(
 
   def loss_fn(params, index):
     task, routings = run(params, index)
-    auxiliary, _ = losses.auxiliary(routings, aux_weights, aux_scope)
+    # A model without mixtures, as a dense twin is, has no balance to lose.
+    weights = aux_weights if routings else {}
+    auxiliary, _ = losses.auxiliary(routings, weights, aux_scope)
     balance = {"auxiliary": auxiliary, **losses.balance(routings)}
     metrics = {"loss": task} | {n: v / parts for n, v in balance.items()}
     return task + metrics["auxiliary"], metrics

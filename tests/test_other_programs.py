@@ -1,0 +1,485 @@
+"""The layer in programs of others: lifted by linen, and as a module of nnx."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from moejax import experts, losses, moe, router, sharding
+
+B, L, D, E, F, K, LAYERS = 2, 8, 4, 4, 8, 2, 3
+WEIGHTS = {"importance": 0.1, "load": 0.1}
+KEY = jax.random.key(3)
+X, TARGET = jax.random.normal(jax.random.key(1), (2, B, L, D))
+# Every layer's own key of this stream is folded from KEY.
+APPLY = {"train": True, "rngs": {"router": KEY}, "mutable": ["routing"]}
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def flat(cls=moe.MoE, **options):
+  options = {"group_size": L, "dispatch": "gather"} | options
+  return cls(router.NoisyTopK(E, K), experts.FeedForward(E, F), **options)
+
+
+def two_levels(cls=moe.HierarchicalMoE, **options):
+  secondary = moe.MoE(router.NoisyTopK(2, 1), experts.FeedForward(2, F))
+  options = {"group_size": L} | options
+  return cls(router.NoisyTopK(2, 1), secondary, **options)
+
+
+KINDS = {
+  "flat": (moe.MoE, flat),
+  "two levels": (moe.HierarchicalMoE, two_levels),
+}
+BOTH = pytest.mark.parametrize("kind", KINDS)
+
+
+def close(got, want):
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    got,
+    want,
+  )
+
+
+def start(model):
+  """Random parameters: of zeros the routers would have no gradient."""
+  shapes = nn.unbox(jax.eval_shape(model.init, KEY, X))["params"]
+  random = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda w: jnp.asarray(random.normal(size=w.shape) / 2, w.dtype), shapes
+  )
+
+
+@pytest.fixture
+def without_shape_checks():
+  """As users run it: else the hook of the tests answers in our place."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# -- what is lost, and what is left -------------------------------------------
+
+
+def shapes_of(model, variables, *args, **options):
+  """What `apply` would return; errors come while it is traced."""
+  apply = functools.partial(model.apply, **options)
+  return jax.eval_shape(apply, variables, X, *args)
+
+
+def test_nothing_found_where_weights_were_given_is_an_error():
+  for nothing in ([], {}, {"routing": {}}, X):
+    with pytest.raises(
+      ValueError, match="importance, load have weights.*"
+    ) as e:
+      losses.auxiliary(nothing, WEIGHTS)
+    assert 'model.apply(..., mutable=["routing"])' in str(e.value)
+    assert 'variable_axes={"params": 0, "routing": 0}' in str(e.value)
+    assert losses.auxiliary(nothing, {"load": 0.0, "z": 0.0})[0] == 0
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_weights_that_a_schedule_computes_ask_for_routing():
+  with pytest.raises(ValueError, match="the balance losses z have weights"):
+    jax.jit(lambda w: losses.auxiliary([], {"z": w, "load": 0})[0])(0.1)
+
+
+@BOTH
+def test_a_routing_of_another_step_is_refused(kind):
+  model = KINDS[kind][1]()
+  variables = {"params": start(model)}
+  _, sown = shapes_of(model, variables, **APPLY)
+  with pytest.raises(ValueError, match="still holds a routing of an earlier"):
+    shapes_of(model, variables | sown, **APPLY)
+  shapes_of(model, variables | sown)  # Nobody weighs it there.
+
+
+class Repeated(nn.Module):
+  """One layer in turn after itself, as `lift` makes it."""
+
+  lift: object
+
+  @nn.compact
+  def __call__(self, x):
+    layer = flat(self.lift(moe.MoE))
+    return layer(layer(x))
+
+
+@pytest.mark.parametrize("lift", [lambda cls: cls, nn.remat, nn.jit])
+def test_a_layer_called_twice_reports_twice(lift):
+  model = Repeated(lift)
+  variables = {"params": start(model)}
+
+  def run():  # nn.jit remembers what it has traced.
+    return model.apply(variables, X, mutable=["routing"])
+
+  _, sown = run()
+  first, second = losses.routings(run()[1])
+  assert np.abs(first.importance - second.importance).max() > 0
+  want, _ = losses.auxiliary([first, second], WEIGHTS)
+  assert losses.auxiliary(sown, WEIGHTS)[0] == want
+  with pytest.raises(ValueError, match="still holds a routing"):
+    model.apply(variables | sown, X, mutable=["routing"])
+
+
+# -- stacks of layers ---------------------------------------------------------
+
+
+class Block(nn.Module):
+  kind: str
+  train: bool
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    return x + KINDS[self.kind][1]()(x, train=self.train), None
+
+
+class Stack(nn.Module):
+  """Blocks one after the other, each with its own weights, in a scan."""
+
+  kind: str
+  axes: dict
+  lift: object = staticmethod(lambda cls: cls)
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    blocks = nn.scan(
+      self.lift(Block),
+      variable_axes={"params": 0, **self.axes},
+      split_rngs={"params": True, "router": True},
+      length=LAYERS,
+    )
+    return blocks(self.kind, train, name="blocks")(x)[0]
+
+
+@pytest.mark.parametrize(
+  "kind, lift", [("flat", lambda cls: cls), ("two levels", nn.remat)]
+)
+def test_a_stack_is_its_layers(kind, lift):
+  """Without a name for the new axis, and each router gets its gradient."""
+  stack = Stack(kind, {"routing": 0}, lift)
+  params = start(stack)
+  # Without noise: a scan splits its key in another way.
+  block = Block(kind, False)
+
+  def scanned(params):
+    y, sown = stack.apply({"params": params}, X, mutable=["routing"])
+    return y, sown
+
+  def in_turn(params):
+    x, all_sown = X, []
+    for i in range(LAYERS):
+      own = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
+      (x, _), sown = block.apply({"params": own}, x, mutable=["routing"])
+      all_sown.append(sown)
+    return x, all_sown
+
+  def loss(run, params):
+    y, sown = run(params)
+    assert len(losses.routings(sown)) == LAYERS
+    aux, parts = losses.auxiliary(sown, {"importance": 0.3, "z": 0.1})
+    return jnp.square(y - TARGET).mean() + aux, (aux, parts)
+
+  got, want = (
+    jax.jit(jax.value_and_grad(functools.partial(loss, run), has_aux=True))(
+      params
+    )
+    for run in (scanned, in_turn)
+  )
+  close(got, want)
+  for path, slope in jax.tree.leaves_with_path(got[1]):
+    if "noise" not in jax.tree_util.keystr(path):
+      assert (np.abs(slope).reshape(LAYERS, -1).max(axis=1) > 0).all()
+
+
+def test_a_stack_that_keeps_its_routing_is_told_of():
+  stack = Stack("flat", {})
+  _, sown = shapes_of(stack, {"params": start(stack)}, **APPLY)
+  with pytest.raises(ValueError, match='"routing": 0'):
+    losses.auxiliary(sown, WEIGHTS)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_routings_stand_in_front_of_a_stack(axis):
+  stack = Stack("flat", {"routing": axis})
+  with pytest.raises(ValueError, match=f'along axis {axis}.*"routing": 0'):
+    shapes_of(stack, {"params": start(stack)}, **APPLY)
+
+
+def test_an_axis_of_layers_may_have_a_name():
+  boxed = jax.eval_shape(Stack("flat", {"routing": 0}).init, KEY, X)
+  names = nn.get_partition_spec(boxed)["params"]["blocks"]
+  assert names["FeedForward_0"]["w_in"] == jax.P(None, "expert", "embed", "mlp")
+  named = nn.vmap(
+    moe.MoE,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+  boxed = jax.eval_shape(flat(named).init, KEY, X)
+  names = nn.get_partition_spec(boxed)["params"]["experts"]
+  assert names["w_in"] == jax.P("layers", "expert", "embed", "mlp")
+
+
+# -- train --------------------------------------------------------------------
+
+
+def test_remat_takes_train_by_its_place():
+  plain, again = flat(), flat(nn.remat(moe.MoE, static_argnums=(2,)))
+  params = start(plain)
+
+  def loss(model, params):
+    y, sown = model.apply(
+      {"params": params},
+      X,
+      True,
+      **{name: APPLY[name] for name in ("rngs", "mutable")},
+    )
+    return jnp.square(y).mean() + losses.auxiliary(sown, WEIGHTS)[0]
+
+  got, want = (
+    jax.jit(jax.value_and_grad(functools.partial(loss, model)))(params)
+    for model in (again, plain)
+  )
+  close(got, want)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@BOTH
+def test_train_decides_what_is_compiled(kind):
+  cls, make = KINDS[kind]
+  variables = {"params": start(make())}
+  match = r"train is of type .*static_argnames='train'.*static_argnums=\(2,\)"
+  with pytest.raises(ValueError, match=match):
+    shapes_of(make(), variables, True)
+  with pytest.raises(ValueError, match=match):
+    shapes_of(make(nn.remat(cls)), variables, train=True)
+  mask = jnp.ones((B, L), bool)
+  with pytest.raises(ValueError, match=match):
+    make().apply(variables, X, mask)
+  jitted = jax.jit(make().apply, static_argnames="train")
+  assert jitted(variables, X, train=False).shape == X.shape
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: moe.MoE(8, 2), r"router is 8; .*NoisyTopK\("),
+    (lambda: moe.MoE(router=8, experts=experts.Linear(8)), "router is 8;"),
+    (lambda: moe.MoE("top_k", experts.Linear(8)), "router is 'top_k';"),
+    (
+      lambda: moe.MoE(router.NoisyTopK, experts.Linear(8)),
+      "router is the class NoisyTopK;",
+    ),
+    (
+      lambda: moe.MoE(experts.Linear(8), router.TopK(8, 2)),
+      "router is of type Linear;",
+    ),
+    (
+      lambda: moe.MoE(router.TopK(8, 2), experts.FeedForward),
+      r"experts is the class FeedForward; .*FeedForward\(",
+    ),
+    (
+      lambda: moe.MoE(router.TopK(8, 2), lambda x: x),
+      "experts is of type function;",
+    ),
+    (
+      lambda: moe.MoE(router.TopK(8, 2), nn.Dense(8)),
+      r"experts is of type Dense; .*Each\(",
+    ),
+    (
+      lambda: moe.HierarchicalMoE(router.TopK(8, 2), experts.Linear(8)),
+      "secondary is of type Linear; give the MoE",
+    ),
+    (
+      lambda: moe.HierarchicalMoE(flat(), router.TopK(8, 2)),
+      "primary is of type MoE;",
+    ),
+    (lambda: moe.OneExpert(nn.Dense(8)), "experts is of type Dense;"),
+    (lambda: experts.Each(8, nn.Dense), "expert is the class Dense;"),
+    (
+      lambda: experts.Mixed((experts.Linear(2), experts.Linear)),
+      r"kinds\[1\] is the class Linear;",
+    ),
+  ],
+)
+def test_what_is_no_router_or_expert_is_told(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+# -- nnx ----------------------------------------------------------------------
+
+ROUTING = nnx.PathContains("routing")
+
+
+def in_nnx(layer, **streams):
+  rngs = nnx.Rngs(0, **streams)
+  return nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(X)
+
+
+def of_linen(layer, params, tx, steps):
+  """Loss, balance loss and parameters of steps in linen."""
+  state = tx.init(params)
+
+  @jax.jit
+  def step(params, state, key):
+    def loss(params):
+      y, sown = layer.apply(
+        {"params": params}, X, **APPLY | {"rngs": {"router": key}}
+      )
+      aux, _ = losses.auxiliary(sown, WEIGHTS)
+      return jnp.square(y - TARGET).mean() + aux, aux
+
+    values, slope = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, state = tx.update(slope, state, params)
+    return values, optax.apply_updates(params, updates), state
+
+  found = []
+  for i in range(steps):
+    values, params, state = step(params, state, jax.random.fold_in(KEY, i))
+    found.append(values)
+  return found, params
+
+
+def test_four_steps_in_nnx_are_those_of_linen():
+  layer, tx = flat(), optax.adam(1e-2)
+  params = start(layer)
+  want, trained = of_linen(layer, params, tx, 4)
+  model = in_nnx(layer)
+  nnx.update(model, params)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  size = len(jax.tree.leaves(nnx.state(model)))
+  traces = []
+
+  @nnx.jit
+  def step(model, optimizer, key):
+    traces.append(key)
+
+    def loss(model):
+      y = model(X, train=True, rngs=key, mutable=["routing"])
+      aux, _ = losses.auxiliary(nnx.pop(model, ROUTING), WEIGHTS)
+      return jnp.square(y - TARGET).mean() + aux, aux
+
+    values, slope = nnx.value_and_grad(loss, has_aux=True)(model)
+    optimizer.update(model, slope)
+    return values
+
+  for i in range(4):
+    close(step(model, optimizer, jax.random.fold_in(KEY, i)), want[i])
+    assert len(jax.tree.leaves(nnx.state(model))) == size
+  assert len(traces) == 1
+  close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), trained)
+
+
+def test_nnx_says_where_a_routing_was_left_or_not_asked_for():
+  model = in_nnx(flat())
+  model(X, train=True)
+  with pytest.raises(ValueError, match="no routing of an MoE layer to weigh"):
+    losses.auxiliary(nnx.pop(model, ROUTING), WEIGHTS)
+  model(X, train=True, mutable=["routing"])
+  model(X)
+  with pytest.raises(ValueError, match=r"nnx.pop\(model, nnx.PathContains"):
+    model(X, train=True, mutable=["routing"])
+  assert len(losses.routings(nnx.pop(model, ROUTING))) == 1
+  model(X, train=True, mutable=["routing"])
+
+
+@pytest.mark.parametrize("streams", [{}, {"router": 1}])
+def test_nnx_draws_other_noise_in_every_call(streams):
+  model = in_nnx(flat(), **streams)
+  nnx.update(model, start(flat()))
+
+  @nnx.jit
+  def logits(model):
+    model(X, train=True, mutable=["routing"])
+    (routing,) = losses.routings(nnx.pop(model, ROUTING))
+    return routing.logits
+
+  first, second = logits(model), logits(model)
+  assert (np.abs(first - second) > 0).all()
+
+
+class Two(nnx.Module):
+  """A model of nnx with a list of mixtures and a layer of its own."""
+
+  def __init__(self, rngs):
+    self.mixtures = nnx.List(
+      nnx.bridge.ToNNX(make(), rngs=rngs).lazy_init(X)
+      for make in (flat, two_levels)
+    )
+    self.out = nnx.Linear(D, D, rngs=rngs)
+
+  def __call__(self, x, **options):
+    for mixture in self.mixtures:
+      x = x + mixture(x, **options)
+    return self.out(x)
+
+
+def test_nnx_reports_every_layer_of_a_model():
+  model = Two(nnx.Rngs(0))
+
+  @nnx.jit
+  @nnx.value_and_grad
+  def run(model):
+    y = model(X, train=True, mutable=["routing"])
+    sown = nnx.pop(model, ROUTING)
+    assert len(losses.routings(sown)) == 2
+    return jnp.square(y).mean() + losses.auxiliary(sown, WEIGHTS)[0]
+
+  for _ in range(2):
+    value, slope = run(model)
+  assert np.isfinite(value)
+  for layer in slope["mixtures"].values():
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(layer))
+
+
+def test_nnx_scans_over_layers():
+  params = start(Stack("flat", {}))["blocks"]
+
+  @nnx.split_rngs(splits=LAYERS)
+  @nnx.vmap
+  def create(rngs):
+    return nnx.bridge.ToNNX(Block("flat", False), rngs=rngs).lazy_init(X)
+
+  @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+  def forward(x, layer):
+    return layer(x, mutable=["routing"])[0]
+
+  layers = create(nnx.Rngs(0))
+  nnx.update(layers, params)
+  y = forward(X, layers)
+  sown = nnx.pop(layers, ROUTING)
+  want, want_sown = Stack("flat", {"routing": 0}).apply(
+    {"params": {"blocks": params}}, X, mutable=["routing"]
+  )
+  close(y, want)
+  close(losses.auxiliary(sown, WEIGHTS), losses.auxiliary(want_sown, WEIGHTS))
+
+
+@pytest.mark.parametrize("rules", ["none", "ours"])
+def test_nnx_on_a_mesh(rules):
+  """Where rules say how parameters lie, they lie so from the beginning."""
+  params = start(flat())
+  want = in_nnx(flat())
+  nnx.update(want, params)
+  y = want(X)
+  layout = sharding.LAYOUTS["expert"]
+  devices = jax.devices()[:2]
+  mesh = sharding.make_mesh(layout, devices)
+  use = jax.set_mesh(mesh) if rules == "none" else sharding.use(layout, mesh)
+  with use:
+    model = nnx.jit(lambda: in_nnx(flat()))()
+    spec = model.experts["w_in"].get_value().sharding.spec
+    assert (spec[:1] == ("expert",)) == (rules == "ours")
+    nnx.update(model, params)
+    close(nnx.jit(lambda model: model(X))(model), y)
