@@ -1,5 +1,6 @@
 """The layer: group, route, dispatch, and report what was decided."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,15 +124,19 @@ class MoE(nn.Module):
     edges = routing.assignment.expert.size
     name = _chosen(self.dispatch, capacity, self.experts, edges)
 
-    def run(experts, weights, rows, real):
-      return experts.run(weights, rows, real, train)
+    def run(weights, rows, real):
+      return self.experts.run(weights, rows, real, train)
 
     # Where parameters are made nothing is differentiated; and lifted within the
     # manual part of `ragged` they would be tracers of it.
     if self.recompute and not self.is_initializing():
-      run = nn.checkpoint(run)
+      run = jax.checkpoint(run)
+      if _need_slots(self.experts):
+        # Modules that hold weights of their own.
+        lifted = nn.checkpoint(lambda experts, *args: experts.run(*args, train))
+        run = functools.partial(lifted, self.experts)
     y = dispatch_lib.DISPATCH[name](
-      lambda *args: run(self.experts, *args),
+      run,
       self.experts(x.shape[-1]),
       x,
       routing.assignment,

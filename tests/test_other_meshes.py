@@ -1,0 +1,232 @@
+"""Meshes of the user's own: the layer's results, and each device's work."""
+
+import contextlib
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moejax import experts, losses, moe, router, work
+
+E, D, F, S = 4, 8, 16, 16
+B, L = 16, 16
+
+
+def feed_forward(num_experts=E):
+  return experts.FeedForward(num_experts, F)
+
+
+def mixture(choose=None, of=None, **fields):
+  choose = choose or router.NoisyTopK(E, k=2)
+  return moe.MoE(choose, of or feed_forward(), group_size=S, **fields)
+
+
+LAYERS = {
+  "einsum": mixture(dispatch="einsum"),
+  "gather": mixture(dispatch="gather"),
+  "ragged": mixture(dispatch="ragged"),
+  "dropless": mixture(capacity_factor=None, recompute=True),
+  "each": mixture(router.TopK(E, k=2), experts.Each(E, nn.Dense(D))),
+  "mixed": mixture(
+    of=experts.Mixed((feed_forward(2), experts.Linear(2))), dispatch="ragged"
+  ),
+  "balanced": mixture(router.Balanced(E, k=2)),
+  "two levels": moe.HierarchicalMoE(
+    router.TopK(2, k=1),
+    moe.MoE(router.TopK(2, k=1), feed_forward(2)),
+    group_size=S,
+  ),
+  "one expert": moe.OneExpert(experts.FeedForward(1, F)),
+}
+
+
+class Net(nn.Module):
+  """A user's model: a layer of Flax, and one of ours on a residual path."""
+
+  layer: nn.Module
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(D)(x)
+    return x + self.layer(x, train=True)
+
+
+def run(name):
+  """Returns (params, x) -> loss, y and both gradients, of the layer's net."""
+  net = Net(LAYERS[name])
+
+  def loss(params, x):
+    variables, rngs = {"params": params}, {"router": jax.random.key(1)}
+    y, sown = net.apply(variables, x, mutable=["routing"], rngs=rngs)
+    total = (y**2).mean()
+    if losses.routings(sown):
+      total += losses.auxiliary(sown, {"importance": 0.1})[0]
+    return total, y
+
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+
+@functools.cache
+def alone(name):
+  """Returns the arguments, what one device makes of them, and its FLOPs."""
+  x = jax.random.normal(jax.random.key(0), (B, L, D))
+  rngs = {"params": jax.random.key(0), "router": jax.random.key(1)}
+  params = nn.unbox(jax.jit(Net(LAYERS[name]).init)(rngs, x))["params"]
+  spread = jax.random.normal(jax.random.key(2), (D, E))
+  params = jax.tree.map(
+    lambda w: w + spread if w.shape == spread.shape else w, params
+  )
+  compiled = jax.jit(run(name)).lower(params, x).compile()
+  flops = work.read(compiled.as_text()).flops
+  return (params, x), jax.device_get(compiled(params, x)), flops
+
+
+def mesh(kind, **axes):
+  types = (kind,) * len(axes)
+  return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+# A mesh, how the batch lies on it, whether `jax.set_mesh` makes it known, the
+# user's own rules, and the devices that share the batch.
+MESHES = {
+  "auto": (mesh(AUTO, data=8), "data", True, (), 8),
+  "auto, not set": (mesh(AUTO, data=8), "data", False, (), 8),
+  "auto, two axes": (mesh(AUTO, data=4, model=2), "data", True, (), 4),
+  "rules": (
+    mesh(AUTO, data=4, model=2),
+    "data",
+    True,
+    (("batch", "data"), ("group", "data")),
+    4,
+  ),
+  "explicit": (mesh(EXPLICIT, data=8), "data", False, (), 8),
+  "explicit, set": (mesh(EXPLICIT, data=8), "data", True, (), 8),
+  "explicit, two axes": (
+    mesh(EXPLICIT, data=4, model=2),
+    ("data", "model"),
+    True,
+    (),
+    8,
+  ),
+}
+SOME = ("gather", "ragged")
+CASES = [
+  (name, kind)
+  for name in LAYERS
+  for kind in MESHES
+  if name in SOME or kind in ("auto", "explicit")
+]
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_a_device_does_its_own_share(name, kind):
+  (params, x), wanted, flops = alone(name)
+  over, batch, is_set, rules, devices = MESHES[kind]
+  whole = NamedSharding(over, PartitionSpec())
+  split = NamedSharding(over, PartitionSpec(batch))
+  params, x = jax.device_put((params, x), (whole, split))
+  with contextlib.ExitStack() as stack:
+    if is_set:
+      stack.enter_context(jax.set_mesh(over))
+    stack.enter_context(nn.logical_axis_rules(rules))
+    compiled = jax.jit(run(name)).lower(params, x).compile()
+    found = compiled(params, x)
+  y = found[0][1]
+  assert y.sharding.is_equivalent_to(split, y.ndim)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6),
+    jax.device_get(found),
+    wanted,
+  )
+  # Parts of a loop over sorted rows are rounded up. And where the compiler
+  # alone knows how rows lie, sorted ones go forward twice.
+  twice = 4 / 3 if name in ("ragged", "dropless", "mixed") else 1
+  work_here = work.read(compiled.as_text()).flops
+  assert work_here * devices <= 1.05 * twice * flops
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", SOME)
+def test_within_shard_map_a_device_works_on_its_own_rows(name, check_vma):
+  (params, x), _, flops = alone(name)
+  over = mesh(AUTO, data=8)
+  whole, split = PartitionSpec(), PartitionSpec("data")
+
+  def of_part(params, x):
+    (_, y), (slope, _) = run(name)(params, x)
+    if not check_vma:
+      # Else the types have asked for the sum.
+      slope = jax.lax.psum(slope, "data")
+    return y, slope
+
+  fn = jax.shard_map(
+    of_part,
+    mesh=over,
+    in_specs=(whole, split),
+    out_specs=(split, whole),
+    check_vma=check_vma,
+  )
+  compiled = jax.jit(fn).lower(params, x).compile()
+  y, slope = compiled(*jax.device_put((params, x), NamedSharding(over, whole)))
+  parts = [run(name)(params, part) for part in jnp.split(x, 8)]
+  wanted = jnp.concatenate([y for (_, y), _ in parts])
+  np.testing.assert_allclose(y, wanted, rtol=2e-4, atol=2e-6)
+  total = jax.tree.map(lambda *s: sum(s), *[s for _, (s, _) in parts])
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6),
+    jax.device_get(slope),
+    jax.device_get(total),
+  )
+  assert work.read(compiled.as_text()).flops * 8 <= 1.05 * flops
+
+
+def test_in_shard_map_over_some_axes():
+  """The others are left to the compiler; here nothing is split over them."""
+  over = mesh(AUTO, data=4, model=2)
+  whole, split = PartitionSpec(), PartitionSpec("data")
+  (params, x), _, _ = alone("ragged")
+  for name in SOME:
+    fn = jax.shard_map(
+      lambda params, x, name=name: run(name)(params, x)[0][1],
+      mesh=over,
+      in_specs=(whole, split),
+      out_specs=split,
+      axis_names={"data"},
+    )
+    with jax.set_mesh(over):
+      y = jax.jit(fn)(params, x)
+    parts = [run(name)(params, part)[0][1] for part in jnp.split(x, 4)]
+    np.testing.assert_allclose(y, jnp.concatenate(parts), rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("choose", ["top_k", "balanced", "hash"])
+def test_replicated_inputs_run_on_every_device(choose):
+  """XLA once ended the process at a top-k whose results met one barrier."""
+  whole = NamedSharding(mesh(AUTO, data=2), PartitionSpec())
+  layer = mixture(router.ROUTERS[choose](E, k=2))
+  x = jax.random.normal(jax.random.key(0), (2, S, D))
+  ids = jnp.zeros((2, S), jnp.int32)
+  variables = nn.unbox(layer.init(jax.random.key(1), x, ids=ids))
+  wanted = layer.apply(variables, x, ids=ids)
+  args = jax.device_put((variables, x, ids), whole)
+  apply = jax.jit(lambda v, x, ids: layer.apply(v, x, ids=ids))
+  np.testing.assert_allclose(apply(*args), wanted, atol=1e-6)
+
+
+def test_parameters_are_made_under_any_mesh():
+  """Also within a jit, where keys have a type of the mesh as well."""
+  layer = LAYERS["gather"]
+  x = jnp.ones((B, L, D))
+  shapes = jax.tree.map(jnp.shape, nn.unbox(layer.init(jax.random.key(0), x)))
+  for kind in (AUTO, EXPLICIT):
+    over = mesh(kind, data=8)
+    split = NamedSharding(over, PartitionSpec("data"))
+    with jax.set_mesh(over):
+      init = jax.jit(lambda x: nn.unbox(layer.init(jax.random.key(0), x)))
+      made = init(jax.device_put(x, split))
+    assert jax.tree.map(jnp.shape, made) == shapes
