@@ -1,12 +1,169 @@
-"""Files that a crash leaves whole: the old content or the new, never half."""
+"""Files of runs and corpora: the one place that opens them.
 
+Folders come from anywhere, with links, pipes and devices in them. Nothing but a
+regular file is opened, and nothing is written through a link. A crash leaves
+the old content or the new, never half.
+"""
+
+import contextlib
+import errno
+import itertools
+import json
 import os
 import pathlib
+import secrets
+import stat
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+# Where content is written before it gets its name; a kill may leave it.
+DRAFT = ".draft"
+_KINDS: dict[Callable[[int], bool], str] = {
+  stat.S_ISLNK: "a link",
+  stat.S_ISDIR: "a folder",
+  stat.S_ISFIFO: "a pipe",
+  stat.S_ISSOCK: "a socket",
+}
+
+
+def open_regular(path: pathlib.Path, mode: str = "rb") -> BinaryIO:
+  """Opens a regular file, or makes it where `mode` does.
+
+  Args:
+    path: of the file.
+    mode: as of `open`: "rb" reads, through a link too; "ab" and "r+b" write,
+      through none; "xb" makes it.
+
+  Raises:
+    OSError: names the path, which is none, a link, a folder, a pipe or a
+      device.
+  """
+  writes = mode != "rb"
+
+  def opener(name: str, flags: int) -> int:
+    # To open a pipe may wait forever, and to open a device may set it going.
+    try:
+      _refuse_odd(path, os.lstat(name) if writes else os.stat(name))
+    except FileNotFoundError:
+      if not flags & os.O_CREAT:
+        raise
+    if writes:
+      flags |= os.O_NOFOLLOW
+    number = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    try:
+      # It may be another one by now.
+      _refuse_odd(path, os.fstat(number))
+    except OSError:
+      os.close(number)
+      raise
+    return number
+
+  return open(path, mode, opener=opener)
+
+
+def read(path: pathlib.Path) -> bytes:
+  """Reads a regular file.
+
+  Raises:
+    OSError: as `open_regular`.
+  """
+  with open_regular(path) as file:
+    return file.read()
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a file of one JSON object.
+
+  Raises:
+    OSError: as `open_regular`.
+    ValueError: it holds none; names the path and says what is wrong.
+  """
+  content = read(path)
+  try:
+    found = json.loads(content.decode())
+  except (ValueError, RecursionError) as error:
+    what = f"is no JSON ({error})" if content.strip() else "is empty"
+    raise ValueError(f"{path} {what}") from None
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds {type(found).__name__}, not an object")
+  return found
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes bytes, or text in UTF-8, to a draft, then puts it in its place."""
-  # By process: two that write at once must not share a draft.
-  draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-  draft.write_bytes(content.encode() if isinstance(content, str) else content)
-  draft.replace(path)
+  """Writes bytes, or text in UTF-8, to a draft, then puts it in its place.
+
+  What was there before, a link too, is gone then.
+
+  Raises:
+    OSError: names the path.
+  """
+  # Two that write at once must not share a draft.
+  draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DRAFT}")
+  try:
+    with open_regular(draft, "xb") as file:
+      file.write(content.encode() if isinstance(content, str) else content)
+      sync(file)
+    draft.replace(path)
+  except BaseException as error:
+    draft.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno:
+      # It names the draft, or nothing.
+      raise OSError(error.errno, error.strerror, str(path)) from None
+    raise
+  sync_folder(path.parent)
+
+
+def sync(file: BinaryIO) -> None:
+  """Puts on the disk what is written: to be called before it gets its name."""
+  file.flush()
+  os.fsync(file.fileno())
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+  """Puts the names in a folder on the disk, where the file system can."""
+  number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    os.fsync(number)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+      raise
+  finally:
+    os.close(number)
+
+
+def refuse_odd_in(folder: pathlib.Path, written: bool) -> None:
+  """Refuses a folder, for libraries that open what they find in it.
+
+  Args:
+    folder: may be missing. Anything in it must be a folder or a regular file.
+    written: whether it is written to: then it and its files must be no links.
+
+  Raises:
+    OSError: names what is odd.
+  """
+  look = os.lstat if written else os.stat
+  try:
+    found = look(folder)
+  except FileNotFoundError:
+    return
+  if not stat.S_ISDIR(found.st_mode):
+    raise _odd(folder, found, "folder")
+  for name, *inside in os.walk(folder):
+    for entry in (pathlib.Path(name, e) for e in itertools.chain(*inside)):
+      # A run that trains meanwhile removes its old checkpoints.
+      with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.lstat(entry).st_mode):
+          _refuse_odd(entry, look(entry))
+
+
+def _refuse_odd(path: pathlib.Path, found: os.stat_result) -> None:
+  if not stat.S_ISREG(found.st_mode):
+    raise _odd(path, found, "regular file")
+
+
+def _odd(path: pathlib.Path, found: os.stat_result, wanted: str) -> OSError:
+  kinds = (what for is_so, what in _KINDS.items() if is_so(found.st_mode))
+  return OSError(
+    f"{path} is {next(kinds, 'a device')} where a {wanted} is wanted; remove"
+    " it, or give a path without it."
+  )

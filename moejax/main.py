@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from moejax import terminal
+from moejax import files, terminal
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -377,7 +377,8 @@ def _failed(said: str, workdir: pathlib.Path | None) -> int:
   To be called where an error is at hand. Returns the exit status.
   """
   terminal.warn(f"moejax: {said}")
-  if workdir is not None and (workdir / "config.json").exists():
-    with contextlib.suppress(OSError):
-      (workdir / "traceback.txt").write_text(traceback.format_exc())
+  with contextlib.suppress(OSError):
+    if workdir is not None and (workdir / "config.json").exists():
+      details = traceback.format_exc().encode(errors="backslashreplace")
+      files.write_whole(workdir / "traceback.txt", details)
   return 1

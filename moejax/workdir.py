@@ -70,8 +70,7 @@ def recall(workdir: pathlib.Path) -> ConfigDict:
       f"{workdir} holds no {CONFIG_FILE}: no run was made there; give the"
       " --workdir of a `moejax train`."
     )
-  text = (workdir / CONFIG_FILE).read_text(encoding="utf-8")
-  return ConfigDict(json.loads(text))
+  return ConfigDict(files.read_json(workdir / CONFIG_FILE))
 
 
 def vocabulary(kind: type[Vocabulary], workdir: pathlib.Path) -> Vocabulary:
@@ -90,7 +89,7 @@ def vocabulary(kind: type[Vocabulary], workdir: pathlib.Path) -> Vocabulary:
   found = kind.load(path)
   noted = workdir / DIGEST_FILE
   # Runs of older versions noted none.
-  own = noted.read_text().strip() if noted.exists() else found.digest
+  own = files.read(noted).decode().strip() if noted.exists() else found.digest
   if found.digest != own:
     raise ValueError(
       f"{path}, of digest {found.digest}, is not the one that the run was"

@@ -116,7 +116,7 @@ class Pieces:
       ValueError: it holds no such model.
     """
     try:
-      return cls(pathlib.Path(path).read_bytes())
+      return cls(files.read(pathlib.Path(path)))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 

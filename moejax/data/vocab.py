@@ -130,7 +130,8 @@ class Vocabulary:
         occurs twice.
     """
     try:
-      text = pathlib.Path(path).read_text(encoding="utf-8")
+      # A published list of words may have line ends of another system.
+      text = files.read(pathlib.Path(path)).decode().replace("\r\n", "\n")
       return cls(text.removesuffix("\n").split("\n"))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None

@@ -58,7 +58,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   workdir_lib.check_same(config, workdir)
   processes.check_same(config.to_json(sort_keys=True), "config")
   if (workdir / RESULT_FILE).exists():
-    result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
+    result = files_lib.read_json(workdir / RESULT_FILE)
     _print(f"finished before: {_outcome(result, config, workdir)}")
     return result
   options = config_lib.train(config)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import placement, terminal
+from moejax import files, placement, terminal
 
 _Made = TypeVar("_Made")
 
@@ -313,7 +313,7 @@ def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
 def alone_in(workdir: pathlib.Path) -> Iterator[None]:
   """Keeps a second training out of a workdir; lets go when the process ends."""
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / "lock").open("w") as file:
+  with files.open_regular(workdir / "lock", "a+b") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
