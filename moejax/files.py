@@ -2,7 +2,8 @@
 
 Folders come from anywhere, with links, pipes and devices in them. Nothing but a
 regular file is opened, and nothing is written through a link. A crash leaves
-the old content or the new, never half.
+the old content or the new, never half. A run's files may be objects of a
+bucket.
 """
 
 import contextlib
@@ -11,10 +12,19 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import secrets
 import stat
+import urllib.parse
 from collections.abc import Callable
 from typing import Any, BinaryIO
+
+from etils import epath
+
+from moejax import bucket
+
+# Of a disk, or of a bucket.
+Path = pathlib.Path | epath.Path
 
 # Where content is written before it gets its name; a kill may leave it.
 DRAFT = ".draft"
@@ -61,17 +71,75 @@ def open_regular(path: pathlib.Path, mode: str = "rb") -> BinaryIO:
   return open(path, mode, opener=opener)
 
 
-def read(path: pathlib.Path) -> bytes:
-  """Reads a regular file.
+def path(text: str) -> Path:
+  """Returns the path that a user's text means.
+
+  A leading ~ or ~USER is a home folder, file:/// leads to a disk, gs:// into a
+  bucket.
+
+  Raises:
+    ValueError: it means none; says what to write.
+    ImportError: as `bucket.path`.
+  """
+  scheme = bucket.SCHEME
+  if text[: len(scheme)].lower() == scheme:
+    return bucket.path(scheme + text[len(scheme) :])
+  on_disk = _FILE_URL.match(text)
+  plain = urllib.parse.unquote(text[on_disk.end() :]) if on_disk else text
+  if "\0" in plain:
+    raise ValueError(f"{text!r} holds a NUL, which no path can.")
+  if on_disk:
+    return pathlib.Path(plain)
+  if url := _URL.match(text):
+    raise ValueError(
+      f"{text} is no place that can be read or written; give a path, a URL like"
+      f" file:///home/me/runs, or for a run {scheme}BUCKET/FOLDER; a folder"
+      f" of the name {url[0][:-1]} is written ./{url[0][:-1]}"
+    )
+  expanded = os.path.expanduser(text)
+  if expanded == text and text.startswith("~"):
+    raise ValueError(
+      f"{text} begins with a home folder that this machine does not know; write"
+      f" it in full, or ./{text} for a folder of that name."
+    )
+  return pathlib.Path(expanded)
+
+
+def local(text: str, what: str) -> pathlib.Path:
+  """Returns the path on a disk that a user's text means.
+
+  Args:
+    text: of the user's.
+    what: is read or written there, as in "text is read".
+
+  Raises:
+    ValueError: as `path`, or it leads into a bucket.
+  """
+  if text[: len(bucket.SCHEME)].lower() == bucket.SCHEME:
+    raise ValueError(
+      f"{text} lies in a bucket, but {what} on a disk alone; copy it, for"
+      f" example by gcloud storage cp -r {text} ."
+    )
+  return path(text)
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/(?!/))", re.IGNORECASE)
+
+
+def read(path: Path) -> bytes:
+  """Reads a regular file, or an object of a bucket.
 
   Raises:
     OSError: as `open_regular`.
   """
+  if bucket.is_in(path):
+    return bucket.read(path)
   with open_regular(path) as file:
     return file.read()
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
   """Reads a file of one JSON object.
 
   Raises:
@@ -89,19 +157,24 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
   """Writes bytes, or text in UTF-8, to a draft, then puts it in its place.
 
-  What was there before, a link too, is gone then.
+  What was there before, a link too, is gone then. An object of a bucket needs
+  no draft.
 
   Raises:
     OSError: names the path.
   """
+  content = content.encode() if isinstance(content, str) else content
+  if bucket.is_in(path):
+    bucket.write(path, content)
+    return
   # Two that write at once must not share a draft.
   draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DRAFT}")
   try:
     with open_regular(draft, "xb") as file:
-      file.write(content.encode() if isinstance(content, str) else content)
+      file.write(content)
       sync(file)
     draft.replace(path)
   except BaseException as error:
@@ -131,16 +204,19 @@ def sync_folder(folder: pathlib.Path) -> None:
     os.close(number)
 
 
-def refuse_odd_in(folder: pathlib.Path, written: bool) -> None:
+def refuse_odd_in(folder: Path, written: bool) -> None:
   """Refuses a folder, for libraries that open what they find in it.
 
   Args:
-    folder: may be missing. Anything in it must be a folder or a regular file.
+    folder: may be missing. Anything in it must be a folder or a regular file;
+      a bucket has nothing else.
     written: whether it is written to: then it and its files must be no links.
 
   Raises:
     OSError: names what is odd.
   """
+  if bucket.is_in(folder):
+    return
   look = os.lstat if written else os.stat
   try:
     found = look(folder)
