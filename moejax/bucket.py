@@ -77,6 +77,16 @@ def is_in(place: pathlib.PurePath) -> bool:
   return os.fspath(place).startswith(SCHEME)
 
 
+def exists(place: epath.Path) -> bool:
+  """Returns whether there is an object, or are some below.
+
+  Raises:
+    OSError: the bucket cannot be reached.
+  """
+  with _reaching(place):
+    return place.exists()
+
+
 def read(place: epath.Path) -> bytes:
   """Reads an object.
 

@@ -5,7 +5,6 @@ Nothing below this file has ever seen a config.
 
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from moejax import files as files_lib
 from moejax import losses, named, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import corpora, corpus, lm1b, pairs, text, translation, vocab
@@ -99,7 +99,7 @@ def train(config: ConfigDict) -> Train:
 
 
 def data(
-  config: ConfigDict, workdir: pathlib.Path | None, files: Sequence[str] = ()
+  config: ConfigDict, workdir: files_lib.Path | None, files: Sequence[str] = ()
 ) -> corpus.Corpus:
   """Opens the corpus; the vocabulary is the run's own once there is a run.
 
@@ -265,7 +265,7 @@ def _given_pairs(
 
 
 def _pieces(
-  workdir: pathlib.Path | None,
+  workdir: files_lib.Path | None,
   parts: Mapping[str, Sequence[pairs.Pairs]],
   size: int,
 ) -> Pieces:
@@ -285,7 +285,7 @@ def vocab_size(config: ConfigDict) -> int:
 
 
 def _of_run(
-  kind: type[workdir_lib.Vocabulary], workdir: pathlib.Path | None
+  kind: type[workdir_lib.Vocabulary], workdir: files_lib.Path | None
 ) -> workdir_lib.Vocabulary | None:
   if workdir is not None and workdir_lib.is_run(workdir):
     return workdir_lib.vocabulary(kind, workdir)

@@ -8,6 +8,7 @@ bucket.
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import re
 import secrets
 import stat
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -127,6 +128,15 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/(?!/))", re.IGNORECASE)
 
 
+def exists(path: Path) -> bool:
+  """Returns whether something is there.
+
+  Raises:
+    OSError: that cannot be known.
+  """
+  return bucket.exists(path) if bucket.is_in(path) else path.exists()
+
+
 def read(path: Path) -> bytes:
   """Reads a regular file, or an object of a bucket.
 
@@ -184,6 +194,43 @@ def write_whole(path: Path, content: str | bytes) -> None:
       raise OSError(error.errno, error.strerror, str(path)) from None
     raise
   sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
+  """Holds a file's lock; the end of the process lets go of it in any case.
+
+  Args:
+    path: of the file, which is made, and its folder; it is never written to.
+    wait: for another process that holds it.
+
+  Raises:
+    BlockingIOError: another one holds it.
+    OSError: names the path; as `open_regular`, or the file system has no locks.
+  """
+  how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+  with contextlib.ExitStack() as stack:
+    # One that ends may remove the file before it lets go, another make it anew.
+    while True:
+      try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+      except FileExistsError:
+        raise NotADirectoryError(
+          f"{path.parent} is no folder; give another path."
+        ) from None
+      try:
+        file = stack.enter_context(open_regular(path, "a+b"))
+        fcntl.flock(file, how)
+        if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+          break
+      except FileNotFoundError:
+        pass
+      except OSError as error:
+        if error.errno and not error.filename:
+          raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+      stack.close()
+    yield
 
 
 def sync(file: BinaryIO) -> None:

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import difflib
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
 
   Returns:
     The exit status: 0, 1 where the command failed, 2 where it was not
-    understood. What went wrong stands on stderr in one sentence.
+    understood, 128 and the signal's number where one stopped it. What went
+    wrong stands on stderr in one sentence.
   """
   # Orbax and TFDS warn of what is no trouble, and log every error that they
   # raise, from many threads: what counts comes as an exception.
@@ -60,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
     if "workdir" in values:
       if not values.workdir:
         raise UsageError("give --workdir=DIR, where the run lives.")
-      workdir = pathlib.Path(values.workdir)
-    COMMANDS[argv[1]](values)
+      workdir = files.path(values.workdir)
+    return COMMANDS[argv[1]](values) or 0
   except (UsageError, flags.Error) as error:
     terminal.warn(f"moejax: {error}")
     return 2
@@ -78,8 +80,7 @@ def main(argv: Sequence[str]) -> int:
     )
   except KeyboardInterrupt:
     terminal.warn("moejax: interrupted")
-    return 130
-  return 0
+    return 128 + signal.SIGINT
 
 
 def console() -> None:
@@ -91,7 +92,7 @@ def console() -> None:
   sys.exit(status)
 
 
-def _train(values: flags.FlagValues) -> None:
+def _train(values: flags.FlagValues) -> int:
   # Imported late: jax takes seconds, a misspelled flag should not.
   from moejax.training import processes
 
@@ -100,7 +101,12 @@ def _train(values: flags.FlagValues) -> None:
   )
   from moejax.training import loop
 
-  loop.train(values.config, pathlib.Path(values.workdir))
+  result = loop.train(values.config, files.path(values.workdir))
+  if "signal" not in result:
+    return 0
+  processes.part()
+  # As of a program that the signal ended: `train && eval` stops there.
+  return 128 + result["signal"]
 
 
 def _eval(values: flags.FlagValues) -> None:
@@ -109,7 +115,7 @@ def _eval(values: flags.FlagValues) -> None:
   if values.data and values["split"].present:
     raise UsageError("--split and --data exclude each other; give one.")
   result = run.evaluate_run(
-    pathlib.Path(values.workdir), values.split, values.data, values.layout
+    files.path(values.workdir), values.split, values.data, values.layout
   )
   for line in run.described(result):
     terminal.say(line)
@@ -123,7 +129,7 @@ def _translate(values: flags.FlagValues) -> None:
   lines = sys.stdin.buffer.read()
   with tqdm.tqdm(unit="line", disable=not sys.stderr.isatty()) as bar:
     translated = run.translate_run(
-      pathlib.Path(values.workdir),
+      files.path(values.workdir),
       _text_lines(lines),
       values.language,
       bar.update,
@@ -371,14 +377,14 @@ def _sentence(error: Exception) -> str:
   return "\n".join(lines) or type(error).__name__
 
 
-def _failed(said: str, workdir: pathlib.Path | None) -> int:
+def _failed(said: str, workdir: files.Path | None) -> int:
   """Says it; leaves the details where a developer finds them, off the screen.
 
   To be called where an error is at hand. Returns the exit status.
   """
   terminal.warn(f"moejax: {said}")
   with contextlib.suppress(OSError):
-    if workdir is not None and (workdir / "config.json").exists():
+    if workdir is not None and files.exists(workdir / "config.json"):
       details = traceback.format_exc().encode(errors="backslashreplace")
       files.write_whole(workdir / "traceback.txt", details)
   return 1

@@ -1,6 +1,5 @@
 """How well a run translates what its corpus holds out, and how it looks."""
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ def scores(
   translator: Translator,
   params: Any,
   parts: Sequence[Pairs],
-  stem: pathlib.Path,
+  stem: files.Path,
 ) -> tuple[dict[str, float], Mapping[str, str]]:
   """Translates whole splits and compares them with the references.
 
@@ -84,7 +83,7 @@ def scores(
   return (means | values if len(parts) > 1 else means), said
 
 
-def _keep(stem: pathlib.Path, pairs: Pairs, found: Sequence[str]) -> None:
+def _keep(stem: files.Path, pairs: Pairs, found: Sequence[str]) -> None:
   """Writes sources, references and translations, line by line."""
   sides = {
     "source": pairs.sources,

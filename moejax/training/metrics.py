@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ class Writer:
   the lines after that step, and the test, which comes last of all.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: files.Path, step: int):
     path = workdir / METRICS_FILE
     kept = [
       line
@@ -56,7 +55,7 @@ class Writer:
     self._board.close()
 
 
-def read(path: pathlib.Path) -> list[dict]:
+def read(path: files.Path) -> list[dict]:
   """Reads a run's metrics, but for a last line that a crash cut short."""
   if not path.exists():
     return []

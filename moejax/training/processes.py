@@ -7,11 +7,10 @@ checkpoints are written by all.
 
 import atexit
 import contextlib
-import fcntl
+import errno
 import glob
 import hashlib
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import files, placement, terminal
+from moejax import bucket, files, placement, terminal
 
 _Made = TypeVar("_Made")
 
@@ -40,6 +39,9 @@ if not sys.stdin.read():
   print(sys.argv[1], file=sys.stderr, flush=True)
 """
 _WATCHERS: list[subprocess.Popen] = []
+LOCK_FILE = "lock"
+# What a file system answers that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # The most that the first process tells the others, in bytes.
 _MESSAGE = 2000
 
@@ -117,6 +119,12 @@ def leave(status: int) -> NoReturn:
   sys.stderr.flush()
   _dismiss()
   os._exit(status)
+
+
+def part() -> None:
+  """Waits until all processes are done; after it each may `leave`."""
+  if several():
+    jax.distributed.shutdown()
 
 
 def _cluster(
@@ -256,7 +264,7 @@ def check_same(text: str, what: str) -> None:
     )
 
 
-def vote(here: bool, mesh: jax.sharding.Mesh) -> jax.Array:
+def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
   """Makes a global array, an entry a device, of what each process has to say.
 
   A step that takes it along costs no exchange of its own.
@@ -310,42 +318,75 @@ def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone_in(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps a second training out of a workdir; lets go when the process ends."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with files.open_regular(workdir / "lock", "a+b") as file:
+def alone_in(workdir: files.Path) -> Iterator[Callable[[], None]]:
+  """Keeps a second training out of a workdir; lets go when the process ends.
+
+  A workdir that it makes is gone again if nothing else comes to lie there.
+
+  Yields:
+    A function that raises OSError where another trains there all the same, as
+    can happen in a bucket (`bucket.alone`).
+
+  Raises:
+    BlockingIOError: another one trains there.
+  """
+  lock = workdir / LOCK_FILE
+  if bucket.is_in(workdir):
+    with bucket.alone(lock) as check:
+      yield check
+    return
+  made = not workdir.exists()
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      stack.enter_context(files.alone(lock, wait=False))
     except BlockingIOError as error:
       raise BlockingIOError(
         f"another process trains in {workdir}; wait for it, or give another"
         " --workdir."
       ) from error
-    yield
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      terminal.warn(
+        f"{lock} cannot be locked on its file system ({error.strerror}): a"
+        f" second run in {workdir} would not be kept out; start none."
+      )
+    try:
+      yield lambda: None
+    finally:
+      if made:
+        with contextlib.suppress(OSError):
+          if list(workdir.iterdir()) == [lock]:
+            lock.unlink()
+            workdir.rmdir()
 
 
 @contextlib.contextmanager
-def signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-  """Turns SIGTERM and Ctrl-C into a question to ask between two steps."""
-  asked = threading.Event()
+def signals(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+  """Turns SIGTERM and Ctrl-C into a question to ask between two steps.
+
+  Yields:
+    A function that returns the number of the first that came, 0 before that.
+  """
+  asked: list[int] = []
   # Python lets only the main thread set handlers; elsewhere nothing stops it.
   if threading.current_thread() is not threading.main_thread():
-    yield asked.is_set
+    yield lambda: 0
     return
   before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
   def ask(number, frame):
     del frame
-    if not asked.is_set():
+    if not asked:
       say("stopping after this step; Ctrl-C again leaves at once")
-    asked.set()
+    asked.append(number)
     # Not SIGTERM: make and timeout may each send one, and meant only one.
     signal.signal(signal.SIGINT, before[signal.SIGINT])
 
   for number in before:
     signal.signal(number, ask)
   try:
-    yield asked.is_set
+    yield lambda: asked[0] if asked else 0
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)

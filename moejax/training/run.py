@@ -1,13 +1,13 @@
 """What can be done with a run, even while it trains: measure, translate."""
 
 import contextlib
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from moejax import config as config_lib
+from moejax import files as files_lib
 from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
 from moejax.training import (
@@ -25,7 +25,7 @@ TRANSLATIONS = "translations"
 
 
 def evaluate_run(
-  workdir: pathlib.Path,
+  workdir: files_lib.Path,
   split: str,
   files: Sequence[str] = (),
   layout: str = "",
@@ -90,7 +90,7 @@ def described(values: dict[str, Any]) -> Iterator[str]:
 
 
 def translate_run(
-  workdir: pathlib.Path,
+  workdir: files_lib.Path,
   lines: Sequence[str],
   language: str = "",
   advance: Callable[[int], object] = lambda rows: None,
@@ -141,7 +141,7 @@ def translate_run(
   return translator.lines(params, lines, language, advance)
 
 
-def _recall(workdir: pathlib.Path, layout: str) -> config_lib.Config:
+def _recall(workdir: files_lib.Path, layout: str) -> config_lib.Config:
   config = workdir_lib.recall(workdir)
   if layout:
     with config.ignore_type():
@@ -173,7 +173,7 @@ def make_translator(
   )
 
 
-def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
+def best(workdir: files_lib.Path, parts: program.Parts) -> TrainState:
   """Restores the best checkpoint of a run, which may still be training.
 
   Args:
