@@ -106,20 +106,17 @@ def path(text: str) -> Path:
   return pathlib.Path(expanded)
 
 
-def local(text: str, what: str) -> pathlib.Path:
-  """Returns the path on a disk that a user's text means.
-
-  Args:
-    text: of the user's.
-    what: is read or written there, as in "text is read".
+def local(text: str) -> pathlib.Path:
+  """Returns the path on a disk that a user's text means, of all but a run.
 
   Raises:
     ValueError: as `path`, or it leads into a bucket.
   """
   if text[: len(bucket.SCHEME)].lower() == bucket.SCHEME:
     raise ValueError(
-      f"{text} lies in a bucket, but {what} on a disk alone; copy it, for"
-      f" example by gcloud storage cp -r {text} ."
+      f"{text} lies in a bucket, where a run can live (--workdir), but text,"
+      " configs, plans and prepared copies cannot; give a folder or a file on a"
+      f" disk, copied there for example by gcloud storage cp -r {text} ."
     )
   return path(text)
 

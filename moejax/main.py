@@ -1,19 +1,19 @@
 """The command line: moejax train | eval | translate | plan."""
 
-import ast
 import contextlib
 import difflib
-import pathlib
+import importlib.metadata
+import re
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
 
-from moejax import files, terminal
+from moejax import files, named, terminal
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -29,7 +29,8 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          what layouts cost on devices that need not be there: memory, exchanges,
          an estimate of the time; --suggest looks for the fastest that fits
 
-moejax COMMAND --help lists the flags of a command."""
+moejax COMMAND --help lists the flags of a command, with --config=FILE also all
+fields of the config, whether FILE has them or not; moejax --version."""
 
 
 class UsageError(Exception):
@@ -53,6 +54,10 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) < 2 or argv[1] in ("help", "-h", "--help"):
     terminal.say(USAGE)
     return 0 if len(argv) > 1 else 2
+  if argv[1] == "--version":
+    # Of the package as it is installed: the number stands in setup.py.
+    terminal.say(f"moejax {importlib.metadata.version('moejax')}")
+    return 0
   workdir = None
   try:
     values = _parse(argv)
@@ -160,7 +165,7 @@ def _text_lines(content: bytes) -> list[str]:
 def _plan(values: flags.FlagValues) -> None:
   from moejax.planning import command
 
-  out = pathlib.Path(values.out) if values.out else None
+  out = files.local(values.out) if values.out else None
   command.run(
     values.config, values.topology, values.layout, values.suggest, out
   )
@@ -194,41 +199,90 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     "plan": _define_plan,
   }
   own[command](values)
-  layout = []
+  argv, changes = _part(argv[1:])
   if command in ("train", "plan"):
-    # A name or a section, whichever the config holds; absl takes its kind.
-    layout = [flag for flag in argv if flag.startswith(_LAYOUT)]
-    argv = [flag for flag in argv if flag not in layout]
-    _define_config(values, argv)
+    _define_config(values)
   else:
     flags.DEFINE_string(
       "layout", "", "a name, in place of the run's own", flag_values=values
     )
-  rest = values(argv[1:])
+    if changes:
+      raise UsageError(
+        f"what is --{changes[0][0]}? A run keeps the config that it was made"
+        f" with; moejax {command} has --layout alone to change it."
+      )
+  try:
+    rest = values(argv)
+  except flags.UnrecognizedFlagError as error:
+    if "config" in values and values["config"].value:
+      _refuse_field(_load(values["config"].value, []), error.flagname)
+    raise
   if rest[1:]:
     raise UsageError(
       f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
     )
-  if layout and not values["help"].value:
-    with values.config.unlocked(), values.config.ignore_type():
-      values.config.layout = _layout(layout[-1].removeprefix(_LAYOUT))
+  if "config" in values and (values.config or not values.help):
+    values.config = _load(values.config, changes)
   return values
 
 
-_LAYOUT = "--config.layout="
+def _part(
+  argv: Sequence[str],
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+  """Parts flags that change the config from the others.
+
+  A flag has the word after "=", or the words up to the next flag: files that a
+  shell puts for a pattern are a list, here and for --data.
+
+  Returns:
+    The others; names of fields, each with its words.
+  """
+  others, changes, words = list(argv[:1]), [], None
+  for word in argv[1:]:
+    name, equals, value = word.lstrip("-").partition("=")
+    if not re.match("--?[a-zA-Z]", word):
+      if words is None:
+        others.append(word)
+      elif words is others:
+        others.append(f"--data={word}")
+      else:
+        words.append(word)
+    elif name.startswith("config."):
+      words = [value] if equals else []
+      changes.append((name, words))
+    elif name == "data":
+      words = others
+      others += [word] if equals else []
+    else:
+      words = None
+      others.append(word)
+  return others, changes
 
 
-def _layout(text: str) -> str | dict[str, Any]:
-  """Reads a name, or a section as Python writes a dict."""
-  if not text.startswith("{"):
-    return text
+def _load(path: str, changes: Sequence[tuple[str, Sequence[str]]]) -> Any:
+  """Reads a config file, and what the command line changes of it."""
+  if not path:
+    raise UsageError("give --config=FILE, one of configs/ or your own.")
+  # Imported late: jax takes seconds, a missing flag should not.
+  from moejax import config as config_lib
+
   try:
-    return ast.literal_eval(text)
-  except (SyntaxError, TypeError, ValueError) as error:
+    config = config_lib.load(path)
+    config_lib.override(config, changes)
+  except ValueError as error:
+    raise UsageError(_sentence(error)) from error
+  return config
+
+
+def _refuse_field(config: Any, name: str) -> None:
+  """Says which field is meant by a flag that there is not, if one is."""
+  from moejax import config as config_lib
+
+  if meant := config_lib.meant(config, name):
     raise UsageError(
-      f"{_LAYOUT}{text} cannot be read ({_sentence(error)}); write a name, or"
-      " {'mesh_shape': (2, -1, 1), 'rules': {}}."
-    ) from error
+      f"there is no flag --{name}; a field of the config is changed by"
+      f" {' or '.join(f'--{each}=VALUE' for each in meant)}."
+    )
 
 
 def _define_processes(values: flags.FlagValues) -> None:
@@ -254,10 +308,11 @@ def _define_eval(values: flags.FlagValues) -> None:
     "which part of the run's own corpus to read",
     flag_values=values,
   )
-  flags.DEFINE_list(
+  flags.DEFINE_multi_string(
     "data",
     [],
-    "files to read instead, of text or of pairs",
+    "files to read instead, of text or of pairs, parted by commas; * and ?"
+    " match any letters",
     flag_values=values,
   )
 
@@ -298,78 +353,45 @@ def _define_plan(values: flags.FlagValues) -> None:
   )
 
 
-def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
-  """Defines --config and its overrides, once the file and they are sound."""
-  given = [
-    flag.split("=")[0].lstrip("-")
-    for flag in argv
-    if flag.startswith(("--config.", "-config."))
-  ]
-  paths = _given(argv, "config")
-  if "--help" not in argv:
-    if not paths:
-      raise UsageError("give --config=FILE, one of configs/ or your own.")
-    known = _fields(_load(paths[-1]), "config")
-    for name in given:
-      if name not in known:
-        nearest = difflib.get_close_matches(name, known, 1, 0)[0]
-        raise UsageError(
-          f"the config has no field {name}; the nearest is {nearest}. One that"
-          " the file leaves out has to be written there."
-        )
-  config_flags.DEFINE_config_file(
+def _define_config(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
     "config",
-    help_string="a file of configs/, or your own; any field FIELD of it is"
-    " changed by --config.FIELD=VALUE",
+    "",
+    "a file of configs/, or your own; FILE:TEXT gives its get_config a text;"
+    " --config.FIELD=VALUE changes a field; with --help all fields are listed",
     flag_values=values,
-    sys_argv=list(argv),
   )
-
-
-def _load(path: str) -> dict[str, Any]:
-  """Reads a config file without overrides."""
-  file, _, _ = path.partition(":")
-  if not pathlib.Path(file).is_file():
-    raise UsageError(
-      f"--config={path}: there is no such file; give one of configs/ or your"
-      " own."
-    )
-  alone = flags.FlagValues()
-  plain = ["moejax", f"--config={path}"]
-  config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
-  try:
-    alone(plain)
-    return alone.config.to_dict()
-  except Exception as error:  # Whatever the file's own code raises.
-    raise UsageError(
-      f"--config={path} cannot be read ({type(error).__name__}:"
-      f" {_sentence(error)}); it must define get_config() -> ConfigDict."
-    ) from error
-
-
-def _given(argv: Sequence[str], name: str) -> list[str]:
-  """Finds the values of a flag, written --name=value or --name value."""
-  follows = zip(argv, [*argv[1:], ""], strict=True)
-  return [
-    next_one if flag.lstrip("-") == name else flag.partition("=")[2]
-    for flag, next_one in follows
-    if flag.startswith("-") and flag.lstrip("-").split("=")[0] == name
-  ]
-
-
-def _fields(values: Mapping[str, Any], name: str) -> list[str]:
-  names = []
-  for key, value in values.items():
-    names.append(f"{name}.{key}")
-    if isinstance(value, Mapping):
-      names += _fields(value, names[-1])
-  return names
 
 
 def _help(values: flags.FlagValues) -> str:
   ours = [n for n in values if n not in ("flagfile", "undefok", "help")]
   lines = [f"  --{name}: {values[name].help}" for name in sorted(ours)]
+  if "config" in values and values.config:
+    from moejax import config as config_lib
+
+    lines += ["", _FIELDS, ""]
+    lines += map(_listed, config_lib.fields(values.config))
   return "\n".join([USAGE, "", *lines])
+
+
+_FIELDS = """\
+Fields of the config, with what it holds or, where it leaves a field out, with
+the default; `...` is for what then is missing. A section {...} is given as
+Python writes a dict or, where it has kinds, by the name of one: then it keeps
+the fields that this kind has too. Entries of a list are parted by commas."""
+
+
+def _listed(field: named.Field) -> str:
+  left_out = field.value is named.EMPTY
+  value = field.default if left_out else field.value
+  text = shlex.quote(named.written(value))
+  if value is named.EMPTY:
+    text = "..."
+  elif hasattr(value, "keys"):
+    text = "{...}"
+  about = named.worded(field.annotation, fully=True)
+  note = "; left out" if left_out else ""
+  return f"  --{field.name}={text}\n      {field.line} ({about}{note})"
 
 
 def _sentence(error: Exception) -> str:

@@ -233,7 +233,7 @@ def test_scope_of_the_balance_losses():
   config_lib.check(config)
   assert config_lib.aux(config) == (weights, "group")
   config.aux.scope = "grop"
-  with pytest.raises(ValueError, match="'grop'; choose 'batch' or 'group'"):
+  with pytest.raises(ValueError, match="aux.scope is 'grop'; choose .*'group'"):
     config_lib.check(config)
 
 
@@ -243,6 +243,13 @@ def test_what_the_balance_losses_are_taken_over():
   config.train.balance_over = "bath"
   message = "config.train.balance_over is 'bath'.*'batch'"
   with pytest.raises(ValueError, match=message):
+    config_lib.check(config)
+
+
+def test_a_vocabulary_without_pieces():
+  config = load("translate_tiny.py")
+  config.data.vocab_size = 0
+  with pytest.raises(ValueError, match="data.vocab_size is 0; give 1 or more"):
     config_lib.check(config)
 
 

@@ -30,7 +30,7 @@ from moejax import config as config_lib
     ("optimizer.eps", -1.0, r"eps is -1\.0; give more than 0"),
     ("optimizer.eps", 0.0, r"eps is 0\.0; give more than 0"),
     ("aux.importance", float("nan"), "importance is nan; give 0 or more"),
-    ("data.vocab_size", 0, "data.vocab_size is 0; give 1 or more"),
+    ("data.vocab_size", 9, r"data.vocab_size does not exist; .*\.batch_size"),
     ("model.moe.experts", ("linear",), r"experts\[0\] is 'linear'; .* as dict"),
     (
       "model.moe.experts",
@@ -41,7 +41,7 @@ from moejax import config as config_lib
     (
       "layout",
       {"mesh_shape": (1, -1, 1), "rules": {"expert": 1}},
-      "rules.expert is 1; choose one of 'data'",
+      "rules.expert is 1; give it as str or list or None",
     ),
   ],
 )

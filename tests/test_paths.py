@@ -37,7 +37,7 @@ def _home(monkeypatch):
 )
 def test_a_path_is_the_one_that_is_meant(text, meant):
   assert files.path(text) == meant
-  assert files.local(text, "text is read") == meant
+  assert files.local(text) == meant
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_what_is_no_path_is_refused(text, said):
 
 @pytest.mark.parametrize("text", ["gs://bucket/x.txt", "GS://bucket/x.txt"])
 def test_what_is_read_on_a_disk_alone_is_refused_in_a_bucket(text):
-  with pytest.raises(ValueError, match="text is read on a disk alone"):
-    files.local(text, "text is read")
+  with pytest.raises(ValueError, match="in a bucket, where a run can live"):
+    files.local(text)
 
 
 def test_a_bucket_is_one_however_its_scheme_is_written():
