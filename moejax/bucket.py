@@ -1,12 +1,14 @@
 """A bucket of Google Cloud Storage where a run may live, at gs://BUCKET/FOLDER.
 
-An object is there whole or not at all, is never appended to, and keeps a
-checksum of its own. There are no folders, links or locks: what keeps a second
+An object is there whole or not at all, is never appended to, and has a digest
+that the bucket keeps. There are no folders, links or locks: what keeps a second
 training out is an object that its owner renews.
 """
 
+import base64
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -83,7 +85,7 @@ def exists(place: epath.Path) -> bool:
   Raises:
     OSError: the bucket cannot be reached.
   """
-  with _reaching(place):
+  with reaching(place):
     return place.exists()
 
 
@@ -94,7 +96,7 @@ def read(place: epath.Path) -> bytes:
     FileNotFoundError: there is none.
     OSError: it cannot be reached.
   """
-  with _reaching(place):
+  with reaching(place):
     return place.read_bytes()
 
 
@@ -104,28 +106,64 @@ def write(place: epath.Path, content: bytes) -> None:
   Raises:
     OSError: it cannot be written.
   """
-  with _reaching(place):
+  with reaching(place):
     place.write_bytes(content)
 
 
-def checksums(folder: epath.Path) -> dict[str, str]:
-  """Returns the CRC32C that the bucket keeps of each object below a folder.
+class Growing(io.BytesIO):
+  """Stands for a file that grows: an object, written anew as a whole.
 
-  One request for a thousand objects, whose content is not read.
+  Args:
+    place: of the object, which is written by `sync` and at the end.
+    content: that it begins with.
+  """
+
+  def __init__(self, place: epath.Path, content: bytes = b""):
+    super().__init__()
+    self._place, self._written = place, 0
+    self.write(content)
+
+  def sync(self) -> None:
+    """Writes the object, if anything has been added.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if self._written < self.tell():
+      write(self._place, self.getvalue())
+      self._written = self.tell()
+
+  def close(self) -> None:
+    """Writes the object, once."""
+    try:
+      if not self.closed:
+        self.sync()
+    finally:
+      super().close()
+
+
+def digests(folder: epath.Path) -> dict[str, str]:
+  """Returns the MD5 that the bucket keeps of each object below a folder.
+
+  One request for a thousand objects, whose content is not read. Of one that was
+  put together of others there is none; it is "".
 
   Raises:
     OSError: the bucket cannot be reached.
   """
   import fsspec
 
-  with _reaching(folder):
+  with reaching(folder):
     found = fsspec.filesystem("gcs").find(os.fspath(folder), detail=True)
   start = len(os.fspath(folder).removeprefix(SCHEME)) + 1
-  return {name[start:]: about["crc32c"] for name, about in found.items()}
+  return {
+    name[start:]: base64.b64decode(about.get("md5Hash", "")).hex()
+    for name, about in found.items()
+  }
 
 
 @contextlib.contextmanager
-def _reaching(place: epath.Path) -> Iterator[None]:
+def reaching(place: epath.Path) -> Iterator[None]:
   """Turns what the libraries raise into one sentence that names the place."""
   try:
     yield

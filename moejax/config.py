@@ -328,7 +328,7 @@ def _prose(
     texts = {"data": corpora.read_lines(files)}
   else:
     own = _files(kind, train=train, validation=validation, test=test)
-    texts = corpora.open_corpus(kind, _local(data_dir) or None, **own)
+    texts = corpora.open_corpus(kind, _data_dir(data_dir), **own)
   vocabulary = _of_run(vocab.Vocabulary, workdir)
   if vocabulary is None:
     vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
@@ -358,7 +358,7 @@ def _lm1b(
   if files:
     texts = {"data": corpora.read_lines(files)}
   else:
-    texts = lm1b.open_lm1b(_local(data_dir) or None, _local(test))
+    texts = lm1b.open_lm1b(_data_dir(data_dir), _local(test))
   return corpus.Sentences(
     vocabulary, texts, row_length, batch_size, vocab.tokens
   )
@@ -398,7 +398,7 @@ def _pairs(
   known = pairs.directions(named_files["train"], both_directions)
   parts = _given_pairs(files, known, strict) or pairs.open_pairs(
     **named_files,
-    data_dir=_local(data_dir) or None,
+    data_dir=_data_dir(data_dir),
     both_directions=both_directions,
     strict=strict,
   )
@@ -425,7 +425,7 @@ def _wmt14(
   """
   known = [pairs.wmt14_direction(pair)]
   parts = _given_pairs(files, known, strict=False) or pairs.open_wmt14(
-    pair, _local(data_dir) or None
+    pair, _data_dir(data_dir)
   )
   pieces = _pieces(workdir, parts, vocab_size)
   return corpus.Translations(
@@ -491,6 +491,11 @@ DATA = {
 def _local(path: str) -> str:
   """Returns the path on a disk that is meant, if any is."""
   return path and str(files_lib.local(path))
+
+
+def _data_dir(path: str) -> str | None:
+  """Returns where prepared corpora lie; None for the home folder, by TFDS."""
+  return _local(path or os.environ.get("TFDS_DATA_DIR", "")) or None
 
 
 def _files(kind: str, **splits: str) -> dict[str, list[str]]:

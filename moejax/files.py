@@ -9,6 +9,7 @@ bucket.
 import contextlib
 import errno
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -37,8 +38,11 @@ _KINDS: dict[Callable[[int], bool], str] = {
 }
 
 
-def open_regular(path: pathlib.Path, mode: str = "rb") -> BinaryIO:
+def open_regular(path: Path, mode: str = "rb") -> BinaryIO:
   """Opens a regular file, or makes it where `mode` does.
+
+  In a bucket it is the content that is opened, and written by `sync` and at the
+  end.
 
   Args:
     path: of the file.
@@ -50,6 +54,9 @@ def open_regular(path: pathlib.Path, mode: str = "rb") -> BinaryIO:
       device.
   """
   writes = mode != "rb"
+  if bucket.is_in(path):
+    content = b"" if mode == "xb" else bucket.read(path)
+    return bucket.Growing(path, content) if writes else io.BytesIO(content)
 
   def opener(name: str, flags: int) -> int:
     # To open a pipe may wait forever, and to open a device may set it going.
@@ -233,7 +240,10 @@ def alone(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
 def sync(file: BinaryIO) -> None:
   """Puts on the disk what is written: to be called before it gets its name."""
   file.flush()
-  os.fsync(file.fileno())
+  if isinstance(file, bucket.Growing):
+    file.sync()
+  else:
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: pathlib.Path) -> None:
