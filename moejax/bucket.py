@@ -54,8 +54,8 @@ def path(text: str) -> epath.Path:
     )
   if importlib.util.find_spec("gcsfs") is None:
     raise ImportError(
-      f"to reach {text} takes the package gcsfs: pip install 'moejax[gcs]', or"
-      " pip install gcsfs."
+      f"{text} is reached by the package gcsfs, which is not installed; pip"
+      " install gcsfs."
     )
   _set_up()
   return epath.Path(text)
@@ -83,7 +83,7 @@ def exists(place: epath.Path) -> bool:
   """Returns whether there is an object, or are some below.
 
   Raises:
-    OSError: the bucket cannot be reached.
+    Unreachable: the bucket is.
   """
   with reaching(place):
     return place.exists()
@@ -94,7 +94,7 @@ def read(place: epath.Path) -> bytes:
 
   Raises:
     FileNotFoundError: there is none.
-    OSError: it cannot be reached.
+    Unreachable: the bucket is.
   """
   with reaching(place):
     return place.read_bytes()
@@ -104,7 +104,7 @@ def write(place: epath.Path, content: bytes) -> None:
   """Writes an object; what was there before stays until all of it is.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: there is no such bucket, or it is unreachable.
   """
   with reaching(place):
     place.write_bytes(content)
@@ -127,7 +127,7 @@ class Growing(io.BytesIO):
     """Writes the object, if anything has been added.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: there is no such bucket, or it is unreachable.
     """
     if self._written < self.tell():
       write(self._place, self.getvalue())
@@ -149,7 +149,7 @@ def digests(folder: epath.Path) -> dict[str, str]:
   put together of others there is none; it is "".
 
   Raises:
-    OSError: the bucket cannot be reached.
+    Unreachable: the bucket is.
   """
   import fsspec
 
@@ -170,16 +170,19 @@ def reaching(place: epath.Path) -> Iterator[None]:
   except FileNotFoundError:
     raise FileNotFoundError(f"{place}: no such object, or bucket") from None
   except Exception as error:  # Of many libraries and kinds.
-    raise _unreachable(place, error) from error
+    raise Unreachable(place, error) from error
 
 
-def _unreachable(place: epath.Path, error: Exception) -> OSError:
-  first_line = (str(error).splitlines() or [""])[0]
-  return OSError(
-    f"{place} cannot be reached ({type(error).__name__}: {first_line:.300});"
-    " see that the bucket exists, that this machine may write to it (`gcloud"
-    " auth application-default login`, or a service account), and the network."
-  )
+class Unreachable(OSError):
+  """A bucket does not answer, or not as it is asked."""
+
+  def __init__(self, place: epath.Path, error: Exception):
+    first_line = (str(error).splitlines() or [""])[0]
+    super().__init__(
+      f"{place} cannot be reached ({type(error).__name__}: {first_line:.300});"
+      " see that the bucket exists, that this machine may use it (`gcloud auth"
+      " application-default login`, or a service account), and the network."
+    )
 
 
 @contextlib.contextmanager
@@ -207,7 +210,7 @@ def alone(
 
   Raises:
     BlockingIOError: another process holds it.
-    OSError: the bucket cannot be reached.
+    Unreachable: the bucket is.
   """
   held = _Held(lock, lease)
   stop = threading.Event()
@@ -252,7 +255,7 @@ class _Held:
     try:
       self._generation = self._take()
     except ValueError as error:  # TensorStore raises no other kind.
-      raise _unreachable(lock, error) from error
+      raise Unreachable(lock, error) from error
 
   def _take(self) -> bytes:
     found = self._read()

@@ -101,8 +101,9 @@ def path(text: str) -> Path:
   if url := _URL.match(text):
     raise ValueError(
       f"{text} is no place that can be read or written; give a path, a URL like"
-      f" file:///home/me/runs, or for a run {scheme}BUCKET/FOLDER; a folder"
-      f" of the name {url[0][:-1]} is written ./{url[0][:-1]}"
+      f" file:///home/me/runs, or for a run {scheme}BUCKET/FOLDER (to buckets of"
+      " others Orbax cannot write); a folder of the name"
+      f" {url[0][:-1]} is written ./{url[0][:-1]}"
     )
   expanded = os.path.expanduser(text)
   if expanded == text and text.startswith("~"):
@@ -122,8 +123,8 @@ def local(text: str) -> pathlib.Path:
   if text[: len(bucket.SCHEME)].lower() == bucket.SCHEME:
     raise ValueError(
       f"{text} lies in a bucket, where a run can live (--workdir), but text,"
-      " configs, plans and prepared copies cannot; give a folder or a file on a"
-      f" disk, copied there for example by gcloud storage cp -r {text} ."
+      " configs, plans and prepared copies cannot; give a place on a disk (to"
+      f" copy it there: gcloud storage cp -r {text} FOLDER)."
     )
   return path(text)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from moejax import files, named, terminal
+from moejax import bucket, files, named, terminal
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -73,7 +73,9 @@ def main(argv: Sequence[str]) -> int:
     terminal.warn(f"moejax: {error}")
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
-    return _failed(_sentence(error), workdir)
+    # Nothing can be left where nothing is reached.
+    lost = isinstance(error, bucket.Unreachable)
+    return _failed(_sentence(error), None if lost else workdir)
   except RuntimeError as error:
     # JAX's own kind of error, which is not to be imported for its name.
     if "RESOURCE_EXHAUSTED" not in str(error):
