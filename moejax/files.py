@@ -101,9 +101,9 @@ def path(text: str) -> Path:
   if url := _URL.match(text):
     raise ValueError(
       f"{text} is no place that can be read or written; give a path, a URL like"
-      f" file:///home/me/runs, or for a run {scheme}BUCKET/FOLDER (to buckets of"
-      " others Orbax cannot write); a folder of the name"
-      f" {url[0][:-1]} is written ./{url[0][:-1]}"
+      f" file:///home/me/runs, or for a run {scheme}BUCKET/FOLDER (Orbax writes"
+      f" to no other buckets); a folder of the name {url[0][:-1]} is written"
+      f" ./{url[0][:-1]}"
     )
   expanded = os.path.expanduser(text)
   if expanded == text and text.startswith("~"):
