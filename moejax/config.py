@@ -6,6 +6,7 @@ Nothing below this file has ever seen a config.
 import functools
 import inspect
 import itertools
+import json
 import os
 import re
 import runpy
@@ -224,6 +225,13 @@ def check(config: ConfigDict) -> None:
       " ('pairs', 'wmt14') are for it alone; change one of them."
     )
   named.typed(config.to_dict(), Annotated[Any, Section(Sections)], "config")
+  for name, value in workdir_lib.flat(config.to_dict()).items():
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise ValueError(
+        f"{name} is {value!r}, which is not UTF-8; rename what it names."
+      ) from None
   optimizer(config)
   layout(config)
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -28,11 +27,12 @@ from moejax import bucket
 # Of a disk, or of a bucket.
 Path = pathlib.Path | epath.Path
 
-# Where content is written before it gets its name; a kill may leave it.
-DRAFT = ".draft"
+# Ends the name of what is being written; a kill may leave it.
+_DRAFT = ".draft"
 _KINDS: dict[Callable[[int], bool], str] = {
   stat.S_ISLNK: "a link",
   stat.S_ISDIR: "a folder",
+  stat.S_ISREG: "a file",
   stat.S_ISFIFO: "a pipe",
   stat.S_ISSOCK: "a socket",
 }
@@ -186,7 +186,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     bucket.write(path, content)
     return
   # Two that write at once must not share a draft.
-  draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DRAFT}")
+  draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_DRAFT}")
   try:
     with open_regular(draft, "xb") as file:
       file.write(content)
@@ -238,6 +238,14 @@ def alone(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
     yield
 
 
+def remove_drafts(folder: Path) -> None:
+  """Removes what a kill left, where nobody else writes whole files now."""
+  if bucket.is_in(folder):
+    return
+  for draft in folder.glob(f"*.{'[0-9a-f]' * 8}{_DRAFT}"):
+    draft.unlink()
+
+
 def sync(file: BinaryIO) -> None:
   """Puts on the disk what is written: to be called before it gets its name."""
   file.flush()
@@ -265,7 +273,7 @@ def refuse_odd_in(folder: Path, written: bool) -> None:
   Args:
     folder: may be missing. Anything in it must be a folder or a regular file;
       a bucket has nothing else.
-    written: whether it is written to: then it and its files must be no links.
+    written: whether it is written to: then it and all in it must be no links.
 
   Raises:
     OSError: names what is odd.
@@ -279,12 +287,18 @@ def refuse_odd_in(folder: Path, written: bool) -> None:
     return
   if not stat.S_ISDIR(found.st_mode):
     raise _odd(folder, found, "folder")
-  for name, *inside in os.walk(folder):
-    for entry in (pathlib.Path(name, e) for e in itertools.chain(*inside)):
+  seen = set()
+  for name, folders, others in os.walk(folder, followlinks=not written):
+    for entry in (pathlib.Path(name, each) for each in (*folders, *others)):
       # A run that trains meanwhile removes its old checkpoints.
       with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISDIR(os.lstat(entry).st_mode):
-          _refuse_odd(entry, look(entry))
+        found = look(entry)
+        if not stat.S_ISDIR(found.st_mode):
+          _refuse_odd(entry, found)
+        elif (found.st_dev, found.st_ino) in seen:
+          # A link around, which has no end.
+          folders.remove(entry.name)
+        seen.add((found.st_dev, found.st_ino))
 
 
 def _refuse_odd(path: pathlib.Path, found: os.stat_result) -> None:

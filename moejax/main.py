@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import importlib.metadata
 import re
 import shlex
@@ -396,7 +397,23 @@ def _listed(field: named.Field) -> str:
   return f"  --{field.name}={text}\n      {field.line} ({about}{note})"
 
 
+# What to do about what the system says, by its number.
+_WAY_OUT = {
+  errno.EACCES: "make it yours by chmod or chown, or give another path",
+  errno.EDQUOT: "make room, and start again",
+  errno.EFBIG: "allow larger files, see ulimit -f, and start again",
+  errno.EMFILE: "allow more open files, by ulimit -n 1024, and start again",
+  errno.ENAMETOOLONG: "give a shorter path",
+  errno.ENOSPC: "make room, and start again",
+  errno.EROFS: "give a path on a file system that can be written",
+}
+
+
 def _sentence(error: Exception) -> str:
+  if isinstance(error, OSError) and error.filename is not None:
+    said = f"{error.filename}: {error.strerror}"
+    way_out = _WAY_OUT.get(error.errno)
+    return f"{said}; {way_out}." if way_out else said
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return "\n".join(lines) or type(error).__name__
 

@@ -168,17 +168,23 @@ def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
       f"{path} is gone, without which a run cannot know its words; put the file"
       " back, or train in a new --workdir."
     )
-  found = kind.load(path)
+  try:
+    found = kind.load(path)
+  except ValueError as error:
+    raise ValueError(
+      f"{error}: it is not the file that the run was trained with; put that"
+      " back, or train in a new --workdir."
+    ) from None
   noted = workdir / DIGEST_FILE
   # Runs of older versions noted none.
-  own = found.digest
   if files.exists(noted):
-    own = files.read(noted).decode().strip()
-  if found.digest != own:
-    raise ValueError(
-      f"{path}, of digest {found.digest}, is not the one that the run was"
-      f" trained with, {own}; put that file back, or train in a new --workdir."
-    )
+    own = files.read(noted).decode(errors="replace").strip()
+    if found.digest != own:
+      raise ValueError(
+        f"{path}, of digest {found.digest}, is not the one that the run was"
+        f" trained with, by {noted} of digest {own:.40}; put that file back, or"
+        " train in a new --workdir."
+      )
   return found
 
 
@@ -186,8 +192,8 @@ def _changes(
   config: ConfigDict, workdir: files.Path
 ) -> Iterator[tuple[str, Any, Any]]:
   """Yields the fields that differ from the workdir's: name, there, now."""
-  old = _flat(recall(workdir).to_dict())
-  new = _flat(json.loads(_as_json(config.to_dict())))
+  old = flat(recall(workdir).to_dict())
+  new = flat(json.loads(_as_json(config.to_dict())))
   for name in sorted(old | new):
     if old.get(name) != new.get(name):
       yield name, old.get(name), new.get(name)
@@ -210,10 +216,11 @@ def _as_json(values: Mapping[str, Any]) -> str:
   return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _flat(values: Any, name: str = "config") -> dict[str, Any]:
+def flat(values: Any, name: str = "config") -> dict[str, Any]:
+  """Returns the fields of sections within sections, by their whole names."""
   if not isinstance(values, dict):
     return {name: values}
   flat = {}
   for key, value in values.items():
-    flat |= _flat(value, f"{name}.{key}")
+    flat |= flat(value, f"{name}.{key}")
   return flat

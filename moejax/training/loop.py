@@ -61,6 +61,9 @@ def train(config: config_lib.Config, workdir: files_lib.Path) -> dict[str, Any]:
     def begin() -> None:
       checks.append(stack.enter_context(processes.alone_in(workdir)))
       workdir_lib.check_same(config, workdir)
+      for name in run_lib.FOLDERS:
+        files_lib.refuse_odd_in(workdir / name, written=True)
+      files_lib.remove_drafts(workdir)
 
     # All that decides about a workdir is done alone in it.
     processes.first_does(begin)
