@@ -10,13 +10,12 @@ import pathlib
 import shutil
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moejax import files as files_lib
 from moejax import terminal
-from moejax.data import text
 
 _RECORD = "record.json"
 
@@ -37,7 +36,9 @@ def key(folder: pathlib.Path, *parts: object) -> str:
   """Digests all that something made of a prepared corpus depends on.
 
   Of the prepared files only names, sizes and times: TFDS never changes a copy
-  in place, and to read lm1b takes longer than all else at a start.
+  in place, and to read lm1b takes longer than all else at a start. Bytes that a
+  disk has changed there array_record finds, by sums of its own, when it reads
+  them.
 
   Args:
     folder: where the corpus lies.
@@ -60,57 +61,104 @@ def keep(
   path: pathlib.Path,
   types: Mapping[str, type[np.generic]],
   write: Callable[..., None],
-  thorough: bool = False,
 ) -> Kept:
   """Maps the arrays in a folder; makes them where they are not, or damaged.
 
-  Of several processes one makes them while the others wait.
+  All of them are read, as a changed id would train as well as any: about a
+  second for each GB. Of several processes one makes them while the others wait.
 
   Args:
     path: the folder.
     types: of each array, by name.
     write: writes the arrays, to a file each, in the order of `types`.
-    thorough: whether damage is looked for by reading all of them. Else a file
-      that is as long as it was written passes.
 
   Raises:
-    OSError: they cannot be kept.
+    OSError: they cannot be kept, or read.
   """
-  if not _sound(path, types, thorough):
+  found = _found(path, types)
+  if found is None:
     path.parent.mkdir(exist_ok=True)
     with files_lib.alone(path.parent / "lock"):
-      if not _sound(path, types, thorough):
+      found = _found(path, types)
+      if found is None:
         if path.exists():
           terminal.warn(f"{path} is damaged; it is made anew")
           shutil.rmtree(path)
         _make(path, types, write)
-  record = _read(path)
-  return Kept(
-    {name: _map(path / name, dtype) for name, dtype in types.items()},
-    {name: record[name]["digest"] for name in types},
-  )
+        found = _found(path, types)
+  if found is None:
+    raise OSError(f"{path} does not hold what was just written there")
+  return found
 
 
-def _sound(
-  path: pathlib.Path, types: Mapping[str, type[np.generic]], thorough: bool
-) -> bool:
-  try:
-    record = _read(path)
-    return all(
-      (path / name).stat().st_size == record[name]["bytes"]
-      and (
-        not thorough
-        or text.digest(_map(path / name, dtype)) == record[name]["digest"]
-      )
-      for name, dtype in types.items()
+def check_ids(
+  what: str, ids: np.ndarray, count: int, folder: pathlib.Path | None
+) -> None:
+  """Refuses ids that a vocabulary does not have.
+
+  A model would look them up as NaN, or as another word.
+
+  Args:
+    what: of what they are, for the message.
+    ids: whole numbers.
+    count: entries of the vocabulary.
+    folder: where they are kept, if anywhere.
+
+  Raises:
+    ValueError: some are below 0, or not below count.
+  """
+  if ids.size and not 0 <= ids.min() <= ids.max() < count:
+    cure = f"; remove {folder}, and they are made anew" if folder else ""
+    raise ValueError(
+      f"the ids of {what} are {ids.min()} to {ids.max()}, where the vocabulary"
+      f" of {count:,} entries has 0 to {count - 1}{cure}"
     )
-  except (OSError, ValueError, LookupError, TypeError):
-    # No folder, no file, or a record that is none.
-    return False
 
 
-def _read(path: pathlib.Path) -> Any:
-  return json.loads((path / _RECORD).read_text(encoding="utf-8"))
+def _found(
+  path: pathlib.Path, types: Mapping[str, type[np.generic]]
+) -> Kept | None:
+  """Maps the arrays; None where they are not there, or not as written.
+
+  Raises:
+    OSError: they cannot be read, which does not say that they are damaged.
+  """
+  try:
+    # Any other kind of file may block whoever opens it.
+    if not all((path / name).is_file() for name in (_RECORD, *types)):
+      return None
+    record = json.loads((path / _RECORD).read_bytes())
+    # A record of an older version does not say whose it is.
+    whole = record.get("of", _own_name(path)) == _own_name(path) and all(
+      (path / name).stat().st_size == record[name]["bytes"]
+      and _digest(path / name) == record[name]["digest"]
+      for name in types
+    )
+    if not whole:
+      return None
+    return Kept(
+      {name: _map(path / name, dtype) for name, dtype in types.items()},
+      {name: record[name]["digest"] for name in types},
+    )
+  except (FileNotFoundError, ValueError, LookupError, TypeError):
+    return None
+  except AttributeError:  # The record is no dict.
+    return None
+
+
+def _own_name(path: pathlib.Path) -> str:
+  """Returns what no other folder of this corpus is called."""
+  return f"{path.parent.name}/{path.name}"
+
+
+def _digest(path: pathlib.Path) -> str:
+  """Returns `text.digest` of what a file holds.
+
+  It is read and not mapped: where a disk fails, that is an error to tell.
+  """
+  with open(path, "rb") as file:
+    found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+  return found.hexdigest()
 
 
 def _map(path: pathlib.Path, dtype: type[np.generic]) -> np.ndarray:
@@ -133,14 +181,15 @@ def _make(
       write(*files)
       for file in files:
         files_lib.sync(file)
-    record = {
+    about = {
       name: {
         "bytes": (draft / name).stat().st_size,
-        "digest": text.digest(_map(draft / name, dtype)),
+        "digest": _digest(draft / name),
       }
-      for name, dtype in types.items()
+      for name in types
     }
-    files_lib.write_whole(draft / _RECORD, json.dumps(record))
+    record = json.dumps({"of": _own_name(path), **about})
+    files_lib.write_whole(draft / _RECORD, record)
     draft.rename(path)
     files_lib.sync_folder(path.parent)
   except OSError:

@@ -72,7 +72,7 @@ def tokenise(pairs: Pairs, pieces: Pieces) -> translation.PairTokens:
   What is kept is found by the corpus, the split, the sides, the pieces and the
   tag. Else all is as for `word_ids.tokenise`.
 
-  Args, raises: as `rows` and `translation.tokenise`.
+  Args, raises: as `rows`, `translation.tokenise` and `word_ids.tokenise`.
   """
   language = pairs.direction.target
   tag = pieces.tag(language) if pieces.languages else None
@@ -96,9 +96,14 @@ def tokenise(pairs: Pairs, pieces: Pieces) -> translation.PairTokens:
     arrays, digests = kept.keep(path, _TYPES, write)
   except OSError as error:
     kept.not_kept(f"ids of {len(pairs.sources):,} pairs are made", error)
-    return translation.tokenise(pairs, pieces, tag)
-  digest = translation.joined(digests[side] for side in _TYPES)
-  return translation.PairTokens(**arrays, digest=digest, folder=path)
+    tokens = translation.tokenise(pairs, pieces, tag)
+  else:
+    digest = translation.joined(digests[side] for side in _TYPES)
+    tokens = translation.PairTokens(**arrays, digest=digest, folder=path)
+  for ids in (tokens.source_ids, tokens.target_ids):
+    what = f"{pairs.direction} {pairs.split}"
+    kept.check_ids(what, ids, len(pieces), tokens.folder)
+  return tokens
 
 
 def pack(
@@ -106,8 +111,7 @@ def pack(
 ) -> translation.PairPacking:
   """Returns what `translation.pack` does; keeps it where the ids are.
 
-  It is kept for each row_length and source_length, and made anew where it is no
-  more what was written.
+  It is kept for each row_length and source_length.
 
   Args, raises: as `translation.pack`.
   """
@@ -125,9 +129,7 @@ def pack(
 
   name = f"packing_{_PACKING_VERSION}_{row_length}_{source_length}"
   try:
-    arrays, _ = kept.keep(
-      tokens.folder / name, _PACKING_TYPES, write, thorough=True
-    )
+    arrays, _ = kept.keep(tokens.folder / name, _PACKING_TYPES, write)
   except OSError as error:
     kept.not_kept(f"{len(tokens.source_lengths):,} pairs are packed", error)
     return make()

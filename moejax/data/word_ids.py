@@ -31,11 +31,13 @@ def tokenise(
 
   What is kept is found by the corpus, the split, the vocabulary and the name of
   `split`. It is whole or not there at all, and of several processes one makes
-  it while the others wait. A file that has become shorter or longer is made
-  anew; other damage is not looked for, as that is to read all of it. Where
-  nothing can be written it is made in memory.
+  it while the others wait. It is made anew where it is no more what was
+  written, and in memory where nothing can be written or read.
 
-  Args, raises: as `text.tokenise`.
+  Args: as `text.tokenise`.
+
+  Raises:
+    ValueError: as `text.tokenise`, or an id is none of the vocabulary's.
   """
 
   def write(ids, lengths):
@@ -49,15 +51,18 @@ def tokenise(
     arrays, digests = kept.keep(path, _TYPES, write)
   except OSError as error:
     kept.not_kept(f"word ids of {len(texts):,} sentences are made", error)
-    return text.tokenise(texts, vocabulary, split)
-  return text.Tokens(**arrays, digest=digests["ids"], folder=path)
+    tokens = text.tokenise(texts, vocabulary, split)
+  else:
+    tokens = text.Tokens(**arrays, digest=digests["ids"], folder=path)
+  kept.check_ids(texts.split, tokens.ids, len(vocabulary), tokens.folder)
+  return tokens
 
 
 def pack(tokens: text.Tokens, row_length: int) -> text.Packing:
   """Returns what `text.pack` does; makes it where it is not kept.
 
-  It is kept where word ids are, for each row_length, and made anew where it is
-  no more what was written. Else all is as for `tokenise`.
+  It is kept where word ids are, for each row_length. Else all is as for
+  `tokenise`.
 
   Args, raises: as `text.pack`.
   """
@@ -75,7 +80,7 @@ def pack(tokens: text.Tokens, row_length: int) -> text.Packing:
 
   path = tokens.folder / f"packing_{_PACKING_VERSION}_{row_length}"
   try:
-    arrays, _ = kept.keep(path, _PACKING_TYPES, write, thorough=True)
+    arrays, _ = kept.keep(path, _PACKING_TYPES, write)
   except OSError as error:
     kept.not_kept(f"{len(tokens.lengths):,} sentences are packed", error)
     return make()

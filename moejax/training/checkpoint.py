@@ -1,17 +1,22 @@
 """Checkpoints: the last few and the best, restored onto any mesh."""
 
+import collections
 import contextlib
 import hashlib
 import json
+import math
+import os
 import pathlib
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+import tensorstore
 
+from moejax import files as files_lib
 from moejax import terminal
 from moejax.training import processes
 from moejax.training.state import TrainState
@@ -19,8 +24,18 @@ from moejax.training.state import TrainState
 # What `sha256sum --check` reads: the digest of every other file of a
 # checkpoint. Orbax does not notice a flipped bit.
 SUMS_FILE = "SHA256SUMS"
-# No room on the host or on a device, another process lost.
-_NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)
+# Orbax writes them afterwards, and reads nothing of them here.
+_UNSIGNED = {SUMS_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
+_PERPLEXITY = "metrics/metrics"
+# No room on the host or on a device, another process lost, a file that cannot
+# be read: the checkpoint may be as good as ever.
+_NOT_DAMAGE = (MemoryError, OSError, jax.errors.JaxRuntimeError)
+# What Orbax, etils and TensorStore all take for the path that it is. They have
+# their own reading of [, *, ?, \ and "..", of "gs:", of names at the root like
+# /s3, and of an ending like that of their locks.
+_PLAIN = re.compile(
+  r"(?!/(gs|s3|az|hf)(/|$)|.*(/\.\.|\.__lock)(/|$))[\w/ .,+=@%#~-]+"
+)
 
 
 class Restored(NamedTuple):
@@ -41,38 +56,31 @@ class Checkpoints:
     keep: how many of the last to keep, besides the one with the lowest
       validation perplexity.
     read_only: changes nothing in the directory, for a run that may be alive.
+
+  Raises:
+    OSError: the directory cannot be read.
+    ValueError: its path is none that Orbax takes.
   """
 
   def __init__(
     self, directory: pathlib.Path, keep: int = 2, read_only: bool = False
   ):
-    policies = checkpoint_managers
-    best = policies.BestN(
-      get_metric_fn=lambda metrics: -metrics["perplexity"],
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
     self._directory = directory.absolute()
+    self._keep = keep
     self._read_only = read_only
     self._saving: int | None = None
+    self._shapes: list[tuple[int, ...]] = []
     self._broken = False
+    # Of every step that is not known to be damaged; None where not measured.
+    self._perplexity: dict[int, float | None] = {}
+    self._damaged: set[int] = set()
     if not read_only:
-      processes.first_does(self._set_aside_unscored)
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(
-          [policies.LatestN(keep), best]
-        ),
-        best_fn=lambda metrics: metrics["perplexity"],
-        best_mode="min",
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._write_sums
-        ),
-      ),
-    )
+      processes.first_does(
+        lambda: self._directory.mkdir(parents=True, exist_ok=True)
+      )
+    self._opened = contextlib.ExitStack()
+    self._path = self._opened.enter_context(_plain_path(self._directory))
+    self._open()
 
   def save(
     self,
@@ -92,14 +100,21 @@ class Checkpoints:
     Raises:
       OSError: it, or the one before, could not be written.
     """
-    metrics = None if perplexity is None else {"perplexity": perplexity}
-    items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
-    )
+    items: dict[str, Any] = {
+      "state": ocp.args.StandardSave(state),
+      "progress": ocp.args.JsonSave(progress),
+    }
+    if perplexity is not None:
+      # The step too: folders, or their files, may have changed places.
+      metrics = {"perplexity": perplexity, "step": step}
+      items["metrics"] = ocp.args.JsonSave(metrics)
     self.wait()
     self._saving = step
+    self._shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    self._perplexity[step] = perplexity
     with self._reporting():
-      self._manager.save(step, args=items, metrics=metrics, force=True)
+      args = ocp.args.Composite(**items)
+      self._manager.save(step, args=args, force=True)
 
   def check(self) -> None:
     """Looks whether what is being saved has failed; does not wait.
@@ -120,53 +135,27 @@ class Checkpoints:
       target: shapes, types and shardings to restore into (`state.target`).
 
     Raises:
+      OSError: a file cannot be read, which does not say that it is damaged.
       ValueError: there are checkpoints, but none can be read.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
-      try:
-        restored = self._restore(step, target)
-      except _NOT_DAMAGE:
-        raise
-      except Exception as error:  # Orbax raises many kinds on damage.
-        first_line = (str(error).splitlines() or [""])[0]
-        _say(
-          f"the checkpoint of step {step} cannot be read"
-          f" ({type(error).__name__}: {first_line:.200}); falling back to the"
-          " one before."
-        )
-        continue
-      damaged = steps[: steps.index(step)]
-      if damaged and not self._read_only:
-        self._give_up(damaged)
-      return restored
-    if steps:
-      raise ValueError(
-        f"none of the {len(steps)} checkpoints in {self._directory} (steps"
-        f" {steps[::-1]}) can be read; restore them from a copy, or delete that"
-        " folder to begin again."
-      )
-    return None
+    restored = self._first_sound(target, lambda step: -step)
+    if self._damaged and not self._read_only:
+      folders = [self._directory / str(step) for step in self._damaged]
+      processes.first_does(lambda: _set_aside(folders))
+      self._manager.close()
+      self._open()
+    return restored
 
   def best(self, target: TrainState) -> Restored | None:
     """Restores the checkpoint of lowest validation perplexity.
 
-    The newest that can be read where none was validated or the best is
-    damaged; None without any.
+    Where it is damaged, the next best; the newest of those that were not
+    validated where there is no other; None without any.
+
+    Args, raises: as `latest`.
     """
     self.wait()
-    step = self._manager.best_step()
-    if step is not None:
-      try:
-        return self._restore(step, target)
-      except _NOT_DAMAGE:
-        raise
-      except Exception as error:
-        _say(
-          f"the best checkpoint, of step {step}, cannot be read"
-          f" ({type(error).__name__}); taking the newest instead."
-        )
-    return self.latest(target)
+    return self._first_sound(target, self._by_perplexity)
 
   def wait(self) -> None:
     """Waits until what was saved is on the disk.
@@ -183,49 +172,118 @@ class Checkpoints:
     if not self._broken:
       self.wait()
       self._manager.close()
+      self._opened.close()
 
-  @contextlib.contextmanager
-  def _reporting(self) -> Iterator[None]:
-    """Turns what Orbax raises where it cannot write into one sentence."""
-    try:
-      yield
-    except Exception as error:  # Orbax raises many kinds.
-      self._broken = True
-      steps = sorted(self._manager.all_steps())
-      kept = [step for step in steps if step != self._saving]
-      raise OSError(
-        f"the checkpoint of step {self._saving} could not be saved"
-        f" ({type(error).__name__}: {str(error).strip():.300}); the last one"
-        f" in {self._directory} is {f'of step {kept[-1]}' if kept else 'none'}."
-        " Make room and start again: the same command goes on from there."
-      ) from error
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
+    """Tells Orbax which to keep, by its protocol of preservation policies.
 
-  def _write_sums(self) -> None:
-    """Writes the digests, just before a checkpoint gets its final name."""
-    if processes.first():
-      step = f"{self._saving}.orbax-checkpoint-tmp*"
-      for draft in self._directory.glob(step):
-        lines = [
-          f"{_digest(file)}  {file.relative_to(draft)}\n"
-          for file in sorted(draft.rglob("*"))
-          # Orbax adds the time to it afterwards, and reads none of it here.
-          if file.is_file() and file.name != "_CHECKPOINT_METADATA"
-        ]
-        (draft / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+    The last ones, the best, and those whose perplexity nobody knows.
+    """
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    sound = [step for step in steps if step in self._perplexity]
+    kept = {*steps[-self._keep :], *self._damaged}
+    kept.add(min(sound, key=self._by_perplexity))
+    return [step in kept for step in steps]
 
-  def _check_sums(self, step: int) -> None:
-    """Refuses a checkpoint whose files are not what was written.
+  def _by_perplexity(self, step: int) -> tuple[float, int]:
+    """Orders steps; of equally good ones the newest comes first."""
+    perplexity = self._perplexity[step]
+    return math.inf if perplexity is None else perplexity, -step
 
-    Every process reads a share of them; all come to the same answer, as a
-    restore that fails on some would keep the others waiting.
+  def _open(self) -> None:
+    """Opens the directory, and looks at what is there.
+
+    Not Orbax reads the perplexities: it takes them as they come, and where one
+    is no JSON it refuses the whole directory.
+    """
+    self._manager = ocp.CheckpointManager(
+      self._path,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self,
+        cleanup_tmp_directories=not self._read_only,
+        read_only=self._read_only,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._sign),
+        lightweight_initialize=True,
+      ),
+    )
+    known, self._damaged, self._perplexity = self._damaged, set(), {}
+    for step in self._manager.all_steps():
+      perplexity, wrong = None, ""
+      with _all_or_none():
+        try:
+          perplexity = self._measured(step)
+        except ValueError as error:
+          wrong = str(error)
+        except FileNotFoundError:
+          if self._read_only:
+            continue  # Training goes on, and has deleted it.
+          raise
+      self._perplexity[step] = perplexity
+      if processes.any_of_us(bool(wrong)):
+        self._leave_out(step, "" if step in known else wrong)
+
+  def _measured(self, step: int) -> float | None:
+    """Reads the perplexity of a step, where it was measured.
+
+    Raises:
+      ValueError: it is not what was written.
     """
     folder = self._directory / str(step)
-    lines = _read_sums(folder)
-    share = lines[jax.process_index() :: jax.process_count()]
-    bad = [name for name, digest in share if _digest(folder / name) != digest]
-    if processes.any_of_us(bool(bad) or not lines):
-      here = f"{bad[0]} is" if bad else "some of its files are"
-      raise ValueError(f"{here} not as written, by {SUMS_FILE}")
+    sums = _read_sums(folder)
+    if _PERPLEXITY not in sums:
+      return None
+    content = (folder / _PERPLEXITY).read_bytes()
+    if hashlib.sha256(content).hexdigest() != sums[_PERPLEXITY]:
+      raise ValueError(f"{_PERPLEXITY} is not as written, by {SUMS_FILE}")
+    metrics = json.loads(content)
+    # Older versions wrote no step.
+    _check_step(metrics.get("step", step), step)
+    return float(metrics["perplexity"])
+
+  def _first_sound(
+    self, target: TrainState, order: Callable[[int], Any]
+  ) -> Restored | None:
+    """Restores the first checkpoint, in an order, that can be read."""
+    while self._perplexity:
+      step = min(self._perplexity, key=order)
+      try:
+        return self._restore(step, target)
+      except _NOT_DAMAGE as error:
+        if not isinstance(error, FileNotFoundError) or not self._has_changed():
+          raise
+      except Exception as error:  # Orbax raises many kinds on damage.
+        if not self._has_changed():
+          first_line = (str(error).splitlines() or [""])[0]
+          self._leave_out(step, f"{type(error).__name__}: {first_line:.200}")
+    if self._damaged:
+      raise ValueError(
+        f"none of the {len(self._damaged)} checkpoints in {self._directory}"
+        f" (steps {sorted(self._damaged)}) can be read; restore them from a"
+        " copy, or delete that folder to begin again."
+      )
+    return None
+
+  def _has_changed(self) -> bool:
+    """Looks again, where training goes on and may delete what is being read."""
+    if not self._read_only:
+      return False
+    before = self._perplexity, self._damaged
+    self._manager.close()
+    self._open()
+    if {*self._perplexity, *self._damaged} != {*before[0], *before[1]}:
+      return True
+    self._perplexity, self._damaged = before
+    return False
+
+  def _leave_out(self, step: int, why: str) -> None:
+    del self._perplexity[step]
+    self._damaged.add(step)
+    if why and processes.first():
+      terminal.warn(
+        f"the checkpoint of step {step} cannot be read ({self._named(why)});"
+        " leaving it out."
+      )
 
   def _restore(self, step: int, target: TrainState) -> Restored:
     self._check_sums(step)
@@ -236,53 +294,200 @@ class Checkpoints:
         progress=ocp.args.JsonRestore(),
       ),
     )
-    return Restored(TrainState(*items.state), items.progress)
+    restored = Restored(TrainState(*items.state), items.progress)
+    _check_step(int(restored.state.step), step)
+    return restored
 
-  def _give_up(self, steps: list[int]) -> None:
-    folders = [self._directory / str(step) for step in steps]
-    processes.first_does(lambda: self._set_aside(folders))
-    self._manager.reload()
+  def _check_sums(self, step: int) -> None:
+    """Refuses a checkpoint whose files are not what was written.
 
-  def _set_aside_unscored(self) -> None:
-    """Sets checkpoints aside whose perplexity was cut short.
-
-    Orbax reads them all as it opens, and would refuse the whole directory.
+    Every process reads a share of them; all come to the same answer, as a
+    restore that fails on some would keep the others waiting.
     """
-    for path in self._directory.glob("[0-9]*/metrics/metrics"):
+    folder = self._directory / str(step)
+    wrong = ""
+    with _all_or_none():
       try:
-        float(json.loads(path.read_bytes())["perplexity"])
-      except (ValueError, TypeError, KeyError):
-        step = path.parents[1]
-        _say(
-          f"the perplexity of checkpoint {step.name} cannot be read; leaving"
-          " it out."
-        )
-        self._set_aside([step])
+        sums = sorted(_read_sums(folder).items())
+      except ValueError as error:
+        sums, wrong = [], str(error)
+      for name, digest in sums[jax.process_index() :: jax.process_count()]:
+        if _digest(folder / name) != digest:
+          wrong = f"{name} is not as written, by {SUMS_FILE}"
+          break
+    if processes.any_of_us(bool(wrong)):
+      raise ValueError(wrong or f"a file is not as written, by {SUMS_FILE}")
 
-  def _set_aside(self, paths: list[pathlib.Path]) -> None:
-    for path in paths:
-      path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+  def _sign(self) -> None:
+    """Writes the digests, just before a checkpoint gets its final name.
+
+    Raises:
+      OSError: not all is there that a restore needs.
+    """
+    if not processes.first():
+      return
+    drafts = f"{self._saving}.orbax-checkpoint-tmp*"
+    found = [path.name for path in self._directory.glob(drafts)]
+    if len(found) != 1:
+      raise OSError(f"{len(found)} folders of it were found, 1 was expected")
+    draft = self._directory / found[0]
+    _check_complete(self._path / found[0] / "state", self._shapes)
+    lines = [
+      f"{_digest(draft / name)}  {name}\n"
+      for name in sorted(_files(draft))
+      if name not in _UNSIGNED
+    ]
+    files_lib.write_whole(draft / SUMS_FILE, "".join(lines))
+
+  @contextlib.contextmanager
+  def _reporting(self) -> Iterator[None]:
+    """Turns what Orbax raises where it cannot write into one sentence."""
+    try:
+      yield
+    except Exception as error:  # Orbax raises many kinds.
+      self._broken = True
+      steps = sorted(self._manager.all_steps())
+      kept = [step for step in steps if step != self._saving]
+      said = self._named(str(error).strip())
+      raise OSError(
+        f"the checkpoint of step {self._saving} could not be saved"
+        f" ({type(error).__name__}: {said:.300}); the last one"
+        f" in {self._directory} is {f'of step {kept[-1]}' if kept else 'none'}."
+        " Make room, if there is none, and start again: the same command goes"
+        " on from there."
+      ) from error
+
+  def _named(self, text: str) -> str:
+    """Puts the directory's own path in place of the one that Orbax knows."""
+    return text.replace(str(self._path), str(self._directory))
+
+
+@contextlib.contextmanager
+def _plain_path(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a path to a folder that Orbax takes for what it is."""
+  if _PLAIN.fullmatch(str(directory)) or not directory.is_dir():
+    yield directory
+    return
+  descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    path = pathlib.Path(f"/proc/self/fd/{descriptor}")
+    if not path.is_dir():
+      odd = re.sub(r"[\w/ .,+=@%#~-]", "", str(directory))[:1] or ".."
+      raise ValueError(
+        f"Orbax cannot write checkpoints to {directory}, whose path has"
+        f" {odd!r} in it, but where there is /proc; give another --workdir."
+      )
+    yield path
+  finally:
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+  """Fails on all processes where one cannot read: none waits for it."""
+  caught = None
+  try:
+    yield
+  except OSError as error:
+    caught = error
+  if processes.any_of_us(caught is not None):
+    raise caught or OSError("another process cannot read the checkpoints")
+
+
+def _check_step(found: int, step: int) -> None:
+  if found != step:
+    raise ValueError(f"what lies there is of step {found}")
+
+
+def _check_complete(
+  folder: pathlib.Path, shapes: Sequence[tuple[int, ...]]
+) -> None:
+  """Refuses a saved state from which arrays could not be restored.
+
+  Orbax calls it done where it has not found what its processes wrote.
+
+  Args:
+    folder: with the state.
+    shapes: of the arrays that were saved.
+
+  Raises:
+    OSError: an array, or a part of one, is not there.
+  """
+  tree = ocp.StandardCheckpointHandler().metadata(folder)
+  arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "storage")]
+  if collections.Counter(shapes) != collections.Counter(
+    array.shape for array in arrays
+  ):
+    raise OSError(f"{len(shapes)} arrays were saved, {len(arrays)} are there")
+  base = {"driver": "ocdbt", "base": f"{folder.as_uri()}/"}
+  store = tensorstore.KvStore.open(base).result()
+  keys = store.list().result()
+  # Each array has one entry about it, and one for each of its parts.
+  wanted = len(arrays) + sum(
+    math.prod(
+      -(-size // part)
+      for size, part in zip(array.shape, array.storage.chunk_shape, strict=True)
+    )
+    for array in arrays
+  )
+  if len(keys) != wanted:
+    raise OSError(f"of {wanted} entries {len(keys)} are there")
+  # The last byte of each, in whichever file it lies.
+  last = slice(-1, None)
+  for reading in [store.read(key, byte_range=last) for key in keys]:
+    reading.result()
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+  """Lists the files in a folder and below, by their paths from there.
+
+  Without those that begin with a dot, which file systems and file managers
+  leave.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+
+  def fail(error: OSError) -> None:
+    raise error
+
+  found = []
+  for root, _, names in os.walk(folder, onerror=fail, followlinks=True):
+    for name in names:
+      path = pathlib.Path(root, name)
+      if path.is_file() and not name.startswith("."):
+        found.append(path.relative_to(folder).as_posix())
+  return found
+
+
+def _read_sums(folder: pathlib.Path) -> dict[str, str]:
+  """Reads the digest of every file of a checkpoint, by its name.
+
+  Raises:
+    OSError: they cannot be read.
+    ValueError: they are not of the files that lie there, one for each.
+  """
+  files = _files(folder)
+  if SUMS_FILE not in files:
+    raise ValueError(f"it has no {SUMS_FILE}")
+  text = (folder / SUMS_FILE).read_text(encoding="utf-8")
+  lines = [line.partition("  ") for line in text.splitlines()]
+  sums = {name: digest for digest, _, name in lines}
+  odd = {*files}.symmetric_difference(sums) - _UNSIGNED
+  if odd or len(sums) < len(lines):
+    raise ValueError(
+      f"{SUMS_FILE} has not one line for each file"
+      + (f", as for {min(odd)}" if odd else "")
+    )
+  return sums
 
 
 def _digest(file: pathlib.Path) -> str:
-  """Returns the file's SHA-256; nothing where it cannot be read."""
-  try:
-    with file.open("rb") as opened:
-      return hashlib.file_digest(opened, "sha256").hexdigest()
-  except OSError:
-    return ""
+  """Returns the file's SHA-256."""
+  with file.open("rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read_sums(folder: pathlib.Path) -> list[tuple[str, str]]:
-  """Reads (name, digest) of every file; nothing where that is damaged."""
-  try:
-    lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("  ", 1) for line in lines]
-    return [(name, digest) for digest, name in pairs]
-  except (OSError, ValueError):
-    return []
-
-
-def _say(text: str) -> None:
-  if processes.first():
-    terminal.warn(text)
+def _set_aside(paths: Sequence[pathlib.Path]) -> None:
+  for path in paths:
+    path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))

@@ -165,17 +165,35 @@ def test_anything_else_is_made_anew(opened, pieces, made):
   assert made[4:] == [(20, 20), (20, 24), (24, 20)]
 
 
+def shorten(content):
+  return content[:-4]
+
+
+def flip_a_bit(content):
+  return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [shorten, flip_a_bit])
 @pytest.mark.parametrize("name", ["source_ids", "target_lengths"])
-def test_damaged_ids_are_made_anew(opened, pieces, made, name):
+def test_damaged_ids_are_made_anew(opened, pieces, made, name, damage):
   there = opened["train"][0]
   tokens = pair_ids.tokenise(there, pieces)
   want = [np.copy(array) for array in tokens[:4]]
   path = tokens.folder / name
-  path.write_bytes(path.read_bytes()[:-4])
+  path.write_bytes(damage(path.read_bytes()))
   again = pair_ids.tokenise(there, pieces)
   for one, two in zip(again[:4], want, strict=True):
     np.testing.assert_array_equal(one, two)
   assert made == ["en-fr", "en-fr"]
+
+
+def test_ids_beyond_the_pieces_are_refused(opened, pieces, monkeypatch):
+  def beyond(texts):
+    return [[len(pieces)] for _ in texts]
+
+  monkeypatch.setattr(pieces, "encode_all", beyond)
+  with pytest.raises(ValueError, match="ids of en-fr train.*300 entries has 0"):
+    pair_ids.tokenise(opened["train"][0], pieces)
 
 
 def test_a_disk_that_keeps_nothing_does_no_harm(

@@ -1,5 +1,7 @@
 """Word ids and packings are made once, whole or not, and then only mapped."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -180,28 +182,18 @@ def test_a_disk_that_keeps_nothing_does_no_harm(
   assert not folders(records)
 
 
-def test_a_second_start_neither_packs_nor_hashes(
-  records, vocabulary, packed, monkeypatch
-):
+def test_a_second_start_only_maps(records, vocabulary, packed):
   want = word_ids.tokenise(records, vocabulary, vocab.words)
   rows = {length: word_ids.pack(want, length) for length in (8, 9)}
   assert packed == [8, 9]
-  hashed = []
-  digest = text.digest
-  monkeypatch.setattr(
-    text, "digest", lambda array: hashed.append(array.size) or digest(array)
-  )
   got = word_ids.tokenise(records, vocabulary, vocab.words)
   assert_same(got, want)
-  assert not hashed
   for length in rows:
     found = word_ids.pack(got, length)
     assert_packed(found, rows[length])
     assert_packed(found, text.pack(want.lengths, length))
     assert isinstance(found.begin.base, np.memmap)
   assert packed == [8, 9] * 2
-  # Those of the packing, which is all that is read of what is kept.
-  assert len(hashed) == 6 and want.ids.size not in hashed
 
 
 def test_packings_lie_with_their_word_ids(records, vocabulary, packed):
@@ -232,8 +224,13 @@ def change(path):
   path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+def pipe(path):
+  path.unlink()
+  os.mkfifo(path)
+
+
 @pytest.mark.parametrize("name", ["ids", "lengths", "record.json"])
-@pytest.mark.parametrize("damage", [shorten, os.remove])
+@pytest.mark.parametrize("damage", [shorten, change, os.remove, pipe])
 def test_damaged_word_ids_are_made_anew(
   records, vocabulary, made, capfd, name, damage
 ):
@@ -261,6 +258,104 @@ def test_a_damaged_packing_is_made_anew(
   for _ in range(2):
     assert_packed(word_ids.pack(tokens, 8), want)
   assert packed == [8, 8]
+
+
+@pytest.fixture
+def twins(tmp_path, vocabulary):
+  """Two corpora whose word ids are of one size, and what they are."""
+  texts = []
+  for name, lines in (("b", LINES), ("c", LINES[::-1])):
+    path = tmp_path / f"{name}.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    both = corpora.open_corpus("text", tmp_path / name, train=[path])
+    texts.append(both["train"])
+  return texts
+
+
+@pytest.mark.parametrize("names", [["ids"], ["record.json"], []])
+def test_those_of_another_text_are_not_taken(twins, vocabulary, names, made):
+  want, kept = [], []
+  for records in twins:
+    tokens = word_ids.tokenise(records, vocabulary, vocab.words)
+    want.append(text.tokenise(records, vocabulary))
+    kept.append(tokens.folder)
+  assert want[0].digest != want[1].digest
+  assert len(want[0].ids) == len(want[1].ids)
+  one, other = kept
+  # All of the folder where no names are given.
+  for a, b in [(one / n, other / n) for n in names] or [(one, other)]:
+    spare = a.rename(f"{a}.spare")
+    b.rename(a)
+    spare.rename(b)
+  made.clear()
+  for records, expected in zip(twins, want, strict=True):
+    got = word_ids.tokenise(records, vocabulary, vocab.words)
+    assert_same(got, expected)
+  assert made == twins
+
+
+def test_the_packing_of_another_text_is_not_taken(twins, vocabulary, packed):
+  both = [word_ids.tokenise(t, vocabulary, vocab.words) for t in twins]
+  one, other = (tokens.folder / "packing_1_8" for tokens in both)
+  word_ids.pack(both[0], 8)
+  shutil.copytree(one, other)
+  packed.clear()
+  assert_packed(word_ids.pack(both[1], 8), text.pack(both[1].lengths, 8))
+  assert packed == [8, 8]
+
+
+def test_a_record_of_an_older_version_is_taken(records, vocabulary, made):
+  tokens = word_ids.tokenise(records, vocabulary, vocab.words)
+  record = tokens.folder / "record.json"
+  content = json.loads(record.read_text())
+  del content["of"]
+  record.write_text(json.dumps(content))
+  word_ids.tokenise(records, vocabulary, vocab.words)
+  assert made == [records]
+
+
+def test_a_file_that_cannot_be_read_is_not_thrown_away(
+  records, vocabulary, monkeypatch, capfd
+):
+  want = word_ids.tokenise(records, vocabulary, vocab.words)
+
+  def broken(*_):
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(hashlib, "file_digest", broken)
+  got = word_ids.tokenise(records, vocabulary, vocab.words)
+  assert_same(got, want)
+  assert got.folder is None
+  said = capfd.readouterr().err
+  assert "made in memory" in said and "Input/output error" in said
+  assert "damaged" not in said and (want.folder / "ids").exists()
+
+
+def read_only(*_):
+  raise OSError(30, "Read-only file system")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("beyond", [-1, 7, 2**31 - 1])
+def test_ids_beyond_the_vocabulary_are_refused(
+  records, vocabulary, monkeypatch, kept, beyond
+):
+  small = vocab.Vocabulary.build(records, min_count=1, max_size=7)
+  monkeypatch.setattr(small, "encode", lambda words: [beyond for _ in words])
+  if not kept:
+    monkeypatch.setattr(os, "mkdir", read_only)
+  with pytest.raises(ValueError, match=f"{beyond}.*of 7 entries has 0 to 6"):
+    word_ids.tokenise(records, small, vocab.words)
+
+
+def test_nothing_is_written_through_a_link(records, vocabulary, tmp_path):
+  mine = tmp_path / "mine"
+  mine.write_text("mine")
+  (records.folder / "word_ids").mkdir()
+  (records.folder / "word_ids" / "lock").symlink_to(mine)
+  got = word_ids.tokenise(records, vocabulary, vocab.words)
+  assert_same(got, text.tokenise(records, vocabulary))
+  assert mine.read_text() == "mine"
 
 
 def test_where_no_packing_can_be_kept_there_is_one(

@@ -103,7 +103,7 @@ def test_a_damaged_best_gives_the_newest(tmp_path, capfd):
   checkpoints = fill(tmp_path, [(1, 1.0), (2, 2.0)])
   cut(tmp_path, 1)
   assert_is(checkpoints.best(target()), 2)
-  assert "best checkpoint, of step 1" in capfd.readouterr().err
+  assert "checkpoint of step 1 cannot be read" in capfd.readouterr().err
 
 
 def test_all_damaged_is_an_error(tmp_path):
@@ -134,7 +134,7 @@ def test_a_perplexity_cut_short_is_left_out(tmp_path, content, capfd):
   fill(tmp_path, [(1, 3.0), (2, 2.0)]).close()
   (tmp_path / "2" / "metrics" / "metrics").write_bytes(content)
   assert_is(Checkpoints(tmp_path).latest(target()), 1)
-  assert "perplexity of checkpoint 2 cannot be read" in capfd.readouterr().err
+  assert "checkpoint of step 2 cannot be read" in capfd.readouterr().err
 
 
 def halve(content, chance):
