@@ -1,7 +1,6 @@
 """Where numbers go: JSON lines, TensorBoard, and the person who waits."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ class Writer:
     ]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     files.write_whole(path, text)
-    self._file = path.open("a", encoding="utf-8")
+    self._file = files.open_regular(path, "ab")
     self._board = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=step + 1
     )
@@ -38,15 +37,14 @@ class Writer:
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Writes the values of a split ("train", "validation", ...) at a step."""
     line = {"step": step, "split": split, **values}
-    self._file.write(json.dumps(line) + "\n")
+    self._file.write(json.dumps(line).encode() + b"\n")
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(f"{split}/{name}", value, step)
 
   def flush(self) -> None:
     """Puts on the disk what is written so far."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    files.sync(self._file)
     self._board.flush()
 
   def close(self) -> None:
@@ -57,10 +55,10 @@ class Writer:
 
 def read(path: files.Path) -> list[dict]:
   """Reads a run's metrics, but for a last line that a crash cut short."""
-  if not path.exists():
+  if not files.exists(path):
     return []
   lines = []
-  for line in path.read_text(encoding="utf-8").splitlines():
+  for line in files.read(path).decode().splitlines():
     try:
       lines.append(json.loads(line))
     except json.JSONDecodeError:
