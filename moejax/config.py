@@ -48,14 +48,14 @@ def load(path: str) -> ConfigDict:
     path: of the file; what follows a colon is the argument of its get_config.
 
   Raises:
-    ValueError: it is none; says why.
+    named.ReadError: it is none; says why.
   """
   file, _, argument = path.partition(":")
   file = os.path.expanduser(file)
   if not os.path.isfile(file) or os.path.exists(os.path.expanduser(path)):
     file, argument = str(files_lib.local(path)), ""
   if not os.path.isfile(file):
-    raise ValueError(
+    raise named.ReadError(
       f"--config={path}: there is no such file; give one of configs/ or your"
       " own."
     )
@@ -65,7 +65,7 @@ def load(path: str) -> ConfigDict:
     config.to_dict()
     return config.lock()
   except Exception as error:  # Whatever the file's own code raises.
-    raise ValueError(
+    raise named.ReadError(
       f"--config={path} cannot be read ({type(error).__name__}: {error}); it"
       " must define get_config() -> ConfigDict."
     ) from error
@@ -99,20 +99,25 @@ def override(
       True; several are a list, or paths.
 
   Raises:
-    ValueError: there is no such field, or it cannot hold this; says what there
-      is, or what it can.
+    named.ReadError: there is no such field, or it cannot hold this; says what
+      there is, or what it can.
+    ValueError: a section is of an unknown kind.
   """
 
   def depth(change):
     return len(_steps(change[0].removesuffix(".kind")))
 
+  found = {}
   for name, words in sorted(changes, key=depth):
-    found = {field.name: field for field in fields(config)}
+    found = found or {field.name: field for field in fields(config)}
     if name not in found:
-      raise ValueError(_unknown(name, found))
+      raise named.ReadError(_unknown(name, found))
     value = _value(found[name], words)
     with config.unlocked(), config.ignore_type():
       _set(config, _steps(name), value)
+    # By another kind there are other fields.
+    if named.section_of(found[name].annotation) or name.endswith(".kind"):
+      found = {}
 
 
 def meant(config: ConfigDict, name: str) -> list[str]:
@@ -124,14 +129,16 @@ def _unknown(name: str, found: Mapping[str, named.Field]) -> str:
   section, _, last = name.rpartition(".")
   about = named.section_of(found[section].annotation) if section in found else 0
   if about and isinstance(about.factory, Mapping):
+    now = found[f"{section}.kind"].value
+    now = "of no kind" if now is named.EMPTY else f"of the kind {now!r}"
     for kind in about.factory:
       if last in named.chosen(about, {"kind": kind}, section)[1]:
         return (
-          f"{section} has no field {last}, for its kind is"
-          f" {found[f'{section}.kind'].value!r}; by --{section}={kind} it has."
+          f"{section}, which is {now}, has no field {last}; it has by"
+          f" --{section}={kind}."
         )
   tail = name.removeprefix("config")
-  likely = [each for each in found if each.endswith(tail)]
+  likely = [each for each in found if tail.strip(".") and each.endswith(tail)]
   return (
     f"the config has no field {name}; the nearest is"
     f" {' or '.join(likely) or named.nearest(name, found)}."
@@ -144,9 +151,9 @@ def _value(field: named.Field, words: Sequence[str]) -> Any:
   wanted = named.worded(annotation)
   kinds = [each.kind for each in named.alternatives(annotation)]
   if not words and bool not in kinds:
-    raise ValueError(f"--{name} is without a value; give it as {wanted}.")
+    raise named.ReadError(f"--{name} is without a value; give it as {wanted}.")
   if len(words) > 1 and Sequence not in kinds and annotation != Paths:
-    raise ValueError(
+    raise named.ReadError(
       f"what is {words[1]!r}? --{name} takes one value; give it as {wanted}."
     )
   text = ",".join(words) if words else "True"

@@ -55,12 +55,12 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) < 2 or argv[1] in ("help", "-h", "--help"):
     terminal.say(USAGE)
     return 0 if len(argv) > 1 else 2
-  if argv[1] == "--version":
-    # Of the package as it is installed: the number stands in setup.py.
-    terminal.say(f"moejax {importlib.metadata.version('moejax')}")
-    return 0
   workdir = None
   try:
+    if argv[1] in ("version", "--version"):
+      # Of the package as it is installed: the number stands in setup.py.
+      terminal.say(f"moejax {importlib.metadata.version('moejax')}")
+      return 0
     values = _parse(argv)
     if values["help"].value:
       terminal.say(_help(values))
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("give --workdir=DIR, where the run lives.")
       workdir = files.path(values.workdir)
     return COMMANDS[argv[1]](values) or 0
-  except (UsageError, flags.Error) as error:
+  except (UsageError, named.ReadError, flags.Error) as error:
     terminal.warn(f"moejax: {error}")
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
@@ -269,11 +269,8 @@ def _load(path: str, changes: Sequence[tuple[str, Sequence[str]]]) -> Any:
   # Imported late: jax takes seconds, a missing flag should not.
   from moejax import config as config_lib
 
-  try:
-    config = config_lib.load(path)
-    config_lib.override(config, changes)
-  except ValueError as error:
-    raise UsageError(_sentence(error)) from error
+  config = config_lib.load(path)
+  config_lib.override(config, changes)
   return config
 
 

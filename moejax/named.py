@@ -28,7 +28,12 @@ from typing import Annotated, Any, NamedTuple
 
 Factory = Callable[..., Any]
 # Of a field: there is no such value.
-EMPTY = inspect.Parameter.empty
+EMPTY = dataclasses.MISSING
+
+
+class ReadError(ValueError):
+  """A command line does not say what a field is to be."""
+
 
 # -- annotations --------------------------------------------------------------
 
@@ -260,7 +265,7 @@ def _check(section: Mapping[str, Any], about: Section, where: str) -> None:
   for name, parameter in parameters.items():
     if name in values:
       typed(values[name], parameter.annotation, f"{where}.{name}")
-    elif parameter.default is EMPTY:
+    elif parameter.default is parameter.empty:
       raise ValueError(f"{where}.{name} is missing; give it a value.")
 
 
@@ -382,11 +387,12 @@ def fields(
       each.annotation,
       f"{where}.{name}",
       section.get(name, EMPTY),
-      each.default,
+      EMPTY if each.default is each.empty else each.default,
       lines.get(name, ""),
     )
 
 
+@functools.cache
 def _lines(factory: Factory) -> dict[str, str]:
   """Finds the first sentence about each parameter in docstrings."""
   if isinstance(factory, functools.partial):
@@ -465,7 +471,8 @@ def read(text: Any, annotation: Any, where: str) -> Any:
     where: its name.
 
   Raises:
-    ValueError: the field cannot hold it; says what it can.
+    ReadError: the field cannot hold it; says what it can.
+    ValueError: a section has no such kind; says which there are.
   """
   about = section_of(annotation)
   kinds = about and isinstance(about.factory, Mapping) and about.factory
@@ -473,9 +480,12 @@ def read(text: Any, annotation: Any, where: str) -> Any:
   for kind, reader in _READERS.items():
     if kind is Mapping and kinds and str(text).isidentifier():
       return {"kind": known(text, kinds, where)}
-    # No name begins like a dict.
+    # What could be either: no str begins like a dict, a list has a comma.
     if kind is str and about and str(text).startswith("{"):
       break
+    is_word = isinstance(text, str) and not re.search(r"[,(\[]", text)
+    if kind is Sequence and str in by_kind and is_word:
+      continue
     if kind in by_kind:
       try:
         return reader(text, by_kind[kind], where)
@@ -485,7 +495,7 @@ def read(text: Any, annotation: Any, where: str) -> Any:
   if about:
     begin = "'kind'" if kinds else repr(next(iter(chosen(about, {}, "")[1])))
     wanted += f", as in {{{begin}: ...}}"
-  raise ValueError(f"--{where}={text} cannot be read; give it as {wanted}.")
+  raise ReadError(f"--{where}={text} cannot be read; give it as {wanted}.")
 
 
 def _within(value: Any, annotation: Any, where: str) -> Any:
@@ -501,9 +511,9 @@ def _read_none(text, *_):
 
 
 def _read_bool(text, *_):
-  return {"true": True, "1": True, "false": False, "0": False}[
-    str(text).lower()
-  ]
+  words = {True: ("true", "t", "1"), False: ("false", "f", "0")}
+  (value,) = (v for v, said in words.items() if str(text).lower() in said)
+  return value
 
 
 def _read_int(text, *_):
@@ -522,7 +532,9 @@ def _read_float(text, *_):
 
 def _read_section(text, each, where):
   section = ast.literal_eval(text) if isinstance(text, str) else text
-  fields = dict(section.items())
+  if not _is(section, Mapping):
+    raise TypeError
+  fields = dict(section)
   try:
     _, parameters = chosen(each.about, fields, where)
   except ValueError:

@@ -24,8 +24,8 @@ from moejax.training.state import TrainState
 # What `sha256sum --check` reads: the digest of every other file of a
 # checkpoint. Orbax does not notice a flipped bit.
 SUMS_FILE = "SHA256SUMS"
-# What `md5sum --check` reads, in its place in a bucket, which has those digests:
-# nothing need be read for them. Checkpoints may move to one and from there.
+# What `md5sum --check` reads, in its place in a bucket: digests that the bucket
+# has anyway, so that nothing need be read. Checkpoints may move there and back.
 _MD5_FILE = "MD5SUMS"
 _HASHES = {SUMS_FILE: hashlib.sha256, _MD5_FILE: hashlib.md5}
 # Orbax writes them afterwards, and reads nothing of them here.
