@@ -115,7 +115,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
     SystemExit: a signal stopped it.
   """
   result = loop.train(config, workdir)
-  if not result:
+  if "signal" in result:
     raise SystemExit("stopped; the same command goes on from there")
   return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
 

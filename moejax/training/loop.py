@@ -13,7 +13,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax import files as files_lib
-from moejax import sharding, terminal
+from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import text
 from moejax.training import (
@@ -35,9 +35,9 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains, or goes on where the workdir left off, and tests the best.
 
   Killed at any moment and started again, it leaves the same curve behind as a
-  run that was never killed. SIGTERM and Ctrl-C save and return after the step
-  or the validation at hand; a second Ctrl-C leaves at once. Where several
-  processes train (`processes.join`), a signal to any of them stops all.
+  run that was never killed. SIGTERM, SIGHUP and Ctrl-C save and return after
+  the step or the validation at hand; a second Ctrl-C leaves at once. Where
+  several processes train (`processes.join`), a signal to any of them stops all.
 
   Args:
     config: plain values, see configs/.
@@ -45,8 +45,8 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       folder that all processes see.
 
   Returns:
-    The result, which also lies in the workdir as JSON; empty where a signal
-    came first.
+    The result, which also lies in the workdir as JSON; {"signal": its number}
+    where one came first.
 
   Raises:
     ValueError: a config or text that cannot be used; says which value.
@@ -58,7 +58,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   workdir_lib.check_same(config, workdir)
   processes.check_same(config.to_json(sort_keys=True), "config")
   if (workdir / RESULT_FILE).exists():
-    result = files_lib.read_json(workdir / RESULT_FILE)
+    result = metrics.numbers(files_lib.read_json(workdir / RESULT_FILE))
     _print(f"finished before: {_outcome(result, config, workdir)}")
     return result
   options = config_lib.train(config)
@@ -117,8 +117,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     stack.enter_context(contextlib.closing(writer))
     stack.enter_context(contextlib.closing(progress))
     speed = metrics.Speed()
+    # Of few words, its loss is no perplexity of the model.
+    sampled = "sampled_" if config.model.get("num_samples") else ""
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
-    all_stop = False
+    all_stop = 0
 
     def settle() -> None:
       """Brings the last step's metrics to the host, checks and reports them."""
@@ -128,12 +130,16 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       at, measured = pending
       pending = None
       values = {name: float(v) for name, v in jax.device_get(measured).items()}
-      all_stop |= values.pop("asked") > 0
+      all_stop = max(all_stop, int(values.pop("asked")))
       _check_finite(at, values, saved, workdir)
       checkpoints.check()
       speed.add(values.pop("words"))
       if at % options.log_every == 0:
-        values["perplexity"] = evaluate.exp(values["loss"])
+        loss = values.pop("loss")
+        values |= {
+          f"{sampled}loss": loss,
+          f"{sampled}perplexity": evaluate.exp(loss),
+        }
         values["learning_rate"] = float(schedule(at - 1))
         values["words_per_second"] = speed.read()
         writer.write(at, "train", values)
@@ -174,10 +180,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     )
     say = progress.say if processes.first() else terminal.say
     # Until all is saved; a signal in the test that follows ends it at once.
-    with processes.signals(say) as stopped:
+    with signals.asked(say) as stopped:
 
-      def stops() -> bool:
-        return all_stop or (jax.process_count() == 1 and stopped())
+      def stops() -> int:
+        return all_stop or (0 if processes.several() else stopped())
 
       while done < options.steps and not stops():
         batch = step.place(next(batches), where)
@@ -202,7 +208,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
         f"stopped at step {done} of {options.steps}, saved in {workdir}; the"
         " same command goes on from there."
       )
-      return {}
+      return {"signal": stopping}
     # Large models may not fit into memory twice.
     del current
     best = checkpoints.best(target)
@@ -220,7 +226,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       found, result["signatures"] = judge.scores(*about, lines)
       test |= found
     writer.write(done, "test", test)
-    as_json = json.dumps(result, indent=2) + "\n"
+    as_json = metrics.as_json(result, indent=2) + "\n"
     processes.first_does(
       lambda: files_lib.write_whole(workdir / RESULT_FILE, as_json)
     )

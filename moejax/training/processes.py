@@ -15,7 +15,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -113,8 +112,9 @@ def leave(status: int) -> NoReturn:
   Not by sys.exit, at which JAX waits for them, and they may wait for this one.
   What to do next has been said.
   """
-  sys.stdout.flush()
-  sys.stderr.flush()
+  terminal.hurry()
+  with contextlib.suppress(OSError):
+    terminal.finish()
   _dismiss()
   os._exit(status)
 
@@ -224,7 +224,8 @@ def first_does(action: Callable[[], None]) -> None:
 
 def _told_by_first(text: str) -> str:
   message = np.zeros(_MESSAGE, np.uint8)
-  code = np.frombuffer(text.encode()[:_MESSAGE], np.uint8)
+  encoded = text.encode(errors="backslashreplace")
+  code = np.frombuffer(encoded[:_MESSAGE], np.uint8)
   message[: code.size] = code
   message = multihost_utils.broadcast_one_to_all(message)
   return bytes(message).rstrip(b"\0").decode(errors="ignore")
@@ -256,7 +257,7 @@ def check_same(text: str, what: str) -> None:
     )
 
 
-def vote(here: bool, mesh: jax.sharding.Mesh) -> jax.Array:
+def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
   """Makes a global array, an entry a device, of what each process has to say.
 
   A step that takes it along costs no exchange of its own.
@@ -322,33 +323,6 @@ def alone_in(workdir: pathlib.Path) -> Iterator[None]:
         " --workdir."
       ) from error
     yield
-
-
-@contextlib.contextmanager
-def signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-  """Turns SIGTERM and Ctrl-C into a question to ask between two steps."""
-  asked = threading.Event()
-  # Python lets only the main thread set handlers; elsewhere nothing stops it.
-  if threading.current_thread() is not threading.main_thread():
-    yield asked.is_set
-    return
-  before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-  def ask(number, frame):
-    del frame
-    if not asked.is_set():
-      say("stopping after this step; Ctrl-C again leaves at once")
-    asked.set()
-    # Not SIGTERM: make and timeout may each send one, and meant only one.
-    signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-  for number in before:
-    signal.signal(number, ask)
-  try:
-    yield asked.is_set
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 def _first_line(error: Exception) -> str:
