@@ -15,6 +15,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moejax import files, placement, terminal
+from moejax.training import meeting
 
 _Made = TypeVar("_Made")
 
@@ -33,10 +35,11 @@ _SILENCE = 30
 # Python. Then this little program, beside it, has the last word.
 _WATCH = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if not sys.stdin.read():
-  print(sys.argv[1], file=sys.stderr, flush=True)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+  signal.signal(number, signal.SIG_IGN)
+*_, last = ["", *sys.stdin]
+if last.strip():
+  print(last, end="", file=sys.stderr, flush=True)
 """
 _WATCHERS: list[subprocess.Popen] = []
 # The most that the first process tells the others, in bytes.
@@ -67,43 +70,74 @@ def join(
   given = _cluster(coordinator_address, num_processes, process_id)
   if not given and not _started_by_scheduler() and not _on_tpu():
     return
+  if given:
+    address, count, number = given.values()
+    meeting.meet(address, number, count, _waiting)
+  atexit.register(_dismiss)
+  _last_word(
+    f"the processes did not meet within {meeting.PATIENCE:.0f} seconds; start"
+    " all of them within that time, with one address that each can reach."
+  )
   try:
-    jax.distributed.initialize(
-      **given,
-      local_device_ids=_own_devices(os.environ),
-      heartbeat_timeout_seconds=_SILENCE,
-      shutdown_timeout_seconds=_SILENCE,
-    )
+    with _still_waiting():
+      jax.distributed.initialize(
+        **given,
+        local_device_ids=_own_devices(os.environ),
+        initialization_timeout=int(meeting.PATIENCE),
+        heartbeat_timeout_seconds=_SILENCE,
+        shutdown_timeout_seconds=_SILENCE,
+      )
   except ValueError:
     # A lone TPU machine may know nothing of a cluster.
     if given or _started_by_scheduler():
       raise
-  except jax.errors.JaxRuntimeError as error:
-    raise ConnectionError(
-      f"the processes did not meet ({_first_line(error)}); start all of them"
-      " within five minutes, with one address that each can reach."
-    ) from error
-  if several():
-    # JAX takes it for a notice that nobody here reads: until training listens
-    # (`signals`), SIGTERM shall end the process.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _WATCHERS.append(_watcher())
-    atexit.register(_dismiss)
-
-
-def _watcher() -> subprocess.Popen:
-  message = (
-    f"moejax: process {jax.process_index()} of {jax.process_count()} was ended"
-    " from outside or lost another one; start all of them again: they go on"
-    " from the last checkpoint."
+  if not several():
+    _dismiss()
+    return
+  # JAX takes it for a notice that nobody here reads: until training listens
+  # (`signals.asked`), SIGTERM shall end the process.
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  _last_word(
+    f"process {jax.process_index()} of {jax.process_count()} was ended from"
+    " outside or lost another one; start all of them again: they go on from the"
+    " last checkpoint."
   )
-  command = [sys.executable, "-c", _WATCH, message]
-  return subprocess.Popen(command, stdin=subprocess.PIPE)
+
+
+def _waiting(text: str) -> None:
+  terminal.warn(f"moejax: {text}")
+
+
+@contextlib.contextmanager
+def _still_waiting() -> Iterator[None]:
+  """Says every few seconds that JAX, which is silent, waits for the others."""
+  met = threading.Event()
+
+  def say() -> None:
+    while not met.wait(meeting.WORD):
+      _waiting("waiting for the other processes")
+
+  threading.Thread(target=say, daemon=True).start()
+  try:
+    yield
+  finally:
+    met.set()
+
+
+def _last_word(text: str) -> None:
+  """Leaves with the watcher what to say should JAX abort this process."""
+  if not _WATCHERS:
+    command = [sys.executable, "-c", _WATCH]
+    _WATCHERS.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+  pipe = _WATCHERS[0].stdin
+  pipe.write(f"moejax: {text}\n".encode())
+  pipe.flush()
 
 
 def _dismiss() -> None:
   while _WATCHERS:
-    _WATCHERS.pop().communicate(b"all is well")
+    # An empty last line: all is well.
+    _WATCHERS.pop().communicate(b"\n")
 
 
 def leave(status: int) -> NoReturn:
