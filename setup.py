@@ -61,5 +61,5 @@ setuptools.setup(
     "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],
   },
-  entry_points={"console_scripts": ["moejax = moejax.main:console"]},
+  entry_points={"console_scripts": ["moejax = moejax.__main__:run"]},
 )

@@ -87,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
       workdir,
     )
   except KeyboardInterrupt:
+    terminal.hurry()
     terminal.warn("moejax: interrupted")
     return 128 + signal.SIGINT
 
@@ -94,6 +95,11 @@ def main(argv: Sequence[str]) -> int:
 def console() -> None:
   """The `moejax` program."""
   status = main(sys.argv)
+  try:
+    terminal.finish()
+  except OSError as error:
+    terminal.warn(f"moejax: {error}")
+    status = status or 1
   processes = sys.modules.get("moejax.training.processes")
   if status and processes and processes.several():
     processes.leave(status)
@@ -134,8 +140,10 @@ def _translate(values: flags.FlagValues) -> None:
 
   from moejax.training import run
 
-  lines = sys.stdin.buffer.read()
-  with tqdm.tqdm(unit="line", disable=not sys.stderr.isatty()) as bar:
+  # There is none where it was closed before the start.
+  lines = sys.stdin.buffer.read() if sys.stdin else b""
+  live = terminal.Live()
+  with tqdm.tqdm(unit="line", file=live, disable=not live.isatty()) as bar:
     translated = run.translate_run(
       files.path(values.workdir),
       _text_lines(lines),
@@ -146,7 +154,7 @@ def _translate(values: flags.FlagValues) -> None:
     )
   # UTF-8 as the lines that came in, whatever the terminal has.
   written = "".join(f"{line}\n" for line in translated)
-  sys.stdout.buffer.write(written.encode())
+  terminal.hand_over(written.encode())
 
 
 def _text_lines(content: bytes) -> list[str]:

@@ -12,7 +12,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax import files as files_lib
-from moejax import sharding, terminal
+from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import text
 from moejax.training import (
@@ -32,9 +32,9 @@ def train(config: config_lib.Config, workdir: files_lib.Path) -> dict[str, Any]:
   """Trains, or goes on where the workdir left off, and tests the best.
 
   Killed at any moment and started again, it leaves the same curve behind as a
-  run that was never killed. SIGTERM and Ctrl-C save and return after the step
-  or the validation at hand; a second Ctrl-C leaves at once. Where several
-  processes train (`processes.join`), a signal to any of them stops all.
+  run that was never killed. SIGTERM, SIGHUP and Ctrl-C save and return after
+  the step or the validation at hand; a second Ctrl-C leaves at once. Where
+  several processes train (`processes.join`), a signal to any of them stops all.
 
   Args:
     config: plain values, see configs/.
@@ -138,6 +138,8 @@ def _train_alone(
     stack.enter_context(contextlib.closing(writer))
     stack.enter_context(contextlib.closing(progress))
     speed = metrics.Speed()
+    # Of few words, its loss is no perplexity of the model.
+    sampled = "sampled_" if config.model.get("num_samples") else ""
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
     # The number of a signal to any process; 0 before one came.
     all_stop = 0
@@ -152,12 +154,16 @@ def _train_alone(
       at, measured = pending
       pending = None
       values = {name: float(v) for name, v in jax.device_get(measured).items()}
-      all_stop = int(values.pop("asked")) or all_stop
+      all_stop = max(all_stop, int(values.pop("asked")))
       _check_finite(at, values, saved, workdir)
       checkpoints.check()
       speed.add(values.pop("words"))
       if at % options.log_every == 0:
-        values["perplexity"] = evaluate.exp(values["loss"])
+        loss = values.pop("loss")
+        values |= {
+          f"{sampled}loss": loss,
+          f"{sampled}perplexity": evaluate.exp(loss),
+        }
         values["learning_rate"] = float(schedule(at - 1))
         values["words_per_second"] = speed.read()
         writer.write(at, "train", values)
@@ -198,7 +204,7 @@ def _train_alone(
     )
     say = progress.say if processes.first() else terminal.say
     # Until all is saved; a signal in the test that follows ends it at once.
-    with processes.signals(say) as stopped:
+    with signals.asked(say) as stopped:
 
       def stops() -> int:
         return all_stop or (0 if processes.several() else stopped())
@@ -244,7 +250,7 @@ def _train_alone(
       found, result["signatures"] = judge.scores(*about, lines)
       test |= found
     writer.write(done, "test", test)
-    as_json = json.dumps(result, indent=2) + "\n"
+    as_json = metrics.as_json(result, indent=2) + "\n"
     processes.first_does(
       lambda: files_lib.write_whole(workdir / workdir_lib.RESULT_FILE, as_json)
     )
@@ -323,7 +329,7 @@ def _finished(
   if not files_lib.exists(path):
     return None
   try:
-    result = files_lib.read_json(path)
+    result = metrics.numbers(files_lib.read_json(path))
     _outcome(result, config, workdir)
     return result if result["steps"] >= config.train.steps else None
   except (ValueError, LookupError, TypeError, AttributeError):
