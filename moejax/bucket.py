@@ -70,8 +70,8 @@ def _set_up() -> None:
   # Other processes write there too.
   settings = fsspec.config.conf.setdefault("gcs", {})
   settings.setdefault("use_listings_cache", False)
-  # It logs the errors that it raises.
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
+  for name in ("fsspec", "gcsfs"):  # They log the errors that they raise.
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def is_in(place: pathlib.PurePath) -> bool:

@@ -29,11 +29,14 @@ class Bucket:
   Attributes:
     objects: content and generation of each.
     address: of the server, for `environment`.
+    refuses: is asked before everything (method, name of the object); where it
+      says so, that is forbidden.
   """
 
   def __init__(self, address):
     self.objects = {}
     self.address = address
+    self.refuses = lambda method, name: False
     self._next = itertools.count(time.time_ns())
     self._uploads = {}
     self._lock = threading.Lock()
@@ -69,6 +72,8 @@ class Bucket:
     with self._lock:
       if found[1] == "/upload":
         return self._upload(query, headers, body)
+      if name and self.refuses(method, name):
+        return 403, _error(403, "forbidden"), {}
       if found[3] is None:
         return 200, {"name": NAME, "id": NAME, "location": "US"}, {}
       if name is None:
@@ -133,6 +138,8 @@ class Bucket:
         re.split(b"\r?\n\r?\n", p, maxsplit=1)[1] for p in parts[1:3]
       )
       name = json.loads(about)["name"]
+    if self.refuses("POST", name):
+      return 403, _error(403, "forbidden"), {}
     if self._refused(name, query):
       return 412, _error(412, "conditionNotMet"), {}
     self.put(name, body)

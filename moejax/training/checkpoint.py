@@ -33,7 +33,8 @@ _UNSIGNED = {*_HASHES, "_CHECKPOINT_METADATA", "commit_success.txt"}
 _PERPLEXITY = "metrics/metrics"
 # No room on the host or on a device, another process lost, a file that cannot
 # be read: the checkpoint may be as good as ever.
-_NOT_DAMAGE = (MemoryError, OSError, jax.errors.JaxRuntimeError)
+_NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)
+_NOT_DAMAGE = (*_NOT_OF_FILES, OSError)
 # What Orbax, etils and TensorStore all take for the path that it is. They have
 # their own reading of [, *, ?, \ and "..", of "gs:", of names at the root like
 # /s3, and of an ending like that of their locks.
@@ -262,7 +263,8 @@ class Checkpoints:
       try:
         return self._restore(step, target)
       except _NOT_DAMAGE as error:
-        if not isinstance(error, FileNotFoundError) or not self._has_changed():
+        gone = isinstance(error, FileNotFoundError | bucket.Unreachable)
+        if not gone or not self._has_changed():
           raise
       except Exception as error:  # Orbax raises many kinds on damage.
         if not self._has_changed():
@@ -307,10 +309,9 @@ class Checkpoints:
           progress=ocp.args.JsonRestore(),
         ),
       )
-    except _NOT_DAMAGE:
-      raise
     except Exception as error:
-      if self._in_bucket:  # It has all that was written, but does not give it.
+      # A bucket has all that was written, and gives it or nothing.
+      if self._in_bucket and not isinstance(error, _NOT_OF_FILES):
         raise bucket.Unreachable(self._directory, error) from error
       raise
     restored = Restored(TrainState(*items.state), items.progress)

@@ -1,14 +1,24 @@
 """Runs in a bucket: what is held, kept and refused there, and a whole life."""
 
+import functools
+import hashlib
 import json
+import re
+import signal
 import subprocess
 import sys
 import threading
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import program
 import pytest
 import storage
 
 from moejax import bucket
+from moejax.training import state
+from moejax.training.checkpoint import Checkpoints
 
 # Seconds of a lease: long enough for a busy machine to renew it.
 LEASE = 2.0
@@ -24,14 +34,30 @@ def served():
 
 
 @pytest.fixture
-def lock(served, request):
-  """The place of a lock, another one for every test."""
-  del served
-  return bucket.path(f"gs://{storage.NAME}/{request.node.name[:20]}/lock")
+def start_in(served, environment, small_flags):
+  """start_in(workdir): `moejax train` in a process that finds the bucket."""
+  here = environment | served.environment()
+  return functools.partial(program.start, here, small_flags)
+
+
+@pytest.fixture
+def folder(served, request, monkeypatch):
+  """A folder in the bucket, another one for every test."""
+  monkeypatch.setattr(served, "refuses", served.refuses)
+  name = re.sub(r"\W+", "-", request.node.name)
+  return bucket.path(f"gs://{storage.NAME}/{name}")
+
+
+@pytest.fixture
+def lock(folder):
+  return folder / "lock"
 
 
 def put_lock(served, lock, **owner):
   served.put(f"{lock.parent.name}/lock", json.dumps(owner).encode())
+
+
+# -- the lock -----------------------------------------------------------------
 
 
 def test_one_alone_holds_a_lock(served, lock):
@@ -105,6 +131,9 @@ def test_an_owner_that_was_followed_notices(served, lock, removed):
   assert (name in served.objects) != removed
 
 
+# -- places -------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
   "text, said",
   [
@@ -146,3 +175,126 @@ def test_a_bucket_that_is_not_there_is_named(served):
     bucket.write(place, b"")
   with pytest.raises(FileNotFoundError, match="gs://no-such-bucket/runs/x"):
     bucket.read(place)
+
+
+# -- checkpoints --------------------------------------------------------------
+
+
+def make(step):
+  """A state that is split over the devices."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+  where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  w = jax.device_put(jnp.arange(16.0) * step, where)
+  return state.TrainState(jnp.int32(step), {"w": w}, ())
+
+
+def latest(checkpoints):
+  """Restores the newest; returns its step, once all of it is as it was."""
+  target = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+    make(0),
+  )
+  found = checkpoints.latest(target)
+  step = found.progress["at"]
+  jax.tree.map(np.testing.assert_array_equal, found.state, make(step))
+  return step
+
+
+@pytest.fixture
+def filled(folder):
+  """A folder with checkpoints of the steps 1 and 2."""
+  checkpoints = Checkpoints(folder)
+  for step in (1, 2):
+    checkpoints.save(make(step), step, {"at": step}, float(step))
+  checkpoints.close()
+  return folder
+
+
+def largest(served, filled, step):
+  start = f"{filled.name}/{step}/state/"
+  names = [start + name for name in served.names(start)]
+  return max(names, key=lambda name: len(served.read(name)))
+
+
+def test_a_checkpoint_has_the_digests_that_the_bucket_keeps(served, filled):
+  lines = served.read(f"{filled.name}/2/MD5SUMS").decode().splitlines()
+  for line in lines:
+    digest, name = line.split("  ")
+    content = served.read(f"{filled.name}/2/{name}")
+    assert hashlib.md5(content).hexdigest() == digest
+  assert len(lines) > 8
+  assert latest(Checkpoints(filled)) == 2
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_checkpoint_is_set_aside(served, filled, lost, capfd):
+  name = largest(served, filled, 2)
+  if lost:
+    del served.objects[name]
+  else:
+    served.put(name, served.read(name)[::-1])
+  assert latest(Checkpoints(filled)) == 1
+  assert "checkpoint of step 2 cannot be read" in capfd.readouterr().err
+  tops = {name.partition("/")[0] for name in served.names(f"{filled.name}/")}
+  assert "2" not in tops and any(t.startswith("damaged-2-") for t in tops)
+
+
+def test_a_bucket_that_does_not_answer_is_no_damage(served, filled):
+  name, before = largest(served, filled, 2), dict(served.objects)
+  served.refuses = lambda method, asked: asked == name
+  with pytest.raises(OSError, match=f"gs://{storage.NAME}/.*cannot be re"):
+    latest(Checkpoints(filled))
+  assert served.objects.keys() == before.keys()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_checkpoint_moves_to_a_disk(served, filled, tmp_path, damaged):
+  for name in served.names(f"{filled.name}/"):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(served.read(f"{filled.name}/{name}"))
+  if damaged:
+    name = largest(served, filled, 2).removeprefix(f"{filled.name}/")
+    (tmp_path / name).write_bytes(b"")
+  assert latest(Checkpoints(tmp_path)) == (1 if damaged else 2)
+
+
+# -- a whole life -------------------------------------------------------------
+
+
+def test_a_run_killed_while_it_saves_goes_on(served, start_in, folder, whole):
+  """Killed at the last moment of a save, it leaves a local run's curve."""
+  process = start_in(folder)
+  mark = f"{folder.name}/checkpoints/6/commit_success.txt"
+
+  def kill(method, name):
+    if method == "POST" and name == mark:
+      process.kill()
+      return True
+    return False
+
+  served.refuses = kill
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  kept = served.names(f"{folder.name}/checkpoints/")
+  assert "6/MD5SUMS" in kept and "6/commit_success.txt" not in kept
+  assert f"{folder.name}/lock" in served.objects
+  served.refuses = lambda method, name: False
+
+  (output,) = program.end_well(start_in(folder))
+  assert f"resuming {folder} at step 3 of 12" in output
+  assert program.curve(folder) == program.curve(whole[0])
+  tops = {name.partition("/")[0] for name in served.names(f"{folder.name}/")}
+  assert tops == {p.name for p in whole[0].iterdir()} - {"lock"}
+  events = served.names(f"{folder.name}/tensorboard/")
+  assert len(events) == 2
+
+  result = subprocess.run(
+    [sys.executable, "-m", "moejax", "eval", f"--workdir={folder}"],
+    env=start_in.args[0],
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  test = json.loads(served.read(f"{folder.name}/result.json"))["test"]
+  assert f"perplexity {test['perplexity']:,.2f} per word" in result.stdout
