@@ -68,7 +68,7 @@ class Places(NamedTuple):
 def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
   """Yields what the experts know, and contexts of the most special ones."""
   with training.folder("translation_capacity", quick) as runs:
-    run = pathlib.Path(workdir) if workdir else runs / "en-fr_moe_32"
+    run = files_lib.path(workdir) if workdir else runs / "en-fr_moe_32"
     if quick and not workdir:
       files = translating.pair_files("", ["fr"], runs, quick)
       config = translation_capacity.config_of("moe_32", files, runs, quick)

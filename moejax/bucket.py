@@ -110,28 +110,79 @@ def write(place: epath.Path, content: bytes) -> None:
     place.write_bytes(content)
 
 
+class _Object:
+  """An object that is changed only from what it was, by its generation."""
+
+  def __init__(self, place: epath.Path):
+    import tensorstore
+
+    bucket, _, self._name = os.fspath(place).removeprefix(SCHEME).partition("/")
+    retries = {"max_retries": 4, "initial_delay": "1s", "max_delay": "8s"}
+    self.place = place
+    self._store = tensorstore.KvStore.open(
+      {"driver": "gcs", "bucket": bucket, "gcs_request_retries": retries}
+    ).result()
+
+  def read(self) -> tuple[bytes | None, bytes]:
+    """Returns the content, None where there is none, and the generation."""
+    with reaching(self.place):
+      found = self._store.read(self._name).result()
+    content = None if found.state == "missing" else found.value
+    return content, found.stamp.generation
+
+  def write(self, content: bytes | None, generation: bytes) -> bytes:
+    """Writes, or removes; returns the new generation.
+
+    Where there is another generation than given it does nothing, and returns
+    none.
+    """
+    with reaching(self.place):
+      stamp = self._store.write(
+        self._name, content, if_equal=generation
+      ).result()
+    if stamp.generation:
+      return stamp.generation
+    # A request that was sent again may have met its own first try.
+    found, generation = self.read()
+    return generation if found == content else b""
+
+
 class Growing(io.BytesIO):
   """Stands for a file that grows: an object, written anew as a whole.
 
+  It is written by `sync` and at the end, and only where nobody else has written
+  it since.
+
   Args:
-    place: of the object, which is written by `sync` and at the end.
-    content: that it begins with.
+    place: of the object.
+    keep: begin with the content that is there.
+
+  Raises:
+    Unreachable: the bucket is.
   """
 
-  def __init__(self, place: epath.Path, content: bytes = b""):
+  def __init__(self, place: epath.Path, keep: bool):
     super().__init__()
-    self._place, self._written = place, 0
-    self.write(content)
+    self._object = _Object(place)
+    content, self._generation = self._object.read()
+    self._written = self.write(content or b"") if keep else 0
 
   def sync(self) -> None:
     """Writes the object, if anything has been added.
 
     Raises:
-      OSError: there is no such bucket, or it is unreachable.
+      OSError: another process has, or the bucket is unreachable.
     """
-    if self._written < self.tell():
-      write(self._place, self.getvalue())
-      self._written = self.tell()
+    if self._written == self.tell():
+      return
+    self._written = self.tell()
+    generation = self._object.write(self.getvalue(), self._generation)
+    if not generation:
+      raise OSError(
+        f"{self._object.place} was written by another process; it is left as"
+        " that wrote it."
+      )
+    self._generation = generation
 
   def close(self) -> None:
     """Writes the object, once."""
@@ -233,15 +284,8 @@ class _Held:
   """A lock that is this process's own, until it turns out to be another's."""
 
   def __init__(self, lock: epath.Path, lease: float):
-    import tensorstore
-
-    bucket, _, name = os.fspath(lock).removeprefix(SCHEME).partition("/")
-    self._lock, self._lease, self._name = lock, lease, name
-    spec = {"driver": "gcs", "bucket": bucket}
-    retries = {"max_retries": 4, "initial_delay": "1s", "max_delay": "8s"}
-    self._store = tensorstore.KvStore.open(
-      spec | {"gcs_request_retries": retries}
-    ).result()
+    self._lock, self._lease = lock, lease
+    self._object = _Object(lock)
     self._one_at_a_time = threading.Lock()
     self._lost = False
     self._me = {
@@ -252,56 +296,36 @@ class _Held:
       "token": secrets.token_hex(8),
     }
     self._tried = time.time()
-    try:
-      self._generation = self._take()
-    except ValueError as error:  # TensorStore raises no other kind.
-      raise Unreachable(lock, error) from error
+    self._generation = self._take()
 
   def _take(self) -> bytes:
-    found = self._read()
-    begun = time.monotonic()
-    while True:
-      owner = _owner(found.value)
-      silent = time.monotonic() - begun > self._lease
-      if found.state == "missing" or silent or _is_gone(owner):
-        generation = self._write(found.stamp.generation)
-        if not generation:
-          raise self._taken(_owner(self._read().value))
-        return generation
-      if not silent:
-        terminal.warn(
-          f"{self._lock} is held by {_described(owner)}; looking for"
-          f" {self._lease:.0f} seconds whether that is alive"
-        )
-      before = found.stamp.generation
-      while time.monotonic() - begun <= self._lease:
+    content, before = self._object.read()
+    if content is not None and not _is_gone(_owner(content)):
+      terminal.warn(
+        f"{self._lock} is held by {_described(content)}; looking for"
+        f" {self._lease:.0f} seconds whether that is alive"
+      )
+      end, generation = time.monotonic() + self._lease, before
+      while time.monotonic() < end and generation == before:
         time.sleep(self._lease / _ASKED)
-        found = self._read()
-        if found.stamp.generation != before:
-          break
-      if found.state != "missing" and found.stamp.generation != before:
-        raise self._taken(_owner(found.value))
+        content, generation = self._object.read()
+      if content is not None and generation != before:
+        raise self._taken(content)
+      before = generation
+    if generation := self._write(before):
+      return generation
+    raise self._taken(self._object.read()[0])
 
-  def _taken(self, owner: dict[str, Any]) -> BlockingIOError:
+  def _taken(self, content: bytes | None) -> BlockingIOError:
     return BlockingIOError(
-      f"another process, {_described(owner)}, trains in {self._lock.parent};"
+      f"another process, {_described(content)}, trains in {self._lock.parent};"
       " wait for it, or give another --workdir."
     )
 
-  def _read(self) -> Any:
-    return self._store.read(self._name).result()
-
   def _write(self, generation: bytes) -> bytes:
-    """Returns the new generation; none where there is another than given."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = json.dumps(self._me | {"renewed": now}).encode()
-    stamp = self._store.write(self._name, content, if_equal=generation).result()
-    if stamp.generation:
-      return stamp.generation
-    # A request that was sent again may have met its own first try.
-    found = self._read()
-    own = _owner(found.value).get("token") == self._me["token"]
-    return found.stamp.generation if own else b""
+    return self._object.write(content, generation)
 
   def renew(self) -> None:
     with self._one_at_a_time:
@@ -309,7 +333,7 @@ class _Held:
       if self._lost:
         return
       # A bucket out of reach is no one else's; to save there fails by itself.
-      with contextlib.suppress(ValueError):
+      with contextlib.suppress(Unreachable):
         self._generation = self._write(self._generation)
         self._lost = not self._generation
 
@@ -320,24 +344,25 @@ class _Held:
     if self._lost:
       raise OSError(
         f"{self._lock} was removed, or taken over by another process while this"
-        " one gave no sign of life; this one ends here, the other goes on."
+        " one gave no sign of life; this one ends here."
       )
 
   def release(self) -> None:
     if not self._lost:
-      with contextlib.suppress(ValueError):
-        self._store.write(self._name, None, if_equal=self._generation).result()
+      with contextlib.suppress(Unreachable):
+        self._object.write(None, self._generation)
 
 
-def _owner(content: bytes) -> dict[str, Any]:
+def _owner(content: bytes | None) -> dict[str, Any]:
   try:
-    found = json.loads(content)
+    found = json.loads(content or b"{}")
   except ValueError:
     return {}
   return found if isinstance(found, dict) else {}
 
 
-def _described(owner: dict[str, Any]) -> str:
+def _described(content: bytes | None) -> str:
+  owner = _owner(content)
   return f"process {owner.get('pid')} on {owner.get('host')}"
 
 

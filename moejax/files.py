@@ -38,7 +38,7 @@ _KINDS: dict[Callable[[int], bool], str] = {
 }
 
 
-def open_regular(path: Path, mode: str = "rb") -> BinaryIO:
+def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
   """Opens a regular file, or makes it where `mode` does.
 
   In a bucket it is the content that is opened, and written by `sync` and at the
@@ -55,8 +55,9 @@ def open_regular(path: Path, mode: str = "rb") -> BinaryIO:
   """
   writes = mode != "rb"
   if bucket.is_in(path):
-    content = b"" if mode == "xb" else bucket.read(path)
-    return bucket.Growing(path, content) if writes else io.BytesIO(content)
+    if writes:
+      return bucket.Growing(path, keep=mode != "xb")
+    return io.BytesIO(bucket.read(path))
 
   def opener(name: str, flags: int) -> int:
     # To open a pipe may wait forever, and to open a device may set it going.
@@ -246,7 +247,7 @@ def remove_drafts(folder: Path) -> None:
     draft.unlink()
 
 
-def sync(file: BinaryIO) -> None:
+def sync(file: BinaryIO | io.BytesIO) -> None:
   """Puts on the disk what is written: to be called before it gets its name."""
   file.flush()
   if isinstance(file, bucket.Growing):

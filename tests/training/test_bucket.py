@@ -16,7 +16,7 @@ import program
 import pytest
 import storage
 
-from moejax import bucket
+from moejax import bucket, files
 from moejax.training import state
 from moejax.training.checkpoint import Checkpoints
 
@@ -175,6 +175,34 @@ def test_a_bucket_that_is_not_there_is_named(served):
     bucket.write(place, b"")
   with pytest.raises(FileNotFoundError, match="gs://no-such-bucket/runs/x"):
     bucket.read(place)
+
+
+# -- files that grow ----------------------------------------------------------
+
+
+def test_what_grows_is_written_by_sync_and_at_the_end(served, folder):
+  place = folder / "lines"
+  bucket.write(place, b"a\n")
+  with files.open_regular(place, "ab") as file:
+    file.write(b"b\n")
+    file.flush()
+    assert bucket.read(place) == b"a\n"
+    files.sync(file)
+    assert bucket.read(place) == b"a\nb\n"
+    file.write(b"c\n")
+  assert bucket.read(place) == b"a\nb\nc\n"
+
+
+def test_what_another_has_written_meanwhile_stays(served, folder):
+  """One that was suspended, and followed, must not come back and write."""
+  place = folder / "lines"
+  with (
+    pytest.raises(OSError, match="was written by another process"),
+    files.open_regular(place, "xb") as file,
+  ):
+    bucket.write(place, b"another's")
+    file.write(b"mine")
+  assert bucket.read(place) == b"another's"
 
 
 # -- checkpoints --------------------------------------------------------------
