@@ -225,8 +225,8 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
   try:
     rest = values(argv)
   except flags.UnrecognizedFlagError as error:
-    if "config" in values and values["config"].value:
-      _refuse_field(_load(values["config"].value, []), error.flagname)
+    if "config" in values:
+      _refuse_field(values["config"].value, error.flagname)
     raise
   if rest[1:]:
     raise UsageError(
@@ -282,11 +282,13 @@ def _load(path: str, changes: Sequence[tuple[str, Sequence[str]]]) -> Any:
   return config
 
 
-def _refuse_field(config: Any, name: str) -> None:
+def _refuse_field(path: str, name: str) -> None:
   """Says which field is meant by a flag that there is not, if one is."""
   from moejax import config as config_lib
 
-  if meant := config_lib.meant(config, name):
+  # Without a file there still are the fields that every config has.
+  config = config_lib.load(path) if path else config_lib.Config()
+  if meant := config_lib.meant(config, name.replace("-", "_")):
     raise UsageError(
       f"there is no flag --{name}; a field of the config is changed by"
       f" {' or '.join(f'--{each}=VALUE' for each in meant)}."

@@ -1,5 +1,6 @@
 """The command line: what it refuses, in one sentence, and what stays."""
 
+import importlib.metadata
 import json
 import pathlib
 import re
@@ -55,6 +56,197 @@ def test_unknown_command_names_the_nearest(capsys):
 def test_help_lists_the_flags(command, flag, capsys):
   assert main(["moejax", command, "--help"]) == 0
   assert f"  --{flag}: " in capsys.readouterr().out
+
+
+def test_help_lists_every_field(capsys):
+  argv = ["moejax", "train", f"--config={ROOT}/configs/tiny.py", "--help"]
+  assert main([*argv, "--config.model.moe.router=balanced"]) == 0
+  said = capsys.readouterr().out
+  for field, about in (
+    ("train.steps=400", "updates in all (int, 1 or more)"),
+    ("model.moe.router.kind=balanced", "softmax | top_k | noisy_top_k | bal"),
+    ("model.moe.router.max_k=None", "(int or None; left out)"),
+    ("model.moe.capacity_factor=1.25", "None drops nothing (float or None)"),
+    ("model.lstm.hidden=None", "projection (int, 1 or more or None; left out)"),
+    ("aux.z=None", "Mean over tokens of logsumexp"),
+    ("model.hierarchical_moe.num_groups=...", "groups of experts"),
+  ):
+    line = re.search(f"  --config.{re.escape(field)}\n(.*)", said)
+    assert line and about in line[1], field
+
+
+def test_version(capsys):
+  assert main(["moejax", "--version"]) == 0
+  said = capsys.readouterr().out.split()
+  assert said == ["moejax", importlib.metadata.version("moejax")]
+  assert f'version="{said[1]}"' in (ROOT / "setup.py").read_text()
+
+
+@pytest.fixture
+def config_of(monkeypatch, capsys):
+  """Parses flags for configs/tiny.py; returns the config, or what is said."""
+  ran = []
+  monkeypatch.setitem(COMMANDS, "train", ran.append)
+
+  def config_of(*flags, file=ROOT / "configs" / "tiny.py"):
+    argv = ["moejax", "train", f"--config={file}", "--workdir=x"]
+    status = main([*argv, *flags])
+    if status:
+      return capsys.readouterr().err
+    return ran.pop().config.to_dict()
+
+  return config_of
+
+
+def option(name, value):
+  """A flag that sets a field of the config."""
+  return f"--config.{name}={value}"
+
+
+LINEAR = {"kind": "linear", "num_experts": 4}
+DEEP = {"kind": "feed_forward", "num_experts": 4, "hidden": (8, 8)}
+
+
+@pytest.mark.parametrize(
+  "name, text, value",
+  [
+    ("model.moe.capacity_factor", "None", None),
+    ("model.moe.capacity_factor", "null", None),
+    ("model.moe.group_size", "none", None),
+    ("model.moe.group_size", "1e2", 100),
+    ("optimizer.clip_norm", "5", 5.0),
+    ("train.steps", "1e3", 1000),
+    ("train.steps", "1_000", 1000),
+    ("train.steps", "1000.0", 1000),
+    ("train.microbatches", "2", 2),
+    ("aux.z", "1e-3", 0.001),
+    ("aux.load", "None", None),
+    ("aux.scope", "group", "group"),
+    ("model.moe.recompute", "true", True),
+    ("model.moe.router.noise_epsilon", "0", 0.0),
+    ("model.moe.router", "top_k", {"kind": "top_k", "k": 2}),
+    ("model.moe.router", "switch", {"kind": "switch"}),
+    (
+      "model.moe.router",
+      "{'kind': 'hash', 'k': 1e0}",
+      {"kind": "hash", "k": 1},
+    ),
+    ("model.moe.experts", "linear", {"kind": "linear"}),
+    ("model.moe.experts", f"[{LINEAR}, {DEEP}]", (LINEAR, DEEP)),
+    ("model.moe.experts.hidden", "[64,64]", (64, 64)),
+    ("model.moe.experts.hidden", "(64, 64)", (64, 64)),
+    ("model.moe.experts.hidden", "64,64", (64, 64)),
+    ("model.moe.experts.hidden", "64", 64),
+    ("model.moe.experts.activation", "gelu", "gelu"),
+    ("model.layers", "lstm,moe", ("lstm", "moe")),
+    ("model.layers", "[lstm, moe]", ("lstm", "moe")),
+    ("model.layers", "['lstm']", ("lstm",)),
+    ("model.layers", "lstm", ("lstm",)),
+    ("model.lstm", "{'hidden': 8}", {"hidden": 8}),
+    ("model.one_expert", "identity", {"kind": "identity"}),
+    ("layout", "{'mesh_shape': [2, -1, 1]}", {"mesh_shape": (2, -1, 1)}),
+    ("layout.mesh_shape", "2,-1,1", (2, -1, 1)),
+    ("data.train", "[a].txt, b.txt", "[a].txt, b.txt"),
+    ("data.train", "None", "None"),
+  ],
+)
+def test_any_field_is_an_option(config_of, name, text, value):
+  found = config_of(option(name, text))
+  for step in name.split("."):
+    found = found[step]
+  assert found == value and type(found) is type(value)
+
+
+def test_flags_are_written_with_an_equals_sign_or_a_space(config_of):
+  config = config_of(
+    "--config.seed", "3", "--config.model.layers", "lstm", "moe", "lstm",
+    "--config.model.moe.recompute", "-config.data.kind=text",
+    "--config.data.train", "a.txt", "b.txt",
+  )  # fmt: skip
+  assert config["seed"] == 3 and config["model"]["moe"]["recompute"] is True
+  assert config["model"]["layers"] == ("lstm", "moe", "lstm")
+  assert config["data"]["train"] == "a.txt,b.txt"
+
+
+def test_the_order_of_flags_does_not_matter(config_of):
+  flags = [
+    option("model.moe.experts[1].hidden", 16),
+    option("model.moe.experts", [LINEAR, DEEP]),
+    option("model.moe.router.max_k", 4),
+    option("model.moe.router", "balanced"),
+  ]
+  moe = config_of(*flags)["model"]["moe"]
+  assert moe["router"] == {"kind": "balanced", "k": 2, "max_k": 4}
+  assert moe["experts"] == (LINEAR, DEEP | {"hidden": 16})
+  assert config_of(*flags[::-1])["model"]["moe"] == moe
+  # Of one field the last counts.
+  assert config_of(option("seed", 1), option("seed", 2))["seed"] == 2
+
+
+@pytest.mark.parametrize(
+  "flags, complaint",
+  [
+    (
+      ["--config.train.steps=1.5"],
+      "--config.train.steps=1.5 .* give it as int",
+    ),
+    (["--config.train.steps="], "give it as int"),
+    (["--config.train.steps=inf"], "give it as int"),
+    (["--config.train.steps=True"], "give it as int"),
+    (["--config.train.steps"], "steps is without a value; give it as int"),
+    (["--config.train.steps=1", "2"], "what is '2'.* takes one value"),
+    (["--config.model.moe.group_size=x"], "give it as int or None"),
+    (["--config.model.moe.recompute=yes"], "give it as bool"),
+    (["--config.model.moe.recompute", "now"], "give it as bool"),
+    (["--config.aux=0.1"], "give it as dict, as in {'scope': ...}"),
+    (["--config.model.moe.router=topk"], "router is 'topk'; .* is 'top_k'"),
+    (["--config.model.moe.router=[2"], "give it as dict, as in {'kind': ...}"),
+    (["--config.model.moe.router={kind:"], "as in {'kind': ...}"),
+    (["--config.model.moe.router.max_k=4"], "--config.model.moe.router=balanc"),
+    (["--config.model.hierarchical_moe.primary.k=4"], "of no kind"),
+    (["--config.steps=10"], "nearest is config.train.steps"),
+    (["--config=10"], "no such file"),
+    (["--config.=10"], "no field config.; the nearest"),
+    (["--config.train.steps[0]=10"], "no field config.train.steps.0.; the ne"),
+    (["--steps=10"], "no flag --steps; .* by --config.train.steps=VALUE"),
+    (["--steps", "10"], "no flag --steps; .* by --config.train.steps=VALUE"),
+    (["--moe.num_experts=4"], "by --config.model.moe.num_experts=VALUE"),
+    (["--layout=fsdp"], "by --config.layout=VALUE"),
+    (["--z=1"], "by --config.aux.z=VALUE"),
+    (
+      ["--batch-size=1"],
+      "no flag --batch-size; .* by --config.data.batch_size",
+    ),
+    (
+      ["--hidden=1"],
+      "model.lstm.hidden=VALUE or --config.model.moe.experts.hi",
+    ),
+  ],
+)
+def test_options_that_cannot_be_read(config_of, flags, complaint):
+  said = config_of(*flags)
+  assert said.startswith("moejax: ") and said.count("\n") == 1
+  assert re.search(complaint, said), said
+
+
+def test_a_config_takes_an_argument(config_of, tmp_path):
+  path = tmp_path / "own.py"
+  tiny = (ROOT / "configs" / "tiny.py").read_text()
+  tiny = tiny.replace("get_config()", "get_config(seed)")
+  path.write_text(tiny.replace('"seed": 0', '"seed": int(seed)'))
+  assert config_of(file=f"{path}:7")["seed"] == 7
+  assert config_of(option("seed", 8), file=f"{path}:7")["seed"] == 8
+  assert "missing 1 required" in config_of(file=path)
+
+
+def test_a_field_as_a_flag_without_a_config(capsys):
+  assert main(["moejax", "train", "--steps=10"]) == 2
+  assert "by --config.train.steps=VALUE" in capsys.readouterr().err
+
+
+def test_other_commands_keep_the_config_of_the_run(capsys):
+  assert main(["moejax", "eval", "--workdir=x", option("seed", 3)]) == 2
+  assert "what is --config.seed? A run keeps the" in capsys.readouterr().err
 
 
 def test_workdir_and_config_are_needed(capsys, tmp_path):
@@ -153,6 +345,7 @@ def test_a_field_that_no_builder_reads(capsys, tmp_path):
   "flags, complaint",
   [
     (["data.train=no.txt"], "no.txt does not exist"),
+    (["data.train=no*.txt"], "no*.txt matches no file"),
     (["data.kind=sotu"], "set config.data.kind=text"),
     (["data.kind=prose", "data.train="], "prose"),
     (["data.batch_size=100000"], "a batch of 100000 rows is more than"),
@@ -287,6 +480,39 @@ def test_a_device_that_fills_up(trained, monkeypatch, capsys):
   assert "123 bytes.); take more config.train.microbatches" in said
   assert "Alloc" not in said
   assert "Alloc" in (trained / "traceback.txt").read_text()
+
+
+def test_eval_reads_a_list_of_files(trained, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("a.txt", "b, c.txt", "d.txt"):
+    (tmp_path / name).write_text("Fellow citizens\n")  # and </S>
+  argv = ["moejax", "eval", f"--workdir={trained}", "--data=[ad].txt"]
+  assert main([*argv, "b, c.txt"]) == 0
+  assert "(9 words)" in capsys.readouterr().out
+  assert main([*argv, "--data", "no*.txt"]) == 1
+  assert "no*.txt matches no file" in capsys.readouterr().err
+
+
+def test_a_layer_without_drops_by_flags(small_flags, tmp_path, capsys):
+  flags = {
+    "model.moe.capacity_factor": None,
+    "model.moe.eval_capacity_factor": "None",
+    "model.moe.group_size": "1.6e1",
+    "model.moe.router": "top_k",
+    "model.moe.dispatch": "ragged",
+    "aux.z": "1e-3",
+    "train.steps": "2e0",
+    "train.eval_every": 2,
+  }
+  argv = ["moejax", "train", *small_flags, f"--workdir={tmp_path}/run"]
+  argv += [option(name, value) for name, value in flags.items()]
+  assert main(argv) == 0
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[0])["dropped_fraction"] == 0
+  assert (
+    json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"]
+    == 2
+  )
 
 
 def test_eval_takes_a_split_or_files(trained, capsys):
