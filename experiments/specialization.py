@@ -31,7 +31,6 @@ ends a sentence, two the ends of labels (results/specialization_workdir.csv).
 One run of each.
 """
 
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -41,6 +40,7 @@ import scipy.special
 
 from experiments import harness, training, translating, translation_capacity
 from moejax import config as config_lib
+from moejax import files as files_lib
 from moejax import losses
 from moejax import workdir as workdir_lib
 from moejax.data import corpus
@@ -91,7 +91,7 @@ def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
     print(harness.aligned(lines))
 
 
-def read(workdir: pathlib.Path) -> Places:
+def read(workdir: files_lib.Path) -> Places:
   """Routes the distinct sentences of a run's test text."""
   seen, parts, size = set(), [], 0
   for batch, sown in training.decisions(workdir, "test"):
