@@ -78,7 +78,7 @@ def keep(
   found = _found(path, types)
   if found is None:
     path.parent.mkdir(exist_ok=True)
-    with files_lib.alone(path.parent / "lock"):
+    with files_lib.locked(path.parent / "lock"):
       found = _found(path, types)
       if found is None:
         if path.exists():
