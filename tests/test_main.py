@@ -556,6 +556,36 @@ def test_eval_repeats_the_test(trained, capsys):
   assert f"(checkpoint of step {want['best_step']})" in said
 
 
+def test_eval_says_where_the_best_is_damaged(trained, tmp_path, capsys):
+  best = json.loads((trained / "result.json").read_text())["best_step"]
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  score = workdir / "checkpoints" / str(best) / "metrics" / "metrics"
+  score.write_bytes(score.read_bytes().replace(b".", b"1", 1))
+  assert main(["moejax", "eval", f"--workdir={workdir}"]) == 0
+  out, err = capsys.readouterr()
+  assert f"(checkpoint of step {best - 3})" in out
+  assert f"of step {best}, is damaged or gone" in err
+  assert f"best that is left is of step {best - 3}." in err
+
+
+def test_a_result_says_where_the_best_is_gone(
+  trained, small_flags, tmp_path, capsys
+):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  result = json.loads((workdir / "result.json").read_text())
+  (workdir / "result.json").unlink()
+  validation = {"step": 3, "split": "validation", "perplexity": 2.0}
+  with (workdir / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps(validation) + "\n")
+  assert main(["moejax", "train", *small_flags, f"--workdir={workdir}"]) == 0
+  said = capsys.readouterr().out
+  assert "left, as that of step 3 is damaged or gone (step 12 of 12)" in said
+  left = json.loads((workdir / "result.json").read_text())
+  assert left["lost_best_step"] == 3
+  assert left["best_step"] == result["best_step"] == 12
+  assert "lost_best_step" not in result
+
+
 def test_eval_reads_other_text(trained, tmp_path, capsys):
   path = tmp_path / "own.txt"
   path.write_text("The zyzzyva of the Congress .\nFellow citizens\n")

@@ -44,10 +44,11 @@ _PLAIN = re.compile(
 
 
 class Restored(NamedTuple):
-  """A checkpoint's content; `progress` is what `save` was given."""
+  """A checkpoint's content, as `save` was given it."""
 
   state: TrainState
   progress: dict[str, Any]
+  perplexity: float | None
 
 
 class _Sums(NamedTuple):
@@ -170,6 +171,10 @@ class Checkpoints:
     self.wait()
     return self._first_sound(target, self._by_perplexity)
 
+  def newest(self) -> int:
+    """Returns the newest step there is, damaged or not; 0 without any."""
+    return max([0, *self._perplexity, *self._damaged])
+
   def wait(self) -> None:
     """Waits until what was saved is on the disk.
 
@@ -190,14 +195,13 @@ class Checkpoints:
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
     """Tells Orbax which to keep, by its protocol of preservation policies.
 
-    The last ones, the best, and those whose perplexity nobody knows.
+    The last ones, the best, and all that nobody knows to be sound.
     """
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
     sound = [step for step in steps if step in self._perplexity]
-    kept = {*steps[-self._keep :], *self._damaged}
-    kept.add(min(sound, key=self._by_perplexity))
-    return [step in kept for step in steps]
+    kept = {*sound[-self._keep :], min(sound, key=self._by_perplexity)}
+    return [step in kept or step not in self._perplexity for step in steps]
 
   def _by_perplexity(self, step: int) -> tuple[float, int]:
     """Orders steps; of equally good ones the newest comes first."""
@@ -210,6 +214,9 @@ class Checkpoints:
     Not Orbax reads the perplexities: it takes them as they come, and where one
     is no JSON it refuses the whole directory.
     """
+    # A folder that may be listed but not entered would pass for an empty one.
+    with _all_or_none(), contextlib.suppress(FileNotFoundError):
+      os.stat(f"{self._directory}/.")
     self._manager = ocp.CheckpointManager(
       self._path,
       options=ocp.CheckpointManagerOptions(
@@ -223,17 +230,18 @@ class Checkpoints:
     known, self._damaged, self._perplexity = self._damaged, set(), {}
     for step in self._manager.all_steps():
       perplexity, wrong = None, ""
-      with _all_or_none():
-        try:
+      try:
+        with _all_or_none():
           perplexity = self._measured(step)
-        except ValueError as error:
-          wrong = str(error)
-        except FileNotFoundError:
-          if self._read_only:
-            continue  # Training goes on, and has deleted it.
-          raise
+      except FileNotFoundError:
+        # Training goes on and deletes it; or the folder is called 09.
+        if self._read_only or not (self._directory / str(step)).is_dir():
+          continue
+        raise
+      except ValueError as error:
+        wrong = str(error)
       self._perplexity[step] = perplexity
-      if processes.any_of_us(bool(wrong)):
+      if wrong:
         self._leave_out(step, "" if step in known else wrong)
 
   def _measured(self, step: int) -> float | None:
@@ -258,6 +266,8 @@ class Checkpoints:
     self, target: TrainState, order: Callable[[int], Any]
   ) -> Restored | None:
     """Restores the first checkpoint, in an order, that can be read."""
+    if self._damaged:
+      self._has_changed()
     while self._perplexity:
       step = min(self._perplexity, key=order)
       try:
@@ -314,9 +324,9 @@ class Checkpoints:
       if self._in_bucket and not isinstance(error, _NOT_OF_FILES):
         raise bucket.Unreachable(self._directory, error) from error
       raise
-    restored = Restored(TrainState(*items.state), items.progress)
-    _check_step(int(restored.state.step), step)
-    return restored
+    state = TrainState(*items.state)
+    _check_step(int(state.step), step)
+    return Restored(state, items.progress, self._perplexity[step])
 
   def _check_sums(self, step: int) -> None:
     """Refuses a checkpoint whose files are not what was written.
@@ -325,19 +335,12 @@ class Checkpoints:
     restore that fails on some would keep the others waiting.
     """
     folder = self._directory / str(step)
-    wrong = ""
     with _all_or_none():
-      try:
-        sums = _read_sums(folder)
-        names = sorted(sums.digests)[jax.process_index() :: jax.process_count()]
-        for name, digest in _digests(folder, names, sums.file):
-          if digest != sums.digests[name]:
-            wrong = f"{name} is not as written, by {sums.file}"
-            break
-      except ValueError as error:
-        wrong = str(error)
-    if processes.any_of_us(bool(wrong)):
-      raise ValueError(wrong or "a file of it is not as written")
+      sums = _read_sums(folder)
+      names = sorted(sums.digests)[jax.process_index() :: jax.process_count()]
+      for name, digest in _digests(folder, names, sums.file):
+        if digest != sums.digests[name]:
+          raise ValueError(f"{name} is not as written, by {sums.file}")
 
   def _sign(self) -> None:
     """Writes the digests, just before a checkpoint gets its final name.
@@ -409,14 +412,30 @@ def _plain_path(directory: files_lib.Path) -> Iterator[files_lib.Path]:
 
 @contextlib.contextmanager
 def _all_or_none() -> Iterator[None]:
-  """Fails on all processes where one cannot read: none waits for it."""
+  """Fails on all processes where one fails: none waits for it.
+
+  Raises:
+    FileNotFoundError: a file is gone.
+    OSError: one cannot be read, on some process.
+    ValueError: one is damaged, by some process.
+  """
   caught = None
   try:
     yield
-  except OSError as error:
+  except (OSError, ValueError) as error:
     caught = error
+  if processes.any_of_us(isinstance(caught, OSError)):
+    if isinstance(caught, FileNotFoundError | bucket.Unreachable):
+      raise caught
+    what = "a file of a checkpoint"
+    if isinstance(caught, OSError):
+      what = f"{caught.filename or what} ({caught.strerror or caught})"
+    raise OSError(
+      f"{what} cannot be read, which does not mean that it is damaged: nothing"
+      " was changed; make it readable, and start again."
+    ) from caught
   if processes.any_of_us(caught is not None):
-    raise caught or OSError("another process cannot read the checkpoints")
+    raise caught or ValueError("another process finds a file damaged")
 
 
 def _check_step(found: int, step: int) -> None:
@@ -455,12 +474,12 @@ def _check_complete(
     )
     for array in arrays
   )
-  if len(keys) != wanted:
-    raise OSError(f"of {wanted} entries {len(keys)} are there")
-  # The last byte of each, in whichever file it lies.
+  # The last byte of each, in whichever file it lies: none where that is gone.
   last = slice(-1, None)
-  for reading in [store.read(key, byte_range=last) for key in keys]:
-    reading.result()
+  reads = [store.read(key, byte_range=last) for key in keys]
+  there = sum(len(read.result().value) for read in reads)
+  if there != wanted:
+    raise OSError(f"of {wanted} parts of arrays {there} are there")
 
 
 def _files(folder: files_lib.Path) -> list[str]:
@@ -474,7 +493,9 @@ def _files(folder: files_lib.Path) -> list[str]:
   """
 
   if bucket.is_in(folder):
-    return list(bucket.digests(folder))
+    if found := list(bucket.digests(folder)):
+      return found
+    raise FileNotFoundError(f"{folder} is gone")
 
   def fail(error: OSError) -> None:
     raise error

@@ -243,6 +243,8 @@ def _train_alone(
       "steps": done,
       "seconds": seconds,
     }
+    if lost := run_lib.lost_best(workdir, best, done):
+      result["lost_best_step"] = lost
     if translator:
       progress.say("translating the test")
       about = translator, best.state.params, data.pairs["test"]
@@ -296,8 +298,11 @@ def _outcome(
   workdir: files_lib.Path,
 ) -> str:
   test = metrics.describe(result["test"], config_lib.unit(config))
+  left = ""
+  if lost := result.get("lost_best_step"):
+    left = f" that is left, as that of step {lost} is damaged or gone"
   return (
-    f"test {test}, by the best checkpoint (step"
+    f"test {test}, by the best checkpoint{left} (step"
     f" {result['best_step']} of {result['steps']}); trained in"
     f" {metrics.clock(result['seconds'])}; the run lies in {workdir}"
   )

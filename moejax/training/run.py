@@ -1,6 +1,7 @@
 """What can be done with a run, even while it trains: measure, translate."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax import files as files_lib
+from moejax import terminal
 from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
 from moejax.training import (
@@ -187,6 +189,8 @@ def make_translator(
 def best(workdir: files_lib.Path, parts: program.Parts) -> TrainState:
   """Restores the best checkpoint of a run, which may still be training.
 
+  Says so where a better one is damaged or gone.
+
   Args:
     workdir: of the run.
     parts: what its config builds.
@@ -199,6 +203,32 @@ def best(workdir: files_lib.Path, parts: program.Parts) -> TrainState:
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     found = checkpoints.best(parts.target)
+    newest = checkpoints.newest()
   if found is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")
+  if lost := lost_best(workdir, found, newest):
+    terminal.warn(
+      f"the best checkpoint in {workdir}, of step {lost}, is damaged or gone;"
+      f" the best that is left is of step {int(found.state.step)}."
+    )
   return found.state
+
+
+def lost_best(
+  workdir: files_lib.Path, left: checkpoint.Restored, newest: int
+) -> int | None:
+  """Returns the step of the best validation, if its checkpoint is lost.
+
+  Args:
+    workdir: of the run, whose metrics tell.
+    left: the best checkpoint that can be read.
+    newest: step of the newest one; what comes after it may not be saved yet.
+  """
+  bar = math.inf if left.perplexity is None else left.perplexity
+  measured = [
+    (line["perplexity"], -line["step"])
+    for line in metrics.read(workdir / metrics.METRICS_FILE)
+    if line["split"] == "validation" and line["step"] <= newest
+  ]
+  perplexity, step = min(measured, default=(bar, 0))
+  return -step if perplexity < bar else None
