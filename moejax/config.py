@@ -4,6 +4,7 @@ Nothing below this file has ever seen a config.
 """
 
 import functools
+import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +61,13 @@ def check(config: ConfigDict) -> None:
     if name not in config:
       raise ValueError(f"config.{name} is missing; give it a value.")
     named.typed(config[name], kind, f"config.{name}")
+  for name, value in workdir_lib.flat(config.to_dict()).items():
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise ValueError(
+        f"{name} is {value!r}, which is not UTF-8; rename what it names."
+      ) from None
   if translates(config) != (config.model.get("kind") == "gnmt"):
     raise ValueError(
       f"config.model.kind is {config.model.get('kind')!r}, but config.data.kind"

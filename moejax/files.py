@@ -7,20 +7,21 @@ the old content or the new, never half.
 
 import contextlib
 import errno
-import itertools
+import fcntl
 import json
 import os
 import pathlib
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-# Where content is written before it gets its name; a kill may leave it.
-DRAFT = ".draft"
+# Ends the name of what is being written; a kill may leave it.
+_DRAFT = ".draft"
 _KINDS: dict[Callable[[int], bool], str] = {
   stat.S_ISLNK: "a link",
   stat.S_ISDIR: "a folder",
+  stat.S_ISREG: "a file",
   stat.S_ISFIFO: "a pipe",
   stat.S_ISSOCK: "a socket",
 }
@@ -98,7 +99,7 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     OSError: names the path.
   """
   # Two that write at once must not share a draft.
-  draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DRAFT}")
+  draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_DRAFT}")
   try:
     with open_regular(draft, "xb") as file:
       file.write(content.encode() if isinstance(content, str) else content)
@@ -111,6 +112,49 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
       raise OSError(error.errno, error.strerror, str(path)) from None
     raise
   sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
+  """Holds a file's lock; the end of the process lets go of it in any case.
+
+  Args:
+    path: of the file, which is made, and its folder; it is never written to.
+    wait: for another process that holds it.
+
+  Raises:
+    BlockingIOError: another one holds it.
+    OSError: names the path; as `open_regular`, or the file system has no locks.
+  """
+  how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+  with contextlib.ExitStack() as stack:
+    # One that ends may remove the file before it lets go, another make it anew.
+    while True:
+      try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+      except FileExistsError:
+        raise NotADirectoryError(
+          f"{path.parent} is no folder; give another path."
+        ) from None
+      try:
+        file = stack.enter_context(open_regular(path, "a+b"))
+        fcntl.flock(file, how)
+        if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+          break
+      except FileNotFoundError:
+        pass
+      except OSError as error:
+        if error.errno and not error.filename:
+          raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+      stack.close()
+    yield
+
+
+def remove_drafts(folder: pathlib.Path) -> None:
+  """Removes what a kill left, where nobody else writes whole files now."""
+  for draft in folder.glob(f"*.{'[0-9a-f]' * 8}{_DRAFT}"):
+    draft.unlink()
 
 
 def sync(file: BinaryIO) -> None:
@@ -136,7 +180,7 @@ def refuse_odd_in(folder: pathlib.Path, written: bool) -> None:
 
   Args:
     folder: may be missing. Anything in it must be a folder or a regular file.
-    written: whether it is written to: then it and its files must be no links.
+    written: whether it is written to: then it and all in it must be no links.
 
   Raises:
     OSError: names what is odd.
@@ -148,12 +192,18 @@ def refuse_odd_in(folder: pathlib.Path, written: bool) -> None:
     return
   if not stat.S_ISDIR(found.st_mode):
     raise _odd(folder, found, "folder")
-  for name, *inside in os.walk(folder):
-    for entry in (pathlib.Path(name, e) for e in itertools.chain(*inside)):
+  seen = set()
+  for name, folders, others in os.walk(folder, followlinks=not written):
+    for entry in (pathlib.Path(name, each) for each in (*folders, *others)):
       # A run that trains meanwhile removes its old checkpoints.
       with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISDIR(os.lstat(entry).st_mode):
-          _refuse_odd(entry, look(entry))
+        found = look(entry)
+        if not stat.S_ISDIR(found.st_mode):
+          _refuse_odd(entry, found)
+        elif (found.st_dev, found.st_ino) in seen:
+          # A link around, which has no end.
+          folders.remove(entry.name)
+        seen.add((found.st_dev, found.st_ino))
 
 
 def _refuse_odd(path: pathlib.Path, found: os.stat_result) -> None:

@@ -3,7 +3,9 @@
 import ast
 import contextlib
 import difflib
+import errno
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -43,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
 
   Returns:
     The exit status: 0, 1 where the command failed, 2 where it was not
-    understood. What went wrong stands on stderr in one sentence.
+    understood, 128 and the signal's number where one stopped it. What went
+    wrong stands on stderr in one sentence.
   """
   # Orbax and TFDS warn of what is no trouble, and log every error that they
   # raise, from many threads: what counts comes as an exception.
@@ -61,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
       if not values.workdir:
         raise UsageError("give --workdir=DIR, where the run lives.")
       workdir = pathlib.Path(values.workdir)
-    COMMANDS[argv[1]](values)
+    return COMMANDS[argv[1]](values) or 0
   except (UsageError, flags.Error) as error:
     terminal.warn(f"moejax: {error}")
     return 2
@@ -79,8 +82,7 @@ def main(argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     terminal.hurry()
     terminal.warn("moejax: interrupted")
-    return 130
-  return 0
+    return 128 + signal.SIGINT
 
 
 def console() -> None:
@@ -97,7 +99,7 @@ def console() -> None:
   sys.exit(status)
 
 
-def _train(values: flags.FlagValues) -> None:
+def _train(values: flags.FlagValues) -> int:
   # Imported late: jax takes seconds, a misspelled flag should not.
   from moejax.training import processes
 
@@ -106,7 +108,12 @@ def _train(values: flags.FlagValues) -> None:
   )
   from moejax.training import loop
 
-  loop.train(values.config, pathlib.Path(values.workdir))
+  result = loop.train(values.config, pathlib.Path(values.workdir))
+  if "signal" not in result:
+    return 0
+  processes.part()
+  # As of a program that the signal ended: `train && eval` stops there.
+  return 128 + result["signal"]
 
 
 def _eval(values: flags.FlagValues) -> None:
@@ -374,7 +381,23 @@ def _help(values: flags.FlagValues) -> str:
   return "\n".join([USAGE, "", *lines])
 
 
+# What to do about what the system says, by its number.
+_WAY_OUT = {
+  errno.EACCES: "make it yours by chmod or chown, or give another path",
+  errno.EDQUOT: "make room, and start again",
+  errno.EFBIG: "allow larger files, see ulimit -f, and start again",
+  errno.EMFILE: "allow more open files, by ulimit -n 1024, and start again",
+  errno.ENAMETOOLONG: "give a shorter path",
+  errno.ENOSPC: "make room, and start again",
+  errno.EROFS: "give a path on a file system that can be written",
+}
+
+
 def _sentence(error: Exception) -> str:
+  if isinstance(error, OSError) and error.filename is not None:
+    said = f"{error.filename}: {error.strerror}"
+    way_out = _WAY_OUT.get(error.errno)
+    return f"{said}; {way_out}." if way_out else said
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return "\n".join(lines) or type(error).__name__
 

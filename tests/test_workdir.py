@@ -19,7 +19,7 @@ def test_a_lost_vocabulary_is_told_from_a_broken_one(kind, tmp_path):
 
 def test_the_runs_own_vocabulary_and_no_other(tmp_path):
   own = Vocabulary.build(["a b a"], 1)
-  workdir.remember(ConfigDict(), own, tmp_path)
+  workdir.remember(ConfigDict(), own, {}, tmp_path)
   assert workdir.vocabulary(Vocabulary, tmp_path).digest == own.digest
   Vocabulary.build(["a b a c"], 1).save(tmp_path / Vocabulary.FILE)
   with pytest.raises(ValueError, match=f"not the one.*{own.digest}; put"):

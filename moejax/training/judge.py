@@ -96,6 +96,7 @@ def _keep(stem: pathlib.Path, pairs: Pairs, found: Sequence[str]) -> None:
   }
 
   def write():
+    files.refuse_odd_in(stem.parent, written=True)
     stem.parent.mkdir(exist_ok=True)
     for side, lines in sides.items():
       # A break within a line of some corpus must not make two of it.

@@ -28,8 +28,6 @@ from moejax.training import (
 from moejax.training import run as run_lib
 from moejax.training.checkpoint import Checkpoints
 
-RESULT_FILE = "result.json"
-
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains, or goes on where the workdir left off, and tests the best.
@@ -50,18 +48,37 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
 
   Raises:
     ValueError: a config or text that cannot be used; says which value.
+    OSError: a file that cannot be read or written; names it.
     FloatingPointError: loss, gradient or parameters became NaN or infinite;
       names the step.
     BlockingIOError: another run trains in the workdir.
   """
   config_lib.check(config)
-  workdir_lib.check_same(config, workdir)
   processes.check_same(config.to_json(sort_keys=True), "config")
-  if (workdir / RESULT_FILE).exists():
-    result = metrics.numbers(files_lib.read_json(workdir / RESULT_FILE))
-    _print(f"finished before: {_outcome(result, config, workdir)}")
-    return result
+  with contextlib.ExitStack() as stack:
+
+    def begin() -> None:
+      stack.enter_context(processes.alone_in(workdir))
+      workdir_lib.check_same(config, workdir)
+      for name in run_lib.FOLDERS:
+        files_lib.refuse_odd_in(workdir / name, written=True)
+      files_lib.remove_drafts(workdir)
+
+    # All that decides about a workdir is done alone in it.
+    processes.first_does(begin)
+    _check_shared(workdir)
+    return _train_alone(config, workdir)
+
+
+def _train_alone(
+  config: config_lib.Config, workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Does what `train` says, in a workdir that nobody else trains in."""
   options = config_lib.train(config)
+  finished = _finished(config, workdir)
+  if finished and not workdir_lib.other_text(config, workdir):
+    _print(f"finished before: {_outcome(finished, config, workdir)}")
+    return finished
   data = processes.first_then_others(lambda: config_lib.data(config, workdir))
   parts = program.build(config, len(data.vocabulary))
   model, schedule, tx, layout, mesh, where, shapes, target = parts
@@ -80,6 +97,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   )
   identity = {split: rows[split].digest for split in rows}
   processes.check_same(json.dumps(identity), "text")
+  workdir_lib.check_text(identity, workdir)
+  if finished:
+    _print(f"finished before: {_outcome(finished, config, workdir)}")
+    return finished
   words = ", ".join(f"{s} {part.num_words:,}" for s, part in rows.items())
   _print(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
   _print("compiling the training step")
@@ -89,19 +110,16 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   if config_lib.translates(config):
     translator = run_lib.make_translator(config, parts, data.vocabulary)
 
+  # From here on there is a run; what is wrong with it has shown above.
+  processes.first_does(
+    lambda: workdir_lib.remember(config, data.vocabulary, identity, workdir)
+  )
   with contextlib.ExitStack() as stack:
-    # From here on there is a run; what is wrong with it has shown above.
-    def begin() -> None:
-      stack.enter_context(processes.alone_in(workdir))
-      workdir_lib.remember(config, data.vocabulary, workdir)
-
-    processes.first_does(begin)
-    _check_shared(workdir)
     checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, options.keep)
     stack.enter_context(contextlib.closing(checkpoints))
     seconds = 0.0
     if restored := checkpoints.latest(target):
-      _check_text(restored.progress["text"], identity, workdir)
+      workdir_lib.check_text(identity, workdir, restored.progress["text"])
       current = restored.state
       batches.set_state(restored.progress["data"])
       seconds = restored.progress["seconds"]
@@ -120,6 +138,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     # Of few words, its loss is no perplexity of the model.
     sampled = "sampled_" if config.model.get("num_samples") else ""
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    # The number of a signal to any process; 0 before one came.
     all_stop = 0
 
     def settle() -> None:
@@ -130,7 +149,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       at, measured = pending
       pending = None
       values = {name: float(v) for name, v in jax.device_get(measured).items()}
-      all_stop = max(all_stop, int(values.pop("asked")))
+      all_stop = int(values.pop("asked")) or all_stop
       _check_finite(at, values, saved, workdir)
       checkpoints.check()
       speed.add(values.pop("words"))
@@ -228,7 +247,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     writer.write(done, "test", test)
     as_json = metrics.as_json(result, indent=2) + "\n"
     processes.first_does(
-      lambda: files_lib.write_whole(workdir / RESULT_FILE, as_json)
+      lambda: files_lib.write_whole(workdir / workdir_lib.RESULT_FILE, as_json)
     )
     progress.say(_outcome(result, config, workdir))
   return result
@@ -285,7 +304,7 @@ def _print(text: str) -> None:
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
-  there = workdir_lib.is_run(workdir)
+  there = (workdir / processes.LOCK_FILE).exists()
   if processes.any_of_us(not there):
     raise ValueError(
       f"not every process finds in {workdir} what the first one wrote there;"
@@ -293,12 +312,23 @@ def _check_shared(workdir: pathlib.Path) -> None:
     )
 
 
-def _check_text(
-  before: Mapping[str, str], now: Mapping[str, str], workdir: pathlib.Path
-) -> None:
-  changed = [split for split in now if before.get(split) != now[split]]
-  if changed:
+def _finished(
+  config: config_lib.Config, workdir: pathlib.Path
+) -> dict[str, Any] | None:
+  """Reads the result of a run that has come to its end; None before that.
+
+  Raises:
+    OSError, ValueError: the file cannot be read, or is damaged.
+  """
+  path = workdir / workdir_lib.RESULT_FILE
+  if not path.exists():
+    return None
+  try:
+    result = metrics.numbers(files_lib.read_json(path))
+    _outcome(result, config, workdir)
+    return result if result["steps"] >= config.train.steps else None
+  except (ValueError, LookupError, TypeError, AttributeError):
     raise ValueError(
-      f"the text of {', '.join(changed)} has changed since the run in {workdir}"
-      " began; give the files it began with, or a new --workdir."
-    )
+      f"{path} is damaged; remove it, and the same command tests the best"
+      " checkpoint again."
+    ) from None

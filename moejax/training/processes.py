@@ -7,7 +7,7 @@ checkpoints are written by all.
 
 import atexit
 import contextlib
-import fcntl
+import errno
 import glob
 import hashlib
 import os
@@ -42,6 +42,9 @@ if last.strip():
   print(last, end="", file=sys.stderr, flush=True)
 """
 _WATCHERS: list[subprocess.Popen] = []
+LOCK_FILE = "lock"
+# What a file system answers that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # The most that the first process tells the others, in bytes.
 _MESSAGE = 2000
 
@@ -151,6 +154,12 @@ def leave(status: int) -> NoReturn:
     terminal.finish()
   _dismiss()
   os._exit(status)
+
+
+def part() -> None:
+  """Waits until all processes are done; after it each may `leave`."""
+  if several():
+    jax.distributed.shutdown()
 
 
 def _cluster(
@@ -346,17 +355,38 @@ def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps a second training out of a workdir; lets go when the process ends."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with files.open_regular(workdir / "lock", "a+b") as file:
+  """Keeps a second training out of a workdir; lets go when the process ends.
+
+  A workdir that it makes is gone again if nothing else comes to lie there.
+
+  Raises:
+    BlockingIOError: another one trains there.
+  """
+  lock = workdir / LOCK_FILE
+  made = not workdir.exists()
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      stack.enter_context(files.alone(lock, wait=False))
     except BlockingIOError as error:
       raise BlockingIOError(
         f"another process trains in {workdir}; wait for it, or give another"
         " --workdir."
       ) from error
-    yield
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      terminal.warn(
+        f"{lock} cannot be locked on its file system ({error.strerror}): a"
+        f" second run in {workdir} would not be kept out; start none."
+      )
+    try:
+      yield
+    finally:
+      if made:
+        with contextlib.suppress(OSError):
+          if list(workdir.iterdir()) == [lock]:
+            lock.unlink()
+            workdir.rmdir()
 
 
 def _first_line(error: Exception) -> str:

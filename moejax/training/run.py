@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moejax import config as config_lib
+from moejax import files as files_lib
 from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
 from moejax.training import (
@@ -22,6 +23,8 @@ from moejax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 TRANSLATIONS = "translations"
+# Folders of a workdir that a run writes to.
+FOLDERS = (CHECKPOINTS, TRANSLATIONS, "tensorboard")
 
 
 def evaluate_run(
@@ -47,12 +50,14 @@ def evaluate_run(
   Raises:
     FileNotFoundError: there is no run in the workdir, or no such file.
     ValueError: the run has no checkpoint yet, or the files no text, or the
-      vocabulary is not the run's.
+      vocabulary or the split's text is not the run's.
   """
   config = _recall(workdir, layout)
   data = config_lib.data(config, workdir, files)
   split = "data" if files else split
   rows = data.rows(split)
+  if not files:
+    workdir_lib.check_text({split: rows.digest}, workdir)
   parts = program.build(config, len(data.vocabulary))
   state = best(workdir, parts)
   values: dict[str, Any] = evaluator(config, parts)(state.params, rows)
@@ -143,6 +148,13 @@ def translate_run(
 
 def _recall(workdir: pathlib.Path, layout: str) -> config_lib.Config:
   config = workdir_lib.recall(workdir)
+  try:
+    config_lib.check(config)
+  except ValueError as error:
+    raise ValueError(
+      f"{workdir / workdir_lib.CONFIG_FILE} is no config of this version:"
+      f" {error}"
+    ) from None
   if layout:
     with config.ignore_type():
       config.layout = layout
@@ -181,8 +193,10 @@ def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
     parts: what its config builds.
 
   Raises:
+    OSError: something among them is neither a folder nor a regular file.
     ValueError: it has no checkpoint yet, or none that can be read.
   """
+  files_lib.refuse_odd_in(workdir / CHECKPOINTS, written=False)
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     found = checkpoints.best(parts.target)

@@ -94,7 +94,7 @@ def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
   process = start(workdir)
   program.wait_for_step(process, workdir, 4)
   process.send_signal(signal.SIGTERM)
-  program.end_well(process)
+  program.end(process)
   before = program.kept(workdir)
   folder = workdir / run.CHECKPOINTS / str(before[-1])
   # How Orbax splits the arrays into files varies; this one is in every save.

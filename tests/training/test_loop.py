@@ -10,7 +10,8 @@ import program
 import pytest
 from program import curve, wait_for_step
 
-from moejax.training import loop, run
+from moejax import workdir as workdir_lib
+from moejax.training import run
 
 
 def finish(start, workdir, whole):
@@ -46,7 +47,7 @@ def test_a_run_reports_and_remembers(whole):
   }
   others = [(ln["step"], ln["split"]) for ln in lines if ln["split"] != "train"]
   assert others == [(6, "validation"), (12, "validation"), (12, "test")]
-  result = json.loads((workdir / loop.RESULT_FILE).read_text())
+  result = json.loads((workdir / workdir_lib.RESULT_FILE).read_text())
   assert f"test perplexity {result['test']['perplexity']:,.2f}" in output
   assert str(workdir) in output
   assert "left" in output
@@ -86,7 +87,7 @@ def test_stopped_saves_and_resumes(start, whole, tmp_path, number):
   # What make and timeout do: the same signal reaches the group and its parts.
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate()
-  assert process.returncode == 0, output
+  assert process.returncode == 128 + number, output
   assert "Traceback" not in output
   assert output.count("stopping after this step") == 1
   step = int(output.split("stopped at step ")[1].split()[0])
@@ -123,7 +124,7 @@ def test_a_signal_at_the_end_stops_before_or_in_the_test(
 ):
   workdir = tmp_path / "run"
   for where, status, said in (
-    (LAST_VALIDATION, 0, "stopped at step 12 of 12"),
+    (LAST_VALIDATION, 128 + signal.SIGTERM, "stopped at step 12 of 12"),
     (FINAL_TEST, -signal.SIGTERM, "resuming"),
   ):
     code = ASKED.format(**where)
