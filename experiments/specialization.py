@@ -41,7 +41,7 @@ import scipy.special
 from experiments import harness, training, translating, translation_capacity
 from moejax import config as config_lib
 from moejax import files as files_lib
-from moejax import losses
+from moejax import losses, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import corpus
 
@@ -88,7 +88,7 @@ def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
         lines[rank - 1][f"expert {row['expert']}"] = context
         ranked = {"rank": rank, "gate": round(gate, 4), "context": context}
         yield row | {"about": "context"} | ranked
-    print(harness.aligned(lines))
+    terminal.say(harness.aligned(lines))
 
 
 def read(workdir: files_lib.Path) -> Places:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moejax import files
+from moejax import files, terminal
 from moejax.data.pairs import Pairs
 from moejax.training import bleu, processes
 from moejax.training.translate import Translator
@@ -29,9 +29,12 @@ def examples(
     sources = [pairs.sources[index] for index in chosen]
     found = translator.lines(params, sources, pairs.direction.target)
     for index, source, translation in zip(chosen, sources, found, strict=True):
-      yield f"  {pairs.direction.source}: {source}"
-      yield f"  {pairs.direction.target}: {pairs.targets[index]}"
-      yield f"  model: {translation}"
+      for side, line in (
+        (pairs.direction.source, source),
+        (pairs.direction.target, pairs.targets[index]),
+        ("model", translation),
+      ):
+        yield f"  {side}: {terminal.one_line(line)}"
 
 
 def _spread(sources: Sequence[str], count: int) -> Iterator[int]:

@@ -154,7 +154,7 @@ def _train_alone(
       at, measured = pending
       pending = None
       values = {name: float(v) for name, v in jax.device_get(measured).items()}
-      all_stop = max(all_stop, int(values.pop("asked")))
+      all_stop = int(values.pop("asked")) or all_stop
       _check_finite(at, values, saved, workdir)
       checkpoints.check()
       speed.add(values.pop("words"))
