@@ -8,13 +8,14 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
 
-from moejax import bucket, files, named, terminal
+from moejax import bucket, files, limits, named, terminal
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
       if not values.workdir:
         raise UsageError("give --workdir=DIR, where the run lives.")
       workdir = files.path(values.workdir)
+    limits.check()
     return COMMANDS[argv[1]](values) or 0
   except (UsageError, named.ReadError, flags.Error) as error:
     terminal.warn(f"moejax: {error}")
@@ -94,6 +96,9 @@ def main(argv: Sequence[str]) -> int:
 
 def console() -> None:
   """The `moejax` program."""
+  # As for the log: threads of libraries that fail print pages, before the one
+  # sentence that says so, and after it.
+  sys.unraisablehook = threading.excepthook = lambda about: None
   status = main(sys.argv)
   try:
     terminal.finish()
@@ -417,10 +422,10 @@ _WAY_OUT = {
 
 
 def _sentence(error: Exception) -> str:
-  if isinstance(error, OSError) and error.filename is not None:
-    said = f"{error.filename}: {error.strerror}"
+  if isinstance(error, OSError) and error.strerror:
+    where = "" if error.filename is None else f"{error.filename}: "
     way_out = _WAY_OUT.get(error.errno)
-    return f"{said}; {way_out}." if way_out else said
+    return f"{where}{error.strerror}" + (f"; {way_out}." if way_out else "")
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return "\n".join(lines) or type(error).__name__
 
