@@ -211,8 +211,8 @@ class Checkpoints:
   def _open(self) -> None:
     """Opens the directory, and looks at what is there.
 
-    Not Orbax reads the perplexities: it takes them as they come, and where one
-    is no JSON it refuses the whole directory.
+    Orbax does not read the perplexities: it would take them as they come, and
+    refuse the whole directory where one is no JSON.
     """
     # A folder that may be listed but not entered would pass for an empty one.
     with _all_or_none(), contextlib.suppress(FileNotFoundError):
