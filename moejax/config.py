@@ -8,7 +8,6 @@ import inspect
 import itertools
 import json
 import os
-import re
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -18,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moejax import files as files_lib
-from moejax import losses, named, sharding
+from moejax import losses, named, options, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import (
   corpora,
@@ -33,10 +32,10 @@ from moejax.data import (
 from moejax.data.pieces import Pieces
 from moejax.models.build import MODELS
 from moejax.named import Names, Range, Section, Size
+from moejax.options import Paths
 from moejax.training import optim, step
 
 Config = ConfigDict
-Paths = Annotated[str, "parted by commas; * and ? match any letters"]
 
 # -- files and flags ----------------------------------------------------------
 
@@ -48,14 +47,14 @@ def load(path: str) -> ConfigDict:
     path: of the file; what follows a colon is the argument of its get_config.
 
   Raises:
-    named.ReadError: it is none; says why.
+    options.ReadError: it is none; says why.
   """
   file, _, argument = path.partition(":")
   file = os.path.expanduser(file)
   if not os.path.isfile(file) or os.path.exists(os.path.expanduser(path)):
     file, argument = str(files_lib.local(path)), ""
   if not os.path.isfile(file):
-    raise named.ReadError(
+    raise options.ReadError(
       f"--config={path}: there is no such file; give one of configs/ or your"
       " own."
     )
@@ -65,13 +64,13 @@ def load(path: str) -> ConfigDict:
     config.to_dict()
     return config.lock()
   except Exception as error:  # Whatever the file's own code raises.
-    raise named.ReadError(
+    raise options.ReadError(
       f"--config={path} cannot be read ({type(error).__name__}: {error}); it"
       " must define get_config() -> ConfigDict."
     ) from error
 
 
-def fields(config: ConfigDict) -> Iterator[named.Field]:
+def fields(config: ConfigDict) -> Iterator[options.Field]:
   """Yields all that a config can hold, also what it leaves out.
 
   Raises:
@@ -80,111 +79,15 @@ def fields(config: ConfigDict) -> Iterator[named.Field]:
   whole = Annotated[Any, Section(Sections)]
   # The first is the config as a whole.
   return itertools.islice(
-    named.fields(whole, "config", config.to_dict()), 1, None
+    options.fields(whole, "config", config.to_dict()), 1, None
   )
 
 
 def override(
   config: ConfigDict, changes: Sequence[tuple[str, Sequence[str]]]
 ) -> None:
-  """Sets fields to what a command line says, whether the file has them or not.
-
-  A section is set before what is in it, and its kind before its other fields,
-  in whatever order they come. By the name of a kind alone a section keeps those
-  of its fields that this kind has as well.
-
-  Args:
-    config: to be changed.
-    changes: names of fields, which begin with "config.", and words: none mean
-      True; several are a list, or paths.
-
-  Raises:
-    named.ReadError: there is no such field, or it cannot hold this; says what
-      there is, or what it can.
-    ValueError: a section is of an unknown kind.
-  """
-
-  def depth(change):
-    return len(_steps(change[0].removesuffix(".kind")))
-
-  found = {}
-  for name, words in sorted(changes, key=depth):
-    found = found or {field.name: field for field in fields(config)}
-    if name not in found:
-      raise named.ReadError(_unknown(name, found))
-    value = _value(found[name], words)
-    with config.unlocked(), config.ignore_type():
-      _set(config, _steps(name), value)
-    # By another kind there are other fields.
-    if named.section_of(found[name].annotation) or name.endswith(".kind"):
-      found = {}
-
-
-def meant(config: ConfigDict, name: str) -> list[str]:
-  """Returns the fields whose names end in this one."""
-  return [f.name for f in fields(config) if f.name.endswith(f".{name}")]
-
-
-def _unknown(name: str, found: Mapping[str, named.Field]) -> str:
-  section, _, last = name.rpartition(".")
-  about = named.section_of(found[section].annotation) if section in found else 0
-  if about and isinstance(about.factory, Mapping):
-    now = found[f"{section}.kind"].value
-    now = "of no kind" if now is named.EMPTY else f"of the kind {now!r}"
-    for kind in about.factory:
-      if last in named.chosen(about, {"kind": kind}, section)[1]:
-        return (
-          f"{section}, which is {now}, has no field {last}; it has by"
-          f" --{section}={kind}."
-        )
-  tail = name.removeprefix("config")
-  likely = [each for each in found if tail.strip(".") and each.endswith(tail)]
-  return (
-    f"the config has no field {name}; the nearest is"
-    f" {' or '.join(likely) or named.nearest(name, found)}."
-  )
-
-
-def _value(field: named.Field, words: Sequence[str]) -> Any:
-  """Reads the value of a field from the words that follow its name."""
-  name, annotation, old = field[:3]
-  wanted = named.worded(annotation)
-  kinds = [each.kind for each in named.alternatives(annotation)]
-  if not words and bool not in kinds:
-    raise named.ReadError(f"--{name} is without a value; give it as {wanted}.")
-  if len(words) > 1 and Sequence not in kinds and annotation != Paths:
-    raise named.ReadError(
-      f"what is {words[1]!r}? --{name} takes one value; give it as {wanted}."
-    )
-  text = ",".join(words) if words else "True"
-  value = named.read(text, annotation, name)
-  if value == {"kind": text} and isinstance(old, Mapping):
-    about = named.section_of(annotation)
-    kept = named.chosen(about, value, name)[1]
-    return {n: v for n, v in old.items() if n in kept} | value
-  return value
-
-
-def _steps(name: str) -> list[str]:
-  """Parts "config.a.b[0].c" into a, b, 0, c."""
-  return re.findall(r"[^.\[\]]+", name)[1:]
-
-
-def _set(config: Any, steps: Sequence[str], value: Any) -> Any:
-  """Sets what is so many steps down, in place but for lists; returns all."""
-  if not steps:
-    return value
-  first, *rest = steps
-  if isinstance(config, list | tuple):
-    i = int(first)
-    return (*config[:i], _set(dict(config[i]), rest, value), *config[i + 1 :])
-  inner = config.get(first)
-  if (
-    rest and not isinstance(inner, list | tuple) and not hasattr(inner, "keys")
-  ):
-    inner = {}
-  config[first] = _set(inner, rest, value)
-  return config
+  """Sets fields to what a command line says, see `options.override`."""
+  options.override(config, changes, fields)
 
 
 # -- sections -----------------------------------------------------------------
@@ -258,7 +161,9 @@ def aux(config: ConfigDict) -> tuple[dict[str, float], str]:
 
 @named.fields_of(
   **{
-    name: Annotated[float, Range(0), f"weight of {named.sentence(fn.__doc__)}"]
+    name: Annotated[
+      float, Range(0), f"weight of {options.sentence(fn.__doc__)}"
+    ]
     | None
     for name, fn in losses.LOSSES.items()
   }

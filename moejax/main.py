@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from moejax import bucket, files, limits, named, terminal
+from moejax import bucket, files, limits, named, options, terminal
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
       workdir = files.path(values.workdir)
     limits.check()
     return COMMANDS[argv[1]](values) or 0
-  except (UsageError, named.ReadError, flags.Error) as error:
+  except (UsageError, options.ReadError, flags.Error) as error:
     terminal.warn(f"moejax: {error}")
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
@@ -293,7 +293,8 @@ def _refuse_field(path: str, name: str) -> None:
 
   # Without a file there still are the fields that every config has.
   config = config_lib.load(path) if path else config_lib.Config()
-  if meant := config_lib.meant(config, name.replace("-", "_")):
+  fields = config_lib.fields(config)
+  if meant := options.meant(fields, name.replace("-", "_")):
     raise UsageError(
       f"there is no flag --{name}; a field of the config is changed by"
       f" {' or '.join(f'--{each}=VALUE' for each in meant)}."
@@ -396,11 +397,11 @@ Python writes a dict or, where it has kinds, by the name of one: then it keeps
 the fields that this kind has too. Entries of a list are parted by commas."""
 
 
-def _listed(field: named.Field) -> str:
-  left_out = field.value is named.EMPTY
+def _listed(field: options.Field) -> str:
+  left_out = field.value is options.EMPTY
   value = field.default if left_out else field.value
-  text = shlex.quote(named.written(value))
-  if value is named.EMPTY:
+  text = shlex.quote(options.written(value))
+  if value is options.EMPTY:
     text = "..."
   elif hasattr(value, "keys"):
     text = "{...}"

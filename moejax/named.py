@@ -3,38 +3,27 @@
 The fields of a section are the parameters of what it builds, as far as a config
 can hold what they are annotated with: bool, int, float, str, None, lists and
 sections. So types, ranges, names to choose from, defaults, and a line of what a
-field is, are written once, where it is read: `make` checks by them, `fields`
-lists them, and `read` takes values from a command line.
+field is, are written once, where it is read. `make` checks by them; a command
+line lists and changes fields by them (`moejax.options`).
 """
 
-import ast
 import dataclasses
 import difflib
 import functools
 import inspect
 import math
-import re
 import types
 import typing
 from collections.abc import (
   Callable,
   Collection,
   Iterable,
-  Iterator,
   Mapping,
   Sequence,
 )
 from typing import Annotated, Any, NamedTuple
 
 Factory = Callable[..., Any]
-# Of a field: there is no such value.
-EMPTY = dataclasses.MISSING
-
-
-class ReadError(ValueError):
-  """A command line does not say what a field is to be."""
-
-
 # -- annotations --------------------------------------------------------------
 
 
@@ -147,10 +136,10 @@ def make(
 
 def _built(value: Any, annotation: Any, where: str) -> Any:
   """Turns sections into functions that build; all else stays as it is."""
-  section, entry = section_of(annotation), _entry(annotation)
-  if section and (value is None or _is(value, Mapping)):
+  section, entry = section_of(annotation), entry_of(annotation)
+  if section and (value is None or is_a(value, Mapping)):
     return functools.partial(make, section.factory, value or {}, where)
-  if entry and _is(value, Sequence):
+  if entry and is_a(value, Sequence):
     return tuple(
       _built(each, entry, f"{where}[{i}]") for i, each in enumerate(value)
     )
@@ -220,7 +209,7 @@ def section_of(annotation: Any) -> Section | None:
   return next((about for about in found if isinstance(about, Section)), None)
 
 
-def _entry(annotation: Any) -> Any:
+def entry_of(annotation: Any) -> Any:
   """Returns the annotation of a list's entries; None of what is no list."""
   found = (each.entry for each in alternatives(annotation))
   return next((entry for entry in found if entry), None)
@@ -236,7 +225,7 @@ def typed(value: Any, annotation: Any, where: str) -> None:
     ValueError: names the field, its value and what may be in its place.
   """
   each_kind = alternatives(annotation)
-  found = next((each for each in each_kind if _is(value, each.kind)), None)
+  found = next((each for each in each_kind if is_a(value, each.kind)), None)
   if each_kind and found is None:
     raise ValueError(f"{where} is {value!r}; give it as {worded(annotation)}.")
   about, entry = found[1:3] if found else (None, None)
@@ -310,117 +299,14 @@ def nearest(name: Any, known: Iterable[str]) -> str:
   return difflib.get_close_matches(str(name), list(known), 1, 0)[0]
 
 
-def _is(value: Any, kind: type) -> bool:
+def is_a(value: Any, kind: type) -> bool:
+  """Returns whether a value is of a kind that an `Alternative` names."""
   if kind is Mapping:
     return hasattr(value, "keys")
   if kind is Sequence:
     return isinstance(value, (list, tuple))
   # By the type itself: True is an int otherwise.
   return type(value) is kind or (kind is float and type(value) is int)
-
-
-# -- listing ------------------------------------------------------------------
-
-
-class Field(NamedTuple):
-  """A field of a config, or a section of it.
-
-  Attributes:
-    name: with those of the sections that it is in, as in "config.seed".
-    annotation: what it may hold.
-    value: what it holds; `EMPTY` where the config leaves it out.
-    default: what that means; `EMPTY` where it must not be left out.
-    line: what it is.
-  """
-
-  name: str
-  annotation: Any
-  value: Any
-  default: Any
-  line: str
-
-
-def fields(
-  annotation: Any,
-  where: str,
-  value: Any = EMPTY,
-  default: Any = EMPTY,
-  line: str = "",
-) -> Iterator[Field]:
-  """Yields a field and, of a section, all within, left out or not.
-
-  Args:
-    annotation: what the field may hold.
-    where: its name.
-    value: what it holds.
-    default: what it means to leave it out.
-    line: what it is, where the annotation does not say that.
-
-  Raises:
-    ValueError: a section is of an unknown kind.
-  """
-  said = next((a.line for a in alternatives(annotation) if a.line), "")
-  line = "; ".join(filter(None, (line, said)))
-  yield Field(where, annotation, value, default, line)
-  entry = _entry(annotation)
-  if entry and section_of(entry) and _is(value, Sequence):
-    for i, each in enumerate(value):
-      yield from fields(entry, f"{where}[{i}]", each)
-  about = section_of(annotation)
-  if about is None:
-    return
-  section = value if _is(value, Mapping) else {}
-  if kinds := isinstance(about.factory, Mapping):
-    kind = section.get("kind", EMPTY)
-    names = Annotated[str, Names(about.factory)]
-    yield Field(f"{where}.kind", names, kind, EMPTY, "which of these it is")
-    if kind is EMPTY:
-      return
-  factory, parameters = chosen(about, section, where)
-  # What kinds have in common need be said of one alone.
-  lines = {}
-  for each in about.factory.values() if kinds else ():
-    lines = _lines(each) | lines
-  lines |= _lines(factory)
-  for name, each in parameters.items():
-    yield from fields(
-      each.annotation,
-      f"{where}.{name}",
-      section.get(name, EMPTY),
-      EMPTY if each.default is each.empty else each.default,
-      lines.get(name, ""),
-    )
-
-
-@functools.cache
-def _lines(factory: Factory) -> dict[str, str]:
-  """Finds the first sentence about each parameter in docstrings."""
-  if isinstance(factory, functools.partial):
-    factory = factory.func
-  documented = factory.__mro__[::-1] if isinstance(factory, type) else [factory]
-  found = {}
-  for source in getattr(factory, "fields_of", ()):
-    found |= _lines(source)
-  for each in documented:
-    name = None  # of the parameter that the lines are about
-    for line in inspect.cleandoc(each.__doc__ or "").splitlines():
-      if not line.startswith(" ") and line:
-        name = "" if line in ("Args:", "Attributes:") else None
-      elif name is not None and (begin := re.match(r" {2,4}(\w+): ", line)):
-        name = begin[1]
-        found[name] = line[begin.end() :]
-      elif name:
-        found[name] += " " + line.strip()
-  return {name: sentence(text) for name, text in found.items()}
-
-
-def sentence(text: str) -> str:
-  """Returns the first sentence of a docstring, or of a part, without its end.
-
-  A dot within one, as in "(app. B)", is followed by no word.
-  """
-  line = " ".join((text or "").split())
-  return re.split(r"\.(?= (?:A |[A-Z][a-z]))|\.$", line)[0]
 
 
 def worded(annotation: Any, fully: bool = False) -> str:
@@ -446,136 +332,6 @@ def _worded(each: Alternative, fully: bool) -> str:
   return word
 
 
-# -- reading and writing ------------------------------------------------------
-
-
-def written(value: Any) -> str:
-  """Writes a value as `read` takes it."""
-  if isinstance(value, (list, tuple)):
-    words = [written(each) for each in value]
-    if words and all(re.fullmatch(r"[\w.+-]+", word) for word in words):
-      return ",".join(words) + ("," if len(words) == 1 else "")
-  return value if isinstance(value, str) else repr(value)
-
-
-def read(text: Any, annotation: Any, where: str) -> Any:
-  """Reads a value, as annotated, from a command line.
-
-  None, True, False and numbers are written as Python does (1e3 is a whole one),
-  a str as it is. A list is parted by commas, with brackets or without; a
-  section is a dict as Python writes it or, where it has kinds, the name of one.
-
-  Args:
-    text: or a value of what was read, within a list or a section.
-    annotation: what the field may hold.
-    where: its name.
-
-  Raises:
-    ReadError: the field cannot hold it; says what it can.
-    ValueError: a section has no such kind; says which there are.
-  """
-  about = section_of(annotation)
-  kinds = about and isinstance(about.factory, Mapping) and about.factory
-  by_kind = {each.kind: each for each in alternatives(annotation)}
-  for kind, reader in _READERS.items():
-    if kind is Mapping and kinds and str(text).isidentifier():
-      return {"kind": known(text, kinds, where)}
-    # What could be either: no str begins like a dict, a list has a comma.
-    if kind is str and about and str(text).startswith("{"):
-      break
-    is_word = isinstance(text, str) and not re.search(r"[,(\[]", text)
-    if kind is Sequence and str in by_kind and is_word:
-      continue
-    if kind in by_kind:
-      try:
-        return reader(text, by_kind[kind], where)
-      except (ArithmeticError, KeyError, SyntaxError, TypeError, ValueError):
-        pass
-  wanted = worded(annotation)
-  if about:
-    begin = "'kind'" if kinds else repr(next(iter(chosen(about, {}, "")[1])))
-    wanted += f", as in {{{begin}: ...}}"
-  raise ReadError(f"--{where}={text} cannot be read; give it as {wanted}.")
-
-
-def _within(value: Any, annotation: Any, where: str) -> Any:
-  """Reads what is in a list or a section; leaves it to `typed` to refuse it."""
-  try:
-    return read(value, annotation, where)
-  except ValueError:
-    return value
-
-
-def _read_none(text, *_):
-  return {"none": None, "null": None}[str(text).lower()]
-
-
-def _read_bool(text, *_):
-  words = {True: ("true", "t", "1"), False: ("false", "f", "0")}
-  (value,) = (v for v, said in words.items() if str(text).lower() in said)
-  return value
-
-
-def _read_int(text, *_):
-  try:
-    return int(str(text))
-  except ValueError:
-    number = _read_float(text)
-  if not number.is_integer():
-    raise ValueError
-  return int(number)
-
-
-def _read_float(text, *_):
-  return float(str(text))
-
-
-def _read_section(text, each, where):
-  section = ast.literal_eval(text) if isinstance(text, str) else text
-  if not _is(section, Mapping):
-    raise TypeError
-  fields = dict(section)
-  try:
-    _, parameters = chosen(each.about, fields, where)
-  except ValueError:
-    return fields
-  return fields | {
-    name: _within(fields[name], parameter.annotation, f"{where}.{name}")
-    for name, parameter in parameters.items()
-    if name in fields
-  }
-
-
-def _read_list(text, each, where):
-  entries = text
-  if isinstance(text, str):
-    # Without brackets and the comma that may come last.
-    inner = re.sub(r"^[\[(]|[\])]$", "", text.strip()).strip().removesuffix(",")
-    try:
-      entries = ast.literal_eval(f"({inner},)") if inner else ()
-    except (SyntaxError, ValueError):
-      entries = [word.strip() for word in inner.split(",")]
-  elif not _is(text, Sequence):
-    raise TypeError
-  return tuple(_within(each_one, each.entry, where) for each_one in entries)
-
-
-def _read_str(text, *_):
-  if not isinstance(text, str):
-    raise TypeError
-  return text
-
-
-# In the order in which what is written could be meant.
-_READERS = {
-  types.NoneType: _read_none,
-  bool: _read_bool,
-  int: _read_int,
-  float: _read_float,
-  Mapping: _read_section,
-  Sequence: _read_list,
-  str: _read_str,
-}
 _KINDS = {
   **{kind: kind.__name__ for kind in (bool, int, float, str)},
   types.NoneType: "None",

@@ -14,7 +14,7 @@ from config_shapes import (
 from ml_collections import config_dict
 
 from moejax import config as config_lib
-from moejax import cost, named, seats, sharding
+from moejax import cost, named, options, seats, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import vocab
 from moejax.models.layers import table_rows
@@ -45,16 +45,18 @@ def test_config_builds(name):
 def test_every_field_is_an_option_at_its_present_value(name):
   config, same = load(name), load(name)
   fields = list(config_lib.fields(config))
-  given = [field for field in fields if field.value is not named.EMPTY]
+  given = [field for field in fields if field.value is not options.EMPTY]
   assert len(given) > 30 and len(fields) > len(given) + 30
   assert all(field.line for field in fields)
-  config_lib.override(same, [(f.name, [named.written(f.value)]) for f in given])
+  config_lib.override(
+    same, [(f.name, [options.written(f.value)]) for f in given]
+  )
   assert types_of(same.to_dict()) == types_of(config.to_dict())
   # What it leaves out can be read where there is a default.
   for field in fields:
-    if field.value is named.EMPTY and field.default is not named.EMPTY:
-      text = named.written(field.default)
-      read = named.read(text, field.annotation, field.name)
+    if field.value is options.EMPTY and field.default is not options.EMPTY:
+      text = options.written(field.default)
+      read = options.read(text, field.annotation, field.name)
       assert types_of(read) == types_of(field.default)
 
 
@@ -105,7 +107,7 @@ def test_any_field_takes_what_its_annotation_allows(name, data):
   config = load(name)
   field = data.draw(st.sampled_from(list(config_lib.fields(config))))
   value = data.draw(values(field.annotation))
-  config_lib.override(config, [(field.name, [named.written(value)])])
+  config_lib.override(config, [(field.name, [options.written(value)])])
   found = config.to_dict()
   for step in field.name.split(".")[1:]:
     found = found[step]

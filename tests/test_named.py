@@ -7,7 +7,7 @@ import config_shapes
 import pytest
 
 from moejax import config as config_lib
-from moejax import named
+from moejax import named, options
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_is_built_says_what_its_section_holds():
   whole = Annotated[Any, named.Section(Cart)]
   found = {
     field.name: (named.worded(field.annotation, fully=True), field.line)
-    for field in named.fields(whole, "cart", section)
+    for field in options.fields(whole, "cart", section)
   }
   line = "of it (app. B), with a long line"
   assert found == {
