@@ -115,18 +115,22 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
+def locked(
+  path: pathlib.Path, wait: bool = True, shared: bool = False
+) -> Iterator[None]:
   """Holds a file's lock; the end of the process lets go of it in any case.
 
   Args:
     path: of the file, which is made, and its folder; it is never written to.
     wait: for another process that holds it.
+    shared: with all others who share it, while nobody holds it alone.
 
   Raises:
     BlockingIOError: another one holds it.
     OSError: names the path; as `open_regular`, or the file system has no locks.
   """
-  how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+  how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+  how |= 0 if wait else fcntl.LOCK_NB
   with contextlib.ExitStack() as stack:
     # One that ends may remove the file before it lets go, another make it anew.
     while True:

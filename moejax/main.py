@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from moejax import files, terminal
+from moejax import files, limits, terminal
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
       if not values.workdir:
         raise UsageError("give --workdir=DIR, where the run lives.")
       workdir = pathlib.Path(values.workdir)
+    limits.check()
     return COMMANDS[argv[1]](values) or 0
   except (UsageError, flags.Error) as error:
     terminal.warn(f"moejax: {error}")

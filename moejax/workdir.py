@@ -221,7 +221,7 @@ def flat(values: Any, name: str = "config") -> dict[str, Any]:
   """Returns the fields of sections within sections, by their whole names."""
   if not isinstance(values, dict):
     return {name: values}
-  flat = {}
+  found = {}
   for key, value in values.items():
-    flat |= flat(value, f"{name}.{key}")
-  return flat
+    found |= flat(value, f"{name}.{key}")
+  return found

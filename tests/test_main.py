@@ -1,8 +1,12 @@
 """The command line: what it refuses, in one sentence, and what stays."""
 
+import errno
+import fcntl
 import json
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -259,6 +263,99 @@ def test_another_config_is_refused_and_shown(trained, small_flags, capsys):
   assert "config.seed: 0 there, 3 now" in said
   assert "steps" not in said
   assert (trained / "config.json").read_text() == before
+
+
+def test_a_finished_run_is_known_by_its_text(
+  trained, corpus, small_flags, tmp_path, capsys
+):
+  argv = ["moejax", "train", *small_flags, f"--workdir={trained}"]
+  assert main([*argv, "--config.train.steps=3"]) == 0
+  moved = tmp_path / "moved.txt"
+  text = corpus.read_text(encoding="utf-8")
+  moved.write_text(text, encoding="utf-8")
+  assert main([*argv, f"--config.data.train={moved}"]) == 0
+  assert capsys.readouterr().out.count("finished before: test perplex") == 2
+  moved.write_text(f"{text}One more .\n", encoding="utf-8")
+  assert main([*argv, f"--config.data.train={moved}"]) == 1
+  assert "the text of train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"test": 3}'])
+def test_a_damaged_result_is_told_with_the_way_out(
+  content, trained, small_flags, tmp_path, capsys
+):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  (workdir / "result.json").write_text(content)
+  argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
+  assert main(argv) == 1
+  said = capsys.readouterr().err
+  assert "result.json is damaged; remove it, and the same command" in said
+
+
+@pytest.mark.parametrize("name", ["lock", "traceback.txt", "checkpoints"])
+def test_nothing_is_written_through_a_link(
+  name, trained, small_flags, tmp_path, capsys
+):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  precious = tmp_path / "precious"
+  if name == "checkpoints":
+    shutil.move(workdir / name, precious)
+  else:
+    (workdir / name).unlink(missing_ok=True)
+    precious.write_text("precious")
+  (workdir / name).symlink_to(precious)
+  argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
+  assert main([*argv, "--config.train.steps=0"]) == 1
+  assert main(argv) == (0 if name == "traceback.txt" else 1)
+  said = capsys.readouterr().err
+  assert name == "traceback.txt" or f"{workdir / name} is a link" in said
+  if name != "checkpoints":
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+  "name", ["lock", "config.json", "vocab.txt", "checkpoints/12/SHA256SUMS"]
+)
+def test_a_pipe_does_not_hang(name, trained, small_flags, tmp_path, capsys):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  (workdir / "result.json").unlink()
+  (workdir / name).unlink()
+  os.mkfifo(workdir / name)
+  argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
+  assert main(argv) == 1
+  assert f"{workdir / name} is a pipe where" in capsys.readouterr().err
+
+
+def test_a_mistake_leaves_no_workdir(fails, tmp_path):
+  fails("--config.data.train=no.txt")
+  assert not (tmp_path / "run").exists()
+
+
+def test_where_nothing_can_be_locked_it_says_so(
+  trained, small_flags, monkeypatch, capsys
+):
+  def flock(*args):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  argv = ["moejax", "train", *small_flags, f"--workdir={trained}"]
+  assert main(argv) == 0
+  said = capsys.readouterr().err
+  assert f"{trained / 'lock'} cannot be locked" in said
+
+
+@pytest.mark.parametrize("part", ["workdir", "config.data.train"])
+def test_names_that_no_file_can_have(part, small_flags, capsys, tmp_path):
+  argv = ["moejax", "train", *small_flags, f"--workdir={tmp_path}/run"]
+  assert main([*argv, f"--{part}={tmp_path}/{'x' * 300}"]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith(f"moejax: {tmp_path}/xxx")
+  assert "File name too long; give a shorter path." in said
+
+
+def test_a_field_that_is_not_utf8(fails):
+  said = fails("--config.data.train=caf\udce9.txt")
+  assert "config.data.train is 'caf\\udce9.txt', which is not UTF-8" in said
 
 
 def test_eval_repeats_the_test(trained, capsys):

@@ -388,30 +388,24 @@ def damaged(folder: str | os.PathLike, error: Exception) -> ValueError:
 def _prepare(builder: Prose) -> None:
   where = pathlib.Path(builder.data_dir)
   terminal.warn(f"preparing {builder.name} (once) in {where}")
+  family = where.parents[1 if builder.builder_config else 0]
+  lock = family.parent / "moejax.lock"
+  # What a kill left is removed by who finds nobody else preparing.
+  with contextlib.suppress(OSError), files_lib.locked(lock, wait=False):
+    for depth in ("", "*/"):
+      for draft in family.glob(f"{depth}incomplete.*"):
+        shutil.rmtree(draft, ignore_errors=True)
   with contextlib.ExitStack() as stack:
-    # Where there are no locks, several that prepare at once each make a copy.
     with contextlib.suppress(OSError):
-      stack.enter_context(files_lib.alone(where.parent / "lock"))
-      _remove_incomplete(where.parent)
-      if builder.builder_config:
-        for draft in where.parent.parent.glob("*/incomplete.*"):
-          with files_lib.alone(draft.parent / "lock", wait=False):
-            _remove_incomplete(draft.parent)
+      stack.enter_context(files_lib.locked(lock, shared=True))
     try:
       with quiet():
-        if not builder.is_prepared():
-          builder.download_and_prepare(file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
     except OSError:
-      # The first to finish puts its copy in place, and the rename of the others
-      # fails.
+      # Of several processes that prepare at once, the first to finish puts its
+      # copy in place, and the rename of the others fails.
       if not builder.is_prepared():
         raise
-
-
-def _remove_incomplete(folder: pathlib.Path) -> None:
-  """Removes what a kill left, where nobody else prepares."""
-  for draft in folder.glob("incomplete.*"):
-    shutil.rmtree(draft, ignore_errors=True)
 
 
 CORPORA = {"sotu": Sotu, "text": TextFiles}

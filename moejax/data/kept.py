@@ -78,7 +78,7 @@ def keep(
   """
   if not _sound(path, types, thorough):
     path.parent.mkdir(exist_ok=True)
-    with files_lib.alone(path.parent / "lock"):
+    with files_lib.locked(path.parent / "lock"):
       if not _sound(path, types, thorough):
         if path.exists():
           terminal.warn(f"{path} is damaged; it is made anew")

@@ -366,7 +366,7 @@ def alone_in(workdir: pathlib.Path) -> Iterator[None]:
   made = not workdir.exists()
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(files.alone(lock, wait=False))
+      stack.enter_context(files.locked(lock, wait=False))
     except BlockingIOError as error:
       raise BlockingIOError(
         f"another process trains in {workdir}; wait for it, or give another"

@@ -166,8 +166,45 @@ def test_two_cannot_train_in_one_workdir(start, tmp_path):
   output, _ = second.communicate()
   assert second.returncode == 1
   assert f"another process trains in {workdir}" in output
+  # At once: it has read no text, and built nothing.
+  assert "parameters" not in output
   first.kill()
   first.communicate()
+
+
+def test_of_three_starts_at_one_moment_one_trains(start, tmp_path):
+  """The others are refused: none trains on, or reports, what is another's."""
+  workdir = tmp_path / "new" / "run"
+  rates = (0.001, 0.002, 0.003)
+  several = [start(workdir, f"--config.optimizer.peak={r}") for r in rates]
+  outputs = program.end(several)
+  statuses = [process.returncode for process in several]
+  assert sorted(statuses) == [0, 1, 1], outputs
+  own = json.loads((workdir / workdir_lib.CONFIG_FILE).read_text())
+  assert own["optimizer"]["peak"] == rates[statuses.index(0)]
+  for status, output in zip(statuses, outputs, strict=True):
+    refused = "another process trains in" in output or (
+      "was made with another config" in output
+    )
+    assert refused == (status == 1) and refused != ("perplexity" in output)
+
+
+def test_a_finished_run_goes_on_as_if_it_had_not_been_at_its_end(
+  start, whole, corpus, tmp_path
+):
+  """Also where the text has moved, its digest says that it is the same."""
+  moved = shutil.copy(corpus, tmp_path / "moved.txt")
+  longer = (
+    "--config.train.steps=18",
+    f"--config.data.train={moved}",
+    f"--config.data.data_dir={tmp_path / 'prepared'}",
+  )
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  (output,) = program.end_well(start(workdir, *longer))
+  assert "at step 12 of 18" in output
+  program.end_well(start(tmp_path / "at_once", *longer))
+  assert curve(workdir) == curve(tmp_path / "at_once")
+  assert program.result(workdir)["steps"] == 18
 
 
 def test_another_text_is_refused(start, whole, tmp_path, corpus):
