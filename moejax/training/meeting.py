@@ -11,13 +11,14 @@ last it sends is {"all": true}, or {"refused": why}.
 
 import contextlib
 import errno
+import io
 import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from moejax import terminal
 
@@ -112,9 +113,10 @@ class _Host:
         (host, port), family=family, backlog=128, dualstack_ipv6=both
       )
     except OSError as error:
+      why = os.strerror(error.errno) if error.errno else str(error)
       raise ConnectionError(
         f"process 0 cannot listen on port {port}, of --coordinator_address="
-        f"{self._address} ({error.strerror}): another program does, or another"
+        f"{self._address} ({why}): another program does, or another"
         " process with --process_id=0; give each process its own id, and all"
         " of them a free port of the first one's machine."
       ) from None
@@ -122,9 +124,12 @@ class _Host:
   def _attend(self, guest: socket.socket) -> None:
     """Tells one that has come whom all wait for, until that is nobody."""
     odd = OSError, ValueError, LookupError, TypeError
-    with guest, contextlib.suppress(*odd):
-      guest.settimeout(_SILENCE)
-      stream = guest.makefile("rwb")
+    guest.settimeout(_SILENCE)
+    with (
+      guest,
+      contextlib.suppress(*odd),
+      guest.makefile("rwb") as stream,
+    ):
       _send(stream, _GREETING)
       message = _receive(stream)
       number, count, machine = (message[n] for n in ("process", "of", "host"))
@@ -140,9 +145,10 @@ class _Host:
             apart = _apart(f"{who} did not come to {self._address}")
             _send(stream, {"refused": apart})
             return
-          _send(stream, {"missing": missing})
-          if self._ended.wait(_SIGN):
+          if self._ended.is_set():
             return
+          _send(stream, {"missing": missing})
+          self._ended.wait(_SIGN)
         _send(stream, {"all": True})
       except OSError:
         # It has left; started again, it may come again.
@@ -187,11 +193,13 @@ def _come(
     itself = "" if number else ", which is this one,"
     waits = f"process 0{itself} does not answer at {address}"
     try:
-      with socket.create_connection(_split(address), _SILENCE) as host:
+      with (
+        socket.create_connection(_split(address), _SILENCE) as host,
+        host.makefile("rwb") as stream,
+      ):
         if host.getsockname() == host.getpeername():
           # A free port, by chance that of this very connection.
           raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody there")
-        stream = host.makefile("rwb")
         _greeted(stream, address)
         _send(stream, me)
         while True:
@@ -221,7 +229,7 @@ class _Refused(ConnectionError):
   """What no further attempt would change."""
 
 
-def _greeted(stream: BinaryIO, address: str) -> None:
+def _greeted(stream: io.BufferedIOBase, address: str) -> None:
   """Refuses who is no moejax that waits for others."""
   with contextlib.suppress(TimeoutError, ValueError):
     if _receive(stream) == _GREETING:
@@ -254,12 +262,12 @@ def _split(address: str) -> tuple[str, int]:
   return host.strip("[]"), int(port)
 
 
-def _send(stream: BinaryIO, message: dict[str, Any]) -> None:
+def _send(stream: io.BufferedIOBase, message: dict[str, Any]) -> None:
   stream.write(json.dumps(message).encode() + b"\n")
   stream.flush()
 
 
-def _receive(stream: BinaryIO) -> dict[str, Any]:
+def _receive(stream: io.BufferedIOBase) -> dict[str, Any]:
   """Raises OSError or ValueError where none comes."""
   line = stream.readline(_LONGEST)
   if not line:

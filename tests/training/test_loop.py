@@ -1,9 +1,13 @@
 """Whole runs by the command line: report, resume, stop, refuse."""
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import textwrap
 
 import program
@@ -29,9 +33,9 @@ def test_a_run_reports_and_remembers(whole):
   assert set(train[0]) == {
     "step",
     "split",
-    "loss",
+    "sampled_loss",
     "auxiliary",
-    "perplexity",
+    "sampled_perplexity",
     "cv_importance",
     "cv_load",
     "max_over_mean_load",
@@ -219,3 +223,32 @@ def test_another_text_is_refused(start, whole, tmp_path, corpus):
     corpus.write_text(before, encoding="utf-8")
   assert process.returncode == 1
   assert "has changed since the run" in output
+
+
+def test_a_terminal_that_is_stuck_or_gone_stops_no_run(
+  environment, small_flags, start, whole, tmp_path
+):
+  """A pager that was stopped, `| head`, and letters that it cannot show."""
+  workdir = tmp_path / "ru\x1b[31mn\udcff"
+  command = [sys.executable, "-m", "moejax", "train", *small_flags]
+  out, stuck = os.pipe()
+  fcntl.fcntl(stuck, fcntl.F_SETPIPE_SZ, 4096)
+  os.write(stuck, b"\n" * 4096)
+  error, gone = os.pipe()
+  os.close(error)
+  process = subprocess.Popen(
+    [*command, f"--workdir={workdir}"],
+    env=environment | {"PYTHONIOENCODING": "ascii"},
+    stdout=stuck,
+    stderr=gone,
+  )
+  for end in (stuck, gone):
+    os.close(end)
+  wait_for_step(process, workdir, 4)
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(program.PATIENCE) == 128 + signal.SIGHUP
+  os.close(out)
+  saved = program.kept(workdir)[-1]
+  assert 4 <= saved < 12
+  again = finish(start, workdir, whole)
+  assert f"\\x1b[31mn\\udcff at step {saved} of 12" in again
