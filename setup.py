@@ -8,6 +8,7 @@ README = pathlib.Path(__file__).parent / "README.md"
 
 TEST = [
   "beartype",
+  "gcsfs",
   "hypothesis",
   "import-linter",
   "ipykernel",
@@ -32,6 +33,7 @@ setuptools.setup(
     "absl-py",
     "array_record",
     "babel",  # reads catalogues of messages: experiments/package_pairs.py
+    "etils[epath]>=1.13",
     "flax>=0.12",
     "grain>=0.2.12",
     "importlib_resources",  # tensorflow-datasets imports it, undeclared
@@ -55,10 +57,11 @@ setuptools.setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
+    "gcs": ["gcsfs>=2024.9"],  # for --workdir=gs://...
     "notebooks": ["ipykernel", "jupyterlab"],
     "test": TEST,
     "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],
   },
-  entry_points={"console_scripts": ["moejax = moejax.main:console"]},
+  entry_points={"console_scripts": ["moejax = moejax.__main__:run"]},
 )

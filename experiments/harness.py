@@ -25,6 +25,8 @@ import jax
 import matplotlib.figure
 from absl import logging
 
+from moejax import terminal
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 Row = dict[str, Any]
@@ -112,12 +114,12 @@ def main(
     table.append(row)
     passed = time.perf_counter() - begin
     cells = " ".join(f"{name}={value}" for name, value in row.items())
-    print(f"[{passed:5.0f} s] {cells}", flush=True)
+    terminal.say(f"[{passed:5.0f} s] {cells}")
   seconds = time.perf_counter() - begin
-  print(aligned(table))
+  terminal.say(aligned(table))
   out = args.out or (None if args.quick else RESULTS)
   if out is None:
-    print("quick run: no file written; --out writes them")
+    terminal.say("quick run: no file written; --out writes them")
     return table
   about = {
     "command": shlex.join(["python", "-m", f"experiments.{name}", *argv]),
@@ -149,7 +151,7 @@ def write(
   figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
   draw(figure, table)
   figure.savefig(stem.with_suffix(".png"), dpi=120)
-  print(f"wrote {stem}.csv, .json and .png")
+  terminal.say(f"wrote {stem}.csv, .json and .png")
 
 
 def machine() -> Row:

@@ -44,7 +44,7 @@ import matplotlib.figure
 import numpy as np
 
 from experiments import harness
-from moejax import experts, moe, router
+from moejax import experts, moe, router, terminal
 from moejax.training import program as program_lib
 
 SEED = 0
@@ -197,7 +197,9 @@ def peer(
 
     module = peer_layer(num_experts, width, hidden)
   except ImportError:
-    print("torch or mixture-of-experts is not installed: no rows for the peer")
+    terminal.say(
+      "torch or mixture-of-experts is not installed: no rows for the peer"
+    )
     return
   dense = peer_dense(width, 2 * hidden)
   group = min(tokens, PEER_GROUP)
@@ -281,7 +283,7 @@ def tpu(
   try:
     import libtpu  # noqa: F401
   except ImportError:
-    print("libtpu is not installed: no rows compiled for a TPU")
+    terminal.say("libtpu is not installed: no rows compiled for a TPU")
     return
   # It asks the cloud what machine this is, and waits long for no answer.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

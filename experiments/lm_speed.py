@@ -43,7 +43,7 @@ import optax
 
 from experiments import expert_count_cost, harness, layer_speed, training
 from moejax import config as config_lib
-from moejax import losses
+from moejax import losses, terminal
 from moejax.models import layers
 from moejax.moe import ROUTING
 
@@ -101,7 +101,9 @@ def measure(size: tuple[int, int], quick: bool) -> Times:
       f"{name}, {DISTINCT}": Twin(configs[name], True) for name in twins
     }
   except ImportError:
-    print("torch or mixture-of-experts is not installed: no rows for them")
+    terminal.say(
+      "torch or mixture-of-experts is not installed: no rows for them"
+    )
   else:
     steps = {name: twin.step for name, twin in twins.items()}
     runs |= labelled("torch", steps, torch_parts(twins["moe"]))

@@ -28,6 +28,7 @@ import matplotlib.figure
 import numpy as np
 
 from experiments import harness
+from moejax import terminal
 from moejax.models import layers
 
 SEED = 0
@@ -44,7 +45,7 @@ def rows(quick: bool) -> Iterator[harness.Row]:
     try:
       candidates["torch"] = torch_lstm(x)
     except ImportError:
-      print("torch is not installed: no row for it, no ratio to it")
+      terminal.say("torch is not installed: no row for it, no ratio to it")
     times = harness.interleaved(candidates, repeats)
     before, theirs = times["flax"], times.get("torch")
     for name, ours in times.items():

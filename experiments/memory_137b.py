@@ -25,6 +25,7 @@ import matplotlib.figure
 
 from experiments import harness, training
 from moejax import config as config_lib
+from moejax import terminal
 from moejax.planning import chips, search
 
 TOPOLOGY, QUICK_TOPOLOGY = "v5p:4x4x8", "cpu:8"
@@ -46,7 +47,7 @@ def rows(quick: bool) -> Iterator[harness.Row]:
   vocab_size = config_lib.vocab_size(config)
   layer = "moe" if "moe" in config.model else "hierarchical_moe.secondary"
   attempt = functools.partial(
-    search.attempt, config, vocab_size, topology, say=print
+    search.attempt, config, vocab_size, topology, say=terminal.say
   )
   for name, optimizer in OPTIMIZERS.items():
     for recompute in (False,) if quick else (False, True):

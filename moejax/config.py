@@ -4,23 +4,93 @@ Nothing below this file has ever seen a config.
 """
 
 import functools
-import math
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import inspect
+import itertools
+import json
+import os
+import runpy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from moejax import losses, named, sharding
+from moejax import files as files_lib
+from moejax import losses, named, options, sharding
 from moejax import workdir as workdir_lib
-from moejax.data import corpora, corpus, lm1b, pairs, text, translation, vocab
+from moejax.data import (
+  corpora,
+  corpus,
+  file_names,
+  lm1b,
+  pairs,
+  text,
+  translation,
+  vocab,
+)
 from moejax.data.pieces import Pieces
 from moejax.models.build import MODELS
+from moejax.named import Names, Range, Section, Size
+from moejax.options import Paths
 from moejax.training import optim, step
 
 Config = ConfigDict
+
+# -- files and flags ----------------------------------------------------------
+
+
+def load(path: str) -> ConfigDict:
+  """Runs a config file, of configs/ or a user's own.
+
+  Args:
+    path: of the file; what follows a colon is the argument of its get_config.
+
+  Raises:
+    options.ReadError: it is none; says why.
+  """
+  file, _, argument = path.partition(":")
+  file = os.path.expanduser(file)
+  if not os.path.isfile(file) or os.path.exists(os.path.expanduser(path)):
+    file, argument = str(files_lib.local(path)), ""
+  if not os.path.isfile(file):
+    raise options.ReadError(
+      f"--config={path}: there is no such file; give one of configs/ or your"
+      " own."
+    )
+  try:
+    get_config = runpy.run_path(file)["get_config"]
+    config = get_config(*([argument] if argument else []))
+    config.to_dict()
+    return config.lock()
+  except Exception as error:  # Whatever the file's own code raises.
+    raise options.ReadError(
+      f"--config={path} cannot be read ({type(error).__name__}: {error}); it"
+      " must define get_config() -> ConfigDict."
+    ) from error
+
+
+def fields(config: ConfigDict) -> Iterator[options.Field]:
+  """Yields all that a config can hold, also what it leaves out.
+
+  Raises:
+    ValueError: a section is of an unknown kind.
+  """
+  whole = Annotated[Any, Section(Sections)]
+  # The first is the config as a whole.
+  return itertools.islice(
+    options.fields(whole, "config", config.to_dict()), 1, None
+  )
+
+
+def override(
+  config: ConfigDict, changes: Sequence[tuple[str, Sequence[str]]]
+) -> None:
+  """Sets fields to what a command line says, see `options.override`."""
+  options.override(config, changes, fields)
+
+
+# -- sections -----------------------------------------------------------------
 
 
 class Train(NamedTuple):
@@ -38,68 +108,84 @@ class Train(NamedTuple):
     keep: how many of the last checkpoints to keep, besides the best.
   """
 
-  steps: int
-  microbatches: int = 1
-  balance_over: str = "microbatch"
-  log_every: int = 10
-  eval_every: int = 100
-  checkpoint_every: int = 100
-  keep: int = 2
+  steps: Size
+  microbatches: Size = 1
+  balance_over: Annotated[str, Names(step.BALANCE_OVER)] = "microbatch"
+  log_every: Size = 10
+  eval_every: Size = 100
+  checkpoint_every: Size = 100
+  keep: Size = 2
 
 
 def check(config: ConfigDict) -> None:
-  """Refuses sections that no builder here reads.
+  """Refuses what no builder here reads, and values that cannot be.
 
   Raises:
-    ValueError: names the section and the nearest that exists.
+    ValueError: names the field and what may be in its place, or the nearest
+      that exists.
   """
-  kinds = dict.fromkeys(("data", "model", "aux", "optimizer", "train"), Mapping)
-  kinds |= {"seed": int, "layout": str | Mapping}
-  named.refuse_unknown(config.to_dict(), kinds, "config")
-  for name, kind in kinds.items():
-    if name not in config:
-      raise ValueError(f"config.{name} is missing; give it a value.")
-    named.typed(config[name], kind, f"config.{name}")
-  if translates(config) != (config.model.get("kind") == "gnmt"):
+  kinds = [
+    section.get("kind") if hasattr(section, "keys") else None
+    for section in (config.get("model"), config.get("data"))
+  ]
+  if all(kinds) and translates(config) != (kinds[0] == "gnmt"):
     raise ValueError(
-      f"config.model.kind is {config.model.get('kind')!r}, but config.data.kind"
-      f" is {config.data.get('kind')!r}: the model 'gnmt' translates, and pairs"
-      " of sentences ('pairs', 'wmt14') are for it alone; change one of them."
+      f"config.model.kind is {kinds[0]!r}, but config.data.kind is"
+      f" {kinds[1]!r}: the model 'gnmt' translates, and pairs of sentences"
+      " ('pairs', 'wmt14') are for it alone; change one of them."
     )
-  losses.check(*aux(config))
-  if not 0 <= config.seed < 2**32:
-    raise ValueError(
-      f"config.seed is {config.seed}; give 0 or more, and less than 2**32."
-    )
-  named.sizes("config.data", vocab_size=config.data.get("vocab_size"))
-  train(config)
+  named.typed(config.to_dict(), Annotated[Any, Section(Sections)], "config")
+  for name, value in workdir_lib.flat(config.to_dict()).items():
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise ValueError(
+        f"{name} is {value!r}, which is not UTF-8; rename what it names."
+      ) from None
   optimizer(config)
   layout(config)
 
 
+def _build(config: ConfigDict, name: str, **given: Any) -> Any:
+  """Builds what a section describes."""
+  section = named.section_of(Sections.__annotations__[name])
+  return named.make(
+    section.factory, config[name].to_dict(), f"config.{name}", **given
+  )
+
+
 def aux(config: ConfigDict) -> tuple[dict[str, float], str]:
   """Reads the section `aux`: weights of the balance losses, and their scope."""
-  weights = config.aux.to_dict()
-  scope = weights.pop("scope", "batch")
-  for name, weight in weights.items():
-    named.typed(weight, float, f"config.aux.{name}")
-    if not 0 <= weight < math.inf:
-      raise ValueError(f"config.aux.{name} is {weight}; give 0 or more.")
-  return weights, scope
+  return _build(config, "aux")
+
+
+@named.fields_of(
+  **{
+    name: Annotated[
+      float, Range(0), f"weight of {options.sentence(fn.__doc__)}"
+    ]
+    | None
+    for name, fn in losses.LOSSES.items()
+  }
+)
+def _aux(
+  scope: Annotated[str, Names(losses.SCOPES)] = "batch", **weights: float | None
+) -> tuple[dict[str, float], str]:
+  """Reads weights.
+
+  Args:
+    scope: what is to be balanced, the "batch" or every "group" by itself.
+  """
+  return {n: w for n, w in weights.items() if w is not None}, scope
 
 
 def train(config: ConfigDict) -> Train:
   """Reads the section `train`."""
-  values = named.make(Train, config.train.to_dict(), "config.train")
-  numbers = values._asdict()
-  over = numbers.pop("balance_over")
-  named.known(over, step.BALANCE_OVER, "config.train.balance_over")
-  named.sizes("config.train", **numbers)
-  return values
+  return _build(config, "train")
 
 
 def data(
-  config: ConfigDict, workdir: pathlib.Path | None, files: Sequence[str] = ()
+  config: ConfigDict, workdir: files_lib.Path | None, files: Sequence[str] = ()
 ) -> corpus.Corpus:
   """Opens the corpus; the vocabulary is the run's own once there is a run.
 
@@ -108,21 +194,11 @@ def data(
     workdir: of the run; None where there is to be none.
     files: text files to read, as the only split "data", in place of the corpus.
   """
-  return named.choose(
-    DATA, config.data.to_dict(), "config.data", workdir=workdir, files=files
-  )
+  return _build(config, "data", workdir=workdir, files=file_names.find(files))
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays.
-
-  Raises:
-    ValueError: one of B, L and M is below 1.
-  """
-  for name in ("batch_size", "row_length", "source_length"):
-    value = config.data.get(name, 1)
-    named.typed(value, int, f"config.data.{name}")
-    named.sizes("config.data", **{name: value})
+  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays."""
   size, length = config.data.batch_size, config.data.row_length
   sides = [(length, text.TYPES)]
   if translates(config):
@@ -149,19 +225,30 @@ def _prose(
   kind: str,
   workdir,
   files,
-  row_length: int,
-  batch_size: int,
+  row_length: Size,
+  batch_size: Size,
   min_count: int = 3,
   data_dir: str = "",
-  train: str = "",
-  validation: str = "",
-  test: str = "",
+  train: Paths = "",
+  validation: Paths = "",
+  test: Paths = "",
 ) -> corpus.Corpus:
+  """Opens text.
+
+  Args:
+    row_length: words of a row; of pairs, word pieces of the target.
+    batch_size: rows of a batch.
+    min_count: words that the text has less often are unknown.
+    data_dir: where prepared corpora lie; "" is TFDS's own place.
+    train: files to learn from.
+    validation: files to find the best checkpoint by; "" takes a part of train.
+    test: files to measure that one by; "" takes a part of train.
+  """
   if files:
     texts = {"data": corpora.read_lines(files)}
   else:
     own = _files(kind, train=train, validation=validation, test=test)
-    texts = corpora.open_corpus(kind, data_dir or None, **own)
+    texts = corpora.open_corpus(kind, _data_dir(data_dir), **own)
   vocabulary = _of_run(vocab.Vocabulary, workdir)
   if vocabulary is None:
     vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
@@ -172,19 +259,26 @@ def _lm1b(
   workdir,
   files,
   vocab_file: str,
-  vocab_size: int,
-  row_length: int,
-  batch_size: int,
+  vocab_size: Size,
+  row_length: Size,
+  batch_size: Size,
   data_dir: str = "",
   test: str = "",
 ) -> corpus.Corpus:
+  """Opens the One Billion Word benchmark.
+
+  Args:
+    vocab_file: one word a line, the most frequent first.
+    vocab_size: entries of the vocabulary.
+    test: path of news.en.heldout-00000-of-00050; "" is what TFDS holds out.
+  """
   vocabulary = _of_run(vocab.Vocabulary, workdir)
   if vocabulary is None:
-    vocabulary = lm1b.load_vocabulary(vocab_file, vocab_size)
+    vocabulary = lm1b.load_vocabulary(_local(vocab_file), vocab_size)
   if files:
     texts = {"data": corpora.read_lines(files)}
   else:
-    texts = lm1b.open_lm1b(data_dir or None, test)
+    texts = lm1b.open_lm1b(_data_dir(data_dir), _local(test))
   return corpus.Sentences(
     vocabulary, texts, row_length, batch_size, vocab.tokens
   )
@@ -193,18 +287,26 @@ def _lm1b(
 def _pairs(
   workdir,
   files,
-  train: str,
-  vocab_size: int,
-  row_length: int,
-  source_length: int,
-  batch_size: int,
-  validation: str = "",
-  test: str = "",
+  train: Paths,
+  vocab_size: Size,
+  row_length: Size,
+  source_length: Size,
+  batch_size: Size,
+  validation: Paths = "",
+  test: Paths = "",
   data_dir: str = "",
   both_directions: bool = False,
   temperature: float = 1.0,
   strict: bool = False,
 ) -> corpus.Corpus:
+  """Opens pairs of sentences.
+
+  Args:
+    source_length: word pieces of a row of the source.
+    both_directions: whether each pair is read both ways.
+    temperature: above 1 small pairs of languages are read more often.
+    strict: whether to refuse lines that are no pair, or else leave them out.
+  """
   named_files = {
     split: pairs.named_files(value)
     for split, value in (
@@ -216,7 +318,7 @@ def _pairs(
   known = pairs.directions(named_files["train"], both_directions)
   parts = _given_pairs(files, known, strict) or pairs.open_pairs(
     **named_files,
-    data_dir=data_dir or None,
+    data_dir=_data_dir(data_dir),
     both_directions=both_directions,
     strict=strict,
   )
@@ -230,15 +332,20 @@ def _wmt14(
   workdir,
   files,
   pair: str,
-  vocab_size: int,
-  row_length: int,
-  source_length: int,
-  batch_size: int,
+  vocab_size: Size,
+  row_length: Size,
+  source_length: Size,
+  batch_size: Size,
   data_dir: str = "",
 ) -> corpus.Corpus:
+  """Opens pairs of WMT'14.
+
+  Args:
+    pair: of languages, such as "en-fr".
+  """
   known = [pairs.wmt14_direction(pair)]
   parts = _given_pairs(files, known, strict=False) or pairs.open_wmt14(
-    pair, data_dir or None
+    pair, _data_dir(data_dir)
   )
   pieces = _pieces(workdir, parts, vocab_size)
   return corpus.Translations(
@@ -251,7 +358,7 @@ def _given_pairs(
 ) -> dict[str, list[pairs.Pairs]]:
   """Reads the pairs of files as the only split; none where there are none."""
   found = []
-  for direction, paths in pairs.named_files(",".join(files)).items():
+  for direction, paths in pairs.named_files(files).items():
     if direction not in known:
       if direction != pairs.NO_LANGUAGES or len(known) > 1:
         raise ValueError(
@@ -265,7 +372,7 @@ def _given_pairs(
 
 
 def _pieces(
-  workdir: pathlib.Path | None,
+  workdir: files_lib.Path | None,
   parts: Mapping[str, Sequence[pairs.Pairs]],
   size: int,
 ) -> Pieces:
@@ -285,7 +392,7 @@ def vocab_size(config: ConfigDict) -> int:
 
 
 def _of_run(
-  kind: type[workdir_lib.Vocabulary], workdir: pathlib.Path | None
+  kind: type[workdir_lib.Vocabulary], workdir: files_lib.Path | None
 ) -> workdir_lib.Vocabulary | None:
   if workdir is not None and workdir_lib.is_run(workdir):
     return workdir_lib.vocabulary(kind, workdir)
@@ -301,16 +408,22 @@ DATA = {
 }
 
 
+def _local(path: str) -> str:
+  """Returns the path on a disk that is meant, if any is."""
+  return path and str(files_lib.local(path))
+
+
+def _data_dir(path: str) -> str | None:
+  """Returns where prepared corpora lie; None for the home folder, by TFDS."""
+  return _local(path or os.environ.get("TFDS_DATA_DIR", "")) or None
+
+
 def _files(kind: str, **splits: str) -> dict[str, list[str]]:
-  """Splits comma-separated paths; only text corpora take any."""
-  paths = {
-    split: [path for path in value.split(",") if path]
-    for split, value in splits.items()
-  }
+  """Lists the files of each split; only text corpora take any."""
   if kind == "text":
-    return paths
-  for split in paths:
-    if paths[split]:
+    return {split: file_names.find(value) for split, value in splits.items()}
+  for split, value in splits.items():
+    if value:
       raise ValueError(
         f"config.data.{split} names files, but config.data.kind is {kind!r};"
         " set config.data.kind=text to read them."
@@ -320,29 +433,30 @@ def _files(kind: str, **splits: str) -> dict[str, list[str]]:
 
 def model(config: ConfigDict, vocab_size: int) -> nn.Module:
   """Builds the model for a vocabulary."""
-  section = config.model.to_dict()
-  return named.choose(MODELS, section, "config.model", vocab_size=vocab_size)
+  return _build(config, "model", vocab_size=vocab_size)
 
 
 def optimizer(config: ConfigDict) -> tuple[optim.Schedule, optim.Update]:
   """Builds the learning rate's schedule and the update rule."""
-  return named.choose(
-    OPTIMIZERS, config.optimizer.to_dict(), "config.optimizer"
-  )
+  return _build(config, "optimizer")
 
 
+@named.fields_of(optim.warmup_rsqrt, optim.factored_adam)
 def _scheduled(
-  rule: Callable[..., optim.Update],
-  peak: float,
-  warmup_steps: int,
-  hold_steps: int = 0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  clip_norm: float | None = None,
+  rule: Callable[..., optim.Update], **fields: Any
 ) -> tuple[optim.Schedule, optim.Update]:
-  schedule = optim.warmup_rsqrt(peak, warmup_steps, hold_steps)
-  return schedule, rule(schedule, b1, b2, eps, clip_norm)
+  """Makes a schedule and the rule that follows it.
+
+  Args:
+    warmup_steps: in which the rate rises to the peak.
+    hold_steps: in which it stays there; then it falls as 1/sqrt.
+    clip_norm: largest norm of the gradient; None clips nothing.
+  """
+  of_schedule = inspect.signature(optim.warmup_rsqrt).parameters
+  schedule = optim.warmup_rsqrt(
+    **{n: fields.pop(n) for n in of_schedule if n in fields}
+  )
+  return schedule, rule(schedule, **fields)
 
 
 OPTIMIZERS = {
@@ -362,34 +476,79 @@ def layout(config: ConfigDict) -> sharding.Layout:
     ValueError: names what does not exist, and the nearest that does.
   """
   if isinstance(config.layout, str):
-    return sharding.LAYOUTS[
-      named.known(config.layout, sharding.LAYOUTS, "config.layout")
-    ]
-  section = config.layout.to_dict()
-  name = section.pop("name", "own")
-  return named.make(_layout, section, "config.layout", name=name)
+    named.known(config.layout, sharding.LAYOUTS, "config.layout")
+    return sharding.LAYOUTS[config.layout]
+  return _build(config, "layout")
+
+
+_Axis = Annotated[str, Names(sharding.MESH_AXES)]
+_Axes = (
+  _Axis | Annotated[Sequence[_Axis], "mesh axes that it is split over"] | None
+)
+
+
+def _rules(**changes: sharding.Over) -> tuple[tuple[str, sharding.Over], ...]:
+  # A config of JSON has lists.
+  return sharding.rules(
+    **{n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
+  )
+
+
+_rules.__signature__ = inspect.Signature(
+  [
+    inspect.Parameter(
+      axis,
+      inspect.Parameter.KEYWORD_ONLY,
+      default=over,
+      annotation=_Axes,
+    )
+    for axis, over in sharding.RULES.items()
+  ]
+)
 
 
 def _layout(
-  name,
   mesh_shape: Sequence[int],
-  rules: Mapping[str, Any] | None = None,
+  rules: Annotated[Callable, Section(_rules)] | None = None,
+  name: str = "own",
 ) -> sharding.Layout:
+  """Makes a layout.
+
+  Args:
+    mesh_shape: devices along data, expert, model; -1 takes what is left.
+    rules: what to change of `sharding.RULES`.
+    name: what reports call it.
+  """
   shape = tuple(mesh_shape)
-  sound = all(isinstance(n, int) and (n > 0 or n == -1) for n in shape)
+  sound = all(n > 0 or n == -1 for n in shape)
   if not sound or len(shape) != 3 or shape.count(-1) > 1:
     raise ValueError(
       f"config.layout.mesh_shape is {shape}; give the number of devices"
       f" along {', '.join(sharding.MESH_AXES)}, -1 for at most one."
     )
-  rules = rules or {}
-  named.refuse_unknown(rules, sharding.RULES, "config.layout.rules")
-  changes = {}
-  for axis, over in rules.items():
-    # A config of JSON has lists.
-    several = isinstance(over, list | tuple)
-    changes[axis] = tuple(over) if several else over
-    for mesh_axis in over if several else () if over is None else (over,):
-      where = f"config.layout.rules.{axis}"
-      named.known(mesh_axis, dict.fromkeys(sharding.MESH_AXES), where)
-  return sharding.Layout(name, shape, sharding.rules(**changes))
+  return sharding.Layout(name, shape, rules())
+
+
+class Sections(NamedTuple):
+  """A whole config.
+
+  Attributes:
+    seed: of the first parameters, of noise, dropout, samples, and of the order
+      in which text is read.
+    layout: name of how arrays lie over the devices, or a section of its own.
+    data: what is read.
+    model: what is trained.
+    aux: weights of the balance losses.
+    optimizer: how it is trained.
+    train: how long it is trained, and how often what is done.
+  """
+
+  seed: Annotated[int, Range(0, 2**32)]
+  layout: (
+    Annotated[str, Names(sharding.LAYOUTS)] | Annotated[Any, Section(_layout)]
+  )
+  data: Annotated[Any, Section(DATA)]
+  model: Annotated[Any, Section(MODELS)]
+  aux: Annotated[Any, Section(_aux)]
+  optimizer: Annotated[Any, Section(OPTIMIZERS)]
+  train: Annotated[Any, Section(Train)]

@@ -1,12 +1,319 @@
-"""Files that a crash leaves whole: the old content or the new, never half."""
+"""Files of runs and corpora: the one place that opens them.
 
+Folders come from anywhere, with links, pipes and devices in them. Nothing but a
+regular file is opened, and nothing is written through a link. A crash leaves
+the old content or the new, never half. A run's files may be objects of a
+bucket.
+"""
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
 import os
 import pathlib
+import re
+import secrets
+import stat
+import urllib.parse
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from moejax import bucket
+
+# Of a disk, or of a bucket.
+Path = pathlib.Path | epath.Path
+
+# Ends the name of what is being written; a kill may leave it.
+_DRAFT = ".draft"
+_KINDS: dict[Callable[[int], bool], str] = {
+  stat.S_ISLNK: "a link",
+  stat.S_ISDIR: "a folder",
+  stat.S_ISREG: "a file",
+  stat.S_ISFIFO: "a pipe",
+  stat.S_ISSOCK: "a socket",
+}
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes bytes, or text in UTF-8, to a draft, then puts it in its place."""
-  # By process: two that write at once must not share a draft.
-  draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-  draft.write_bytes(content.encode() if isinstance(content, str) else content)
-  draft.replace(path)
+def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
+  """Opens a regular file, or makes it where `mode` does.
+
+  In a bucket it is the content that is opened, and written by `sync` and at the
+  end.
+
+  Args:
+    path: of the file.
+    mode: as of `open`: "rb" reads, through a link too; "ab" and "r+b" write,
+      through none; "xb" makes it.
+
+  Raises:
+    OSError: names the path, which is none, a link, a folder, a pipe or a
+      device.
+  """
+  writes = mode != "rb"
+  if bucket.is_in(path):
+    if writes:
+      return bucket.Growing(path, keep=mode != "xb")
+    return io.BytesIO(bucket.read(path))
+
+  def opener(name: str, flags: int) -> int:
+    # To open a pipe may wait forever, and to open a device may set it going.
+    try:
+      _refuse_odd(path, os.lstat(name) if writes else os.stat(name))
+    except FileNotFoundError:
+      if not flags & os.O_CREAT:
+        raise
+    if writes:
+      flags |= os.O_NOFOLLOW
+    number = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    try:
+      # It may be another one by now.
+      _refuse_odd(path, os.fstat(number))
+    except OSError:
+      os.close(number)
+      raise
+    return number
+
+  return open(path, mode, opener=opener)
+
+
+def path(text: str) -> Path:
+  """Returns the path that a user's text means.
+
+  A leading ~ or ~USER is a home folder, file:/// leads to a disk, gs:// into a
+  bucket.
+
+  Raises:
+    ValueError: it means none; says what to write.
+    ImportError: as `bucket.path`.
+  """
+  scheme = bucket.SCHEME
+  if text[: len(scheme)].lower() == scheme:
+    return bucket.path(scheme + text[len(scheme) :])
+  on_disk = _FILE_URL.match(text)
+  plain = urllib.parse.unquote(text[on_disk.end() :]) if on_disk else text
+  if "\0" in plain:
+    raise ValueError(f"{text!r} holds a NUL, which no path can.")
+  if on_disk:
+    return pathlib.Path(plain)
+  if url := _URL.match(text):
+    raise ValueError(
+      f"{text} is no place that can be read or written; give a path, a URL like"
+      f" file:///home/me/runs, or for a run {scheme}BUCKET/FOLDER (Orbax writes"
+      f" to no other buckets); a folder of the name {url[0][:-1]} is written"
+      f" ./{url[0][:-1]}"
+    )
+  expanded = os.path.expanduser(text)
+  if expanded == text and text.startswith("~"):
+    raise ValueError(
+      f"{text} begins with a home folder that this machine does not know; write"
+      f" it in full, or ./{text} for a folder of that name."
+    )
+  return pathlib.Path(expanded)
+
+
+def local(text: str) -> pathlib.Path:
+  """Returns the path on a disk that a user's text means, of all but a run.
+
+  Raises:
+    ValueError: as `path`, or it leads into a bucket.
+  """
+  if text[: len(bucket.SCHEME)].lower() == bucket.SCHEME:
+    raise ValueError(
+      f"{text} lies in a bucket, where a run can live (--workdir), but text,"
+      " configs, plans and prepared copies cannot; give a place on a disk (to"
+      f" copy it there: gcloud storage cp -r {text} FOLDER)."
+    )
+  return path(text)
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/(?!/))", re.IGNORECASE)
+
+
+def exists(path: Path) -> bool:
+  """Returns whether something is there.
+
+  Raises:
+    OSError: that cannot be known.
+  """
+  return bucket.exists(path) if bucket.is_in(path) else path.exists()
+
+
+def read(path: Path) -> bytes:
+  """Reads a regular file, or an object of a bucket.
+
+  Raises:
+    OSError: as `open_regular`.
+  """
+  if bucket.is_in(path):
+    return bucket.read(path)
+  with open_regular(path) as file:
+    return file.read()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Reads a file of one JSON object.
+
+  Raises:
+    OSError: as `open_regular`.
+    ValueError: it holds none; names the path and says what is wrong.
+  """
+  content = read(path)
+  try:
+    found = json.loads(content.decode())
+  except (ValueError, RecursionError) as error:
+    what = f"is no JSON ({error})" if content.strip() else "is empty"
+    raise ValueError(f"{path} {what}") from None
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds {type(found).__name__}, not an object")
+  return found
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+  """Writes bytes, or text in UTF-8, to a draft, then puts it in its place.
+
+  What was there before, a link too, is gone then. An object of a bucket needs
+  no draft.
+
+  Raises:
+    OSError: names the path.
+  """
+  content = content.encode() if isinstance(content, str) else content
+  if bucket.is_in(path):
+    bucket.write(path, content)
+    return
+  # Two that write at once must not share a draft.
+  draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_DRAFT}")
+  try:
+    with open_regular(draft, "xb") as file:
+      file.write(content)
+      sync(file)
+    draft.replace(path)
+  except BaseException as error:
+    draft.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno:
+      # It names the draft, or nothing.
+      raise OSError(error.errno, error.strerror, str(path)) from None
+    raise
+  sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(
+  path: pathlib.Path, wait: bool = True, shared: bool = False
+) -> Iterator[None]:
+  """Holds a file's lock; the end of the process lets go of it in any case.
+
+  Args:
+    path: of the file, which is made, and its folder; it is never written to.
+    wait: for another process that holds it.
+    shared: with all others who share it, while nobody holds it alone.
+
+  Raises:
+    BlockingIOError: another one holds it.
+    OSError: names the path; as `open_regular`, or the file system has no locks.
+  """
+  how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+  how |= 0 if wait else fcntl.LOCK_NB
+  with contextlib.ExitStack() as stack:
+    # One that ends may remove the file before it lets go, another make it anew.
+    while True:
+      try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+      except FileExistsError:
+        raise NotADirectoryError(
+          f"{path.parent} is no folder; give another path."
+        ) from None
+      try:
+        file = stack.enter_context(open_regular(path, "a+b"))
+        fcntl.flock(file, how)
+        if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+          break
+      except FileNotFoundError:
+        pass
+      except OSError as error:
+        if error.errno and not error.filename:
+          raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+      stack.close()
+    yield
+
+
+def remove_drafts(folder: Path) -> None:
+  """Removes what a kill left, where nobody else writes whole files now."""
+  if bucket.is_in(folder):
+    return
+  for draft in folder.glob(f"*.{'[0-9a-f]' * 8}{_DRAFT}"):
+    draft.unlink()
+
+
+def sync(file: BinaryIO | io.BytesIO) -> None:
+  """Puts on the disk what is written: to be called before it gets its name."""
+  file.flush()
+  if isinstance(file, bucket.Growing):
+    file.sync()
+  else:
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+  """Puts the names in a folder on the disk, where the file system can."""
+  number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    os.fsync(number)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+      raise
+  finally:
+    os.close(number)
+
+
+def refuse_odd_in(folder: Path, written: bool) -> None:
+  """Refuses a folder, for libraries that open what they find in it.
+
+  Args:
+    folder: may be missing. Anything in it must be a folder or a regular file;
+      a bucket has nothing else.
+    written: whether it is written to: then it and all in it must be no links.
+
+  Raises:
+    OSError: names what is odd.
+  """
+  if bucket.is_in(folder):
+    return
+  look = os.lstat if written else os.stat
+  try:
+    found = look(folder)
+  except FileNotFoundError:
+    return
+  if not stat.S_ISDIR(found.st_mode):
+    raise _odd(folder, found, "folder")
+  seen = set()
+  for name, folders, others in os.walk(folder, followlinks=not written):
+    for entry in (pathlib.Path(name, each) for each in (*folders, *others)):
+      # A run that trains meanwhile removes its old checkpoints.
+      with contextlib.suppress(FileNotFoundError):
+        found = look(entry)
+        if not stat.S_ISDIR(found.st_mode):
+          _refuse_odd(entry, found)
+        elif (found.st_dev, found.st_ino) in seen:
+          # A link around, which has no end.
+          folders.remove(entry.name)
+        seen.add((found.st_dev, found.st_ino))
+
+
+def _refuse_odd(path: pathlib.Path, found: os.stat_result) -> None:
+  if not stat.S_ISREG(found.st_mode):
+    raise _odd(path, found, "regular file")
+
+
+def _odd(path: pathlib.Path, found: os.stat_result, wanted: str) -> OSError:
+  kinds = (what for is_so, what in _KINDS.items() if is_so(found.st_mode))
+  return OSError(
+    f"{path} is {next(kinds, 'a device')} where a {wanted} is wanted; remove"
+    " it, or give a path without it."
+  )

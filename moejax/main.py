@@ -1,18 +1,21 @@
 """The command line: moejax train | eval | translate | plan."""
 
-import ast
 import contextlib
 import difflib
-import pathlib
+import errno
+import importlib.metadata
+import re
+import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
 
-from moejax import terminal
+from moejax import bucket, files, limits, named, options, terminal
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -28,7 +31,8 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          what layouts cost on devices that need not be there: memory, exchanges,
          an estimate of the time; --suggest looks for the fastest that fits
 
-moejax COMMAND --help lists the flags of a command."""
+moejax COMMAND --help lists the flags of a command, with --config=FILE also all
+fields of the config, whether FILE has them or not; moejax --version."""
 
 
 class UsageError(Exception):
@@ -43,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
   Returns:
     The exit status: 0, 1 where the command failed, 2 where it was not
-    understood. What went wrong stands on stderr in one sentence.
+    understood, 128 and the signal's number where one stopped it. What went
+    wrong stands on stderr in one sentence.
   """
   # Orbax and TFDS warn of what is no trouble, and log every error that they
   # raise, from many threads: what counts comes as an exception.
@@ -53,6 +58,10 @@ def main(argv: Sequence[str]) -> int:
     return 0 if len(argv) > 1 else 2
   workdir = None
   try:
+    if argv[1] in ("version", "--version"):
+      # Of the package as it is installed: the number stands in setup.py.
+      terminal.say(f"moejax {importlib.metadata.version('moejax')}")
+      return 0
     values = _parse(argv)
     if values["help"].value:
       terminal.say(_help(values))
@@ -60,13 +69,16 @@ def main(argv: Sequence[str]) -> int:
     if "workdir" in values:
       if not values.workdir:
         raise UsageError("give --workdir=DIR, where the run lives.")
-      workdir = pathlib.Path(values.workdir)
-    COMMANDS[argv[1]](values)
-  except (UsageError, flags.Error) as error:
+      workdir = files.path(values.workdir)
+    limits.check()
+    return COMMANDS[argv[1]](values) or 0
+  except (UsageError, options.ReadError, flags.Error) as error:
     terminal.warn(f"moejax: {error}")
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
-    return _failed(_sentence(error), workdir)
+    # Nothing can be left where nothing is reached.
+    lost = isinstance(error, bucket.Unreachable)
+    return _failed(_sentence(error), None if lost else workdir)
   except RuntimeError as error:
     # JAX's own kind of error, which is not to be imported for its name.
     if "RESOURCE_EXHAUSTED" not in str(error):
@@ -77,21 +89,29 @@ def main(argv: Sequence[str]) -> int:
       workdir,
     )
   except KeyboardInterrupt:
+    terminal.hurry()
     terminal.warn("moejax: interrupted")
-    return 130
-  return 0
+    return 128 + signal.SIGINT
 
 
 def console() -> None:
   """The `moejax` program."""
+  # As for the log: threads of libraries that fail print pages, before the one
+  # sentence that says so, and after it.
+  sys.unraisablehook = threading.excepthook = lambda about: None
   status = main(sys.argv)
+  try:
+    terminal.finish()
+  except OSError as error:
+    terminal.warn(f"moejax: {error}")
+    status = status or 1
   processes = sys.modules.get("moejax.training.processes")
   if status and processes and processes.several():
     processes.leave(status)
   sys.exit(status)
 
 
-def _train(values: flags.FlagValues) -> None:
+def _train(values: flags.FlagValues) -> int:
   # Imported late: jax takes seconds, a misspelled flag should not.
   from moejax.training import processes
 
@@ -100,7 +120,12 @@ def _train(values: flags.FlagValues) -> None:
   )
   from moejax.training import loop
 
-  loop.train(values.config, pathlib.Path(values.workdir))
+  result = loop.train(values.config, files.path(values.workdir))
+  if "signal" not in result:
+    return 0
+  processes.part()
+  # As of a program that the signal ended: `train && eval` stops there.
+  return 128 + result["signal"]
 
 
 def _eval(values: flags.FlagValues) -> None:
@@ -109,7 +134,7 @@ def _eval(values: flags.FlagValues) -> None:
   if values.data and values["split"].present:
     raise UsageError("--split and --data exclude each other; give one.")
   result = run.evaluate_run(
-    pathlib.Path(values.workdir), values.split, values.data, values.layout
+    files.path(values.workdir), values.split, values.data, values.layout
   )
   for line in run.described(result):
     terminal.say(line)
@@ -121,10 +146,12 @@ def _translate(values: flags.FlagValues) -> None:
   from moejax.data import lines
   from moejax.training import run
 
-  content = sys.stdin.buffer.read()
-  with tqdm.tqdm(unit="line", disable=not sys.stderr.isatty()) as bar:
+  # There is none where it was closed before the start.
+  content = sys.stdin.buffer.read() if sys.stdin else b""
+  live = terminal.Live()
+  with tqdm.tqdm(unit="line", file=live, disable=not live.isatty()) as bar:
     translated = run.translate_run(
-      pathlib.Path(values.workdir),
+      files.path(values.workdir),
       lines.of_stdin(content),
       values.language,
       bar.update,
@@ -133,13 +160,13 @@ def _translate(values: flags.FlagValues) -> None:
     )
   # UTF-8 as the lines that came in, whatever the terminal has.
   written = "".join(f"{line}\n" for line in translated)
-  sys.stdout.buffer.write(written.encode())
+  terminal.hand_over(written.encode())
 
 
 def _plan(values: flags.FlagValues) -> None:
   from moejax.planning import command
 
-  out = pathlib.Path(values.out) if values.out else None
+  out = files.local(values.out) if values.out else None
   command.run(
     values.config, values.topology, values.layout, values.suggest, out
   )
@@ -173,41 +200,90 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     "plan": _define_plan,
   }
   own[command](values)
-  layout = []
+  argv, changes = _part(argv[1:])
   if command in ("train", "plan"):
-    # A name or a section, whichever the config holds; absl takes its kind.
-    layout = [flag for flag in argv if flag.startswith(_LAYOUT)]
-    argv = [flag for flag in argv if flag not in layout]
-    _define_config(values, argv)
+    _define_config(values)
   else:
     flags.DEFINE_string(
       "layout", "", "a name, in place of the run's own", flag_values=values
     )
-  rest = values(argv[1:])
+    if changes:
+      raise UsageError(
+        f"what is --{changes[0][0]}? A run keeps the config that it was made"
+        f" with; moejax {command} has --layout alone to change it."
+      )
+  try:
+    rest = values(argv)
+  except flags.UnrecognizedFlagError as error:
+    if "config" in values:
+      _refuse_field(values["config"].value, error.flagname)
+    raise
   if rest[1:]:
     raise UsageError(
       f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
     )
-  if layout and not values["help"].value:
-    with values.config.unlocked(), values.config.ignore_type():
-      values.config.layout = _layout(layout[-1].removeprefix(_LAYOUT))
+  if "config" in values and (values.config or not values.help):
+    values.config = _load(values.config, changes)
   return values
 
 
-_LAYOUT = "--config.layout="
+def _part(
+  argv: Sequence[str],
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+  """Parts flags that change the config from the others.
+
+  A flag has the word after "=", or the words up to the next flag: files that a
+  shell puts for a pattern are a list, here and for --data.
+
+  Returns:
+    The others; names of fields, each with its words.
+  """
+  others, changes, words = list(argv[:1]), [], None
+  for word in argv[1:]:
+    name, equals, value = word.lstrip("-").partition("=")
+    if not re.match("--?[a-zA-Z]", word):
+      if words is None:
+        others.append(word)
+      elif words is others:
+        others.append(f"--data={word}")
+      else:
+        words.append(word)
+    elif name.startswith("config."):
+      words = [value] if equals else []
+      changes.append((name, words))
+    elif name == "data":
+      words = others
+      others += [word] if equals else []
+    else:
+      words = None
+      others.append(word)
+  return others, changes
 
 
-def _layout(text: str) -> str | dict[str, Any]:
-  """Reads a name, or a section as Python writes a dict."""
-  if not text.startswith("{"):
-    return text
-  try:
-    return ast.literal_eval(text)
-  except (SyntaxError, TypeError, ValueError) as error:
+def _load(path: str, changes: Sequence[tuple[str, Sequence[str]]]) -> Any:
+  """Reads a config file, and what the command line changes of it."""
+  if not path:
+    raise UsageError("give --config=FILE, one of configs/ or your own.")
+  # Imported late: jax takes seconds, a missing flag should not.
+  from moejax import config as config_lib
+
+  config = config_lib.load(path)
+  config_lib.override(config, changes)
+  return config
+
+
+def _refuse_field(path: str, name: str) -> None:
+  """Says which field is meant by a flag that there is not, if one is."""
+  from moejax import config as config_lib
+
+  # Without a file there still are the fields that every config has.
+  config = config_lib.load(path) if path else config_lib.Config()
+  fields = config_lib.fields(config)
+  if meant := options.meant(fields, name.replace("-", "_")):
     raise UsageError(
-      f"{_LAYOUT}{text} cannot be read ({_sentence(error)}); write a name, or"
-      " {'mesh_shape': (2, -1, 1), 'rules': {}}."
-    ) from error
+      f"there is no flag --{name}; a field of the config is changed by"
+      f" {' or '.join(f'--{each}=VALUE' for each in meant)}."
+    )
 
 
 def _define_processes(values: flags.FlagValues) -> None:
@@ -233,10 +309,11 @@ def _define_eval(values: flags.FlagValues) -> None:
     "which part of the run's own corpus to read",
     flag_values=values,
   )
-  flags.DEFINE_list(
+  flags.DEFINE_multi_string(
     "data",
     [],
-    "files to read instead, of text or of pairs",
+    "files to read instead, of text or of pairs, parted by commas; * and ?"
+    " match any letters",
     flag_values=values,
   )
 
@@ -277,92 +354,76 @@ def _define_plan(values: flags.FlagValues) -> None:
   )
 
 
-def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
-  """Defines --config and its overrides, once the file and they are sound."""
-  given = [
-    flag.split("=")[0].lstrip("-")
-    for flag in argv
-    if flag.startswith(("--config.", "-config."))
-  ]
-  paths = _given(argv, "config")
-  if "--help" not in argv:
-    if not paths:
-      raise UsageError("give --config=FILE, one of configs/ or your own.")
-    known = _fields(_load(paths[-1]), "config")
-    for name in given:
-      if name not in known:
-        nearest = difflib.get_close_matches(name, known, 1, 0)[0]
-        raise UsageError(
-          f"the config has no field {name}; the nearest is {nearest}. One that"
-          " the file leaves out has to be written there."
-        )
-  config_flags.DEFINE_config_file(
+def _define_config(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
     "config",
-    help_string="a file of configs/, or your own; any field FIELD of it is"
-    " changed by --config.FIELD=VALUE",
+    "",
+    "a file of configs/, or your own; FILE:TEXT gives its get_config a text;"
+    " --config.FIELD=VALUE changes a field; with --help all fields are listed",
     flag_values=values,
-    sys_argv=list(argv),
   )
-
-
-def _load(path: str) -> dict[str, Any]:
-  """Reads a config file without overrides."""
-  file, _, _ = path.partition(":")
-  if not pathlib.Path(file).is_file():
-    raise UsageError(
-      f"--config={path}: there is no such file; give one of configs/ or your"
-      " own."
-    )
-  alone = flags.FlagValues()
-  plain = ["moejax", f"--config={path}"]
-  config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=plain)
-  try:
-    alone(plain)
-    return alone.config.to_dict()
-  except Exception as error:  # Whatever the file's own code raises.
-    raise UsageError(
-      f"--config={path} cannot be read ({type(error).__name__}:"
-      f" {_sentence(error)}); it must define get_config() -> ConfigDict."
-    ) from error
-
-
-def _given(argv: Sequence[str], name: str) -> list[str]:
-  """Finds the values of a flag, written --name=value or --name value."""
-  follows = zip(argv, [*argv[1:], ""], strict=True)
-  return [
-    next_one if flag.lstrip("-") == name else flag.partition("=")[2]
-    for flag, next_one in follows
-    if flag.startswith("-") and flag.lstrip("-").split("=")[0] == name
-  ]
-
-
-def _fields(values: Mapping[str, Any], name: str) -> list[str]:
-  names = []
-  for key, value in values.items():
-    names.append(f"{name}.{key}")
-    if isinstance(value, Mapping):
-      names += _fields(value, names[-1])
-  return names
 
 
 def _help(values: flags.FlagValues) -> str:
   ours = [n for n in values if n not in ("flagfile", "undefok", "help")]
   lines = [f"  --{name}: {values[name].help}" for name in sorted(ours)]
+  if "config" in values and values.config:
+    from moejax import config as config_lib
+
+    lines += ["", _FIELDS, ""]
+    lines += map(_listed, config_lib.fields(values.config))
   return "\n".join([USAGE, "", *lines])
 
 
+_FIELDS = """\
+Fields of the config, with what it holds or, where it leaves a field out, with
+the default; `...` is for what then is missing. A section {...} is given as
+Python writes a dict or, where it has kinds, by the name of one: then it keeps
+the fields that this kind has too. Entries of a list are parted by commas."""
+
+
+def _listed(field: options.Field) -> str:
+  left_out = field.value is options.EMPTY
+  value = field.default if left_out else field.value
+  text = shlex.quote(options.written(value))
+  if value is options.EMPTY:
+    text = "..."
+  elif hasattr(value, "keys"):
+    text = "{...}"
+  about = named.worded(field.annotation, fully=True)
+  note = "; left out" if left_out else ""
+  return f"  --{field.name}={text}\n      {field.line} ({about}{note})"
+
+
+# What to do about what the system says, by its number.
+_WAY_OUT = {
+  errno.EACCES: "make it yours by chmod or chown, or give another path",
+  errno.EDQUOT: "make room, and start again",
+  errno.EFBIG: "allow larger files, see ulimit -f, and start again",
+  errno.EMFILE: "allow more open files, by ulimit -n 1024, and start again",
+  errno.ENAMETOOLONG: "give a shorter path",
+  errno.ENOSPC: "make room, and start again",
+  errno.EROFS: "give a path on a file system that can be written",
+}
+
+
 def _sentence(error: Exception) -> str:
+  if isinstance(error, OSError) and error.strerror:
+    where = "" if error.filename is None else f"{error.filename}: "
+    way_out = _WAY_OUT.get(error.errno)
+    return f"{where}{error.strerror}" + (f"; {way_out}." if way_out else "")
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return "\n".join(lines) or type(error).__name__
 
 
-def _failed(said: str, workdir: pathlib.Path | None) -> int:
+def _failed(said: str, workdir: files.Path | None) -> int:
   """Says it; leaves the details where a developer finds them, off the screen.
 
   To be called where an error is at hand. Returns the exit status.
   """
   terminal.warn(f"moejax: {said}")
-  if workdir is not None and (workdir / "config.json").exists():
-    with contextlib.suppress(OSError):
-      (workdir / "traceback.txt").write_text(traceback.format_exc())
+  with contextlib.suppress(OSError):
+    if workdir is not None and files.exists(workdir / "config.json"):
+      details = traceback.format_exc().encode(errors="backslashreplace")
+      files.write_whole(workdir / "traceback.txt", details)
   return 1

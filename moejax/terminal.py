@@ -1,15 +1,35 @@
-"""The terminal: the one place that prints, whatever users wrote."""
+"""The terminal: the one place that prints, whatever users wrote, whoever reads.
 
+What users wrote cannot command the terminal, nor fail in its encoding. And
+nobody waits for a reader: one that stops reading, a pager for example, holds
+nothing up; one that goes away is missed by nobody.
+"""
+
+import atexit
+import codecs
+import contextlib
+import errno
 import io
+import os
+import queue
 import re
+import select
 import sys
+import threading
 
-# Control characters, of terminals (C0 but tab and line feed, DEL, C1) and of
-# the direction of text: shown as they are they would command the terminal, or
-# show another text than there is.
+# Control characters, of terminals (C0 but tab and line feed, DEL, C1), of lines
+# and of the direction of text: shown as they are they would command the
+# terminal, or show another text than there is.
 _CONTROL = re.compile(
-  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+  "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e"
+  "\u2066-\u2069]"
 )
+# The most that is shown of a text that users wrote, in characters.
+_LONGEST = 1000
+# Seconds that a line may wait for its reader before the program goes on.
+_PATIENCE = 1.0
+# What a stream says whose reader is gone.
+_NO_READER = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 
 
 def say(text: str) -> None:
@@ -22,6 +42,15 @@ def warn(text: str) -> None:
   _print(text, sys.stderr)
 
 
+def hand_over(content: bytes) -> None:
+  """Writes what is for other programs, as it is, to stdout."""
+  if outlet := _outlet(sys.stdout):
+    outlet.write(content)
+  elif sys.stdout is not None:
+    sys.stdout.buffer.write(content)
+    sys.stdout.flush()
+
+
 def printable(text: str, encoding: str | None = None) -> str:
   """Escapes what a terminal would obey or, in its encoding, cannot show."""
   text = _CONTROL.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
@@ -29,5 +58,165 @@ def printable(text: str, encoding: str | None = None) -> str:
   return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _print(text: str, stream: io.TextIOBase) -> None:
-  print(printable(text, stream.encoding), file=stream, flush=True)
+def one_line(text: object) -> str:
+  """Makes a text that users wrote a part of one line, and cuts a long one."""
+  text = str(text)
+  if len(text) > _LONGEST:
+    text = f"{text[:_LONGEST]}... ({len(text):,} characters)"
+  return text.replace("\t", "\\t").replace("\n", "\\n")
+
+
+class Live:
+  """stderr for a bar that draws over itself: left out if its reader is late."""
+
+  def __init__(self):
+    self._stream = sys.stderr
+    self.encoding = getattr(self._stream, "encoding", None) or "utf-8"
+
+  def isatty(self) -> bool:
+    """Says whether there is a terminal that shows a bar."""
+    return self._stream is not None and self._stream.isatty()
+
+  def fileno(self) -> int:
+    """Returns what is asked for the width."""
+    return self._stream.fileno()
+
+  def write(self, text: str) -> int:
+    """Draws."""
+    content = text.encode(self.encoding, "backslashreplace")
+    if outlet := _outlet(self._stream):
+      if not outlet.late:
+        outlet.write(content)
+    else:
+      self._stream.write(content.decode(self.encoding))
+    return len(text)
+
+  def flush(self) -> None:
+    """Has nothing to flush where a thread writes."""
+    if not _outlet(self._stream):
+      self._stream.flush()
+
+
+class _Outlet:
+  """Writes to a file descriptor in a thread of its own, in order.
+
+  By the descriptor: the locks of Python's streams would be held by who waits.
+  """
+
+  def __init__(self, number: int, encoding: str):
+    self.error: OSError | None = None
+    self._number = number
+    self._encoder = codecs.getincrementalencoder(encoding)("backslashreplace")
+    self._waiting: queue.SimpleQueue[tuple[bytes, threading.Event]]
+    self._waiting = queue.SimpleQueue()
+    self._last = threading.Event()
+    self._last.set()
+    self._thread = threading.Thread()
+
+  @property
+  def late(self) -> bool:
+    """Says whether something waits to be written."""
+    return not self._last.is_set()
+
+  def write_line(self, text: str) -> None:
+    """Writes text in the stream's encoding."""
+    self.write(self._encoder.encode(text))
+
+  def write(self, content: bytes) -> None:
+    """Writes; waits for that, but neither long nor where others wait."""
+    late = self.late
+    # The first time, or after a fork, which takes no threads along.
+    if not self._thread.is_alive():
+      self._thread = threading.Thread(target=self._write_all, daemon=True)
+      self._thread.start()
+    self._last = written = threading.Event()
+    self._waiting.put((content, written))
+    if not late:
+      written.wait(_PATIENCE)
+
+  def finish(self) -> None:
+    """Waits until all is written; in haste, not long."""
+    while not self._last.wait(_PATIENCE) and not _haste.is_set():
+      pass
+
+  def _write_all(self) -> None:
+    while True:
+      content, written = self._waiting.get()
+      while content and self.error is None:
+        try:
+          content = content[os.write(self._number, content) :]
+        except BlockingIOError:
+          # Somebody who has the stream too wants it so.
+          select.select([], [self._number], [])
+        except OSError as error:
+          self.error = error
+      written.set()
+
+
+_outlets: dict[io.TextIOBase, _Outlet] = {}
+_haste = threading.Event()
+
+
+def _outlet(stream: io.TextIOBase | None) -> _Outlet | None:
+  """Returns that of the process's own stdout or stderr; others have none."""
+  if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
+    return None
+  if stream not in _outlets:
+    _outlets[stream] = _Outlet(stream.fileno(), stream.encoding)
+  return _outlets[stream]
+
+
+def _print(text: str, stream: io.TextIOBase | None) -> None:
+  # There is none where it was closed before the start.
+  if stream is None or stream.closed:
+    return
+  line = printable(f"{text}\n", stream.encoding)
+  if outlet := _outlet(stream):
+    # What others printed comes first; a thread must not wait for their lock.
+    if threading.current_thread() is threading.main_thread():
+      with contextlib.suppress(OSError):
+        stream.flush()
+    outlet.write_line(line)
+  else:
+    print(line, end="", file=stream, flush=True)
+
+
+def hurry() -> None:
+  """Lets the end of the process no longer wait for readers."""
+  _haste.set()
+
+
+def finish() -> None:
+  """Waits until all is printed: as long as it takes, but in haste.
+
+  Raises:
+    OSError: stdout could not be written, though somebody reads it: a full disk.
+  """
+  for outlet in _outlets.values():
+    outlet.finish()
+  stdout = _outlets.get(sys.__stdout__)
+  if stdout and stdout.error and stdout.error.errno not in _NO_READER:
+    error, stdout.error = stdout.error, OSError(errno.EPIPE, "was told")
+    raise OSError(
+      f"standard output could not be written ({error.strerror}); what it lacks"
+      " is lost."
+    )
+
+
+@atexit.register
+def _finish() -> None:
+  with contextlib.suppress(OSError, KeyboardInterrupt):
+    finish()
+
+
+def occupy() -> None:
+  """Gives the null device to standard streams that are closed.
+
+  Else the next file that is opened would become one, and what libraries print
+  would get into it.
+  """
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)

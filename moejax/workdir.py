@@ -1,7 +1,7 @@
 """What a run keeps in its workdir, next to what it writes as it goes."""
 
 import json
-import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -11,31 +11,57 @@ from moejax.data import corpus, pieces, vocab
 
 CONFIG_FILE = "config.json"
 DIGEST_FILE = "vocabulary.digest"
+TEXT_FILE = "text.json"
+RESULT_FILE = "result.json"
 Vocabulary = TypeVar("Vocabulary", vocab.Vocabulary, pieces.Pieces)
 
+# Fields that may change from one start to the next: those that cannot change a
+# number that the run has come to so far. All others may not.
+_FREE = (
+  # Where it is computed: the same, but for rounding, is computed everywhere.
+  "config.layout",
+  # How long: no schedule looks ahead to the end.
+  "config.train.steps",
+  # When to look and to save, and what to keep. A validation draws nothing and
+  # changes nothing; the best is the best of those that were validated.
+  "config.train.log_every",
+  "config.train.eval_every",
+  "config.train.checkpoint_every",
+  "config.train.keep",
+)
+# Where the text lies, and what is refused in it: whether it is the same text
+# is told by its digest, of every split.
+_TEXT = (
+  "config.data.train",
+  "config.data.validation",
+  "config.data.test",
+  "config.data.data_dir",
+  "config.data.strict",
+)
 
-def is_run(workdir: pathlib.Path) -> bool:
+
+def is_run(workdir: files.Path) -> bool:
   """Returns whether a run was made there."""
-  return (workdir / CONFIG_FILE).exists()
+  return files.exists(workdir / CONFIG_FILE)
 
 
-def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_same(config: ConfigDict, workdir: files.Path) -> None:
   """Refuses to go on in a workdir with another config than it was made with.
 
-  Only the layout may change.
+  What cannot change the numbers so far may differ, see _FREE; and so may where
+  the text lies, which `check_text` is then to be asked about.
 
   Raises:
-    ValueError: shows where the two differ.
+    OSError, ValueError: shows where the two differ, or as `recall`.
   """
   if not is_run(workdir):
     return
-  old = _flat(recall(workdir).to_dict())
-  new = _flat(json.loads(_as_json(config)))
+  # A run of an older version noted no text.
+  noted = _TEXT if files.exists(workdir / TEXT_FILE) else ()
   lines = [
-    f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now"
-    for name in sorted(old | new)
-    # A run may move to other devices; it computes the same there.
-    if old.get(name) != new.get(name) and not name.startswith("config.layout")
+    f"  {name}: {old!r} there, {new!r} now"
+    for name, old, new in _changes(config, workdir)
+    if not _is_of(name, _FREE + noted)
   ]
   if lines:
     raise ValueError(
@@ -45,36 +71,91 @@ def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
     )
 
 
-def remember(
-  config: ConfigDict, vocabulary: corpus.Words, workdir: pathlib.Path
+def other_text(config: ConfigDict, workdir: files.Path) -> bool:
+  """Returns whether the text of a run is said to lie elsewhere now."""
+  changes = _changes(config, workdir)
+  return any(_is_of(name, _TEXT) for name, _, _ in changes)
+
+
+def check_text(
+  text: Mapping[str, str],
+  workdir: files.Path,
+  before: Mapping[str, str] | None = None,
 ) -> None:
-  """Makes a workdir that of a run: writes its config and vocabulary.
+  """Refuses splits that are not those a run began with.
+
+  Args:
+    text: the digest of each split.
+    workdir: of the run.
+    before: the digests that a checkpoint was made with; by default those noted
+      in the workdir, if any.
+
+  Raises:
+    OSError, ValueError: names the splits; or what was noted cannot be read.
+  """
+  if before is None:
+    path = workdir / TEXT_FILE
+    before = _sound(path) if files.exists(path) else text
+  changed = [split for split in text if before.get(split) != text[split]]
+  if changed:
+    raise ValueError(
+      f"the text of {', '.join(changed)} has changed since the run in {workdir}"
+      " began; give the files it began with, or a new --workdir."
+    )
+
+
+def remember(
+  config: ConfigDict,
+  vocabulary: corpus.Words,
+  text: Mapping[str, str],
+  workdir: files.Path,
+) -> None:
+  """Makes a workdir that of a run: writes its config, vocabulary and text.
 
   To be called when all else has shown to be sound, so that a mistake in a
-  config does not stay in the way of its correction.
+  config does not stay in the way of its correction. Of a run that goes on it
+  writes what of its config may change, and takes away the result of its end so
+  far.
+
+  Args:
+    config: of the run.
+    vocabulary: of the run.
+    text: the digest of each split.
+    workdir: of the run.
   """
   if not is_run(workdir):
     vocabulary.save(workdir / vocabulary.FILE)
     files.write_whole(workdir / DIGEST_FILE, vocabulary.digest + "\n")
-    files.write_whole(workdir / CONFIG_FILE, _as_json(config) + "\n")
+    files.write_whole(workdir / TEXT_FILE, _as_json(text))
+  elif not list(_changes(config, workdir)):
+    return
+  (workdir / RESULT_FILE).unlink(missing_ok=True)
+  files.write_whole(workdir / CONFIG_FILE, _as_json(config.to_dict()))
 
 
-def recall(workdir: pathlib.Path) -> ConfigDict:
+def recall(workdir: files.Path) -> ConfigDict:
   """Reads the config that a workdir was made with.
 
   Raises:
     FileNotFoundError: it is no workdir of a run.
+    OSError, ValueError: the file cannot be read, or is damaged.
   """
   if not is_run(workdir):
     raise FileNotFoundError(
       f"{workdir} holds no {CONFIG_FILE}: no run was made there; give the"
       " --workdir of a `moejax train`."
     )
-  text = (workdir / CONFIG_FILE).read_text(encoding="utf-8")
-  return ConfigDict(json.loads(text))
+  values = _sound(workdir / CONFIG_FILE)
+  try:
+    return ConfigDict(values)
+  except (ValueError, TypeError, RecursionError) as error:
+    raise ValueError(
+      f"{workdir / CONFIG_FILE} holds no config ({error}); put the file back"
+      " from a copy, or train in a new --workdir."
+    ) from None
 
 
-def vocabulary(kind: type[Vocabulary], workdir: pathlib.Path) -> Vocabulary:
+def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
   """Reads the vocabulary that a run was made with.
 
   Raises:
@@ -82,31 +163,64 @@ def vocabulary(kind: type[Vocabulary], workdir: pathlib.Path) -> Vocabulary:
     ValueError: the file is no such vocabulary, or another one.
   """
   path = workdir / kind.FILE
-  if not path.exists():
+  if not files.exists(path):
     raise FileNotFoundError(
       f"{path} is gone, without which a run cannot know its words; put the file"
       " back, or train in a new --workdir."
     )
-  found = kind.load(path)
+  try:
+    found = kind.load(path)
+  except ValueError as error:
+    raise ValueError(
+      f"{error}: it is not the file that the run was trained with; put that"
+      " back, or train in a new --workdir."
+    ) from None
   noted = workdir / DIGEST_FILE
   # Runs of older versions noted none.
-  own = noted.read_text().strip() if noted.exists() else found.digest
-  if found.digest != own:
-    raise ValueError(
-      f"{path}, of digest {found.digest}, is not the one that the run was"
-      f" trained with, {own}; put that file back, or train in a new --workdir."
-    )
+  if files.exists(noted):
+    own = files.read(noted).decode(errors="replace").strip()
+    if found.digest != own:
+      raise ValueError(
+        f"{path}, of digest {found.digest}, is not the one that the run was"
+        f" trained with, by {noted} of digest {own:.40}; put that file back, or"
+        " train in a new --workdir."
+      )
   return found
 
 
-def _as_json(config: ConfigDict) -> str:
-  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+def _changes(
+  config: ConfigDict, workdir: files.Path
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yields the fields that differ from the workdir's: name, there, now."""
+  old = flat(recall(workdir).to_dict())
+  new = flat(json.loads(_as_json(config.to_dict())))
+  for name in sorted(old | new):
+    if old.get(name) != new.get(name):
+      yield name, old.get(name), new.get(name)
 
 
-def _flat(values: Any, name: str = "config") -> dict[str, Any]:
+def _is_of(name: str, fields: Sequence[str]) -> bool:
+  return any(f"{name}.".startswith(f"{field}.") for field in fields)
+
+
+def _sound(path: files.Path) -> dict[str, Any]:
+  try:
+    return files.read_json(path)
+  except ValueError as error:
+    raise ValueError(
+      f"{error}; put the file back from a copy, or train in a new --workdir."
+    ) from None
+
+
+def _as_json(values: Mapping[str, Any]) -> str:
+  return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def flat(values: Any, name: str = "config") -> dict[str, Any]:
+  """Returns the fields of sections within sections, by their whole names."""
   if not isinstance(values, dict):
     return {name: values}
-  flat = {}
+  found = {}
   for key, value in values.items():
-    flat |= _flat(value, f"{name}.{key}")
-  return flat
+    found |= flat(value, f"{name}.{key}")
+  return found

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from moejax.training import loop, metrics, run
+from moejax import workdir as workdir_lib
+from moejax.training import metrics, run
 
 FROM_CLOCK = {"words_per_second"}
 # Longer than any run here takes, on a busy machine.
@@ -132,11 +133,11 @@ def kept(workdir):
 
 def forget_the_end(workdir):
   """Makes a finished run one that was killed after its last checkpoint."""
-  (workdir / loop.RESULT_FILE).unlink()
+  (workdir / workdir_lib.RESULT_FILE).unlink()
 
 
 def result(workdir):
-  return json.loads((workdir / loop.RESULT_FILE).read_text())
+  return json.loads((workdir / workdir_lib.RESULT_FILE).read_text())
 
 
 def largest_file(folder: pathlib.Path) -> pathlib.Path:

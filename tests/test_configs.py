@@ -1,5 +1,7 @@
-"""Every config builds a model, and the twins cost the same."""
+"""Every config builds a model and takes flags; twins cost the same."""
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from config_shapes import (
   CONFIGS,
@@ -9,9 +11,10 @@ from config_shapes import (
   parameters,
   parameters_of,
 )
+from ml_collections import config_dict
 
 from moejax import config as config_lib
-from moejax import cost, seats, sharding
+from moejax import cost, named, options, seats, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import vocab
 from moejax.models.layers import table_rows
@@ -38,6 +41,89 @@ def test_config_builds(name):
   assert sorted(tree) == sorted([*tables, *layers, *others])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_is_an_option_at_its_present_value(name):
+  config, same = load(name), load(name)
+  fields = list(config_lib.fields(config))
+  given = [field for field in fields if field.value is not options.EMPTY]
+  assert len(given) > 30 and len(fields) > len(given) + 30
+  assert all(field.line for field in fields)
+  config_lib.override(
+    same, [(f.name, [options.written(f.value)]) for f in given]
+  )
+  assert types_of(same.to_dict()) == types_of(config.to_dict())
+  # What it leaves out can be read where there is a default.
+  for field in fields:
+    if field.value is options.EMPTY and field.default is not options.EMPTY:
+      text = options.written(field.default)
+      read = options.read(text, field.annotation, field.name)
+      assert types_of(read) == types_of(field.default)
+
+
+def types_of(value):
+  """The value, and the types within: 1 and 1.0 are the same to Python."""
+  if isinstance(value, dict):
+    return {name: types_of(each) for name, each in value.items()}
+  if isinstance(value, tuple):
+    return tuple(map(types_of, value))
+  return type(value), value
+
+
+def values(annotation):
+  """Draws what an annotation allows."""
+  return st.one_of([_values(each) for each in named.alternatives(annotation)])
+
+
+def _values(each):
+  about = each.about
+  if isinstance(about, named.Names):
+    return st.sampled_from(list(about.known))
+  if isinstance(about, named.Section):
+    by_kind = isinstance(about.factory, dict)
+    kinds = [{"kind": kind} for kind in about.factory] if by_kind else [{}]
+    return st.one_of([sections(about, kind) for kind in kinds])
+  if each.entry:
+    return st.lists(values(each.entry), max_size=3).map(tuple)
+  finite = st.floats(allow_nan=False, allow_infinity=False)
+  return {
+    bool: st.booleans(),
+    int: st.integers(),
+    float: finite,
+    str: st.text(),
+    type(None): st.none(),
+  }[each.kind]
+
+
+def sections(about, kind):
+  _, parameters = named.chosen(about, kind, "there")
+  return st.fixed_dictionaries(
+    {name: values(each.annotation) for name, each in parameters.items()}
+  ).map(lambda fields: kind | fields)
+
+
+@pytest.mark.parametrize("name", ["tiny.py", "translate_tiny.py"])
+@hypothesis.given(st.data())
+def test_any_field_takes_what_its_annotation_allows(name, data):
+  config = load(name)
+  field = data.draw(st.sampled_from(list(config_lib.fields(config))))
+  value = data.draw(values(field.annotation))
+  config_lib.override(config, [(field.name, [options.written(value)])])
+  found = config.to_dict()
+  for step in field.name.split(".")[1:]:
+    found = found[step]
+  assert types_of(found) == types_of(value)
+
+
+def test_fields_that_refer_to_each_other_stay_so():
+  width = config_dict.FieldReference(8)
+  config = load("tiny.py")
+  with config.unlocked(), config.ignore_type():
+    config.model.width = width
+    config.model.moe.experts.hidden = width * 4
+  config_lib.override(config, [("config.model.width", ["16"])])
+  assert config.model.moe.experts.hidden == 64
+
+
 @pytest.mark.parametrize(
   "name", [name for name in NAMES if name.startswith(("lm1b/", "news/"))]
 )
@@ -51,7 +137,6 @@ def test_a_row_of_the_paper_is_trained_as_in_the_paper(name):
   assert config.optimizer.hold_steps == (200 if draft else 0)
   assert config.aux.to_dict() == {"importance": 0.1, "load": 0.1}
   assert config.data.kind == "lm1b"
-  # A flag changes only what a config has.
   assert config.model.dtype == "float32"
 
 
@@ -233,7 +318,7 @@ def test_scope_of_the_balance_losses():
   config_lib.check(config)
   assert config_lib.aux(config) == (weights, "group")
   config.aux.scope = "grop"
-  with pytest.raises(ValueError, match="'grop'; choose 'batch' or 'group'"):
+  with pytest.raises(ValueError, match="aux.scope is 'grop'; choose .*'group'"):
     config_lib.check(config)
 
 
@@ -243,6 +328,13 @@ def test_what_the_balance_losses_are_taken_over():
   config.train.balance_over = "bath"
   message = "config.train.balance_over is 'bath'.*'batch'"
   with pytest.raises(ValueError, match=message):
+    config_lib.check(config)
+
+
+def test_a_vocabulary_without_pieces():
+  config = load("translate_tiny.py")
+  config.data.vocab_size = 0
+  with pytest.raises(ValueError, match="data.vocab_size is 0; give 1 or more"):
     config_lib.check(config)
 
 

@@ -134,9 +134,16 @@ def test_mesh_axes_are_known_to_sharding_and_placement_only():
 
 def test_only_the_terminal_prints():
   """Text of users must not reach a terminal as it is, nor stop a run."""
-  for module, path in modules().items():
+  programs = {p.stem: p for p in (ROOT / "experiments").glob("*.py")}
+  for module, path in (modules() | programs).items():
+    if module == "moejax.terminal":
+      continue
     for node in ast.walk(ast.parse(path.read_text())):
-      name = getattr(node, "id", None)
-      assert module == "moejax.terminal" or name != "print", (
+      name = ast.unparse(node) if isinstance(node, ast.expr) else ""
+      assert name not in ("print", "sys.stdout", "sys.stderr", "tqdm.write"), (
         f"{module} prints by itself; use moejax.terminal"
       )
+      if isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm.tqdm":
+        assert "file" in {keyword.arg for keyword in node.keywords}, (
+          f"{module} draws a bar by itself; give it a terminal.Live"
+        )

@@ -1,6 +1,10 @@
 """The command line: what it refuses, in one sentence, and what stays."""
 
+import errno
+import fcntl
+import importlib.metadata
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -58,6 +62,197 @@ def test_help_lists_the_flags(command, flag, capsys):
   assert f"  --{flag}: " in capsys.readouterr().out
 
 
+def test_help_lists_every_field(capsys):
+  argv = ["moejax", "train", f"--config={ROOT}/configs/tiny.py", "--help"]
+  assert main([*argv, "--config.model.moe.router=balanced"]) == 0
+  said = capsys.readouterr().out
+  for field, about in (
+    ("train.steps=400", "updates in all (int, 1 or more)"),
+    ("model.moe.router.kind=balanced", "softmax | top_k | noisy_top_k | bal"),
+    ("model.moe.router.max_k=None", "(int or None; left out)"),
+    ("model.moe.capacity_factor=1.25", "None drops nothing (float or None)"),
+    ("model.lstm.hidden=None", "projection (int, 1 or more or None; left out)"),
+    ("aux.z=None", "Mean over tokens of logsumexp"),
+    ("model.hierarchical_moe.num_groups=...", "groups of experts"),
+  ):
+    line = re.search(f"  --config.{re.escape(field)}\n(.*)", said)
+    assert line and about in line[1], field
+
+
+def test_version(capsys):
+  assert main(["moejax", "--version"]) == 0
+  said = capsys.readouterr().out.split()
+  assert said == ["moejax", importlib.metadata.version("moejax")]
+  assert f'version="{said[1]}"' in (ROOT / "setup.py").read_text()
+
+
+@pytest.fixture
+def config_of(monkeypatch, capsys):
+  """Parses flags for configs/tiny.py; returns the config, or what is said."""
+  ran = []
+  monkeypatch.setitem(COMMANDS, "train", ran.append)
+
+  def config_of(*flags, file=ROOT / "configs" / "tiny.py"):
+    argv = ["moejax", "train", f"--config={file}", "--workdir=x"]
+    status = main([*argv, *flags])
+    if status:
+      return capsys.readouterr().err
+    return ran.pop().config.to_dict()
+
+  return config_of
+
+
+def option(name, value):
+  """A flag that sets a field of the config."""
+  return f"--config.{name}={value}"
+
+
+LINEAR = {"kind": "linear", "num_experts": 4}
+DEEP = {"kind": "feed_forward", "num_experts": 4, "hidden": (8, 8)}
+
+
+@pytest.mark.parametrize(
+  "name, text, value",
+  [
+    ("model.moe.capacity_factor", "None", None),
+    ("model.moe.capacity_factor", "null", None),
+    ("model.moe.group_size", "none", None),
+    ("model.moe.group_size", "1e2", 100),
+    ("optimizer.clip_norm", "5", 5.0),
+    ("train.steps", "1e3", 1000),
+    ("train.steps", "1_000", 1000),
+    ("train.steps", "1000.0", 1000),
+    ("train.microbatches", "2", 2),
+    ("aux.z", "1e-3", 0.001),
+    ("aux.load", "None", None),
+    ("aux.scope", "group", "group"),
+    ("model.moe.recompute", "true", True),
+    ("model.moe.router.noise_epsilon", "0", 0.0),
+    ("model.moe.router", "top_k", {"kind": "top_k", "k": 2}),
+    ("model.moe.router", "switch", {"kind": "switch"}),
+    (
+      "model.moe.router",
+      "{'kind': 'hash', 'k': 1e0}",
+      {"kind": "hash", "k": 1},
+    ),
+    ("model.moe.experts", "linear", {"kind": "linear"}),
+    ("model.moe.experts", f"[{LINEAR}, {DEEP}]", (LINEAR, DEEP)),
+    ("model.moe.experts.hidden", "[64,64]", (64, 64)),
+    ("model.moe.experts.hidden", "(64, 64)", (64, 64)),
+    ("model.moe.experts.hidden", "64,64", (64, 64)),
+    ("model.moe.experts.hidden", "64", 64),
+    ("model.moe.experts.activation", "gelu", "gelu"),
+    ("model.layers", "lstm,moe", ("lstm", "moe")),
+    ("model.layers", "[lstm, moe]", ("lstm", "moe")),
+    ("model.layers", "['lstm']", ("lstm",)),
+    ("model.layers", "lstm", ("lstm",)),
+    ("model.lstm", "{'hidden': 8}", {"hidden": 8}),
+    ("model.one_expert", "identity", {"kind": "identity"}),
+    ("layout", "{'mesh_shape': [2, -1, 1]}", {"mesh_shape": (2, -1, 1)}),
+    ("layout.mesh_shape", "2,-1,1", (2, -1, 1)),
+    ("data.train", "[a].txt, b.txt", "[a].txt, b.txt"),
+    ("data.train", "None", "None"),
+  ],
+)
+def test_any_field_is_an_option(config_of, name, text, value):
+  found = config_of(option(name, text))
+  for step in name.split("."):
+    found = found[step]
+  assert found == value and type(found) is type(value)
+
+
+def test_flags_are_written_with_an_equals_sign_or_a_space(config_of):
+  config = config_of(
+    "--config.seed", "3", "--config.model.layers", "lstm", "moe", "lstm",
+    "--config.model.moe.recompute", "-config.data.kind=text",
+    "--config.data.train", "a.txt", "b.txt",
+  )  # fmt: skip
+  assert config["seed"] == 3 and config["model"]["moe"]["recompute"] is True
+  assert config["model"]["layers"] == ("lstm", "moe", "lstm")
+  assert config["data"]["train"] == "a.txt,b.txt"
+
+
+def test_the_order_of_flags_does_not_matter(config_of):
+  flags = [
+    option("model.moe.experts[1].hidden", 16),
+    option("model.moe.experts", [LINEAR, DEEP]),
+    option("model.moe.router.max_k", 4),
+    option("model.moe.router", "balanced"),
+  ]
+  moe = config_of(*flags)["model"]["moe"]
+  assert moe["router"] == {"kind": "balanced", "k": 2, "max_k": 4}
+  assert moe["experts"] == (LINEAR, DEEP | {"hidden": 16})
+  assert config_of(*flags[::-1])["model"]["moe"] == moe
+  # Of one field the last counts.
+  assert config_of(option("seed", 1), option("seed", 2))["seed"] == 2
+
+
+@pytest.mark.parametrize(
+  "flags, complaint",
+  [
+    (
+      ["--config.train.steps=1.5"],
+      "--config.train.steps=1.5 .* give it as int",
+    ),
+    (["--config.train.steps="], "give it as int"),
+    (["--config.train.steps=inf"], "give it as int"),
+    (["--config.train.steps=True"], "give it as int"),
+    (["--config.train.steps"], "steps is without a value; give it as int"),
+    (["--config.train.steps=1", "2"], "what is '2'.* takes one value"),
+    (["--config.model.moe.group_size=x"], "give it as int or None"),
+    (["--config.model.moe.recompute=yes"], "give it as bool"),
+    (["--config.model.moe.recompute", "now"], "give it as bool"),
+    (["--config.aux=0.1"], "give it as dict, as in {'scope': ...}"),
+    (["--config.model.moe.router=topk"], "router is 'topk'; .* is 'top_k'"),
+    (["--config.model.moe.router=[2"], "give it as dict, as in {'kind': ...}"),
+    (["--config.model.moe.router={kind:"], "as in {'kind': ...}"),
+    (["--config.model.moe.router.max_k=4"], "--config.model.moe.router=balanc"),
+    (["--config.model.hierarchical_moe.primary.k=4"], "of no kind"),
+    (["--config.steps=10"], "nearest is config.train.steps"),
+    (["--config=10"], "no such file"),
+    (["--config.=10"], "no field config.; the nearest"),
+    (["--config.train.steps[0]=10"], "no field config.train.steps.0.; the ne"),
+    (["--steps=10"], "no flag --steps; .* by --config.train.steps=VALUE"),
+    (["--steps", "10"], "no flag --steps; .* by --config.train.steps=VALUE"),
+    (["--moe.num_experts=4"], "by --config.model.moe.num_experts=VALUE"),
+    (["--layout=fsdp"], "by --config.layout=VALUE"),
+    (["--z=1"], "by --config.aux.z=VALUE"),
+    (
+      ["--batch-size=1"],
+      "no flag --batch-size; .* by --config.data.batch_size",
+    ),
+    (
+      ["--hidden=1"],
+      "model.lstm.hidden=VALUE or --config.model.moe.experts.hi",
+    ),
+  ],
+)
+def test_options_that_cannot_be_read(config_of, flags, complaint):
+  said = config_of(*flags)
+  assert said.startswith("moejax: ") and said.count("\n") == 1
+  assert re.search(complaint, said), said
+
+
+def test_a_config_takes_an_argument(config_of, tmp_path):
+  path = tmp_path / "own.py"
+  tiny = (ROOT / "configs" / "tiny.py").read_text()
+  tiny = tiny.replace("get_config()", "get_config(seed)")
+  path.write_text(tiny.replace('"seed": 0', '"seed": int(seed)'))
+  assert config_of(file=f"{path}:7")["seed"] == 7
+  assert config_of(option("seed", 8), file=f"{path}:7")["seed"] == 8
+  assert "missing 1 required" in config_of(file=path)
+
+
+def test_a_field_as_a_flag_without_a_config(capsys):
+  assert main(["moejax", "train", "--steps=10"]) == 2
+  assert "by --config.train.steps=VALUE" in capsys.readouterr().err
+
+
+def test_other_commands_keep_the_config_of_the_run(capsys):
+  assert main(["moejax", "eval", "--workdir=x", option("seed", 3)]) == 2
+  assert "what is --config.seed? A run keeps the" in capsys.readouterr().err
+
+
 def test_workdir_and_config_are_needed(capsys, tmp_path):
   tiny = f"--config={ROOT}/configs/tiny.py"
   assert main(["moejax", "train", tiny]) == 2
@@ -71,10 +266,7 @@ def test_misspelled_flags(fails):
   assert "experts.foo.bar; the nearest is" in said
   said = fails("--config.model.moe.num_exprts=4", status=2)
   assert "config.model.moe.num_exprts; the nearest is" in said
-  assert said.endswith(
-    "config.model.moe.num_experts. One that the file leaves out has to be"
-    " written there."
-  )
+  assert said.endswith("the nearest is config.model.moe.num_experts.")
   assert "workdri" in fails("--workdri=x", status=2)
   assert "what is 'extra'" in fails("extra", status=2)
   assert "steps=ten" in fails("--config.train.steps=ten", status=2)
@@ -113,7 +305,7 @@ def test_a_section_in_place_of_a_layouts_name(fails):
   section = "{'mesh_shape': (3, -1, 1), 'rules': {}}"
   assert "'own' splits the devices by 3" in fails(f"--config.layout={section}")
   said = fails("--config.layout={'mesh_shape': (3,", status=2)
-  assert "cannot be read" in said and "write a name, or {" in said
+  assert "cannot be read" in said and "give it as str or dict, as in {" in said
 
 
 def test_a_config_that_is_not_there(capsys):
@@ -157,6 +349,7 @@ def test_a_field_that_no_builder_reads(capsys, tmp_path):
   "flags, complaint",
   [
     (["data.train=no.txt"], "no.txt does not exist"),
+    (["data.train=no*.txt"], "no*.txt matches no file"),
     (["data.kind=sotu"], "set config.data.kind=text"),
     (["data.kind=prose", "data.train="], "prose"),
     (["data.batch_size=100000"], "a batch of 100000 rows is more than"),
@@ -169,7 +362,7 @@ def test_a_field_that_no_builder_reads(capsys, tmp_path):
     (["model.moe.group_size=100"], "group size 100 does not divide the 128"),
     (["model.moe.router.k=9"], "k = 9 experts per token, but there are 8"),
     (["model.moe.router.kind=top"], "nearest is 'top_k'"),
-    (["model.moe.dispatch=gathr"], "choose one of auto, einsum, gather"),
+    (["model.moe.dispatch=gathr"], "choose one of 'auto', 'einsum', 'gather'"),
     (["model.moe.capacity_factor=-1.0"], "capacity factor -1.0"),
     (["model.moe.num_experts=6"], "which do not divide over 8 devices"),
     (["layout=exprt"], "choose one of 'replicated', 'expert', 'data_expert'"),
@@ -262,6 +455,99 @@ def test_another_config_is_refused_and_shown(trained, small_flags, capsys):
   assert (trained / "config.json").read_text() == before
 
 
+def test_a_finished_run_is_known_by_its_text(
+  trained, corpus, small_flags, tmp_path, capsys
+):
+  argv = ["moejax", "train", *small_flags, f"--workdir={trained}"]
+  assert main([*argv, "--config.train.steps=3"]) == 0
+  moved = tmp_path / "moved.txt"
+  text = corpus.read_text(encoding="utf-8")
+  moved.write_text(text, encoding="utf-8")
+  assert main([*argv, f"--config.data.train={moved}"]) == 0
+  assert capsys.readouterr().out.count("finished before: test perplex") == 2
+  moved.write_text(f"{text}One more .\n", encoding="utf-8")
+  assert main([*argv, f"--config.data.train={moved}"]) == 1
+  assert "the text of train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"test": 3}'])
+def test_a_damaged_result_is_told_with_the_way_out(
+  content, trained, small_flags, tmp_path, capsys
+):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  (workdir / "result.json").write_text(content)
+  argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
+  assert main(argv) == 1
+  said = capsys.readouterr().err
+  assert "result.json is damaged; remove it, and the same command" in said
+
+
+@pytest.mark.parametrize("name", ["lock", "traceback.txt", "checkpoints"])
+def test_nothing_is_written_through_a_link(
+  name, trained, small_flags, tmp_path, capsys
+):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  precious = tmp_path / "precious"
+  if name == "checkpoints":
+    shutil.move(workdir / name, precious)
+  else:
+    (workdir / name).unlink(missing_ok=True)
+    precious.write_text("precious")
+  (workdir / name).symlink_to(precious)
+  argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
+  assert main([*argv, "--config.train.steps=0"]) == 1
+  assert main(argv) == (0 if name == "traceback.txt" else 1)
+  said = capsys.readouterr().err
+  assert name == "traceback.txt" or f"{workdir / name} is a link" in said
+  if name != "checkpoints":
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+  "name", ["lock", "config.json", "vocab.txt", "checkpoints/12/SHA256SUMS"]
+)
+def test_a_pipe_does_not_hang(name, trained, small_flags, tmp_path, capsys):
+  workdir = shutil.copytree(trained, tmp_path / "run")
+  (workdir / "result.json").unlink()
+  (workdir / name).unlink()
+  os.mkfifo(workdir / name)
+  argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
+  assert main(argv) == 1
+  assert f"{workdir / name} is a pipe where" in capsys.readouterr().err
+
+
+def test_a_mistake_leaves_no_workdir(fails, tmp_path):
+  fails("--config.data.train=no.txt")
+  assert not (tmp_path / "run").exists()
+
+
+def test_where_nothing_can_be_locked_it_says_so(
+  trained, small_flags, monkeypatch, capsys
+):
+  def flock(*args):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  argv = ["moejax", "train", *small_flags, f"--workdir={trained}"]
+  assert main(argv) == 0
+  said = capsys.readouterr().err
+  assert f"{trained / 'lock'} cannot be locked" in said
+
+
+@pytest.mark.parametrize("part", ["workdir", "config.data.train"])
+def test_names_that_no_file_can_have(part, small_flags, capsys, tmp_path):
+  argv = ["moejax", "train", *small_flags, f"--workdir={tmp_path}/run"]
+  assert main([*argv, f"--{part}={tmp_path}/{'x' * 300}"]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith(f"moejax: {tmp_path}/xxx")
+  assert "File name too long; give a shorter path." in said
+
+
+def test_a_field_that_is_not_utf8(fails):
+  said = fails("--config.data.train=caf\udce9.txt")
+  assert "config.data.train is 'caf\\udce9.txt', which is not UTF-8" in said
+
+
 def test_eval_repeats_the_test(trained, capsys):
   want = json.loads((trained / "result.json").read_text())
   assert main(["moejax", "eval", f"--workdir={trained}"]) == 0
@@ -321,6 +607,39 @@ def test_a_device_that_fills_up(trained, monkeypatch, capsys):
   assert "123 bytes.); take more config.train.microbatches" in said
   assert "Alloc" not in said
   assert "Alloc" in (trained / "traceback.txt").read_text()
+
+
+def test_eval_reads_a_list_of_files(trained, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("a.txt", "b, c.txt", "d.txt"):
+    (tmp_path / name).write_text("Fellow citizens\n")  # and </S>
+  argv = ["moejax", "eval", f"--workdir={trained}", "--data=[ad].txt"]
+  assert main([*argv, "b, c.txt"]) == 0
+  assert "(9 words)" in capsys.readouterr().out
+  assert main([*argv, "--data", "no*.txt"]) == 1
+  assert "no*.txt matches no file" in capsys.readouterr().err
+
+
+def test_a_layer_without_drops_by_flags(small_flags, tmp_path, capsys):
+  flags = {
+    "model.moe.capacity_factor": None,
+    "model.moe.eval_capacity_factor": "None",
+    "model.moe.group_size": "1.6e1",
+    "model.moe.router": "top_k",
+    "model.moe.dispatch": "ragged",
+    "aux.z": "1e-3",
+    "train.steps": "2e0",
+    "train.eval_every": 2,
+  }
+  argv = ["moejax", "train", *small_flags, f"--workdir={tmp_path}/run"]
+  argv += [option(name, value) for name, value in flags.items()]
+  assert main(argv) == 0
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[0])["dropped_fraction"] == 0
+  assert (
+    json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"]
+    == 2
+  )
 
 
 def test_eval_takes_a_split_or_files(trained, capsys):

@@ -1,9 +1,13 @@
 """Fields of a config: what none can hold is said by name."""
 
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
 import config_shapes
 import pytest
 
 from moejax import config as config_lib
+from moejax import named, options
 
 
 @pytest.mark.parametrize(
@@ -30,7 +34,7 @@ from moejax import config as config_lib
     ("optimizer.eps", -1.0, r"eps is -1\.0; give more than 0"),
     ("optimizer.eps", 0.0, r"eps is 0\.0; give more than 0"),
     ("aux.importance", float("nan"), "importance is nan; give 0 or more"),
-    ("data.vocab_size", 0, "data.vocab_size is 0; give 1 or more"),
+    ("data.vocab_size", 9, r"data.vocab_size does not exist; .*\.batch_size"),
     ("model.moe.experts", ("linear",), r"experts\[0\] is 'linear'; .* as dict"),
     (
       "model.moe.experts",
@@ -41,7 +45,7 @@ from moejax import config as config_lib
     (
       "layout",
       {"mesh_shape": (1, -1, 1), "rules": {"expert": 1}},
-      "rules.expert is 1; choose one of 'data'",
+      "rules.expert is 1; give it as str or list or None",
     ),
   ],
 )
@@ -58,3 +62,91 @@ def test_a_field_of_another_type_or_size_is_named(field, value, complaint):
     config_lib.check(config)
     config_lib.batch_shapes(config)
     config_lib.model(config, 100)
+
+
+class Wheel(NamedTuple):
+  """A wheel.
+
+  Attributes:
+    radius: of it (app. B), with a long
+      line. The rest is no line of it.
+    spokes: how many.
+  """
+
+  radius: Annotated[float, named.Range(0)]
+  spokes: named.Size = 8
+
+
+@named.fields_of(Wheel, radius=Annotated[int, named.Range(1, 9)])
+def small_wheel(color: str = "red", **fields):
+  """Makes one.
+
+  Args:
+    color: of it.
+  """
+  return color, Wheel(**fields)
+
+
+class Cart(NamedTuple):
+  """A cart; its load is given.
+
+  Attributes:
+    wheels: that it rolls on.
+    spare: a wheel by kind.
+  """
+
+  load: object
+  wheels: Sequence[Annotated[Any, named.Section(Wheel)]]
+  spare: Annotated[
+    Any, named.Section({"small": small_wheel}, given=("spokes",))
+  ]
+
+
+def test_what_is_built_says_what_its_section_holds():
+  """And gets sections as functions that build them, of what is given."""
+  section = {"wheels": [{"radius": 1}], "spare": {"kind": "small", "radius": 2}}
+  cart = named.make(Cart, section, "cart", load="hay")
+  (wheel,) = cart.wheels
+  assert cart.load == "hay" and wheel() == Wheel(1)
+  assert cart.spare(spokes=3) == ("red", Wheel(2, 3))
+  whole = Annotated[Any, named.Section(Cart)]
+  found = {
+    field.name: (named.worded(field.annotation, fully=True), field.line)
+    for field in options.fields(whole, "cart", section)
+  }
+  line = "of it (app. B), with a long line"
+  assert found == {
+    "cart": ("dict", ""),
+    "cart.wheels": ("list of (dict)", "that it rolls on"),
+    "cart.wheels[0]": ("dict", ""),
+    "cart.wheels[0].radius": ("float, 0 or more", line),
+    "cart.wheels[0].spokes": ("int, 1 or more", "how many"),
+    "cart.spare": ("dict", "a wheel by kind"),
+    "cart.spare.kind": ("small", "which of these it is"),
+    "cart.spare.color": ("str", "of it"),
+    "cart.spare.radius": ("int, 1 or more, and less than 9", line),
+  }
+
+
+@pytest.mark.parametrize(
+  "section, complaint",
+  [
+    ({}, "cart.wheels is missing"),
+    ({"wheels": [1]}, r"cart.wheels\[0\] is 1; give it as dict"),
+    ({"wheels": [{}]}, r"cart.wheels\[0\].radius is missing"),
+    ({"wheels": [], "load": 1}, "cart.load does not exist"),
+    ({"wheels": []}, "cart.spare is missing"),
+    ({"wheels": [], "spare": {}}, "cart.spare.kind is ''; choose one of 'smal"),
+    (
+      {"wheels": [], "spare": {"kind": "small", "radius": 9}},
+      "cart.spare.radius is 9; give 1 or more, and less than 9",
+    ),
+    (
+      {"wheels": [], "spare": {"kind": "small", "radius": 1, "spokes": 1}},
+      "cart.spare.spokes does not exist",
+    ),
+  ],
+)
+def test_a_section_is_refused_before_anything_is_built(section, complaint):
+  with pytest.raises(ValueError, match=complaint):
+    named.make(Cart, section, "cart", load=None)

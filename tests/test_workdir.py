@@ -19,8 +19,82 @@ def test_a_lost_vocabulary_is_told_from_a_broken_one(kind, tmp_path):
 
 def test_the_runs_own_vocabulary_and_no_other(tmp_path):
   own = Vocabulary.build(["a b a"], 1)
-  workdir.remember(ConfigDict(), own, tmp_path)
+  workdir.remember(ConfigDict(), own, {}, tmp_path)
   assert workdir.vocabulary(Vocabulary, tmp_path).digest == own.digest
   Vocabulary.build(["a b a c"], 1).save(tmp_path / Vocabulary.FILE)
   with pytest.raises(ValueError, match=f"not the one.*{own.digest}; put"):
     workdir.vocabulary(Vocabulary, tmp_path)
+
+
+CONFIG = {
+  "layout": "expert",
+  "data": {"train": "a.txt", "data_dir": "", "batch_size": 8},
+  "optimizer": {"peak": 0.1},
+  "train": {"steps": 10, "microbatches": 1, "keep": 2},
+}
+TEXT = {"train": "0123", "test": "4567"}
+
+
+@pytest.fixture
+def made(tmp_path):
+  own = Vocabulary.build(["a b a"], 1)
+  workdir.remember(ConfigDict(CONFIG), own, TEXT, tmp_path)
+  return tmp_path
+
+
+def changed(**fields):
+  config = ConfigDict(CONFIG)
+  with config.unlocked(), config.ignore_type():
+    config.update_from_flattened_dict(fields)
+  return config
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("layout", "fsdp"),
+    ("layout", {"mesh_shape": (1, -1, 1)}),
+    ("train.steps", 20),
+    ("train.keep", 3),
+    ("data.train", "b.txt"),
+    ("data.data_dir", "elsewhere"),
+  ],
+)
+def test_what_cannot_change_the_numbers_may_change(made, field, value):
+  config = changed(**{field: value})
+  workdir.check_same(config, made)
+  assert workdir.other_text(config, made) == field.startswith("data")
+  (made / workdir.RESULT_FILE).write_text("{}")
+  workdir.remember(config, Vocabulary.build(["c"], 1), {}, made)
+  # The new value is remembered, and the old end is none.
+  assert workdir.recall(made).to_json(sort_keys=True) == config.to_json(
+    sort_keys=True
+  )
+  assert not (made / workdir.RESULT_FILE).exists()
+  assert len(workdir.vocabulary(Vocabulary, made)) == 5
+
+
+@pytest.mark.parametrize(
+  "field", ["data.batch_size", "optimizer.peak", "train.microbatches"]
+)
+def test_what_changes_the_numbers_may_not(made, field):
+  with pytest.raises(ValueError, match=f"config.{field}: .* there, 7"):
+    workdir.check_same(changed(**{field: 7}), made)
+
+
+def test_the_text_is_known_by_its_digest(made):
+  workdir.check_text(TEXT, made)
+  workdir.check_text({"test": TEXT["test"]}, made)
+  with pytest.raises(ValueError, match="the text of test has changed"):
+    workdir.check_text(TEXT | {"test": "0000"}, made)
+  # A run of an older version noted none, so it must lie where it lay.
+  (made / workdir.TEXT_FILE).unlink()
+  with pytest.raises(ValueError, match="config.data.train: 'a.txt' there"):
+    workdir.check_same(changed(**{"data.train": "b.txt"}), made)
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 0', "[]", '{"a.b": 1}'])
+def test_a_damaged_config_is_told_with_the_way_out(made, content):
+  (made / workdir.CONFIG_FILE).write_text(content)
+  with pytest.raises(ValueError, match=r"config.json .*put the file back"):
+    workdir.check_same(ConfigDict(CONFIG), made)

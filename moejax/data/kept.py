@@ -4,14 +4,12 @@ A folder holds a file for each array, and a record of their sizes and digests.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +78,7 @@ def keep(
   found = _found(path, types)
   if found is None:
     path.parent.mkdir(exist_ok=True)
-    with _alone_in(path.parent):
+    with files_lib.locked(path.parent / "lock"):
       found = _found(path, types)
       if found is None:
         if path.exists():
@@ -182,8 +180,7 @@ def _make(
       files = [stack.enter_context(open(draft / name, "wb")) for name in types]
       write(*files)
       for file in files:
-        file.flush()
-        os.fsync(file.fileno())
+        files_lib.sync(file)
     about = {
       name: {
         "bytes": (draft / name).stat().st_size,
@@ -194,18 +191,10 @@ def _make(
     record = json.dumps({"of": _own_name(path), **about})
     files_lib.write_whole(draft / _RECORD, record)
     draft.rename(path)
+    files_lib.sync_folder(path.parent)
   except OSError:
     # Another machine may have been first.
     if not path.exists():
       raise
   finally:
     shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: pathlib.Path) -> Iterator[None]:
-  # Not through a link: what that leads to may be anybody's.
-  flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-  with open(os.open(folder / "lock", flags, 0o666), "rb") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield

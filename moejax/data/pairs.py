@@ -12,7 +12,7 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 
 from moejax import terminal
-from moejax.data import corpora, lines, published
+from moejax.data import corpora, file_names, lines, published
 from moejax.data.lines import Paths
 
 _WMT14 = "wmt14_translate"
@@ -56,7 +56,7 @@ class Pairs(NamedTuple):
   targets: Sequence[str]
 
 
-def named_files(value: str) -> dict[Direction, list[str]]:
+def named_files(value: str | Sequence[str]) -> dict[Direction, list[str]]:
   """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
 
   A plain path, whose languages do not matter, is of `NO_LANGUAGES`; one that
@@ -67,7 +67,7 @@ def named_files(value: str) -> dict[Direction, list[str]]:
       read in more ways than one.
   """
   files: dict[Direction, list[str]] = {}
-  for item in filter(None, value.split(",")):
+  for item in file_names.find(value):
     direction, path = NO_LANGUAGES, item
     if named := _NAMED.fullmatch(item):
       direction, path = _direction(named[1], item), named[2]

@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import os
-import pathlib
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,7 +128,7 @@ class Pieces:
     return cls(model.getvalue())
 
   @classmethod
-  def load(cls, path: str | os.PathLike) -> "Pieces":
+  def load(cls, path: files.Path) -> "Pieces":
     """Reads a file that `save` wrote.
 
     Raises:
@@ -138,13 +136,13 @@ class Pieces:
       ValueError: it holds no such model.
     """
     try:
-      return cls(pathlib.Path(path).read_bytes())
+      return cls(files.read(path))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 
-  def save(self, path: str | os.PathLike) -> None:
+  def save(self, path: files.Path) -> None:
     """Writes the model, whole or not at all."""
-    files.write_whole(pathlib.Path(path), self._model)
+    files.write_whole(path, self._model)
 
   def __len__(self) -> int:
     return len(self._processor)

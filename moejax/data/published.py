@@ -3,12 +3,17 @@
 TensorFlow is needed to prepare one, once, and never to read it.
 """
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
 from moejax.data import corpora
+
+# Where the classes are that a copy's features may be of.
+_FEATURES = "tensorflow_datasets.core.features."
 
 
 def opened(
@@ -23,15 +28,21 @@ def opened(
 
   Raises:
     FileNotFoundError: it is not prepared there.
-    ValueError: what is prepared there cannot be read without TensorFlow.
+    OSError: something there is neither a folder nor a regular file.
+    ValueError: what is prepared there cannot be read without TensorFlow, or at
+      all.
   """
+  corpora.refuse_odd(name, data_dir)
   try:
-    with corpora.quiet():
+    with corpora.quiet(), _only_own_features():
       builder = tfds.builder(name, data_dir=data_dir)
       prepared = builder.is_prepared()
   except tfds.core.DatasetNotFoundError:
     # Code of TFDS that cannot be imported without TensorFlow.
     prepared = False
+  except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
+    folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR, name)
+    raise corpora.damaged(folder, error) from error
   if not prepared:
     raise FileNotFoundError(
       f"{name} is not prepared in"
@@ -46,6 +57,24 @@ def opened(
       f" {_command(name, data_dir)}"
     )
   return builder
+
+
+@contextlib.contextmanager
+def _only_own_features() -> Iterator[None]:
+  """Keeps TFDS from importing whatever module a copy's features.json names."""
+  base = tfds.features.FeatureConnector
+  find = base.cls_from_name
+
+  def find_own(name: str) -> type[tfds.features.FeatureConnector]:
+    if not name.startswith(_FEATURES):
+      raise ValueError(f"features.json names {name!r}, which is not of TFDS")
+    return find(name)
+
+  base.cls_from_name = find_own
+  try:
+    yield
+  finally:
+    base.cls_from_name = find
 
 
 def _command(name: str, data_dir: str | os.PathLike | None) -> str:

@@ -2,8 +2,6 @@
 
 import collections
 import hashlib
-import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -154,7 +152,7 @@ class Vocabulary:
     return cls([END, START, UNKNOWN, *kept][:max_size])
 
   @classmethod
-  def load(cls, path: str | os.PathLike) -> "Vocabulary":
+  def load(cls, path: files.Path) -> "Vocabulary":
     """Reads a file of one entry a line; the line number is the id.
 
     Raises:
@@ -175,10 +173,10 @@ class Vocabulary:
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 
-  def save(self, path: str | os.PathLike) -> None:
+  def save(self, path: files.Path) -> None:
     """Writes one entry a line, whole or not at all."""
     text = "".join(f"{entry}\n" for entry in self._entries)
-    files.write_whole(pathlib.Path(path), text)
+    files.write_whole(path, text)
 
   def encode(self, words: Iterable[str]) -> list[int]:
     """Returns the id of each word; no word becomes `</S>` or `<S>`."""

@@ -1,239 +1,248 @@
-"""Models from the plain values of a config, by name."""
+"""Models from the plain values of a config, by name.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+What a factory here takes as `**fields` are the fields of the module it returns,
+whose docstring says what they are and what they are by default.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from moejax import named
-from moejax.experts import EXPERTS
+from moejax.dispatch import DISPATCH
+from moejax.experts import EXPERTS, FeedForward, Identity, Linear
 from moejax.models.attention import FORMS, Attention
 from moejax.models.gnmt import GNMT, WIRINGS
 from moejax.models.layers import LSTM
 from moejax.models.lstm_lm import LSTMLM
 from moejax.moe import HierarchicalMoE, MoE, OneExpert
+from moejax.named import Names, Range, Section, Size
 from moejax.router import ROUTERS
 
+ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-def _lstm_lm(
-  vocab_size,
-  width: int,
-  layers: Iterable[str],
-  dropout: float = 0.0,
-  num_samples: int = 0,
-  lstm: Mapping[str, Any] | None = None,
-  moe: Mapping[str, Any] | None = None,
-  hierarchical_moe: Mapping[str, Any] | None = None,
-  one_expert: Mapping[str, Any] | None = None,
-  dtype: str = "float32",
-  vocab_multiple: int = 1,
-) -> LSTMLM:
-  if num_samples < 0:
+# -- experts ------------------------------------------------------------------
+
+
+@named.fields_of(FeedForward, hidden=Size | Sequence[Size])
+def _feed_forward(
+  activation: Annotated[str, Names(ACTIVATIONS)] = "relu", **fields: Any
+) -> FeedForward:
+  """Makes a FeedForward.
+
+  Args:
+    activation: after every product but the last.
+  """
+  return FeedForward(activation=ACTIVATIONS[activation], **fields)
+
+
+def _in_list(
+  factory: Callable[..., nn.Module],
+) -> Callable[..., tuple[nn.Module, float]]:
+  """Makes a factory of experts one of an entry of a list of mixed ones."""
+
+  @named.fields_of(factory, num_experts=Size)
+  def entry(capacity: float = 1.0, **fields: Any) -> tuple[nn.Module, float]:
+    """Makes the experts of one kind.
+
+    Args:
+      num_experts: how many are of this kind.
+      capacity: slots of each, relative to what the layer gives.
+    """
+    return factory(**fields), capacity
+
+  return entry
+
+
+# Those that are missing take a module, which no config can hold; mixed experts
+# are a list.
+_KINDS = {
+  "feed_forward": _feed_forward,
+  "linear": Linear,
+  "identity": Identity,
+}
+_MIXED = {kind: _in_list(factory) for kind, factory in _KINDS.items()}
+_Build = Callable[..., nn.Module]
+_Experts = Annotated[_Build, Section(_KINDS, given=("num_experts",))]
+_Router = Annotated[_Build, Section(ROUTERS, given=("num_experts",))]
+
+# -- layers -------------------------------------------------------------------
+
+
+@named.fields_of(LSTM, hidden=Size | None)
+def _lstm(**fields: Any) -> LSTM:
+  return LSTM(**fields)
+
+
+@named.fields_of(
+  MoE,
+  group_size=Size | None,
+  dispatch=Annotated[str, Names(("auto", *DISPATCH))],
+)
+def _moe(
+  num_experts: Size,
+  router: _Router,
+  experts: _Experts | Sequence[Annotated[Any, Section(_MIXED)]],
+  **fields: Any,
+) -> MoE:
+  """Makes a MoE.
+
+  Args:
+    num_experts: how many there are.
+    router: chooses among them.
+    experts: of one kind, or a list of several, each with its own num_experts
+      and, if it is not that of the layer, capacity.
+  """
+  if isinstance(experts, tuple):
+    kinds, capacities = zip(*(build() for build in experts), strict=True)
+    built = EXPERTS["mixed"](kinds, capacities)
+    if built.num_experts != num_experts:
+      raise ValueError(
+        f"`experts` lists {built.num_experts} experts, but num_experts is"
+        f" {num_experts}; make the two agree."
+      )
+  else:
+    built = experts(num_experts=num_experts)
+  return MoE(router(num_experts=num_experts), built, **fields)
+
+
+@named.fields_of(
+  HierarchicalMoE,
+  group_size=Size | None,
+  dispatch=Annotated[str, Names(("gather", "einsum"))],
+)
+def _hierarchical_moe(
+  num_experts: Size,
+  num_groups: Size,
+  primary: _Router,
+  secondary: Annotated[_Build, Section(_moe, given=("num_experts",))],
+  **fields: Any,
+) -> HierarchicalMoE:
+  """Makes a HierarchicalMoE.
+
+  Args:
+    num_experts: how many there are, in all groups.
+    num_groups: groups of experts, P.
+    primary: router between the groups.
+  """
+  if num_experts % num_groups:
     raise ValueError(
-      f"config.model.num_samples is {num_samples}; give 1 or more, or 0 for"
-      " the full softmax."
+      f"config.model.hierarchical_moe: {num_groups} groups do not divide"
+      f" {num_experts} experts; choose a num_groups that does."
     )
-  make = _layer_maker(width, lstm, moe, hierarchical_moe, one_expert)
-  return LSTMLM(
-    vocab_size,
-    width,
-    make(layers, "config.model.layers"),
-    num_samples=num_samples,
-    **_shared(dropout, dtype, vocab_multiple),
+  return HierarchicalMoE(
+    primary(num_experts=num_groups),
+    secondary(num_experts=num_experts // num_groups),
+    **fields,
   )
 
 
+class _Layers(NamedTuple):
+  """Sections of layers, by the names that stacks are lists of.
+
+  Attributes:
+    lstm: an LSTM.
+    moe: a mixture of experts.
+    hierarchical_moe: a mixture of two levels.
+    one_expert: the lone expert of MoE-1-Wide and MoE-1-Deep.
+  """
+
+  lstm: Annotated[_Build, Section(_lstm, given=("width",))] | None = None
+  moe: Annotated[_Build, Section(_moe)] | None = None
+  hierarchical_moe: Annotated[_Build, Section(_hierarchical_moe)] | None = None
+  one_expert: _Experts | None = None
+
+  def stack(self, names: Iterable[str], width: int) -> tuple[nn.Module, ...]:
+    """Builds a layer for each name."""
+    builders = {
+      "lstm": lambda: self.lstm(width=width),
+      "moe": self.moe,
+      "hierarchical_moe": self.hierarchical_moe,
+      "one_expert": lambda: OneExpert(self.one_expert(num_experts=1)),
+    }
+    return tuple(builders[name]() for name in names)
+
+
+# -- models -------------------------------------------------------------------
+
+_Stack = Sequence[Annotated[str, Names(_Layers._fields)]]
+_DType = Annotated[str, Names(DTYPES)]
+_SHARED = {
+  "width": Size,
+  "dropout": Annotated[float, Range(0, 1)],
+  "vocab_multiple": Size,
+}
+
+
+def _split(fields: dict[str, Any]) -> tuple[_Layers, dict[str, Any]]:
+  """Parts the sections of layers from the fields of the model."""
+  layers = {name: fields.pop(name) for name in _Layers._fields}
+  return _Layers(**layers), fields
+
+
+@named.fields_of(
+  _Layers, LSTMLM, num_samples=Annotated[int, Range(0)], **_SHARED
+)
+def _lstm_lm(
+  vocab_size, layers: _Stack, dtype: _DType = "float32", **fields: Any
+) -> LSTMLM:
+  """Makes an LSTMLM.
+
+  Args:
+    layers: sections of layers by name, one after the other.
+  """
+  made, fields = _split(fields)
+  stack = made.stack(layers, fields["width"])
+  return LSTMLM(vocab_size, layers=stack, dtype=DTYPES[dtype], **fields)
+
+
+@named.fields_of(Attention, width=Size, form=Annotated[str, Names(FORMS)])
+def _attention(
+  wiring: Annotated[str, Names(WIRINGS)] = "recurrent", **fields: Any
+) -> tuple[Attention, str]:
+  """Makes an Attention.
+
+  Args:
+    wiring: "recurrent" is GNMT's; "parallel" asks for all contexts at once.
+  """
+  return Attention(**fields), wiring
+
+
+@named.fields_of(_Layers, GNMT, **_SHARED)
 def _gnmt(
   vocab_size,
-  width: int,
-  encoder: Iterable[str],
-  decoder: Iterable[str],
-  attention: Mapping[str, Any] | None = None,
-  dropout: float = 0.0,
-  lstm: Mapping[str, Any] | None = None,
-  moe: Mapping[str, Any] | None = None,
-  hierarchical_moe: Mapping[str, Any] | None = None,
-  one_expert: Mapping[str, Any] | None = None,
-  dtype: str = "float32",
-  vocab_multiple: int = 1,
+  encoder: _Stack,
+  decoder: _Stack,
+  attention: Annotated[Callable, Section(_attention)] | None = None,
+  dtype: _DType = "float32",
+  wiring=None,  # is one of the section's
+  **fields: Any,
 ) -> GNMT:
-  make = _layer_maker(width, lstm, moe, hierarchical_moe, one_expert)
-  layers = make(decoder, "config.model.decoder")
-  if not layers or not isinstance(layers[0], LSTM):
+  """Makes a GNMT.
+
+  Args:
+    encoder: sections of layers by name, one after the other.
+    decoder: the same; the first is an LSTM.
+  """
+  if tuple(decoder[:1]) != ("lstm",):
     raise ValueError(
       f"config.model.decoder is {tuple(decoder)}, but it is the decoder's first"
       " LSTM that attends to the source; let it begin with 'lstm'."
     )
-  attends, wiring = named.make(
-    _attention, attention or {}, "config.model.attention"
-  )
+  made, fields = _split(fields)
+  attends, wiring = attention()
   return GNMT(
     vocab_size,
-    width,
-    make(encoder, "config.model.encoder"),
-    layers,
-    attends,
-    wiring,
-    **_shared(dropout, dtype, vocab_multiple),
+    encoder=made.stack(encoder, fields["width"]),
+    decoder=made.stack(decoder, fields["width"]),
+    attention=attends,
+    wiring=wiring,
+    dtype=DTYPES[dtype],
+    **fields,
   )
 
 
-def _attention(
-  width: int = 512, form: str = "product", wiring: str = "recurrent"
-) -> tuple[Attention, str]:
-  where = "config.model.attention"
-  named.sizes(where, width=width)
-  named.known(wiring, WIRINGS, f"{where}.wiring")
-  return Attention(width, named.known(form, FORMS, f"{where}.form")), wiring
-
-
-def _shared(dropout: float, dtype: str, vocab_multiple: int) -> dict[str, Any]:
-  """Checks the fields that all models have."""
-  if not 0 <= dropout < 1:
-    raise ValueError(
-      f"config.model.dropout is {dropout}; give 0 or more, and less than 1."
-    )
-  named.sizes("config.model", vocab_multiple=vocab_multiple)
-  return {
-    "dropout": dropout,
-    "dtype": DTYPES[named.known(dtype, DTYPES, "config.model.dtype")],
-    "vocab_multiple": vocab_multiple,
-  }
-
-
-def _layer_maker(
-  width: int,
-  lstm: Mapping[str, Any] | None,
-  moe: Mapping[str, Any] | None,
-  hierarchical_moe: Mapping[str, Any] | None,
-  one_expert: Mapping[str, Any] | None,
-) -> Callable[[Iterable[str], str], tuple[nn.Module, ...]]:
-  """Returns a function (names of layers, where they stand) -> layers."""
-  named.sizes("config.model", width=width)
-  builders = {
-    "lstm": lambda: named.make(
-      _lstm, lstm or {}, "config.model.lstm", width=width
-    ),
-    "moe": lambda: named.make(
-      _moe, moe or {}, "config.model.moe", path="config.model.moe"
-    ),
-    "hierarchical_moe": lambda: named.make(
-      _hierarchical_moe, hierarchical_moe or {}, "config.model.hierarchical_moe"
-    ),
-    "one_expert": lambda: OneExpert(
-      _expert(one_expert or {}, "config.model.one_expert", num_experts=1)
-    ),
-  }
-
-  def make(names, where):
-    return tuple(builders[named.known(n, builders, where)]() for n in names)
-
-  return make
-
-
-def _lstm(width: int, hidden: int | None = None) -> LSTM:
-  named.sizes("config.model.lstm", hidden=hidden)
-  return LSTM(width, hidden)
-
-
-def _moe(
-  num_experts: int,
-  router: Mapping[str, Any],
-  experts: Mapping[str, Any] | Sequence[Any],
-  group_size: int | None = None,
-  capacity_factor: float | None = 1.25,
-  eval_capacity_factor: float | None = 2.0,
-  dispatch: str = "auto",
-  recompute: bool = False,
-  *,
-  path: str,
-) -> MoE:
-  named.sizes(path, num_experts=num_experts)
-  return MoE(
-    named.choose(ROUTERS, router, f"{path}.router", num_experts=num_experts),
-    _experts(experts, f"{path}.experts", num_experts),
-    group_size,
-    capacity_factor,
-    eval_capacity_factor,
-    dispatch,
-    recompute,
-  )
-
-
-def _hierarchical_moe(
-  num_experts: int,
-  num_groups: int,
-  primary: Mapping[str, Any],
-  secondary: Mapping[str, Any],
-  group_size: int | None = None,
-  groups_together: int = 1,
-  capacity_factor: float | None = 1.25,
-  eval_capacity_factor: float | None = 2.0,
-  dispatch: str = "gather",
-) -> HierarchicalMoE:
-  where = "config.model.hierarchical_moe"
-  named.sizes(where, num_experts=num_experts, num_groups=num_groups)
-  if num_experts % num_groups:
-    raise ValueError(
-      f"{where}: {num_groups} groups do not divide {num_experts} experts;"
-      " choose a num_groups that does."
-    )
-  each = {"num_experts": num_experts // num_groups}
-  inner = f"{where}.secondary"
-  return HierarchicalMoE(
-    named.choose(ROUTERS, primary, f"{where}.primary", num_experts=num_groups),
-    named.make(_moe, secondary, inner, path=inner, **each),
-    group_size,
-    groups_together,
-    capacity_factor,
-    eval_capacity_factor,
-    dispatch,
-  )
-
-
-def _experts(
-  section: Mapping[str, Any] | Sequence[Any],
-  where: str,
-  num_experts: int,
-) -> nn.Module:
-  """Builds experts of one kind, or of several: a list means mixed ones.
-
-  Each entry of a list gives its own num_experts, and may give its `capacity`
-  relative to that of the layer.
-  """
-  if isinstance(section, Mapping):
-    return _expert(section, where, num_experts=num_experts)
-  for i, entry in enumerate(section):
-    named.typed(entry, Mapping, f"{where}[{i}]")
-    named.typed(entry.get("capacity", 1.0), float, f"{where}[{i}].capacity")
-  entries = [dict(entry) for entry in section]
-  capacities = tuple(entry.pop("capacity", 1.0) for entry in entries)
-  kinds = tuple(
-    _expert(entry, f"{where}[{i}]") for i, entry in enumerate(entries)
-  )
-  mixed = EXPERTS["mixed"](kinds, capacities)
-  if mixed.num_experts != num_experts:
-    raise ValueError(
-      f"{where} lists {mixed.num_experts} experts, but num_experts is"
-      f" {num_experts}; make the two agree."
-    )
-  return mixed
-
-
-def _expert(section: Mapping[str, Any], where: str, **given: Any) -> nn.Module:
-  """Builds experts of one kind; their activation goes by its name."""
-  # Each takes a module, which no config can hold; mixed ones are a list.
-  kinds = {k: v for k, v in EXPERTS.items() if k not in ("each", "mixed")}
-  fields = dict(section)
-  checked = {n: fields[n] for n in ("num_experts", "hidden") if n in fields}
-  named.sizes(where, **checked)
-  if "activation" in fields:
-    name = named.known(fields["activation"], ACTIVATIONS, f"{where}.activation")
-    fields["activation"] = ACTIVATIONS[name]
-  return named.choose(kinds, fields, where, **given)
-
-
-ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = {"gnmt": _gnmt, "lstm_lm": _lstm_lm}

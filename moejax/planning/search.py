@@ -242,9 +242,11 @@ def changed_config(
 
 def _mixture(config: config_lib.Config) -> tuple[str, Any]:
   """Returns the name and the section of the model's mixture; or none."""
+  stacks = (config.model.get(n, ()) for n in ("layers", "encoder", "decoder"))
+  used = {name for stack in stacks for name in stack}
   for name in ("moe", "hierarchical_moe"):
-    if name in config.model:
-      return f"config.model.{name}", config.model[name]
+    if name in used:
+      return f"config.model.{name}", config.model.get(name) or {}
   return "", {}
 
 

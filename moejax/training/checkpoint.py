@@ -16,20 +16,25 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 
+from moejax import bucket, terminal
 from moejax import files as files_lib
-from moejax import terminal
 from moejax.training import processes
 from moejax.training.state import TrainState
 
 # What `sha256sum --check` reads: the digest of every other file of a
 # checkpoint. Orbax does not notice a flipped bit.
 SUMS_FILE = "SHA256SUMS"
+# What `md5sum --check` reads, in its place in a bucket: digests that the bucket
+# has anyway, so that nothing need be read. Checkpoints may move there and back.
+_MD5_FILE = "MD5SUMS"
+_HASHES = {SUMS_FILE: hashlib.sha256, _MD5_FILE: hashlib.md5}
 # Orbax writes them afterwards, and reads nothing of them here.
-_UNSIGNED = {SUMS_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
+_UNSIGNED = {*_HASHES, "_CHECKPOINT_METADATA", "commit_success.txt"}
 _PERPLEXITY = "metrics/metrics"
 # No room on the host or on a device, another process lost, a file that cannot
 # be read: the checkpoint may be as good as ever.
-_NOT_DAMAGE = (MemoryError, OSError, jax.errors.JaxRuntimeError)
+_NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)
+_NOT_DAMAGE = (*_NOT_OF_FILES, OSError)
 # What Orbax, etils and TensorStore all take for the path that it is. They have
 # their own reading of [, *, ?, \ and "..", of "gs:", of names at the root like
 # /s3, and of an ending like that of their locks.
@@ -44,6 +49,13 @@ class Restored(NamedTuple):
   state: TrainState
   progress: dict[str, Any]
   perplexity: float | None
+
+
+class _Sums(NamedTuple):
+  """The digest of every file of a checkpoint, by its name."""
+
+  file: str
+  digests: dict[str, str]
 
 
 class Checkpoints:
@@ -64,9 +76,10 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: pathlib.Path, keep: int = 2, read_only: bool = False
+    self, directory: files_lib.Path, keep: int = 2, read_only: bool = False
   ):
-    self._directory = directory.absolute()
+    self._in_bucket = bucket.is_in(directory)
+    self._directory = directory if self._in_bucket else directory.absolute()
     self._keep = keep
     self._read_only = read_only
     self._saving: int | None = None
@@ -239,11 +252,11 @@ class Checkpoints:
     """
     folder = self._directory / str(step)
     sums = _read_sums(folder)
-    if _PERPLEXITY not in sums:
+    if _PERPLEXITY not in sums.digests:
       return None
-    content = (folder / _PERPLEXITY).read_bytes()
-    if hashlib.sha256(content).hexdigest() != sums[_PERPLEXITY]:
-      raise ValueError(f"{_PERPLEXITY} is not as written, by {SUMS_FILE}")
+    content = files_lib.read(folder / _PERPLEXITY)
+    if _HASHES[sums.file](content).hexdigest() != sums.digests[_PERPLEXITY]:
+      raise ValueError(f"{_PERPLEXITY} is not as written, by {sums.file}")
     metrics = json.loads(content)
     # Older versions wrote no step.
     _check_step(metrics.get("step", step), step)
@@ -260,7 +273,8 @@ class Checkpoints:
       try:
         return self._restore(step, target)
       except _NOT_DAMAGE as error:
-        if not isinstance(error, FileNotFoundError) or not self._has_changed():
+        gone = isinstance(error, FileNotFoundError | bucket.Unreachable)
+        if not gone or not self._has_changed():
           raise
       except Exception as error:  # Orbax raises many kinds on damage.
         if not self._has_changed():
@@ -297,13 +311,19 @@ class Checkpoints:
 
   def _restore(self, step: int, target: TrainState) -> Restored:
     self._check_sums(step)
-    items = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(target),
-        progress=ocp.args.JsonRestore(),
-      ),
-    )
+    try:
+      items = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(target),
+          progress=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as error:
+      # A bucket has all that was written, and gives it or nothing.
+      if self._in_bucket and not isinstance(error, _NOT_OF_FILES):
+        raise bucket.Unreachable(self._directory, error) from error
+      raise
     state = TrainState(*items.state)
     _check_step(int(state.step), step)
     return Restored(state, items.progress, self._perplexity[step])
@@ -316,10 +336,11 @@ class Checkpoints:
     """
     folder = self._directory / str(step)
     with _all_or_none():
-      sums = sorted(_read_sums(folder).items())
-      for name, digest in sums[jax.process_index() :: jax.process_count()]:
-        if _digest(folder / name) != digest:
-          raise ValueError(f"{name} is not as written, by {SUMS_FILE}")
+      sums = _read_sums(folder)
+      names = sorted(sums.digests)[jax.process_index() :: jax.process_count()]
+      for name, digest in _digests(folder, names, sums.file):
+        if digest != sums.digests[name]:
+          raise ValueError(f"{name} is not as written, by {sums.file}")
 
   def _sign(self) -> None:
     """Writes the digests, just before a checkpoint gets its final name.
@@ -329,18 +350,19 @@ class Checkpoints:
     """
     if not processes.first():
       return
-    drafts = f"{self._saving}.orbax-checkpoint-tmp*"
-    found = [path.name for path in self._directory.glob(drafts)]
+    found, sums_file = [str(self._saving)], _MD5_FILE
+    # In a bucket it lies under its own name, and gets a mark of success there.
+    if not self._in_bucket:
+      sums_file = SUMS_FILE
+      drafts = f"{self._saving}.orbax-checkpoint-tmp*"
+      found = [path.name for path in self._directory.glob(drafts)]
     if len(found) != 1:
       raise OSError(f"{len(found)} folders of it were found, 1 was expected")
     draft = self._directory / found[0]
     _check_complete(self._path / found[0] / "state", self._shapes)
-    lines = [
-      f"{_digest(draft / name)}  {name}\n"
-      for name in sorted(_files(draft))
-      if name not in _UNSIGNED
-    ]
-    files_lib.write_whole(draft / SUMS_FILE, "".join(lines))
+    names = sorted({*_files(draft)} - _UNSIGNED)
+    lines = [f"{d}  {name}\n" for name, d in _digests(draft, names, sums_file)]
+    files_lib.write_whole(draft / sums_file, "".join(lines))
 
   @contextlib.contextmanager
   def _reporting(self) -> Iterator[None]:
@@ -366,8 +388,11 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _plain_path(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+def _plain_path(directory: files_lib.Path) -> Iterator[files_lib.Path]:
   """Yields a path to a folder that Orbax takes for what it is."""
+  if bucket.is_in(directory):  # What can be one there is plain.
+    yield directory
+    return
   if _PLAIN.fullmatch(str(directory)) or not directory.is_dir():
     yield directory
     return
@@ -400,7 +425,7 @@ def _all_or_none() -> Iterator[None]:
   except (OSError, ValueError) as error:
     caught = error
   if processes.any_of_us(isinstance(caught, OSError)):
-    if isinstance(caught, FileNotFoundError):
+    if isinstance(caught, FileNotFoundError | bucket.Unreachable):
       raise caught
     what = "a file of a checkpoint"
     if isinstance(caught, OSError):
@@ -419,7 +444,7 @@ def _check_step(found: int, step: int) -> None:
 
 
 def _check_complete(
-  folder: pathlib.Path, shapes: Sequence[tuple[int, ...]]
+  folder: files_lib.Path, shapes: Sequence[tuple[int, ...]]
 ) -> None:
   """Refuses a saved state from which arrays could not be restored.
 
@@ -457,7 +482,7 @@ def _check_complete(
     raise OSError(f"of {wanted} parts of arrays {there} are there")
 
 
-def _files(folder: pathlib.Path) -> list[str]:
+def _files(folder: files_lib.Path) -> list[str]:
   """Lists the files in a folder and below, by their paths from there.
 
   Without those that begin with a dot, which file systems and file managers
@@ -466,6 +491,11 @@ def _files(folder: pathlib.Path) -> list[str]:
   Raises:
     OSError: it cannot be read.
   """
+
+  if bucket.is_in(folder):
+    if found := list(bucket.digests(folder)):
+      return found
+    raise FileNotFoundError(f"{folder} is gone")
 
   def fail(error: OSError) -> None:
     raise error
@@ -479,34 +509,48 @@ def _files(folder: pathlib.Path) -> list[str]:
   return found
 
 
-def _read_sums(folder: pathlib.Path) -> dict[str, str]:
-  """Reads the digest of every file of a checkpoint, by its name.
+def _read_sums(folder: files_lib.Path) -> _Sums:
+  """Reads the digest of every file of a checkpoint.
 
   Raises:
     OSError: they cannot be read.
     ValueError: they are not of the files that lie there, one for each.
   """
   files = _files(folder)
-  if SUMS_FILE not in files:
-    raise ValueError(f"it has no {SUMS_FILE}")
-  text = (folder / SUMS_FILE).read_text(encoding="utf-8")
+  file = next((name for name in _HASHES if name in files), None)
+  if file is None:
+    raise ValueError(f"it has no {' nor '.join(_HASHES)}")
+  text = files_lib.read(folder / file).decode()
   lines = [line.partition("  ") for line in text.splitlines()]
   sums = {name: digest for digest, _, name in lines}
   odd = {*files}.symmetric_difference(sums) - _UNSIGNED
   if odd or len(sums) < len(lines):
     raise ValueError(
-      f"{SUMS_FILE} has not one line for each file"
+      f"{file} has not one line for each file"
       + (f", as for {min(odd)}" if odd else "")
     )
-  return sums
+  return _Sums(file, sums)
 
 
-def _digest(file: pathlib.Path) -> str:
-  """Returns the file's SHA-256."""
-  with file.open("rb") as opened:
-    return hashlib.file_digest(opened, "sha256").hexdigest()
+def _digests(
+  folder: files_lib.Path, names: Sequence[str], sums_file: str
+) -> Iterator[tuple[str, str]]:
+  """Yields the digest of each file, as a file of sums has it.
+
+  Raises:
+    OSError: one cannot be read.
+  """
+  kept = {}
+  if sums_file == _MD5_FILE and bucket.is_in(folder):
+    kept = bucket.digests(folder)
+  for name in names:
+    digest = kept.get(name)
+    if not digest:
+      with (folder / name).open("rb") as opened:
+        digest = hashlib.file_digest(opened, _HASHES[sums_file]).hexdigest()
+    yield name, digest
 
 
-def _set_aside(paths: Sequence[pathlib.Path]) -> None:
+def _set_aside(paths: Sequence[files_lib.Path]) -> None:
   for path in paths:
     path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))

@@ -1,6 +1,5 @@
 """How well a run translates what its corpus holds out, and how it looks."""
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,9 +29,12 @@ def examples(
     sources = [pairs.sources[index] for index in chosen]
     found = translator.lines(params, sources, pairs.direction.target)
     for index, source, translation in zip(chosen, sources, found, strict=True):
-      yield f"  {pairs.direction.source}: {source}"
-      yield f"  {pairs.direction.target}: {pairs.targets[index]}"
-      yield f"  model: {translation}"
+      for side, line in (
+        (pairs.direction.source, source),
+        (pairs.direction.target, pairs.targets[index]),
+        ("model", translation),
+      ):
+        yield f"  {side}: {terminal.one_line(line)}"
 
 
 def _spread(sources: Sequence[str], count: int) -> Iterator[int]:
@@ -49,7 +51,7 @@ def scores(
   translator: Translator,
   params: Any,
   parts: Sequence[Pairs],
-  stem: pathlib.Path,
+  stem: files.Path,
 ) -> tuple[dict[str, float], Mapping[str, str]]:
   """Translates whole splits and compares them with the references.
 
@@ -91,7 +93,7 @@ def scores(
   return (means | values if len(parts) > 1 else means), said
 
 
-def _keep(stem: pathlib.Path, pairs: Pairs, found: Sequence[str]) -> None:
+def _keep(stem: files.Path, pairs: Pairs, found: Sequence[str]) -> None:
   """Writes sources, references and translations, line by line."""
   sides = {
     "source": pairs.sources,
@@ -100,6 +102,7 @@ def _keep(stem: pathlib.Path, pairs: Pairs, found: Sequence[str]) -> None:
   }
 
   def write():
+    files.refuse_odd_in(stem.parent, written=True)
     stem.parent.mkdir(exist_ok=True)
     for side, lines in sides.items():
       # A break within a line of some corpus must not make two of it.

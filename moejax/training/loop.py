@@ -4,16 +4,15 @@ import contextlib
 import functools
 import json
 import math
-import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from moejax import config as config_lib
 from moejax import files as files_lib
-from moejax import sharding, terminal
+from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import text
 from moejax.training import (
@@ -28,16 +27,14 @@ from moejax.training import (
 from moejax.training import run as run_lib
 from moejax.training.checkpoint import Checkpoints
 
-RESULT_FILE = "result.json"
 
-
-def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
+def train(config: config_lib.Config, workdir: files_lib.Path) -> dict[str, Any]:
   """Trains, or goes on where the workdir left off, and tests the best.
 
   Killed at any moment and started again, it leaves the same curve behind as a
-  run that was never killed. SIGTERM and Ctrl-C save and return after the step
-  or the validation at hand; a second Ctrl-C leaves at once. Where several
-  processes train (`processes.join`), a signal to any of them stops all.
+  run that was never killed. SIGTERM, SIGHUP and Ctrl-C save and return after
+  the step or the validation at hand; a second Ctrl-C leaves at once. Where
+  several processes train (`processes.join`), a signal to any of them stops all.
 
   Args:
     config: plain values, see configs/.
@@ -45,23 +42,46 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       folder that all processes see.
 
   Returns:
-    The result, which also lies in the workdir as JSON; empty where a signal
-    came first.
+    The result, which also lies in the workdir as JSON; {"signal": its number}
+    where one came first.
 
   Raises:
     ValueError: a config or text that cannot be used; says which value.
+    OSError: a file that cannot be read or written; names it.
     FloatingPointError: loss, gradient or parameters became NaN or infinite;
       names the step.
     BlockingIOError: another run trains in the workdir.
   """
   config_lib.check(config)
-  workdir_lib.check_same(config, workdir)
   processes.check_same(config.to_json(sort_keys=True), "config")
-  if (workdir / RESULT_FILE).exists():
-    result = json.loads((workdir / RESULT_FILE).read_text(encoding="utf-8"))
-    _print(f"finished before: {_outcome(result, config, workdir)}")
-    return result
+  # On the first process alone.
+  checks: list[Callable[[], None]] = []
+  with contextlib.ExitStack() as stack:
+
+    def begin() -> None:
+      checks.append(stack.enter_context(processes.alone_in(workdir)))
+      workdir_lib.check_same(config, workdir)
+      for name in run_lib.FOLDERS:
+        files_lib.refuse_odd_in(workdir / name, written=True)
+      files_lib.remove_drafts(workdir)
+
+    # All that decides about a workdir is done alone in it.
+    processes.first_does(begin)
+    _check_shared(workdir)
+    return _train_alone(config, workdir, checks)
+
+
+def _train_alone(
+  config: config_lib.Config,
+  workdir: files_lib.Path,
+  checks: Sequence[Callable[[], None]],
+) -> dict[str, Any]:
+  """Does what `train` says, alone in a workdir as long as `checks` say so."""
   options = config_lib.train(config)
+  finished = _finished(config, workdir)
+  if finished and not workdir_lib.other_text(config, workdir):
+    _print(f"finished before: {_outcome(finished, config, workdir)}")
+    return finished
   data = processes.first_then_others(lambda: config_lib.data(config, workdir))
   parts = program.build(config, len(data.vocabulary))
   model, schedule, tx, layout, mesh, where, shapes, target = parts
@@ -80,6 +100,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   )
   identity = {split: rows[split].digest for split in rows}
   processes.check_same(json.dumps(identity), "text")
+  workdir_lib.check_text(identity, workdir)
+  if finished:
+    _print(f"finished before: {_outcome(finished, config, workdir)}")
+    return finished
   words = ", ".join(
     f"{split} {part.num_words:,}"
     + (f" ({part.unknown:.1%} unknown)" if part.unknown else "")
@@ -93,19 +117,16 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
   if config_lib.translates(config):
     translator = run_lib.make_translator(config, parts, data.vocabulary)
 
+  # From here on there is a run; what is wrong with it has shown above.
+  processes.first_does(
+    lambda: workdir_lib.remember(config, data.vocabulary, identity, workdir)
+  )
   with contextlib.ExitStack() as stack:
-    # From here on there is a run; what is wrong with it has shown above.
-    def begin() -> None:
-      stack.enter_context(processes.alone_in(workdir))
-      workdir_lib.remember(config, data.vocabulary, workdir)
-
-    processes.first_does(begin)
-    _check_shared(workdir)
     checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, options.keep)
     stack.enter_context(contextlib.closing(checkpoints))
     seconds = 0.0
     if restored := checkpoints.latest(target):
-      _check_text(restored.progress["text"], identity, workdir)
+      workdir_lib.check_text(identity, workdir, restored.progress["text"])
       current = restored.state
       batches.set_state(restored.progress["data"])
       seconds = restored.progress["seconds"]
@@ -121,23 +142,32 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     stack.enter_context(contextlib.closing(writer))
     stack.enter_context(contextlib.closing(progress))
     speed = metrics.Speed()
+    # Of few words, its loss is no perplexity of the model.
+    sampled = "sampled_" if config.model.get("num_samples") else ""
     pending: tuple[int, Mapping[str, jax.Array]] | None = None
-    all_stop = False
+    # The number of a signal to any process; 0 before one came.
+    all_stop = 0
 
     def settle() -> None:
       """Brings the last step's metrics to the host, checks and reports them."""
       nonlocal pending, all_stop
+      for check in checks:
+        check()
       if pending is None:
         return
       at, measured = pending
       pending = None
       values = {name: float(v) for name, v in jax.device_get(measured).items()}
-      all_stop |= values.pop("asked") > 0
+      all_stop = int(values.pop("asked")) or all_stop
       _check_finite(at, values, saved, workdir)
       checkpoints.check()
       speed.add(values.pop("words"))
       if at % options.log_every == 0:
-        values["perplexity"] = evaluate.exp(values["loss"])
+        loss = values.pop("loss")
+        values |= {
+          f"{sampled}loss": loss,
+          f"{sampled}perplexity": evaluate.exp(loss),
+        }
         values["learning_rate"] = float(schedule(at - 1))
         values["words_per_second"] = speed.read()
         writer.write(at, "train", values)
@@ -178,10 +208,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
     )
     say = progress.say if processes.first() else terminal.say
     # Until all is saved; a signal in the test that follows ends it at once.
-    with processes.signals(say) as stopped:
+    with signals.asked(say) as stopped:
 
-      def stops() -> bool:
-        return all_stop or (jax.process_count() == 1 and stopped())
+      def stops() -> int:
+        return all_stop or (0 if processes.several() else stopped())
 
       while done < options.steps and not stops():
         batch = step.place(next(batches), where)
@@ -206,7 +236,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
         f"stopped at step {done} of {options.steps}, saved in {workdir}; the"
         " same command goes on from there."
       )
-      return {}
+      return {"signal": stopping}
     # Large models may not fit into memory twice.
     del current
     best = checkpoints.best(target)
@@ -228,16 +258,16 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> dict[str, Any]:
       for name, signature in result["signatures"].items():
         progress.say(f"{name}: {signature}")
     writer.write(done, "test", test)
-    as_json = json.dumps(result, indent=2) + "\n"
+    as_json = metrics.as_json(result, indent=2) + "\n"
     processes.first_does(
-      lambda: files_lib.write_whole(workdir / RESULT_FILE, as_json)
+      lambda: files_lib.write_whole(workdir / workdir_lib.RESULT_FILE, as_json)
     )
     progress.say(_outcome(result, config, workdir))
   return result
 
 
 def _check_finite(
-  at: int, values: Mapping[str, float], saved: int, workdir: pathlib.Path
+  at: int, values: Mapping[str, float], saved: int, workdir: files_lib.Path
 ) -> None:
   for name in ("loss", "grad_norm", "param_norm"):
     if not math.isfinite(values[name]):
@@ -271,7 +301,7 @@ def _about_model(
 def _outcome(
   result: Mapping[str, Any],
   config: config_lib.Config,
-  workdir: pathlib.Path,
+  workdir: files_lib.Path,
 ) -> str:
   test = metrics.describe(result["test"], config_lib.unit(config))
   left = ""
@@ -289,8 +319,8 @@ def _print(text: str) -> None:
     terminal.say(text)
 
 
-def _check_shared(workdir: pathlib.Path) -> None:
-  there = workdir_lib.is_run(workdir)
+def _check_shared(workdir: files_lib.Path) -> None:
+  there = files_lib.exists(workdir / processes.LOCK_FILE)
   if processes.any_of_us(not there):
     raise ValueError(
       f"not every process finds in {workdir} what the first one wrote there;"
@@ -298,12 +328,23 @@ def _check_shared(workdir: pathlib.Path) -> None:
     )
 
 
-def _check_text(
-  before: Mapping[str, str], now: Mapping[str, str], workdir: pathlib.Path
-) -> None:
-  changed = [split for split in now if before.get(split) != now[split]]
-  if changed:
+def _finished(
+  config: config_lib.Config, workdir: files_lib.Path
+) -> dict[str, Any] | None:
+  """Reads the result of a run that has come to its end; None before that.
+
+  Raises:
+    OSError, ValueError: the file cannot be read, or is damaged.
+  """
+  path = workdir / workdir_lib.RESULT_FILE
+  if not files_lib.exists(path):
+    return None
+  try:
+    result = metrics.numbers(files_lib.read_json(path))
+    _outcome(result, config, workdir)
+    return result if result["steps"] >= config.train.steps else None
+  except (ValueError, LookupError, TypeError, AttributeError):
     raise ValueError(
-      f"the text of {', '.join(changed)} has changed since the run in {workdir}"
-      " began; give the files it began with, or a new --workdir."
-    )
+      f"{path} is damaged; remove it, and the same command tests the best"
+      " checkpoint again."
+    ) from None

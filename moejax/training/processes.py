@@ -7,11 +7,10 @@ checkpoints are written by all.
 
 import atexit
 import contextlib
-import fcntl
+import errno
 import glob
 import hashlib
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -23,7 +22,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import placement, terminal
+from moejax import bucket, files, placement, terminal
+from moejax.training import meeting
 
 _Made = TypeVar("_Made")
 
@@ -34,12 +34,16 @@ _SILENCE = 30
 # Python. Then this little program, beside it, has the last word.
 _WATCH = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if not sys.stdin.read():
-  print(sys.argv[1], file=sys.stderr, flush=True)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+  signal.signal(number, signal.SIG_IGN)
+*_, last = ["", *sys.stdin]
+if last.strip():
+  print(last, end="", file=sys.stderr, flush=True)
 """
 _WATCHERS: list[subprocess.Popen] = []
+LOCK_FILE = "lock"
+# What a file system answers that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # The most that the first process tells the others, in bytes.
 _MESSAGE = 2000
 
@@ -68,43 +72,74 @@ def join(
   given = _cluster(coordinator_address, num_processes, process_id)
   if not given and not _started_by_scheduler() and not _on_tpu():
     return
+  if given:
+    address, count, number = given.values()
+    meeting.meet(address, number, count, _waiting)
+  atexit.register(_dismiss)
+  _last_word(
+    f"the processes did not meet within {meeting.PATIENCE:.0f} seconds; start"
+    " all of them within that time, with one address that each can reach."
+  )
   try:
-    jax.distributed.initialize(
-      **given,
-      local_device_ids=_own_devices(os.environ),
-      heartbeat_timeout_seconds=_SILENCE,
-      shutdown_timeout_seconds=_SILENCE,
-    )
+    with _still_waiting():
+      jax.distributed.initialize(
+        **given,
+        local_device_ids=_own_devices(os.environ),
+        initialization_timeout=int(meeting.PATIENCE),
+        heartbeat_timeout_seconds=_SILENCE,
+        shutdown_timeout_seconds=_SILENCE,
+      )
   except ValueError:
     # A lone TPU machine may know nothing of a cluster.
     if given or _started_by_scheduler():
       raise
-  except jax.errors.JaxRuntimeError as error:
-    raise ConnectionError(
-      f"the processes did not meet ({_first_line(error)}); start all of them"
-      " within five minutes, with one address that each can reach."
-    ) from error
-  if several():
-    # JAX takes it for a notice that nobody here reads: until training listens
-    # (`signals`), SIGTERM shall end the process.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _WATCHERS.append(_watcher())
-    atexit.register(_dismiss)
-
-
-def _watcher() -> subprocess.Popen:
-  message = (
-    f"moejax: process {jax.process_index()} of {jax.process_count()} was ended"
-    " from outside or lost another one; start all of them again: they go on"
-    " from the last checkpoint."
+  if not several():
+    _dismiss()
+    return
+  # JAX takes it for a notice that nobody here reads: until training listens
+  # (`signals.asked`), SIGTERM shall end the process.
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  _last_word(
+    f"process {jax.process_index()} of {jax.process_count()} was ended from"
+    " outside or lost another one; start all of them again: they go on from the"
+    " last checkpoint."
   )
-  command = [sys.executable, "-c", _WATCH, message]
-  return subprocess.Popen(command, stdin=subprocess.PIPE)
+
+
+def _waiting(text: str) -> None:
+  terminal.warn(f"moejax: {text}")
+
+
+@contextlib.contextmanager
+def _still_waiting() -> Iterator[None]:
+  """Says every few seconds that JAX, which is silent, waits for the others."""
+  met = threading.Event()
+
+  def say() -> None:
+    while not met.wait(meeting.WORD):
+      _waiting("waiting for the other processes")
+
+  threading.Thread(target=say, daemon=True).start()
+  try:
+    yield
+  finally:
+    met.set()
+
+
+def _last_word(text: str) -> None:
+  """Leaves with the watcher what to say should JAX abort this process."""
+  if not _WATCHERS:
+    command = [sys.executable, "-c", _WATCH]
+    _WATCHERS.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+  pipe = _WATCHERS[0].stdin
+  pipe.write(f"moejax: {text}\n".encode())
+  pipe.flush()
 
 
 def _dismiss() -> None:
   while _WATCHERS:
-    _WATCHERS.pop().communicate(b"all is well")
+    # An empty last line: all is well.
+    _WATCHERS.pop().communicate(b"\n")
 
 
 def leave(status: int) -> NoReturn:
@@ -113,10 +148,17 @@ def leave(status: int) -> NoReturn:
   Not by sys.exit, at which JAX waits for them, and they may wait for this one.
   What to do next has been said.
   """
-  sys.stdout.flush()
-  sys.stderr.flush()
+  terminal.hurry()
+  with contextlib.suppress(OSError):
+    terminal.finish()
   _dismiss()
   os._exit(status)
+
+
+def part() -> None:
+  """Waits until all processes are done; after it each may `leave`."""
+  if several():
+    jax.distributed.shutdown()
 
 
 def _cluster(
@@ -224,7 +266,8 @@ def first_does(action: Callable[[], None]) -> None:
 
 def _told_by_first(text: str) -> str:
   message = np.zeros(_MESSAGE, np.uint8)
-  code = np.frombuffer(text.encode()[:_MESSAGE], np.uint8)
+  encoded = text.encode(errors="backslashreplace")
+  code = np.frombuffer(encoded[:_MESSAGE], np.uint8)
   message[: code.size] = code
   message = multihost_utils.broadcast_one_to_all(message)
   return bytes(message).rstrip(b"\0").decode(errors="ignore")
@@ -256,7 +299,7 @@ def check_same(text: str, what: str) -> None:
     )
 
 
-def vote(here: bool, mesh: jax.sharding.Mesh) -> jax.Array:
+def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
   """Makes a global array, an entry a device, of what each process has to say.
 
   A step that takes it along costs no exchange of its own.
@@ -310,45 +353,47 @@ def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone_in(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps a second training out of a workdir; lets go when the process ends."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / "lock").open("w") as file:
+def alone_in(workdir: files.Path) -> Iterator[Callable[[], None]]:
+  """Keeps a second training out of a workdir; lets go when the process ends.
+
+  A workdir that it makes is gone again if nothing else comes to lie there.
+
+  Yields:
+    A function that raises OSError where another trains there all the same, as
+    can happen in a bucket (`bucket.alone`).
+
+  Raises:
+    BlockingIOError: another one trains there.
+  """
+  lock = workdir / LOCK_FILE
+  if bucket.is_in(workdir):
+    with bucket.alone(lock) as check:
+      yield check
+    return
+  made = not workdir.exists()
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      stack.enter_context(files.locked(lock, wait=False))
     except BlockingIOError as error:
       raise BlockingIOError(
         f"another process trains in {workdir}; wait for it, or give another"
         " --workdir."
       ) from error
-    yield
-
-
-@contextlib.contextmanager
-def signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-  """Turns SIGTERM and Ctrl-C into a question to ask between two steps."""
-  asked = threading.Event()
-  # Python lets only the main thread set handlers; elsewhere nothing stops it.
-  if threading.current_thread() is not threading.main_thread():
-    yield asked.is_set
-    return
-  before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-  def ask(number, frame):
-    del frame
-    if not asked.is_set():
-      say("stopping after this step; Ctrl-C again leaves at once")
-    asked.set()
-    # Not SIGTERM: make and timeout may each send one, and meant only one.
-    signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-  for number in before:
-    signal.signal(number, ask)
-  try:
-    yield asked.is_set
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      terminal.warn(
+        f"{lock} cannot be locked on its file system ({error.strerror}): a"
+        f" second run in {workdir} would not be kept out; start none."
+      )
+    try:
+      yield lambda: None
+    finally:
+      if made:
+        with contextlib.suppress(OSError):
+          if list(workdir.iterdir()) == [lock]:
+            lock.unlink()
+            workdir.rmdir()
 
 
 def _first_line(error: Exception) -> str:

@@ -2,11 +2,11 @@
 
 import contextlib
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moejax import config as config_lib
+from moejax import files as files_lib
 from moejax import terminal
 from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
@@ -22,10 +22,12 @@ from moejax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 TRANSLATIONS = "translations"
+# Folders of a workdir that a run writes to.
+FOLDERS = (CHECKPOINTS, TRANSLATIONS, "tensorboard")
 
 
 def evaluate_run(
-  workdir: pathlib.Path,
+  workdir: files_lib.Path,
   split: str,
   files: Sequence[str] = (),
   layout: str = "",
@@ -47,12 +49,14 @@ def evaluate_run(
   Raises:
     FileNotFoundError: there is no run in the workdir, or no such file.
     ValueError: the run has no checkpoint yet, or the files no text, or the
-      vocabulary is not the run's.
+      vocabulary or the split's text is not the run's.
   """
   config = _recall(workdir, layout)
   data = config_lib.data(config, workdir, files)
   split = "data" if files else split
   rows = data.rows(split)
+  if not files:
+    workdir_lib.check_text({split: rows.digest}, workdir)
   parts = program.build(config, len(data.vocabulary))
   state = best(workdir, parts)
   values: dict[str, Any] = evaluator(config, parts)(state.params, rows)
@@ -86,7 +90,7 @@ def described(values: dict[str, Any]) -> Iterator[str]:
 
 
 def translate_run(
-  workdir: pathlib.Path,
+  workdir: files_lib.Path,
   lines: Sequence[str],
   language: str = "",
   advance: Callable[[int], object] = lambda rows: None,
@@ -137,8 +141,15 @@ def translate_run(
   return translator.lines(params, lines, language, advance)
 
 
-def _recall(workdir: pathlib.Path, layout: str) -> config_lib.Config:
+def _recall(workdir: files_lib.Path, layout: str) -> config_lib.Config:
   config = workdir_lib.recall(workdir)
+  try:
+    config_lib.check(config)
+  except ValueError as error:
+    raise ValueError(
+      f"{workdir / workdir_lib.CONFIG_FILE} is no config of this version:"
+      f" {error}"
+    ) from None
   if layout:
     with config.ignore_type():
       config.layout = layout
@@ -169,7 +180,7 @@ def make_translator(
   )
 
 
-def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
+def best(workdir: files_lib.Path, parts: program.Parts) -> TrainState:
   """Restores the best checkpoint of a run, which may still be training.
 
   Says so where a better one is damaged or gone.
@@ -179,8 +190,10 @@ def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
     parts: what its config builds.
 
   Raises:
+    OSError: something among them is neither a folder nor a regular file.
     ValueError: it has no checkpoint yet, or none that can be read.
   """
+  files_lib.refuse_odd_in(workdir / CHECKPOINTS, written=False)
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
     found = checkpoints.best(parts.target)
@@ -196,7 +209,7 @@ def best(workdir: pathlib.Path, parts: program.Parts) -> TrainState:
 
 
 def lost_best(
-  workdir: pathlib.Path, left: checkpoint.Restored, newest: int
+  workdir: files_lib.Path, left: checkpoint.Restored, newest: int
 ) -> int | None:
   """Returns the step of the best validation, if its checkpoint is lost.
 

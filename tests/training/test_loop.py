@@ -1,16 +1,21 @@
 """Whole runs by the command line: report, resume, stop, refuse."""
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import textwrap
 
 import program
 import pytest
 from program import curve, wait_for_step
 
-from moejax.training import loop, run
+from moejax import workdir as workdir_lib
+from moejax.training import run
 
 
 def finish(start, workdir, whole):
@@ -28,9 +33,9 @@ def test_a_run_reports_and_remembers(whole):
   assert set(train[0]) == {
     "step",
     "split",
-    "loss",
+    "sampled_loss",
     "auxiliary",
-    "perplexity",
+    "sampled_perplexity",
     "cv_importance",
     "cv_load",
     "max_over_mean_load",
@@ -46,7 +51,7 @@ def test_a_run_reports_and_remembers(whole):
   }
   others = [(ln["step"], ln["split"]) for ln in lines if ln["split"] != "train"]
   assert others == [(6, "validation"), (12, "validation"), (12, "test")]
-  result = json.loads((workdir / loop.RESULT_FILE).read_text())
+  result = json.loads((workdir / workdir_lib.RESULT_FILE).read_text())
   assert f"test perplexity {result['test']['perplexity']:,.2f}" in output
   assert str(workdir) in output
   assert "left" in output
@@ -86,7 +91,7 @@ def test_stopped_saves_and_resumes(start, whole, tmp_path, number):
   # What make and timeout do: the same signal reaches the group and its parts.
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate()
-  assert process.returncode == 0, output
+  assert process.returncode == 128 + number, output
   assert "Traceback" not in output
   assert output.count("stopping after this step") == 1
   step = int(output.split("stopped at step ")[1].split()[0])
@@ -123,7 +128,7 @@ def test_a_signal_at_the_end_stops_before_or_in_the_test(
 ):
   workdir = tmp_path / "run"
   for where, status, said in (
-    (LAST_VALIDATION, 0, "stopped at step 12 of 12"),
+    (LAST_VALIDATION, 128 + signal.SIGTERM, "stopped at step 12 of 12"),
     (FINAL_TEST, -signal.SIGTERM, "resuming"),
   ):
     code = ASKED.format(**where)
@@ -165,8 +170,45 @@ def test_two_cannot_train_in_one_workdir(start, tmp_path):
   output, _ = second.communicate()
   assert second.returncode == 1
   assert f"another process trains in {workdir}" in output
+  # At once: it has read no text, and built nothing.
+  assert "parameters" not in output
   first.kill()
   first.communicate()
+
+
+def test_of_three_starts_at_one_moment_one_trains(start, tmp_path):
+  """The others are refused: none trains on, or reports, what is another's."""
+  workdir = tmp_path / "new" / "run"
+  rates = (0.001, 0.002, 0.003)
+  several = [start(workdir, f"--config.optimizer.peak={r}") for r in rates]
+  outputs = program.end(several)
+  statuses = [process.returncode for process in several]
+  assert sorted(statuses) == [0, 1, 1], outputs
+  own = json.loads((workdir / workdir_lib.CONFIG_FILE).read_text())
+  assert own["optimizer"]["peak"] == rates[statuses.index(0)]
+  for status, output in zip(statuses, outputs, strict=True):
+    refused = "another process trains in" in output or (
+      "was made with another config" in output
+    )
+    assert refused == (status == 1) and refused != ("perplexity" in output)
+
+
+def test_a_finished_run_goes_on_as_if_it_had_not_been_at_its_end(
+  start, whole, corpus, tmp_path
+):
+  """Also where the text has moved, its digest says that it is the same."""
+  moved = shutil.copy(corpus, tmp_path / "moved.txt")
+  longer = (
+    "--config.train.steps=18",
+    f"--config.data.train={moved}",
+    f"--config.data.data_dir={tmp_path / 'prepared'}",
+  )
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  (output,) = program.end_well(start(workdir, *longer))
+  assert "at step 12 of 18" in output
+  program.end_well(start(tmp_path / "at_once", *longer))
+  assert curve(workdir) == curve(tmp_path / "at_once")
+  assert program.result(workdir)["steps"] == 18
 
 
 def test_another_text_is_refused(start, whole, tmp_path, corpus):
@@ -181,3 +223,32 @@ def test_another_text_is_refused(start, whole, tmp_path, corpus):
     corpus.write_text(before, encoding="utf-8")
   assert process.returncode == 1
   assert "has changed since the run" in output
+
+
+def test_a_terminal_that_is_stuck_or_gone_stops_no_run(
+  environment, small_flags, start, whole, tmp_path
+):
+  """A pager that was stopped, `| head`, and letters that it cannot show."""
+  workdir = tmp_path / "ru\x1b[31mn\udcff"
+  command = [sys.executable, "-m", "moejax", "train", *small_flags]
+  out, stuck = os.pipe()
+  fcntl.fcntl(stuck, fcntl.F_SETPIPE_SZ, 4096)
+  os.write(stuck, b"\n" * 4096)
+  error, gone = os.pipe()
+  os.close(error)
+  process = subprocess.Popen(
+    [*command, f"--workdir={workdir}"],
+    env=environment | {"PYTHONIOENCODING": "ascii"},
+    stdout=stuck,
+    stderr=gone,
+  )
+  for end in (stuck, gone):
+    os.close(end)
+  wait_for_step(process, workdir, 4)
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(program.PATIENCE) == 128 + signal.SIGHUP
+  os.close(out)
+  saved = program.kept(workdir)[-1]
+  assert 4 <= saved < 12
+  again = finish(start, workdir, whole)
+  assert f"\\x1b[31mn\\udcff at step {saved} of 12" in again

@@ -2,11 +2,17 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import struct
 import sys
 import termios
+import time
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
 
 from moejax.training import metrics
 
@@ -107,3 +113,94 @@ def test_speed_leaves_the_first_step_out():
 
 def test_clock():
   assert metrics.clock(61.0) == "01:01"
+
+
+DAMAGED = [
+  b"\0" * 40,
+  b'{"step": 2, "split": "tr\xc3',
+  b'{"step": 2, "split": "train", "loss": 0.2',
+  b'{"step": 2, "split": "train"}{"step": 3, "split": "train"}',
+  b'[2, "train"]',
+  b"null",
+  b"",
+  b'{"split": "train", "loss": 1}',
+  b'{"step": 2, "loss": 1}',
+  b'{"step": "2", "split": "train"}',
+  b'{"step": true, "split": "train"}',
+  b'{"step": 2, "split": 3}',
+  b'{"step": 2, "split": "train", "loss": null}',
+  b'{"step": 2, "split": "train", "loss": "low"}',
+  b'{"step": 2, "split": "train", "loss": [1]}',
+  b'{"step": -2, "split": "train"}',
+  b'{"step": 2, "split": "train", "loss": 1' + b"0" * 400 + b"}",
+  b'{"step": 1' + b"0" * 5000 + b"}",
+  b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_damage_is_of_its_line_alone(tmp_path, capsys, line):
+  write(tmp_path, 0, [(1, 0.5), (2, 0.25), (3, 0.125)])
+  path = tmp_path / metrics.METRICS_FILE
+  first, _, third = path.read_bytes().splitlines()
+  path.write_bytes(b"\n".join([first, line, third, b""]))
+  assert [found["step"] for found in metrics.read(path)] == [1, 3]
+  assert f"{path}: 1 line is damaged and left out" in capsys.readouterr().err
+  write(tmp_path, 3, [(4, 0.0625)])
+  (aside,) = tmp_path.glob("damaged-*")
+  assert aside.read_bytes() == line + b"\n"
+  said = capsys.readouterr().err
+  assert f"{path}: 1 line is damaged; " in said and aside.name in said
+  assert [found["step"] for found in metrics.read(path)] == [1, 3, 4]
+  # Now all is well, and stays so.
+  write(tmp_path, 4, [])
+  assert not capsys.readouterr().err
+
+
+def test_what_is_no_finite_number_comes_back_from_strict_json(tmp_path):
+  values = {"a": math.inf, "b": -math.inf, "c": math.nan, "d": 1e308}
+  writer = metrics.Writer(tmp_path, 0)
+  writer.write(1, "train", values)
+  writer.close()
+  path = tmp_path / metrics.METRICS_FILE
+
+  def refuse(name):
+    pytest.fail(f"{name} is no JSON")
+
+  json.loads(path.read_text(), parse_constant=refuse)
+  (line,) = metrics.read(path)
+  np.testing.assert_equal(line, {"step": 1, "split": "train", **values})
+  within = {"test": {"perplexity": math.inf}, "signatures": {"bleu": "NaN?"}}
+  written = json.loads(metrics.as_json(within), parse_constant=refuse)
+  assert metrics.numbers(written) == within
+
+
+def test_what_older_versions_wrote_is_read(tmp_path):
+  path = tmp_path / metrics.METRICS_FILE
+  path.write_text('{"step": 1, "split": "train", "perplexity": Infinity}\n')
+  assert metrics.read(path)[0]["perplexity"] == math.inf
+
+
+def events(folder):
+  """What TensorBoard reads, in its order."""
+  for path in sorted(folder.iterdir()):
+    content = path.read_bytes()
+    while content:
+      (length,) = struct.unpack("<Q", content[:8])
+      yield event_pb2.Event.FromString(content[12 : 12 + length])
+      content = content[16 + length :]
+
+
+def test_tensorboard_loses_nothing_by_the_clock(tmp_path, monkeypatch):
+  """A clock set back, and two starts within one second."""
+  for step, now in ((0, 2e9), (2, 1e9), (3, 1e9), (3, 3e9)):
+    monkeypatch.setattr(time, "time", lambda now=now: now)
+    write(tmp_path, step, [(step + 1, 0.5), (step + 2, float(step))])
+  points = {}
+  for event in events(tmp_path / "tensorboard"):
+    if event.session_log.status == event_pb2.SessionLog.START:
+      points = {at: v for at, v in points.items() if at < event.step}
+    for value in event.summary.value:
+      assert value.tag == "train/loss"
+      points[event.step] = value.simple_value
+  assert points == {1: 0.5, 2: 0.0, 3: 0.5, 4: 0.5, 5: 3.0}

@@ -66,7 +66,8 @@ def test_multiprocess_a_signal_to_one_stops_all(
   processes = start_several(workdir, 2, 4)
   program.wait_for_step(processes[0], workdir, 3)
   processes[asked].send_signal(signal.SIGTERM)
-  outputs = program.end_well(processes)
+  outputs = program.end(processes)
+  assert [process.returncode for process in processes] == [143, 143], outputs
   assert "stopping after this step" in outputs[asked]
   step = int(outputs[0].split("stopped at step ")[1].split()[0])
   assert program.kept(workdir)[-1] == step < 12

@@ -1,0 +1,61 @@
+"""Limits of the system (ulimit) under which the libraries hang or abort.
+
+They start threads and reserve memory in C++, and there is no error to catch
+where that fails.
+"""
+
+import os
+import resource
+import threading
+
+# Open files that training takes at the least, and that are plenty.
+_FEW_FILES, _MANY_FILES = 128, 4096
+_GIB = 2**30
+
+
+def check() -> None:
+  """Refuses limits that are too low; raises that of open files where it may.
+
+  Raises:
+    OSError: names the limit, what is needed and the command that gives it.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if 0 <= soft < _MANY_FILES:
+    soft = _MANY_FILES if hard < 0 else min(hard, _MANY_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < _FEW_FILES:
+      raise OSError(
+        f"only {soft} files may be open at once; allow {_FEW_FILES} or more, by"
+        f" ulimit -n {_MANY_FILES}."
+      )
+  cores = os.cpu_count() or 1
+  # Stacks and heaps of threads are reserved, far more than is ever used.
+  needed = 4 * _GIB + cores * _GIB // 2
+  for option, limit in (("v", resource.RLIMIT_AS), ("d", resource.RLIMIT_DATA)):
+    soft, _ = resource.getrlimit(limit)
+    if 0 <= soft < needed:
+      raise OSError(
+        f"only {soft:,} bytes of memory may be reserved, though not all of it"
+        f" is used; allow {needed:,} or more, by ulimit -{option} unlimited."
+      )
+  _check_threads(4 * cores + 16)
+
+
+def _check_threads(count: int) -> None:
+  """Starts as many at once as XLA may, to see whether that is allowed."""
+  done = threading.Event()
+  threads = [threading.Thread(target=done.wait) for _ in range(count)]
+  try:
+    for started, thread in enumerate(threads):
+      try:
+        thread.start()
+      except RuntimeError as error:
+        raise OSError(
+          f"only {started} threads can be started where {count} or more are"
+          " needed; allow more processes, by ulimit -u or in the container."
+        ) from error
+  finally:
+    done.set()
+    for thread in threads:
+      if thread.ident:
+        thread.join()
