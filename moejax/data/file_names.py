@@ -39,10 +39,16 @@ def find(words: str | Sequence[str]) -> list[str]:
 
 def _readings(item: str) -> list[tuple[str, str]]:
   """Returns an item as a path, and as languages and a path, if it can be."""
+
+  def expanded(path: str) -> str:
+    # A path says by "./" that what follows is no language.
+    here = "./" if path.startswith("./") else ""
+    return here + str(files.local(path))
+
   languages, equals, path = item.partition("=")
-  readings = [("", str(files.local(item)))]
+  readings = [("", expanded(item))]
   if equals and path and "/" not in languages:
-    readings.append((f"{languages}=", str(files.local(path))))
+    readings.append((f"{languages}=", expanded(path)))
   return readings
 
 

@@ -12,11 +12,11 @@ import hashlib
 import io
 import lzma
 import os
-import pathlib
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from moejax import files as files_lib
 from moejax.data import formats
 from moejax.data.formats import Origin
 
@@ -28,10 +28,10 @@ _HEAD = 1 << 16
 _LONGEST = 1 << 26
 
 
-def _open_zstd(path: pathlib.Path) -> io.BufferedIOBase:
+def _open_zstd(file: io.BufferedIOBase) -> io.BufferedIOBase:
   import pyarrow  # late: it is large, and such files are few
 
-  stream = pyarrow.input_stream(str(path), compression="zstd")
+  stream = pyarrow.input_stream(file, compression="zstd")
   return io.BufferedReader(stream)
 
 
@@ -45,25 +45,20 @@ _COMPRESSED = (
 _SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 
 
-def check_path(path: pathlib.Path) -> None:
+def check_path(path: files_lib.Path) -> None:
   """Refuses what is no file.
 
   Raises:
     FileNotFoundError: it does not exist.
-    ValueError: it is a directory, or a pipe or a device.
+    ValueError: it is a directory.
   """
   if path.is_dir():
     raise ValueError(f"{path} is a directory; name the text files in it")
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist")
-  if not path.is_file():
-    raise ValueError(
-      f"{path} is no regular file, which can be read more than once; write its"
-      " text to one"
-    )
 
 
-def check(path: pathlib.Path) -> tuple[str, Origin]:
+def check(path: files_lib.Path) -> tuple[str, Origin]:
   """Looks at how a file begins, as `formats.check`.
 
   Returns:
@@ -77,7 +72,7 @@ def check(path: pathlib.Path) -> tuple[str, Origin]:
     return formats.check(file.read(_HEAD), origin), origin
 
 
-def numbered(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+def numbered(path: files_lib.Path) -> Iterator[tuple[int, str]]:
   """Yields each line with its number, from 1, and without its line break.
 
   Raises:
@@ -87,7 +82,7 @@ def numbered(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     yield number, _plain(line)
 
 
-def as_written(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+def as_written(path: files_lib.Path) -> Iterator[tuple[int, str]]:
   """Yields each line with its number, from 1, and all that is in it.
 
   Raises:
@@ -114,30 +109,31 @@ def _plain(line: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
+def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
   """Opens a file by what it begins with, whatever its name says."""
-  with open(path, "rb") as file:
+  with files_lib.open_regular(path) as file:
     begin = file.read(8)
-  open_file, unpack = open, ""
-  for magic, opened, command in _COMPRESSED:
-    if re.match(magic, begin):
-      open_file, unpack = opened, command
-  if begin and not unpack and path.suffix in _SUFFIXES:
-    raise ValueError(
-      f"{path} is damaged, or not compressed as its name says; copy it again,"
-      f" or, if it is plain text, rename it to {path.with_suffix('')}"
-    )
-  mode = () if open_file is _open_zstd else ("rb",)
-  try:
-    with open_file(path, *mode) as file:
-      yield file, Origin(str(path), unpack)
-  except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-    # Those of the operating system have a number.
-    if getattr(error, "errno", None) is not None:
-      raise
-    raise ValueError(
-      f"{path} is cut short or damaged ({error}); copy or compress it again"
-    ) from None
+    file.seek(0)
+    found = [kind for kind in _COMPRESSED if re.match(kind[0], begin)]
+    if begin and not found and path.suffix in _SUFFIXES:
+      raise ValueError(
+        f"{path} is damaged, or not compressed as its name says; copy it again,"
+        f" or, if it is plain text, rename it to {path.with_suffix('')}"
+      )
+    try:
+      if found:
+        _, unpacked, command = found[0]
+        with unpacked(file) as text:
+          yield text, Origin(str(path), command)
+      else:
+        yield file, Origin(str(path))
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+      # Those of the operating system have a number.
+      if getattr(error, "errno", None) is not None:
+        raise
+      raise ValueError(
+        f"{path} is cut short or damaged ({error}); copy or compress it again"
+      ) from None
 
 
 def _decoded(
@@ -157,12 +153,12 @@ def _decoded(
     yield number, text
 
 
-def fingerprint(files: Mapping[str, Sequence[pathlib.Path]]) -> str:
+def fingerprint(files: Mapping[str, Sequence[files_lib.Path]]) -> str:
   """Digests which files make which split, and all that they contain."""
   digest = hashlib.blake2b(digest_size=12)
   for split, paths in files.items():
     for path in paths:
-      with open(path, "rb") as file:
+      with files_lib.open_regular(path) as file:
         content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
       digest.update(f"{split}\n{path.name}\n{content}\n".encode())
   return digest.hexdigest()

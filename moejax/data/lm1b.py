@@ -28,7 +28,7 @@ def load_vocabulary(path: str | os.PathLike, size: int) -> Vocabulary:
       f" {size:,} entries, one a line, frequent first; published with the"
       " benchmark is vocab-2016-09-10.txt, of 793,471"
     )
-  vocabulary = Vocabulary.load(path)
+  vocabulary = Vocabulary.load(pathlib.Path(path))
   if len(vocabulary) != size:
     way = "the file of that size"
     if len(vocabulary) > size:

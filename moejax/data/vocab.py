@@ -160,7 +160,6 @@ class Vocabulary:
       ValueError: it is no text in UTF-8, or a special symbol is missing or an
         entry occurs twice.
     """
-    path = pathlib.Path(path)
     lines.check(path)
     # Marks of byte order inside are of entries, as an older text has them.
     entries = [

@@ -207,7 +207,7 @@ def test_a_line_without_end(tmp_path, monkeypatch):
 
 def test_what_cannot_be_read_twice(tmp_path):
   os.mkfifo(tmp_path / "pipe")
-  with pytest.raises(ValueError, match="pipe is no regular file"):
+  with pytest.raises(OSError, match="pipe is a pipe where"):
     corpora.read_lines([tmp_path / "pipe"])
 
 
