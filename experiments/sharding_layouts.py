@@ -169,7 +169,7 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
           "model": name,
           "topology": topology.name,
           **planned_row(
-            search.attempt(config, vocab_size, topology, changes, print)
+            search.attempt(config, vocab_size, topology, changes, terminal.say)
           ),
         }
 

