@@ -35,9 +35,11 @@ class _Request:
   def take(self, number: int) -> bool:
     """Notes a signal; returns whether it is a second Ctrl-C."""
     now = time.monotonic()
-    if self.number:
-      return number == signal.SIGINT and now - self._since > _AT_ONCE
-    self.number, self._since = int(number), now
+    if self.number and now - self._since > _AT_ONCE:
+      return number == signal.SIGINT
+    # Of several at once Ctrl-C was the first: make and timeout pass it on.
+    if not self.number or number == signal.SIGINT:
+      self.number, self._since = int(number), now
     terminal.hurry()
     return False
 

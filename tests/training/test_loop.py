@@ -229,7 +229,7 @@ def test_a_terminal_that_is_stuck_or_gone_stops_no_run(
   environment, small_flags, start, whole, tmp_path
 ):
   """A pager that was stopped, `| head`, and letters that it cannot show."""
-  workdir = tmp_path / "ru\x1b[31mn\udcff"
+  workdir = tmp_path / "run\x1b世"
   command = [sys.executable, "-m", "moejax", "train", *small_flags]
   out, stuck = os.pipe()
   fcntl.fcntl(stuck, fcntl.F_SETPIPE_SZ, 4096)
@@ -251,4 +251,4 @@ def test_a_terminal_that_is_stuck_or_gone_stops_no_run(
   saved = program.kept(workdir)[-1]
   assert 4 <= saved < 12
   again = finish(start, workdir, whole)
-  assert f"\\x1b[31mn\\udcff at step {saved} of 12" in again
+  assert f"run\\x1b世 at step {saved} of 12" in again

@@ -100,6 +100,30 @@ def test_multiprocess_ends_by_a_signal_before_it_trains(environment):
     assert process.wait(program.PATIENCE) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_multiprocess_ends_in_a_sentence_where_one_does_not_come(
+  environment, small_flags, tmp_path, number
+):
+  code = (
+    "from moejax import main\nfrom moejax.training import meeting\n"
+    "meeting.PATIENCE, meeting.WORD = 1, 0.1\nmain.console()"
+  )
+  flags = [
+    f"--coordinator_address={program.free_address()}",
+    "--num_processes=2",
+    f"--process_id={number}",
+  ]
+  done = program.run_code(
+    environment, code, [*small_flags, *flags], tmp_path / "run"
+  )
+  assert done.returncode == 1
+  *said, last = done.stderr.splitlines()
+  missing = f"process {1 - number}"
+  assert all(line.startswith("moejax: ") and missing in line for line in said)
+  assert last.startswith(f"moejax: the processes did not meet: {missing}")
+  assert not done.stdout
+
+
 def test_multiprocess_damaged_checkpoint_is_passed_over_by_all(
   start_several, one_process, tmp_path
 ):
