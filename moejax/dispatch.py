@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from moejax import moves, sharding
 from moejax import seats as seats_lib
@@ -61,7 +61,7 @@ class Trip(NamedTuple):
 
 def depart(
   name: str,
-  x: Float[Array, "G S D"],
+  x: Num[Array, "G S D"],
   assignment: Assignment,
   num_experts: int,
   capacity: Capacity = None,
@@ -125,7 +125,7 @@ def _by_slots(
   name: str,
   expert_fn: ExpertFn,
   weights: Any,
-  x: Float[Array, "G S D"],
+  x: Num[Array, "G S D"],
   assignment: Assignment,
   num_experts: int,
   capacity: Capacity = None,
@@ -152,7 +152,9 @@ DISPATCH = {
 _FEW_EDGES = 4096
 
 
-def fastest(capacity: Capacity, needs_slots: bool, edges: int) -> str:
+def fastest(
+  capacity: Capacity, needs_slots: bool, edges: int, known: bool = True
+) -> str:
   """Names what measured fastest (layer_speed, auto_dispatch): "auto".
 
   Without a capacity, sorted rows: slots would have to be S per expert, nearly
@@ -166,11 +168,13 @@ def fastest(capacity: Capacity, needs_slots: bool, edges: int) -> str:
     capacity: as for dispatch.
     needs_slots: whether the experts can run on slots alone.
     edges: of all groups.
+    known: whether it is known how groups lie, see `sharding.is_known`; else
+      sorted rows go forward twice.
   """
   # Within an expert nothing can be sorted: a device has several of them.
   if needs_slots or sharding.in_expert():
     return "gather"
   if capacity is None:
     return "ragged"
-  sorts = sharding.platform() == "cpu" and edges > _FEW_EDGES
+  sorts = sharding.platform() == "cpu" and edges > _FEW_EDGES and known
   return "ragged" if sorts and not sharding.splits_experts() else "gather"

@@ -121,7 +121,7 @@ class MoE(nn.Module):
     routing = self.router(x, train=train, mask=mask, ids=ids)
     factor = self.capacity_factor if train else self.eval_capacity_factor
     capacity = _capacity(routing, x.shape[1], factor, self.experts)
-    edges = routing.assignment.expert.size
+    edges = routing.assignment.expert
     name = _chosen(self.dispatch, capacity, self.experts, edges)
 
     def run(weights, rows, real):
@@ -280,7 +280,7 @@ def _mix_in_groups(module, x, train, mask, ids):
       )
   x = _as_float(x)
   try:
-    mix = sharding.lift_to_compiler(_mix)
+    mix = sharding.lift_to_compiler(_mix, num_tokens // size)
     y, routing = mix(module, x, mask, ids, train)
   except TypeError as error:
     if "forward-mode" not in str(error):
@@ -386,10 +386,13 @@ def _capacity(
 
 
 def _chosen(
-  name: str, capacity: Capacity, experts: nn.Module, edges: int
+  name: str, capacity: Capacity, experts: nn.Module, edges: Array
 ) -> str:
   if name == "auto":
-    return dispatch_lib.fastest(capacity, _need_slots(experts), edges)
+    known = sharding.is_known("group", edges)
+    return dispatch_lib.fastest(
+      capacity, _need_slots(experts), edges.size, known
+    )
   if name not in dispatch_lib.DISPATCH:
     raise ValueError(
       f"unknown dispatch {name!r}; choose one of auto,"

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from moejax import moves, sharding
 from moejax import routing as routing_lib
@@ -39,7 +39,7 @@ Axis = str | tuple[str, ...]
 def ragged(
   expert_fn: ExpertFn,
   weights: Any,
-  x: Float[Array, "G S D"],
+  x: Num[Array, "G S D"],
   assignment: Assignment,
   num_experts: int,
   capacity: Capacity = None,
@@ -104,7 +104,7 @@ def _room(
 
 def _in_line(
   visit: Callable[[Array, Array], Array],
-  x: Float[Array, "G S D"],
+  x: Num[Array, "G S D"],
   assignment: Assignment,
   num_experts: int,
   room: int,
@@ -134,7 +134,7 @@ def _in_line(
 
 def _all_gather(
   run: Callable[[Array, Array], Array],
-  x: Float[Array, "G S D"],
+  x: Num[Array, "G S D"],
   assignment: Assignment,
   here: Int[Array, "mine"],
   room: int,
@@ -152,7 +152,7 @@ def _all_gather(
 
 def _all_to_all(
   run: Callable[[Array, Array], Array],
-  x: Float[Array, "G S D"],
+  x: Num[Array, "G S D"],
   assignment: Assignment,
   here: Int[Array, "mine"],
   room: int,

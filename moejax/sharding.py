@@ -10,6 +10,7 @@ import contextvars
 import dataclasses
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -281,8 +282,8 @@ def check_divides(
 def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
   """`jax.shard_map` in logical axis names; `fn` itself off the mesh.
 
-  On a mesh without rules for these axes each device works on the part of
-  "group" that the compiler gives it, and has all else whole.
+  On a mesh without rules for these axes each device works on the part that the
+  compiler gives it of the first axes that have a name, and has all else whole.
 
   Args:
     fn: works on one device's part of its arguments.
@@ -299,9 +300,11 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
   def run(*args):
     if is_local(args):
       return fn(*args)
-    if not is_known("group", args):
-      in_leaves = jax.tree.leaves(in_axes, is_leaf=is_axes)
-      out_leaves = jax.tree.leaves(out_axes, is_leaf=is_axes)
+    in_leaves, out_leaves = (
+      jax.tree.leaves(axes, is_leaf=is_axes) for axes in (in_axes, out_axes)
+    )
+    names = {axes[0] for axes in (*in_leaves, *out_leaves)} - {None}
+    if not all(is_known(name, args) for name in names):
       return _as_compiled(fn, in_leaves, out_leaves)(*args)
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -371,38 +374,34 @@ def is_known(axis: str, x: Any) -> bool:
   return named or is_local(x)
 
 
-def leave_to_compiler(fn: _Fn) -> _Fn:
-  """Lets fn(*args) see Auto axes where arrays have Explicit ones in their type.
+def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
+  """Lifts fn(module, x, *args) to see Auto axes where a mesh has Explicit ones.
 
-  What `fn` returns every device has whole.
-  """
-
-  def run(*args):
-    explicit = _explicit_mesh(args)
-    if explicit is None:
-      return fn(*args)
-    with jax.sharding.use_abstract_mesh(_as_auto(explicit)):
-      out = fn(*_to_auto(args))
-    return _to_explicit(out, lambda leaf: (), explicit)
-
-  return run
-
-
-def lift_to_compiler(fn: _Fn) -> _Fn:
-  """Lifts fn(module, x, *args), as `leave_to_compiler` does a pure function.
+  Where the type of `x` says that its first axis alone is split, it is known how
+  the groups of tokens lie, if they can be split so. Else, as on a mesh of Auto
+  axes, the compiler decides.
 
   Args:
-    fn: returns (y, report, axes of the report): y lies as `x` does, the report
-      as its logical axes say. It knows how groups lie where the first axis of
-      `x` alone is split.
+    fn: returns (y, report, logical axes of the report).
+    num_groups: G; 0 where there are none. It warns of groups that cannot be
+      split over devices which, as far as it is known, share the tokens.
+
+  Returns:
+    A function that returns y, which lies as `x` does, and the report, which
+    lies as its axes say.
   """
 
   def run(module, x, *args):
     explicit = _explicit_mesh(x)
     if explicit is None:
+      if num_groups == 1 and not is_known("group", x) and not in_expert():
+        _warn_of_groups(num_groups)
       return fn(module, x, *args)[:2]
     spec = jax.typeof(x).sharding.spec
-    known = {} if any(spec[1:-1]) else {"group": spec[0]}
+    fits = num_groups % num_parts(spec[0], explicit) == 0
+    known = {"group": spec[0]} if fits and not any(spec[1:-1]) else {}
+    if not fits:
+      _warn_of_groups(num_groups)
 
     def transform(core):
       def inner(scope_fn, repack_fn, variables, rngs, *args):
@@ -433,6 +432,15 @@ def lift_to_compiler(fn: _Fn) -> _Fn:
     return lifted(module, x, *args)
 
   return run
+
+
+def _warn_of_groups(num_groups: int) -> None:
+  warnings.warn(
+    f"the number of groups of tokens, {num_groups}, does not divide over the"
+    " devices of the mesh: those that share the tokens each do the work of all."
+    " Give the layer a group_size, and the batch, that make it divide.",
+    stacklevel=2,
+  )
 
 
 def _explicit_mesh(args: Any) -> AnyMesh | None:
@@ -482,7 +490,10 @@ def _as_compiled(
   in_axes: Sequence[tuple[str | None, ...]],
   out_axes: Sequence[tuple[str | None, ...]],
 ) -> _Fn:
-  """Lets fn(*args) work on the parts of "group" that the compiler chooses.
+  """Lets fn(*args) work on the parts that the compiler chooses.
+
+  It splits the first axis of those arrays where this has a name: one axis, the
+  groups, is common to all of them.
 
   The backward pass runs `fn` again: what it would keep has no shape that is
   the same for any number of devices.
@@ -494,7 +505,7 @@ def _as_compiled(
   """
 
   def pieces(axes):
-    return [each[0] == "group" for each in axes]
+    return [each[0] is not None for each in axes]
 
   def partitioned(fn, by_group, out_by_group, sums):
     """Runs `fn` on parts; of the results named in `sums` returns the sums."""

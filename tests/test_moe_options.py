@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from moejax import dispatch, experts, losses, moe, router, sharding
+from moejax import dispatch, experts, losses, moe, router, routing, sharding
 
 B, L, D, E, F, K = 2, 8, 3, 4, 5, 2
 S = 8
@@ -236,3 +236,110 @@ def test_kinds_of_experts_have_their_own_capacity(name):
   np.testing.assert_allclose(y.reshape(-1, D), want, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(routing.dropped[0], dropped)
   assert dropped[:2].sum() > 0 and dropped[2:].sum() > 0
+
+
+# -- what comes in ------------------------------------------------------------
+
+DISPATCHES = pytest.mark.parametrize("dispatcher", dispatch.DISPATCH)
+
+
+def of_numbers(dispatcher):
+  """Returns a layer that drops nothing, its variables, and whole numbers."""
+  layer = moe.MoE(
+    router.TopK(4, k=2),
+    experts.FeedForward(4, 8),
+    eval_capacity_factor=None,
+    dispatch=dispatcher,
+  )
+  x = np.random.default_rng(0).integers(0, 5, (2, 8, 4))
+  return layer, layer.init(jax.random.key(0), jnp.ones(x.shape)), x
+
+
+@DISPATCHES
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float64, bool])
+def test_numbers_are_promoted_as_a_dense_layer_does(dispatcher, dtype):
+  layer, variables, x = of_numbers(dispatcher)
+  wanted = layer.apply(variables, jnp.asarray(x.astype(dtype), jnp.float32))
+  found = layer.apply(variables, x.astype(dtype))
+  assert found.dtype == jnp.float32 and np.abs(found).max() > 0.1
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_one_expert_promotes_too():
+  layer = moe.OneExpert(experts.FeedForward(1, 8))
+  x = np.arange(12).reshape(1, 3, 4)
+  variables = layer.init(jax.random.key(0), x)
+  wanted = layer.apply(variables, x.astype(np.float32))
+  np.testing.assert_array_equal(layer.apply(variables, x), wanted)
+
+
+def test_a_large_batch_of_numpy_runs_eagerly():
+  """Above the edges from which "auto" sorts rows."""
+  layer = of_numbers("auto")[0].clone(group_size=64)
+  x = np.ones((48, 64, 4), np.float32)
+  mask = np.arange(64)[None] < np.arange(48)[:, None]
+  variables = layer.init(jax.random.key(0), x)
+  y = layer.apply(variables, x, mask=mask)
+  assert (np.abs(y).max(-1) > 0).sum() == mask.sum()
+
+
+def test_complex_numbers_are_refused():
+  layer, variables, x = of_numbers("auto")
+  with pytest.raises(ValueError, match="x is complex64, which no router reads"):
+    layer.apply(variables, x.astype(np.complex64))
+
+
+@DISPATCHES
+def test_dispatch_refuses_whole_numbers(dispatcher):
+  edges = routing.Assignment(jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8)))
+  with pytest.raises(ValueError, match="rows are int32, .* give them as float"):
+    dispatch.DISPATCH[dispatcher](
+      lambda weights, rows, real: rows,
+      {},
+      jnp.ones((1, 8, 4), jnp.int32),
+      edges,
+      1,
+    )
+
+
+@DISPATCHES
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_token_that_is_not_finite_spoils_no_other(dispatcher, value):
+  layer, variables, x = of_numbers(dispatcher)
+  x = jnp.asarray(x, jnp.float32)
+  spoilt = x.at[0, 3, 1].set(value)
+  sound = np.isfinite(spoilt).all(axis=-1, keepdims=True)
+
+  def total(x):
+    y = layer.apply(variables, x)
+    return jnp.where(sound, y, 0).sum(), y
+
+  (_, wanted), slope = jax.value_and_grad(total, has_aux=True)(x)
+  (_, y), slope_spoilt = jax.value_and_grad(total, has_aux=True)(spoilt)
+  assert not np.isfinite(y[0, 3]).any()
+  for found, right in ((y, wanted), (slope_spoilt, slope)):
+    np.testing.assert_allclose(
+      np.where(sound, found, 0), np.where(sound, right, 0), rtol=1e-6
+    )
+
+
+@DISPATCHES
+def test_derivatives_forward_are_those_of_einsum(dispatcher):
+  layer, variables, x = of_numbers(dispatcher)
+  x = jnp.asarray(x, jnp.float32)
+
+  def total(x):
+    return (layer.apply(variables, x) ** 2).sum()
+
+  direction = jnp.ones_like(x)
+  if dispatcher != "einsum":
+    with pytest.raises(TypeError, match="no derivative forward .*='einsum'"):
+      jax.jvp(total, (x,), (direction,))
+    return
+  slope = (jax.grad(total)(x) * direction).sum()
+  np.testing.assert_allclose(
+    jax.jvp(total, (x,), (direction,))[1], slope, rtol=1e-5
+  )
+  # Forward over reverse, as of Hessians.
+  bent = jax.jvp(jax.grad(total), (x,), (direction,))[1]
+  assert np.isfinite(bent).all() and np.abs(bent).max() > 0

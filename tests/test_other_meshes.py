@@ -173,7 +173,8 @@ def test_within_shard_map_a_device_works_on_its_own_rows(name, check_vma):
   )
   compiled = jax.jit(fn).lower(params, x).compile()
   y, slope = compiled(*jax.device_put((params, x), NamedSharding(over, whole)))
-  parts = [run(name)(params, part) for part in jnp.split(x, 8)]
+  on_one = jax.jit(run(name))
+  parts = [on_one(params, part) for part in jnp.split(x, 8)]
   wanted = jnp.concatenate([y for (_, y), _ in parts])
   np.testing.assert_allclose(y, wanted, rtol=2e-4, atol=2e-6)
   total = jax.tree.map(lambda *s: sum(s), *[s for _, (s, _) in parts])
@@ -200,7 +201,8 @@ def test_in_shard_map_over_some_axes():
     )
     with jax.set_mesh(over):
       y = jax.jit(fn)(params, x)
-    parts = [run(name)(params, part)[0][1] for part in jnp.split(x, 4)]
+    of_part = jax.jit(lambda params, x, name=name: run(name)(params, x)[0][1])
+    parts = [of_part(params, part) for part in jnp.split(x, 4)]
     np.testing.assert_allclose(y, jnp.concatenate(parts), rtol=2e-4, atol=2e-6)
 
 
@@ -212,10 +214,9 @@ def test_replicated_inputs_run_on_every_device(choose):
   x = jax.random.normal(jax.random.key(0), (2, S, D))
   ids = jnp.zeros((2, S), jnp.int32)
   variables = nn.unbox(layer.init(jax.random.key(1), x, ids=ids))
-  wanted = layer.apply(variables, x, ids=ids)
   args = jax.device_put((variables, x, ids), whole)
   apply = jax.jit(lambda v, x, ids: layer.apply(v, x, ids=ids))
-  np.testing.assert_allclose(apply(*args), wanted, atol=1e-6)
+  np.testing.assert_allclose(apply(*args), apply(variables, x, ids), atol=1e-6)
 
 
 def test_parameters_are_made_under_any_mesh():
@@ -230,3 +231,18 @@ def test_parameters_are_made_under_any_mesh():
       init = jax.jit(lambda x: nn.unbox(layer.init(jax.random.key(0), x)))
       made = init(jax.device_put(x, split))
     assert jax.tree.map(jnp.shape, made) == shapes
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_groups_that_cannot_be_split_are_told_of(kind):
+  """They still come out right: every device works out the one group."""
+  layer = LAYERS["gather"].clone(group_size=None)
+  over = mesh(kind, data=8)
+  x = jax.random.normal(jax.random.key(0), (B, L, D))
+  variables = layer.init(jax.random.key(1), x)
+  wanted = layer.apply(variables, x)
+  split = jax.device_put(x, NamedSharding(over, PartitionSpec("data")))
+  whole = jax.device_put(variables, NamedSharding(over, PartitionSpec()))
+  with pytest.warns(UserWarning, match="groups of tokens, 1, .* group_size"):
+    y = jax.jit(layer.apply)(whole, split)
+  np.testing.assert_allclose(y, wanted, atol=1e-6)
