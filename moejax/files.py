@@ -314,6 +314,6 @@ def _refuse_odd(path: pathlib.Path, found: os.stat_result) -> None:
 def _odd(path: pathlib.Path, found: os.stat_result, wanted: str) -> OSError:
   kinds = (what for is_so, what in _KINDS.items() if is_so(found.st_mode))
   return OSError(
-    f"{path} is {next(kinds, 'a device')} where a {wanted} is wanted; remove"
-    " it, or give a path without it."
+    f"{path} is {next(kinds, 'a device')} where a {wanted} is wanted; give"
+    " another path, or put one there."
   )

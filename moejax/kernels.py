@@ -5,6 +5,8 @@ of every row with every matrix. The kernels that come with JAX (megablox) do
 not; widths that are no multiple of a vector's lanes are left to the former.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,6 +42,13 @@ def rows_by_matrix(
   """Multiplies each group's rows by its matrix, or by its transpose."""
   if transposed:
     matrices = matrices.swapaxes(1, 2)
+  run = functools.partial(_rows_by_matrix, interpret)
+  return jax.custom_batching.sequential_vmap(run)(rows, matrices, group_sizes)
+
+
+# Under `jax.vmap` one product comes after the other: `jax.lax.ragged_dot` has
+# no rule for matrices that all share, nor the kernels one for groups.
+def _rows_by_matrix(interpret, rows, matrices, group_sizes):
   if any(size % _LANES for size in matrices.shape[1:]):
     return jax.lax.ragged_dot(rows, matrices, group_sizes)
   widths = matrices.shape[1:]
@@ -58,6 +67,11 @@ def rows_by_rows(
   interpret: bool = False,
 ) -> Float[Array, "E I O"]:
   """Sums the outer products of each group's rows: a matrix's gradient."""
+  run = functools.partial(_rows_by_rows, interpret)
+  return jax.custom_batching.sequential_vmap(run)(rows, gradient, group_sizes)
+
+
+def _rows_by_rows(interpret, rows, gradient, group_sizes):
   if any(a.shape[1] % _LANES for a in (rows, gradient)):
     dims = jax.lax.RaggedDotDimensionNumbers(
       (((0,), (0,)), ((), ())),

@@ -143,24 +143,32 @@ def _eval(values: flags.FlagValues) -> None:
 def _translate(values: flags.FlagValues) -> None:
   import tqdm
 
+  from moejax import workdir as workdir_lib
   from moejax.data import lines
   from moejax.training import run
 
+  workdir = files.path(values.workdir)
+  # Before somebody writes lines for a run that is not there.
+  workdir_lib.recall(workdir)
   # There is none where it was closed before the start.
   content = sys.stdin.buffer.read() if sys.stdin else b""
   live = terminal.Live()
   with tqdm.tqdm(unit="line", file=live, disable=not live.isatty()) as bar:
     translated = run.translate_run(
-      files.path(values.workdir),
+      workdir,
       lines.of_stdin(content),
       values.language,
       bar.update,
       values.layout,
       beam=values.beam,
     )
-  # UTF-8 as the lines that came in, whatever the terminal has.
-  written = "".join(f"{line}\n" for line in translated)
-  terminal.hand_over(written.encode())
+  if sys.stdout and sys.stdout.isatty():
+    for line in translated:
+      terminal.say(line)
+  else:
+    # UTF-8 as the lines that came in.
+    written = "".join(f"{line}\n" for line in translated)
+    terminal.hand_over(written.encode())
 
 
 def _plan(values: flags.FlagValues) -> None:

@@ -489,6 +489,11 @@ class OneExpert(nn.Module):
 
   def __post_init__(self) -> None:
     experts_lib.check(self.experts, "experts")
+    if self.experts.num_experts != 1:
+      raise ValueError(
+        f"there are {self.experts.num_experts} experts, but no router; give"
+        " num_experts=1, or use MoE."
+      )
     super().__post_init__()
 
   def __call__(

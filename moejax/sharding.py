@@ -202,27 +202,35 @@ def constrain(x: Array, *axes: str | None) -> Array:
   Raises:
     ValueError: an axis does not divide by the devices it is split over.
   """
-  table = _rules()
   mesh = jax.sharding.get_abstract_mesh()
-  if not table or not _auto_axes(mesh):
+  # A layout says of all axes how they lie, of those without a name too.
+  is_layout = RULES.keys() <= _rules().keys()
+  asked = [_is_named(axis, mesh) or (is_layout and not axis) for axis in axes]
+  if not any(asked):
     return x
   spec = _spec(axes, mesh)
   check_divides(axes, x.shape, spec, mesh)
-  if not RULES.keys() <= table.keys():
-    free = jax.sharding.PartitionSpec.UNCONSTRAINED
-    named = [axis in table for axis in axes]
-    if not any(named):
-      return x
-    spec = [
-      over if is_named else free
-      for over, is_named in zip(spec, named, strict=True)
-    ]
+  free = jax.sharding.PartitionSpec.UNCONSTRAINED
+  spec = [o if yes else free for o, yes in zip(spec, asked, strict=True)]
   return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
 
 
 def _rules() -> dict[str, Over]:
   """Returns the rules in use, and how groups are known to lie without any."""
   return {**_KNOWN.get(), **dict(nn.get_logical_axis_rules())}
+
+
+def _is_named(axis: str | None, mesh: AnyMesh) -> bool:
+  """Says whether a rule tells how an axis lies on this mesh.
+
+  One that splits it over axes which the mesh has not, or which are manual,
+  tells nothing.
+  """
+  auto, table = _auto_axes(mesh), _rules()
+  if not auto or axis not in table:
+    return False
+  over = _axes(table[axis])
+  return not over or any(name in auto for name in over)
 
 
 def _auto_axes(mesh: AnyMesh) -> tuple[str, ...]:
@@ -370,8 +378,8 @@ def is_known(axis: str, x: Any) -> bool:
   It is not on a mesh of the user's own without a rule for it: there the
   compiler alone decides.
   """
-  named = axis in _rules() and not jax.sharding.get_abstract_mesh().empty
-  return named or is_local(x)
+  mesh = jax.sharding.get_abstract_mesh()
+  return _is_named(axis, mesh) or is_local(x)
 
 
 def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
@@ -398,9 +406,12 @@ def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
         _warn_of_groups(num_groups)
       return fn(module, x, *args)[:2]
     spec = jax.typeof(x).sharding.spec
+    # By the first axis alone, and in whole groups; and what Auto axes beside
+    # the Explicit ones split no type says.
     fits = num_groups % num_parts(spec[0], explicit) == 0
-    known = {"group": spec[0]} if fits and not any(spec[1:-1]) else {}
-    if not fits:
+    fits = fits and not any(spec[1:-1])
+    known = {"group": spec[0]} if fits and not _auto_axes(explicit) else {}
+    if num_groups and not fits:
       _warn_of_groups(num_groups)
 
     def transform(core):
@@ -436,21 +447,19 @@ def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
 
 def _warn_of_groups(num_groups: int) -> None:
   warnings.warn(
-    f"the number of groups of tokens, {num_groups}, does not divide over the"
-    " devices of the mesh: those that share the tokens each do the work of all."
-    " Give the layer a group_size, and the batch, that make it divide.",
+    f"the groups of tokens, {num_groups}, do not divide over the devices: those"
+    " that share the tokens each do the work of all. Split the first axis of x"
+    " alone, and give the layer a group_size by which the number of groups is a"
+    " multiple of the devices.",
     stacklevel=2,
   )
 
 
-def _explicit_mesh(args: Any) -> AnyMesh | None:
-  """Returns the mesh of arrays whose types say how they lie, if there are."""
+def _explicit_mesh(x: Array) -> AnyMesh | None:
+  """Returns the mesh, in use or of an array's type, if it has Explicit axes."""
   explicit = jax.sharding.AxisType.Explicit
-  for leaf in jax.tree.leaves(args):
-    mesh = jax.typeof(leaf).sharding.mesh
-    if explicit in mesh.axis_types:
-      return mesh
-  return None
+  meshes = jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh
+  return next((mesh for mesh in meshes if explicit in mesh.axis_types), None)
 
 
 def _as_auto(mesh: AnyMesh) -> AnyMesh:
@@ -468,7 +477,8 @@ def _to_auto(tree: Any) -> Any:
   """Takes from types how arrays lie; they stay where they are."""
 
   def cast(leaf):
-    if _explicit_mesh(leaf) is None:
+    types = jax.typeof(leaf).sharding.mesh.axis_types
+    if jax.sharding.AxisType.Explicit not in types:
       return leaf
     return jax.sharding.reshard(leaf, jax.sharding.PartitionSpec())
 
@@ -507,21 +517,35 @@ def _as_compiled(
   def pieces(axes):
     return [each[0] is not None for each in axes]
 
+  in_use = jax.sharding.get_abstract_mesh()
+
   def partitioned(fn, by_group, out_by_group, sums):
     """Runs `fn` on parts; of the results named in `sums` returns the sums."""
     run = custom_partitioning.custom_partitioning(fn)
 
     def partition(mesh, args, results):
       del results
-      (over,) = {
-        arg.sharding.spec[0] if arg.sharding.spec else None
-        for arg, split in zip(args, by_group, strict=True)
-        if split
-      }
+      arg = next(itertools.compress(args, by_group))
+      if mesh.empty:
+        # Nothing that came into the program said on which mesh it lies.
+        devices = np.asarray(arg.sharding._device_assignment)
+        devices = devices.reshape(in_use.axis_sizes)
+        mesh = jax.sharding.Mesh(devices, in_use.axis_names)
+
+      def by(over):
+        spec = jax.sharding.PartitionSpec(over or None)
+        return jax.sharding.NamedSharding(mesh, spec)
+
+      names = mesh.axis_names
+      over = next(
+        over
+        for count in range(len(names) + 1)
+        for over in itertools.permutations(names, count)
+        if by(over).is_equivalent_to(arg.sharding, 1)
+      )
 
       def lies(split):
-        spec = jax.sharding.PartitionSpec(over if split else None)
-        return jax.sharding.NamedSharding(mesh, spec)
+        return by(over if split else ())
 
       def on_device(*args):
         parts = fn(*args)

@@ -41,8 +41,21 @@ _TEXT = (
 
 
 def is_run(workdir: files.Path) -> bool:
-  """Returns whether a run was made there."""
-  return files.exists(workdir / CONFIG_FILE)
+  """Returns whether a run was made there.
+
+  Raises:
+    FileNotFoundError: one was, but its config is gone.
+  """
+  if files.exists(workdir / CONFIG_FILE):
+    return True
+  # All of these are written after it.
+  for name in ("checkpoints", "metrics.jsonl", RESULT_FILE):
+    if files.exists(workdir / name):
+      raise FileNotFoundError(
+        f"{workdir / CONFIG_FILE} is gone, though {name} of a run lies there;"
+        " put the file back from a copy, or train in a new --workdir."
+      )
+  return False
 
 
 def check_same(config: ConfigDict, workdir: files.Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax import experts, losses, moe, router, work
+from moejax import experts, losses, moe, router
 
 E, D, F, S = 4, 8, 16, 16
 B, L = 16, 16
@@ -55,6 +55,11 @@ class Net(nn.Module):
     return x + self.layer(x, train=True)
 
 
+def flops_of(compiled):
+  """Returns what the compiler counts for one device, each loop once."""
+  return compiled.cost_analysis()["flops"]
+
+
 def run(name):
   """Returns (params, x) -> loss, y and both gradients, of the layer's net."""
   net = Net(LAYERS[name])
@@ -81,7 +86,7 @@ def alone(name):
     lambda w: w + spread if w.shape == spread.shape else w, params
   )
   compiled = jax.jit(run(name)).lower(params, x).compile()
-  flops = work.read(compiled.as_text()).flops
+  flops = flops_of(compiled)
   return (params, x), jax.device_get(compiled(params, x)), flops
 
 
@@ -146,7 +151,7 @@ def test_a_device_does_its_own_share(name, kind):
   # Parts of a loop over sorted rows are rounded up. And where the compiler
   # alone knows how rows lie, sorted ones go forward twice.
   twice = 4 / 3 if name in ("ragged", "dropless", "mixed") else 1
-  work_here = work.read(compiled.as_text()).flops
+  work_here = flops_of(compiled)
   assert work_here * devices <= 1.05 * twice * flops
 
 
@@ -172,7 +177,8 @@ def test_within_shard_map_a_device_works_on_its_own_rows(name, check_vma):
     check_vma=check_vma,
   )
   compiled = jax.jit(fn).lower(params, x).compile()
-  y, slope = compiled(*jax.device_put((params, x), NamedSharding(over, whole)))
+  lies = NamedSharding(over, whole), NamedSharding(over, split)
+  y, slope = compiled(*jax.device_put((params, x), lies))
   on_one = jax.jit(run(name))
   parts = [on_one(params, part) for part in jnp.split(x, 8)]
   wanted = jnp.concatenate([y for (_, y), _ in parts])
@@ -183,7 +189,7 @@ def test_within_shard_map_a_device_works_on_its_own_rows(name, check_vma):
     jax.device_get(slope),
     jax.device_get(total),
   )
-  assert work.read(compiled.as_text()).flops * 8 <= 1.05 * flops
+  assert flops_of(compiled) * 8 <= 1.05 * flops
 
 
 def test_in_shard_map_over_some_axes():
@@ -243,6 +249,59 @@ def test_groups_that_cannot_be_split_are_told_of(kind):
   wanted = layer.apply(variables, x)
   split = jax.device_put(x, NamedSharding(over, PartitionSpec("data")))
   whole = jax.device_put(variables, NamedSharding(over, PartitionSpec()))
-  with pytest.warns(UserWarning, match="groups of tokens, 1, .* group_size"):
+  with pytest.warns(UserWarning, match="groups of tokens, 1, .* group_size by"):
     y = jax.jit(layer.apply)(whole, split)
   np.testing.assert_allclose(y, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gather", "dropless"])
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_arrays_that_lie_on_no_mesh_yet(name, kind):
+  """As they are at first: `jax.jit` puts them on the mesh in use."""
+  args, (wanted, _), _ = alone(name)
+  with jax.set_mesh(mesh(kind, data=8)):
+    (found, _) = jax.jit(run(name))(*args)
+  np.testing.assert_allclose(found[1], wanted[1], rtol=2e-4, atol=2e-6)
+
+
+def test_a_mesh_of_axes_of_both_types():
+  (params, x), _, flops = alone("gather")
+  both = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO, EXPLICIT))
+  split = NamedSharding(both, PartitionSpec("data"))
+  params = jax.device_put(params, NamedSharding(both, PartitionSpec()))
+  with jax.set_mesh(both):
+    lowered = jax.jit(run("gather")).lower(params, jax.device_put(x, split))
+  assert flops_of(lowered.compile()) * 4 <= 1.05 * flops
+
+
+def test_a_rule_for_another_mesh_says_nothing():
+  (params, x), _, flops = alone("gather")
+  over = mesh(AUTO, data=8)
+  split = NamedSharding(over, PartitionSpec("data"))
+  params = jax.device_put(params, NamedSharding(over, PartitionSpec()))
+  rules = (("group", "replica"), ("batch", ("replica", "data")))
+  with jax.set_mesh(over), nn.logical_axis_rules(rules):
+    lowered = jax.jit(run("gather")).lower(params, jax.device_put(x, split))
+  assert flops_of(lowered.compile()) * 8 <= 1.05 * flops
+
+
+def test_tokens_split_along_their_second_axis_are_told_of():
+  layer = LAYERS["gather"]
+  x = jax.random.normal(jax.random.key(0), (B, L, D))
+  variables = layer.init(jax.random.key(1), x)
+  over = mesh(EXPLICIT, data=8)
+  split = NamedSharding(over, PartitionSpec(None, "data"))
+  whole = jax.device_put(variables, NamedSharding(over, PartitionSpec()))
+  with pytest.warns(UserWarning, match="Split the first axis of x alone"):
+    y = jax.jit(layer.apply)(whole, jax.device_put(x, split))
+  np.testing.assert_allclose(y, layer.apply(variables, x), atol=1e-6)
+
+
+def test_several_batches_share_a_layer():
+  """Under `jax.vmap`, in a program that is compiled as a whole."""
+  layer = LAYERS["ragged"]
+  x = jax.random.normal(jax.random.key(0), (2, 4, L, D))
+  variables = layer.init(jax.random.key(1), x[0])
+  y = jax.jit(jax.vmap(layer.apply, (None, 0)))(variables, x)
+  wanted = [layer.apply(variables, each) for each in x]
+  np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)

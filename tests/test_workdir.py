@@ -98,3 +98,14 @@ def test_a_damaged_config_is_told_with_the_way_out(made, content):
   (made / workdir.CONFIG_FILE).write_text(content)
   with pytest.raises(ValueError, match=r"config.json .*put the file back"):
     workdir.check_same(ConfigDict(CONFIG), made)
+
+
+@pytest.mark.parametrize(
+  "left", ["checkpoints", "metrics.jsonl", "result.json"]
+)
+def test_a_run_that_lost_its_config_is_no_new_one(tmp_path, left):
+  """It would go on under any other config, and call that its own."""
+  assert not workdir.is_run(tmp_path)
+  (tmp_path / left).touch()
+  with pytest.raises(FileNotFoundError, match=f"json is gone, though {left}"):
+    workdir.is_run(tmp_path)
