@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import importlib.metadata
+import logging as std_logging
 import re
 import shlex
 import signal
@@ -53,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
   # Orbax and TFDS warn of what is no trouble, and log every error that they
   # raise, from many threads: what counts comes as an exception.
   logging.set_verbosity(logging.FATAL)
+  # As for tasks of Orbax that nobody asks how they failed.
+  std_logging.getLogger("asyncio").disabled = True
   if len(argv) < 2 or argv[1] in ("help", "-h", "--help"):
     terminal.say(USAGE)
     return 0 if len(argv) > 1 else 2
@@ -162,13 +165,9 @@ def _translate(values: flags.FlagValues) -> None:
       values.layout,
       beam=values.beam,
     )
-  if sys.stdout and sys.stdout.isatty():
-    for line in translated:
-      terminal.say(line)
-  else:
-    # UTF-8 as the lines that came in.
-    written = "".join(f"{line}\n" for line in translated)
-    terminal.hand_over(written.encode())
+  # UTF-8 as the lines that came in, whatever the terminal has.
+  written = "".join(f"{line}\n" for line in translated)
+  terminal.hand_over(written.encode())
 
 
 def _plan(values: flags.FlagValues) -> None:

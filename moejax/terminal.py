@@ -43,8 +43,13 @@ def warn(text: str) -> None:
 
 
 def hand_over(content: bytes) -> None:
-  """Writes what is for other programs, as it is, to stdout."""
-  if outlet := _outlet(sys.stdout):
+  """Writes what is for other programs, as it is, to stdout.
+
+  A terminal gets it as `say` would print it.
+  """
+  if sys.stdout is not None and sys.stdout.isatty():
+    say(content.decode(errors="replace").removesuffix("\n"))
+  elif outlet := _outlet(sys.stdout):
     outlet.write(content)
   elif sys.stdout is not None:
     sys.stdout.buffer.write(content)

@@ -1,6 +1,12 @@
 """Strict settings for every test: 8 devices, no promotion, no warnings."""
 
 import os
+import signal
+
+# What nohup and a shell's background leave ignored would be so in all programs
+# that the tests start and send signals to.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before jax is imported: it counts its devices once. On a machine that is busy
 # otherwise, eight of them on one core may wait for each other for long.
@@ -57,6 +63,16 @@ def pytest_collection_modifyitems(items):
   last = len(LONGEST)
   places = {name: place for place, name in enumerate(LONGEST)}
   items.sort(key=lambda item: places.get(item.path.name, last))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+  """Thousands of them take all the mappings of memory that a process may have.
+
+  XLA then ends in a segmentation fault.
+  """
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -361,7 +361,7 @@ def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
   }
   assert dict(layout.rules) == want
   # The config of a run is read from JSON, which has no tuples.
-  workdir_lib.remember(config, vocab.Vocabulary.build(["a a"], 1), tmp_path)
+  workdir_lib.remember(config, vocab.Vocabulary.build(["a a"], 1), {}, tmp_path)
   workdir_lib.check_same(config, tmp_path)
   recalled = workdir_lib.recall(tmp_path)
   assert config_lib.layout(recalled) == layout

@@ -165,7 +165,10 @@ def test_report_has_all_of_it(tmp_path):
 
 def test_the_command_says_why_nothing_can_be(capsys):
   config = tiny()
-  config.data.update({"kind": "lm1b", "vocab_size": VOCABULARY})
+  for name in {*config.data} - {"row_length", "batch_size"}:
+    del config.data[name]
+  about = {"kind": "lm1b", "vocab_size": VOCABULARY, "vocab_file": "none.txt"}
+  config.data.update(about)
   with pytest.raises(ValueError, match=r"splits the devices by 2.* the 3 at"):
     command.run(config, ["cpu:3"], ["data_expert"], False)
   with pytest.raises(ValueError, match="nearest is 'expert'"):

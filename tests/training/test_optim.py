@@ -303,7 +303,7 @@ def test_factors_move_to_another_mesh_by_a_checkpoint(tmp_path):
   first = state.create(model, tx, batch, 0, layout, mesh)
   # Gradients like any others.
   _, opt_state = update(first.params, first.opt_state)
-  saved = first._replace(opt_state=opt_state)
+  saved = first._replace(opt_state=opt_state, step=first.step + 1)
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(saved, 1, {})
   checkpoints.wait()
