@@ -378,8 +378,8 @@ class Checkpoints:
         f"the checkpoint of step {self._saving} could not be saved"
         f" ({type(error).__name__}: {said:.300}); the last one"
         f" in {self._directory} is {f'of step {kept[-1]}' if kept else 'none'}."
-        " Make room, if there is none, and start again: the same command goes"
-        " on from there."
+        " Make room, if there is none, or allow larger files (ulimit -f), and"
+        " start again: the same command goes on from there."
       ) from error
 
   def _named(self, text: str) -> str:
