@@ -3,8 +3,8 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 
 class Op(NamedTuple):
@@ -25,6 +25,8 @@ class Computation:
   def __init__(self, name: str):
     self.name = name
     self.ops: dict[str, Op] = {}
+    # What numbers are, see `_value`: one number leads to many others.
+    self.values: dict[Any, _Value | None] = {}
 
   @functools.cached_property
   def root(self) -> Op:
@@ -274,7 +276,7 @@ def _number(value: _Value | None, known: _Known) -> int | None:
 
 
 def _value(
-  program: Program, op: Op, arguments: Sequence[_Value | None] | None
+  program: Program, op: Op, arguments: tuple[_Value | None, ...] | None
 ) -> _Value | None:
   """Returns what a number is, where that is easily told.
 
@@ -283,7 +285,15 @@ def _value(
     op: makes the number.
     arguments: of its computation; None where that takes a tuple.
   """
-  op, arguments = _inside(program, op, arguments)
+  known, key = op.within.values, (op.name, arguments)
+  if key not in known:
+    known[key] = _derived(program, *_inside(program, op, arguments))
+  return known[key]
+
+
+def _derived(
+  program: Program, op: Op, arguments: tuple[_Value | None, ...] | None
+) -> _Value | None:
   if op.opcode == "constant":
     number = re.fullmatch(r"\((-?\d+)\)", op.operands)
     return (None, int(number[1])) if number else None
@@ -305,11 +315,12 @@ def _value(
 
 
 def _inside(
-  program: Program, op: Op, arguments: Sequence[_Value | None] | None
-) -> tuple[Op, Sequence[_Value | None] | None]:
+  program: Program, op: Op, arguments: tuple[_Value | None, ...] | None
+) -> tuple[Op, tuple[_Value | None, ...] | None]:
   """Returns what a fusion ends with and the fusion's arguments."""
   while op.opcode == "fusion":
-    arguments = [_value(program, each, arguments) for each in operands(op)]
+    taken = operands(op)
+    arguments = tuple(_value(program, each, arguments) for each in taken)
     op = program[called(op)[0]].root
   return op, arguments
 

@@ -110,6 +110,8 @@ def console() -> None:
     status = status or 1
   processes = sys.modules.get("moejax.training.processes")
   if status and processes and processes.several():
+    if status == 1:
+      processes.fail_together()
     processes.leave(status)
   sys.exit(status)
 

@@ -428,3 +428,41 @@ def test_walk_goes_into_everything():
   assert [run.op.name for run in runs if not run.is_alone] == [
     *("a", "b", "at", "zero", "row", "c")
   ]
+
+
+def test_numbers_that_lead_to_many_others_are_told_once():
+  """Each takes the one before it twice: 2^60 ways to the first."""
+  adds = "\n".join(
+    f"  %n{i} = s32[] add(%n{i - 1}, %n{i - 1})" for i in range(1, 61)
+  )
+  text = f"""HloModule jit_f
+
+%below (t: (s32[], s32[])) -> pred[] {{
+  %t = (s32[], s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%t), index=0
+  %end = s32[] get-tuple-element(%t), index=1
+  ROOT %test = pred[] compare(%at, %end), direction=LT
+}}
+
+%again (t: (s32[], s32[])) -> (s32[], s32[]) {{
+  %t = (s32[], s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%t), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%at, %one)
+  %end = s32[] get-tuple-element(%t), index=1
+  ROOT %both = (s32[], s32[]) tuple(%next, %end)
+}}
+
+ENTRY %main (n: s32[]) -> (s32[], s32[]) {{
+  %n0 = s32[] constant(1)
+{adds}
+  %zero = s32[] constant(0)
+  %start = (s32[], s32[]) tuple(%zero, %n3)
+  %loop = (s32[], s32[]) while(%start), condition=%below, body=%again
+  %unknown = (s32[], s32[]) tuple(%zero, %n60)
+  ROOT %other = (s32[], s32[]) while(%unknown), condition=%below, body=%again
+}}
+"""
+  times = {r.times for r in hlo.walk(hlo.parse(text)) if r.op.name == "next"}
+
+  assert times == {8, 2**60}

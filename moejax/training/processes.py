@@ -44,6 +44,8 @@ _WATCHERS: list[subprocess.Popen] = []
 LOCK_FILE = "lock"
 # What a file system answers that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+# Seconds that a process which fails waits for others that fail like it.
+_FAILS_ALIKE = 10
 # The most that the first process tells the others, in bytes.
 _MESSAGE = 2000
 
@@ -153,6 +155,25 @@ def leave(status: int) -> NoReturn:
     terminal.finish()
   _dismiss()
   os._exit(status)
+
+
+def fail_together() -> None:
+  """Waits until all processes have said why they fail, where all of them do.
+
+  A wrong config is found by each on its own. The first one to leave would end
+  the others, above all process 0, before they have said what is wrong.
+  """
+  # Imported late: without a cluster nobody needs it.
+  from orbax.checkpoint import multihost
+
+  _dismiss()
+  try:
+    meet = multihost.get_barrier_sync_fn()
+    meet(key="moejax fails", timeout_ms=1000 * _FAILS_ALIKE)
+    part()
+  except jax.errors.JaxRuntimeError:
+    # The others work on. They notice that this one leaves.
+    pass
 
 
 def part() -> None:
