@@ -42,7 +42,7 @@ from experiments import harness, training, translating, translation_capacity
 from moejax import config as config_lib
 from moejax import gating, losses
 from moejax.data import text
-from moejax.training import processes, program, step
+from moejax.training import processes, session, step
 from moejax.training import run as run_lib
 
 AUX = {"importance": 0.01, "threshold": 1e-4}
@@ -85,13 +85,13 @@ def prepare(
 ) -> tuple[Callable[[], Any], int]:
   """Returns a training step of a run, and the words of its batch."""
   data = config_lib.data(config, workdir)
-  parts = program.build(config, len(data.vocabulary))
+  parts = session.build(config, len(data.vocabulary))
   batches = text.train_batches(data.rows("train"), data.batch_size, config.seed)
   words = next(iter(batches))
   batch = step.place(words, parts.where)
   asked = processes.vote(False, parts.mesh)
   current = run_lib.best(workdir, parts)
-  compiled = program.lower(config, parts).compile()
+  compiled = session.lower(config, parts).compile()
 
   def run():
     nonlocal current

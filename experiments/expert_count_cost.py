@@ -6,7 +6,7 @@ sqrt(E), 2 of each, capacity 1.25 at each), for E from 4 to 16,384; whole
 training steps with Adam on batches of 4096 random words, all cores. Beside them
 in turns the dense twin moe_1_wide: `of_dense` is the ratio of medians. GB is
 what XLA sets aside for state, batch and temporaries. ops/timestep and
-parameters are `moejax.cost`'s, without embedding and softmax.
+parameters are `moejax.planning.cost`'s, without embedding and softmax.
 
 Result: two cores of an Intel Xeon, times of the dense step: flat 1.14 (E=4),
 1.45 (64), 2.11 (256), 5.0 (1024), 12.9 (4096), 46.7 (16,384); two levels 1.18,
@@ -32,8 +32,9 @@ import matplotlib.figure
 
 from experiments import harness, training
 from moejax import config as config_lib
-from moejax import cost, sharding
-from moejax.training import program as program_lib
+from moejax import sharding
+from moejax.planning import cost
+from moejax.training import session as session_lib
 from moejax.training import state, step
 
 SEED = 0
@@ -138,7 +139,7 @@ def program(
     return metrics
 
   count = cost.count(config, VOCABULARY)
-  return run, program_lib.bytes_needed(compiled) / 1e9, count
+  return run, session_lib.bytes_needed(compiled) / 1e9, count
 
 
 def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:

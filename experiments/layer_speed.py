@@ -45,7 +45,7 @@ import numpy as np
 
 from experiments import harness
 from moejax import experts, moe, router, terminal
-from moejax.training import program as program_lib
+from moejax.training import session as session_lib
 
 SEED = 0
 K = 4
@@ -149,7 +149,7 @@ class Program:
     self._run = jitted.lower(*args, donated).compile()
     self._args, self._donated = args, donated
     self.flops = self._run.cost_analysis().get("flops", 0)
-    self.peak_bytes = program_lib.bytes_needed(self._run)
+    self.peak_bytes = session_lib.bytes_needed(self._run)
 
   def run(self) -> Any:
     """Runs once; the result's buffers serve the next turn."""
@@ -313,7 +313,7 @@ def tpu(
       cost = compiled.cost_analysis()
       row[f"{part}_flops"] = round(cost["flops"] / (times * flops), 3)
       row[f"{part}_GB_moved"] = round(cost["bytes accessed"] / 1e9, 2)
-      row["GB"] = round(program_lib.bytes_needed(compiled) / 1e9, 2)
+      row["GB"] = round(session_lib.bytes_needed(compiled) / 1e9, 2)
     yield row
 
 

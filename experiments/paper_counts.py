@@ -1,10 +1,10 @@
 """Question: are our models those of the paper, parameter by parameter?
 
-Method: `moejax.cost` counts every config of configs/lm1b and configs/news that
-is a row of Table 7 or 8: parameters without embedding and softmax, and
-ops/timestep, in millions to one digit as the tables print them. What both
-tables have is a row of each; what Table 7 has twice (LSTM-2048-512, quoted and
-run again) is one. Table 1 repeats four of the rows with fewer digits. The
+Method: `moejax.planning.cost` counts every config of configs/lm1b and
+configs/news that is a row of Table 7 or 8: parameters without embedding and
+softmax, and ops/timestep, in millions to one digit as the tables print them.
+What both tables have is a row of each; what Table 7 has twice (LSTM-2048-512,
+quoted and run again) is one. Table 1 repeats four of the rows with fewer digits. The
 totals, in billions, stand beside: those of Table 8 depend on a vocabulary that
 the paper does not give (100,000 here).
 
@@ -27,7 +27,8 @@ from collections.abc import Iterator
 import matplotlib.figure
 
 from experiments import harness
-from moejax import cost, terminal
+from moejax import terminal
+from moejax.planning import cost
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 

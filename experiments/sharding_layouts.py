@@ -5,7 +5,7 @@ in every layout and by every dispatch: 4096 tokens in 8 groups, D=256, 32 noisy
 top-4 experts of F=512 ("two_level": 8 groups of 4, two of each), float32,
 capacity factor 1.25 but for "dropless". "one device" is the same layer there.
 Collectives are those of the compiled program: how many, and the megabytes that
-one device sends by them (`moejax.collectives.KINDS`). MB is what arguments,
+one device sends by them (`planning.collectives.KINDS`). MB is what arguments,
 results and temporaries take of one device. Differences to one device: of the
 loss, relative; of the gradients, the largest entry over the largest entry of
 its array. ms is the median of the repeats, all candidates in turn.
@@ -54,19 +54,10 @@ import matplotlib.figure
 import numpy as np
 
 from experiments import harness, training
-from moejax import (
-  collectives,
-  experts,
-  losses,
-  moe,
-  placement,
-  router,
-  sharding,
-  terminal,
-)
 from moejax import config as config_lib
-from moejax.planning import chips, search
-from moejax.training import program as program_lib
+from moejax import experts, losses, moe, router, sharding, terminal
+from moejax.planning import chips, collectives, search
+from moejax.training import session as session_lib
 
 SEED = 0
 DEVICES = 8
@@ -220,8 +211,8 @@ def compiled(
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   boxed = jax.eval_shape(module.init, jax.random.key(SEED), x)["params"]
   mesh = sharding.make_mesh(layout, devices)
-  places = placement.shardings(boxed, layout, mesh)
-  batch = placement.batch_sharding(layout, mesh, DEVICES)
+  places = sharding.shardings(boxed, layout, mesh)
+  batch = sharding.batch_sharding(layout, mesh, DEVICES)
   generator = np.random.default_rng(SEED)
 
   def draw(w, where, scale):
@@ -243,7 +234,7 @@ def compiled(
     program = step.lower(params, x).compile()
   found = collectives.read(program.as_text(), mesh)
   return Candidate(
-    program, (params, x), found, program_lib.bytes_needed(program)
+    program, (params, x), found, session_lib.bytes_needed(program)
   )
 
 
@@ -261,7 +252,7 @@ def losses_and_gradients(module: nn.Module, params: Any, x: jax.Array) -> Any:
     balance, _ = losses.auxiliary(losses.routings(sown), WEIGHTS)
     return jnp.square(y).mean() + balance
 
-  return jax.value_and_grad(placement.gathered(loss), (0, 1))(params, x)
+  return jax.value_and_grad(sharding.gathered(loss), (0, 1))(params, x)
 
 
 def run(candidate: Candidate) -> Any:

@@ -15,12 +15,13 @@ import numpy as np
 
 from experiments import harness
 from moejax import config as config_lib
-from moejax import cost, sharding
+from moejax import sharding
 from moejax import workdir as workdir_lib
 from moejax.data import text
 from moejax.moe import ROUTING
+from moejax.planning import cost
 from moejax.routing import Routing
-from moejax.training import loop, metrics, program, step
+from moejax.training import loop, metrics, session, step
 from moejax.training import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def decisions(
     raise SystemExit(f"there is no run in {workdir}; train one first")
   config = workdir_lib.recall(workdir)
   data = config_lib.data(config, workdir)
-  parts = program.build(config, len(data.vocabulary))
+  parts = session.build(config, len(data.vocabulary))
   params = run_lib.best(workdir, parts).params
 
   @jax.jit

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import named, placement, sharding
+from moejax import named, sharding
 from moejax.grouped import grouped, grouped_dot
 
 Weights = Mapping[str, Any]
@@ -35,7 +35,7 @@ def _partitioned(
   num_experts: int, *axes: str | None
 ) -> nn.initializers.Initializer:
   expert = sharding.expert_axis(num_experts)
-  return placement.with_axes(_INIT, expert, *axes)
+  return sharding.with_axes(_INIT, expert, *axes)
 
 
 def check(experts: Any, name: str) -> None:

@@ -38,7 +38,7 @@ def top_k(
   """
   check_k(k, logits.shape[-1])
   values, expert = _largest(logits, k)
-  return _decide(logits, expert, jax.nn.softmax(values), mask)
+  return _route_tokens(logits, expert, jax.nn.softmax(values), mask)
 
 
 def noisy_top_k(
@@ -72,7 +72,7 @@ def noisy_top_k(
   noisy = logits + noise_std * noise
   values, expert = _largest(noisy, k + 1)
   gate = jax.nn.softmax(values[..., :k])
-  decision = _decide(noisy, expert[..., :k], gate, mask)
+  decision = _route_tokens(noisy, expert[..., :k], gate, mask)
   kth, next_best = values[..., k - 1, None], values[..., k, None]
   # kth_excluding(H(x), k, i): an expert that is in must beat the (k+1)-th, one
   # that is out the k-th.
@@ -113,7 +113,7 @@ def balanced(
   # Mapped: one write into the whole would fetch all groups to each device.
   taken = jax.vmap(jax.vmap(mark))(token, used)
   gate = _softmax_of(logits, taken.swapaxes(1, 2))
-  return _take(logits, gate, token, used, mask)
+  return _route_experts(logits, gate, token, used, mask)
 
 
 def threshold(
@@ -144,7 +144,7 @@ def threshold(
   values, expert = _largest(above, max_k)
   used = values >= 0
   gate = _softmax_of(jnp.take_along_axis(logits, expert, axis=-1), used)
-  return _decide(logits, expert, gate, mask, used)
+  return _route_tokens(logits, expert, gate, mask, used)
 
 
 def switch(
@@ -157,7 +157,7 @@ def switch(
   """
   values, expert = _largest(logits, 1)
   every = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  return _decide(logits, expert, jnp.exp(values - every), mask)
+  return _route_tokens(logits, expert, jnp.exp(values - every), mask)
 
 
 def gshard_top_2(
@@ -187,11 +187,11 @@ def gshard_top_2(
   # What all experts share cancels in the quotient.
   gate = jax.nn.softmax(values)
   if rng is None:
-    return _decide(logits, expert, gate, mask)
+    return _route_tokens(logits, expert, gate, mask)
   chance = _draw(jax.random.uniform, rng, gate.shape[:2], gate.dtype)
   second = chance < 2 * gate[..., 1]
   used = jnp.stack([jnp.ones_like(second), second], axis=-1)
-  return _decide(logits, expert, gate, mask, used)
+  return _route_tokens(logits, expert, gate, mask, used)
 
 
 def expert_choice(
@@ -213,7 +213,7 @@ def expert_choice(
     ValueError: k is below 1 or above the number of experts.
   """
   token, used = _best_tokens(logits, k, mask)
-  return _take(logits, jax.nn.softmax(logits), token, used, mask)
+  return _route_experts(logits, jax.nn.softmax(logits), token, used, mask)
 
 
 def hash_ids(
@@ -238,7 +238,7 @@ def hash_ids(
   score = _mix(_mix(ids.astype(jnp.uint32))[..., None] + step[None, None])
   _, expert = _largest(score, k)
   gate = jnp.full(expert.shape, 1 / k, jnp.float32)
-  return _decide(jnp.zeros(score.shape, jnp.float32), expert, gate, mask)
+  return _route_tokens(jnp.zeros(score.shape, jnp.float32), expert, gate, mask)
 
 
 def sigmoid(
@@ -267,7 +267,7 @@ def sigmoid(
   # Scores over their sum, also where all of them underflow.
   chosen = jnp.take_along_axis(logits, expert, axis=-1)
   gate = jax.nn.softmax(jax.nn.log_sigmoid(chosen))
-  return _decide(logits, expert, gate, mask)._replace(bias=bias)
+  return _route_tokens(logits, expert, gate, mask)._replace(bias=bias)
 
 
 def _largest(
@@ -344,7 +344,7 @@ def _best_tokens(
   return token, rank < m[:, None, None]
 
 
-def _take(
+def _route_experts(
   logits: Float[Array, "G S E"],
   gate: Float[Array, "G S E"],
   token: Int[Array, "G E C"],
@@ -353,10 +353,12 @@ def _take(
 ) -> Routing:
   """The decision of experts."""
   picked = jnp.take_along_axis(gate.swapaxes(1, 2), token, axis=-1)
-  return routing.decision(routing.from_picks(token, picked, used), logits, mask)
+  return routing.make_routing(
+    routing.from_expert_choice(token, picked, used), logits, mask
+  )
 
 
-def _decide(
+def _route_tokens(
   logits: Float[Array, "G S E"],
   expert: Int[Array, "G S K"],
   gate: Float[Array, "G S K"],
@@ -370,7 +372,9 @@ def _decide(
     used = used & mask[..., None]
   expert = jnp.where(used, expert, logits.shape[-1])
   gate = jnp.where(used, gate, 0)
-  return routing.decision(routing.from_choices(expert, gate), logits, mask)
+  return routing.make_routing(
+    routing.from_token_choice(expert, gate), logits, mask
+  )
 
 
 def check_k(k: int, num_experts: int, name: str = "k") -> None:

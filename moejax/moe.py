@@ -257,7 +257,7 @@ class HierarchicalMoE(nn.Module):
     )
     y, inner = mix(self.secondary, rows, real)
     routing = _count_dropped(routing, capacity)
-    routing = routing_lib.together(routing, together)
+    routing = routing_lib.merge_groups(routing, together)
     return trip.home([y.reshape(*shape, -1)]), _flatten(routing, inner, gate)
 
 
@@ -426,7 +426,7 @@ def _count_dropped(routing: Routing, capacity: Capacity) -> Routing:
   first = zero
   if assignment.token is None:
     num_tokens = routing.logits.shape[1]
-    # As in `routing.decision` not in the gate's type: bfloat16 ends at 256.
+    # As in `routing.make_routing` not in the gate's type: bfloat16 ends at 256.
     ones = jnp.ones_like(assignment.gate[:, :num_tokens], dtype=zero.dtype)
     first = routing_lib.per_expert(
       ones, assignment.expert[:, :num_tokens], num_experts

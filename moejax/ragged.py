@@ -119,7 +119,7 @@ def _in_line(
     room: rows to set aside, no fewer than used edges.
   """
   G, S, D = x.shape
-  one = routing_lib.merge(assignment, S)
+  one = routing_lib.flatten_groups(assignment, S)
   line = seats_lib.line_up(one.expert, num_experts)
   rank = jnp.arange(room, dtype=jnp.int32)
   seats = Seats(

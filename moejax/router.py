@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import gating, named, placement
+from moejax import gating, named, sharding
 from moejax.routing import Routing
 
 _ZEROS = nn.initializers.zeros
@@ -44,7 +44,7 @@ class _Logits(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"]:
-    init = placement.with_axes(self.kernel_init, "embed", None)
+    init = sharding.with_axes(self.kernel_init, "embed", None)
     kernel = self.param(
       "kernel", init, (x.shape[-1], self.num_experts), jnp.float32
     )
@@ -113,7 +113,7 @@ class Router(nn.Module):
 
   def vector(self, name: str, start: float) -> Float[Array, "E"]:
     """A parameter with one entry per expert."""
-    init = placement.with_axes(nn.initializers.constant(start), None)
+    init = sharding.with_axes(nn.initializers.constant(start), None)
     return self.param(name, init, (self.num_experts,), jnp.float32)
 
 

@@ -97,7 +97,7 @@ def per_expert(
   )
 
 
-def from_choices(
+def from_token_choice(
   expert: Int[Array, "G S K"], gate: Float[Array, "G S K"]
 ) -> Assignment:
   """Tokens choose: all first choices come before all second choices."""
@@ -108,7 +108,7 @@ def from_choices(
   return Assignment(by_choice(expert), by_choice(gate))
 
 
-def from_picks(
+def from_expert_choice(
   token: Int[Array, "G E C"],
   gate: Float[Array, "G E C"],
   used: Bool[Array, "G E C"],
@@ -127,7 +127,7 @@ def from_picks(
   )
 
 
-def decision(
+def make_routing(
   assignment: Assignment,
   logits: Float[Array, "G S E"],
   mask: Bool[Array, "G S"] | None = None,
@@ -149,7 +149,7 @@ def decision(
   )
 
 
-def merge(assignment: Assignment, num_tokens: int) -> Assignment:
+def flatten_groups(assignment: Assignment, num_tokens: int) -> Assignment:
   """Makes one group, without its axis, of all."""
   G = assignment.expert.shape[0]
   if assignment.token is None:
@@ -170,7 +170,7 @@ def merge(assignment: Assignment, num_tokens: int) -> Assignment:
   )
 
 
-def together(routing: Routing, number: int) -> Routing:
+def merge_groups(routing: Routing, number: int) -> Routing:
   """Makes one group of every `number` that follow each other.
 
   It has the tokens, edges and sums of all. Tokens stay on the device where they
@@ -192,7 +192,7 @@ def together(routing: Routing, number: int) -> Routing:
     lambda value: value.reshape(-1, number, value.shape[1]), routing.assignment
   )
   return routing._replace(
-    assignment=jax.vmap(lambda each: merge(each, S))(edges),
+    assignment=jax.vmap(lambda each: flatten_groups(each, S))(edges),
     logits=in_a_row(routing.logits),
     importance=add(routing.importance),
     load=add(routing.load),
@@ -203,7 +203,7 @@ def together(routing: Routing, number: int) -> Routing:
   )
 
 
-def join(parts: Routing) -> Routing:
+def stack_microbatches(parts: Routing) -> Routing:
   """Makes one decision of those of M batches, which are stacked in front.
 
   It has the groups of all. Those of the same place in their batches follow
@@ -235,7 +235,9 @@ def join(parts: Routing) -> Routing:
     bias=first(parts.bias),
     dropped=merge(parts.dropped),
     dropped_first=merge(parts.dropped_first),
-    primary=None if parts.primary is None else join(parts.primary),
+    primary=None
+    if parts.primary is None
+    else stack_microbatches(parts.primary),
   )
 
 

@@ -17,7 +17,7 @@ def choices(random, unused=0.15):
   padding = random.random((G, S)) < unused
   expert = np.where(padding[..., None], E, order[..., :K]).astype("int32")
   gate = random.uniform(0.1, 1, (G, S, K)) * ~padding[..., None]
-  return routing.from_choices(
+  return routing.from_token_choice(
     jnp.asarray(expert), jnp.asarray(gate, jnp.float32)
   )
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from moejax import config as config_lib
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.data import text
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -64,7 +64,7 @@ def parameters(config):
 
   loss, tree = jax.eval_shape(init, batch)
   assert loss.shape == (rows, config.data.row_length)
-  return placement.unbox(tree)["params"]
+  return sharding.unbox(tree)["params"]
 
 
 def size(tree):

@@ -31,12 +31,12 @@ def make_level(seed, rows, experts, of_group, mask=None, picks=False):
     used = jnp.asarray(random.random(token.shape) < 0.7)
     if mask is not None:
       used &= jax.vmap(lambda real, token: real[token])(mask, token)
-    assignment = routing.from_picks(token, floats(*used.shape), used)
+    assignment = routing.from_expert_choice(token, floats(*used.shape), used)
   else:
     expert = some((rows, S, K), experts)
     if mask is not None:
       expert = jnp.where(mask[..., None], expert, experts)
-    assignment = routing.from_choices(expert, floats(*expert.shape))
+    assignment = routing.from_token_choice(expert, floats(*expert.shape))
   return Routing(
     assignment,
     logits=jnp.asarray(random.normal(size=(rows, S, experts)), jnp.float32),

@@ -14,10 +14,11 @@ from config_shapes import (
 from ml_collections import config_dict
 
 from moejax import config as config_lib
-from moejax import cost, named, options, seats, sharding
+from moejax import named, options, seats, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import vocab
 from moejax.models.layers import table_rows
+from moejax.planning import cost
 from moejax.training import optim
 
 

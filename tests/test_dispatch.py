@@ -304,7 +304,7 @@ def test_only_products_make_an_array_of_tokens_by_slots(name, kind, capacity):
   """Neither forward nor backward, though slots alone take far less."""
   tokens, num_experts, slots = 64, 16, capacity or 64
   shape = (1, tokens, K)
-  assignment = routing.from_choices(
+  assignment = routing.from_token_choice(
     jnp.zeros(shape, jnp.int32), jnp.ones(shape)
   )
   if kind == "edge_list":

@@ -28,7 +28,7 @@ from gatings import (
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moejax import gating, placement, sharding
+from moejax import gating, sharding
 
 NAMES = pytest.mark.parametrize("name", gating.GATING)
 
@@ -245,7 +245,7 @@ def test_every_device_routes_its_own_groups(name):
   want = jax.jit(fn)(logits, noise_std, mask)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
-  place = placement.batch_sharding(layout, mesh, 8)
+  place = sharding.batch_sharding(layout, mesh, 8)
   arrays = jax.device_put((logits, noise_std, mask), place)
   with sharding.use(layout, mesh):
     compiled = jax.jit(fn).lower(*arrays).compile()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import experts, losses, moe, placement, router, sharding
+from moejax import experts, losses, moe, router, sharding
 
 P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
 MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 7 > 0)
@@ -307,7 +307,7 @@ def test_devices_judge_the_balance_without_fetching_tokens(name):
 
   params = draw(module, (8, S))
   want = jax.jit(judge)(params, x)
-  x = jax.device_put(x, placement.batch_sharding(layout, mesh, len(x)))
+  x = jax.device_put(x, sharding.batch_sharding(layout, mesh, len(x)))
   with sharding.use(layout, mesh):
     compiled = jax.jit(judge).lower(params, x).compile()
   assert "all-gather" not in compiled.as_text()

@@ -16,19 +16,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax import (
-  collectives,
-  dispatch,
-  experts,
-  losses,
-  moe,
-  placement,
-  router,
-  sharding,
-)
-from moejax.collectives import Collective
+from moejax import dispatch, experts, losses, moe, router, sharding
 from moejax.data import text
 from moejax.models import lstm_lm
+from moejax.planning import collectives
+from moejax.planning.collectives import Collective
 from moejax.training import state
 
 # So wide a hidden layer that its rows weigh more than its matrix: XLA moves the
@@ -110,7 +102,7 @@ def forward(name, params, x):
 
 
 def step(name, params, x):
-  run = placement.gathered(functools.partial(forward, name))
+  run = sharding.gathered(functools.partial(forward, name))
   return jax.value_and_grad(run, (0, 1), has_aux=True)(params, x)
 
 
@@ -133,9 +125,9 @@ class OnMesh(NamedTuple):
 def on_all_devices(layout_name, name, fn=step):
   layout = sharding.LAYOUTS[layout_name]
   mesh = sharding.make_mesh(layout)
-  places = placement.shardings(boxed(name), layout, mesh)
+  places = sharding.shardings(boxed(name), layout, mesh)
   params = jax.device_put(nn.unbox(boxed(name)), places)
-  batch = placement.batch_sharding(layout, mesh, len(inputs()))
+  batch = sharding.batch_sharding(layout, mesh, len(inputs()))
   x = jax.device_put(inputs(), batch)
   kept = (None, (places, batch)) if fn is step else None
   with sharding.use(layout, mesh), stderr() as warnings:

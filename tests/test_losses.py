@@ -11,7 +11,7 @@ import reference
 import reference_losses
 from decisions import CASES, G, P, Q
 
-from moejax import gating, losses, placement, sharding
+from moejax import gating, losses, sharding
 
 # -- the same in loops, of decisions in NumPy ---------------------------------
 
@@ -359,7 +359,7 @@ def test_a_weight_for_what_no_layer_learns(name, field):
 def test_devices_exchange_sums_and_gather_no_tokens():
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
-  lie = placement.batch_sharding(layout, mesh, 8)
+  lie = sharding.batch_sharding(layout, mesh, 8)
   random = np.random.default_rng(0)
   logits = jnp.asarray(random.normal(size=(8, 6, 4)), jnp.float32)
   vector = jnp.full(4, 0.2, jnp.float32)

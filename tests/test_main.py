@@ -17,7 +17,7 @@ import pytest
 
 from moejax.data import text, word_ids
 from moejax.main import COMMANDS, main
-from moejax.training import program, state
+from moejax.training import session, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -413,14 +413,14 @@ def test_a_step_that_the_compiler_refuses_has_no_room(fails, monkeypatch):
     )
 
   lowered = types.SimpleNamespace(compile=refuse)
-  monkeypatch.setattr(program, "lower", lambda *args: lowered)
+  monkeypatch.setattr(session, "lower", lambda *args: lowered)
   said = fails()
   assert "a step takes 21,474,836,480 bytes" in said
   assert "which has 16,911,433,728," in said
 
 
 def test_what_a_checkpoint_keeps_of_a_cpu_counts(fails, monkeypatch):
-  monkeypatch.setattr(program, "bytes_needed", lambda step_fn: 1000)
+  monkeypatch.setattr(session, "bytes_needed", lambda step_fn: 1000)
   monkeypatch.setattr(state, "device_memory", lambda device: 1000)
   monkeypatch.setattr(state, "check_fits", lambda *args: None)
   assert "a step, and the state before it that is being saved" in fails()

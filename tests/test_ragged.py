@@ -8,15 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import (
-  collectives,
-  dispatch,
-  experts,
-  moe,
-  router,
-  routing,
-  sharding,
-)
+from moejax import dispatch, experts, moe, router, routing, sharding
+from moejax.planning import collectives
 from moejax.seats import Block
 
 # Two groups a device, two experts a device where 4 devices share them.
@@ -91,7 +84,7 @@ def choices(random):
   expert = order[..., :K]
   expert[random.random((G, S)) < 0.2] = E
   gate = random.uniform(0.1, 1, expert.shape)
-  return routing.from_choices(
+  return routing.from_token_choice(
     jnp.asarray(expert, jnp.int32), jnp.asarray(gate, jnp.float32)
   )
 
@@ -112,7 +105,7 @@ def crowd(random):
   """All tokens choose the same experts: as many rows as can come."""
   expert = np.broadcast_to(np.array([3, 6], np.int32), (G, S, K))
   gate = random.uniform(0.1, 1, expert.shape)
-  return routing.from_choices(
+  return routing.from_token_choice(
     jnp.asarray(expert), jnp.asarray(gate, jnp.float32)
   )
 

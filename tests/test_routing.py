@@ -22,7 +22,7 @@ def choices(seed=0):
 
 def test_first_choices_come_before_second_choices():
   expert, gate = choices()
-  assignment = routing.from_choices(jnp.asarray(expert), jnp.asarray(gate))
+  assignment = routing.from_token_choice(jnp.asarray(expert), jnp.asarray(gate))
   for g in range(G):
     order = [(s, k) for k in range(K) for s in range(S)]
     assert [int(e) for e in assignment.expert[g]] == [
@@ -40,7 +40,7 @@ def test_first_picks_come_before_second_picks():
   token = random.integers(0, S, (G, E, C)).astype("int32")
   gate = random.random((G, E, C)).astype("float32")
   used = random.random((G, E, C)) < 0.5
-  assignment = routing.from_picks(
+  assignment = routing.from_expert_choice(
     jnp.asarray(token), jnp.asarray(gate), jnp.asarray(used)
   )
   order = [(e, c) for c in range(C) for e in range(E)]
@@ -62,12 +62,14 @@ def test_a_decision_sums_up_its_edges():
     jnp.asarray([[0, 3, 0, E]], jnp.int32), jnp.asarray([[0.5, 1, 0.25, 0]])
   )
   logits, mask = jnp.ones((1, 2, E)), jnp.asarray([[True, False]])
-  got = routing.decision(assignment, logits, mask)
+  got = routing.make_routing(assignment, logits, mask)
   np.testing.assert_array_equal(got.importance, [[0.75, 0, 0, 1]])
   np.testing.assert_array_equal(got.count, [[2, 0, 0, 1]])
   np.testing.assert_array_equal(got.load, got.count)
   assert got.assignment is assignment and got.logits is logits
-  assert got.mask is mask and routing.decision(assignment, logits).mask is None
+  assert (
+    got.mask is mask and routing.make_routing(assignment, logits).mask is None
+  )
 
 
 def test_edges_may_name_their_tokens():
@@ -89,7 +91,9 @@ def test_merged_groups_keep_first_choices_first():
   random = np.random.default_rng(2)
   expert = random.integers(0, E + 1, (G, K * S)).astype("int32")
   gate = random.random((G, K * S)).astype("float32")
-  got = routing.merge(Assignment(jnp.asarray(expert), jnp.asarray(gate)), S)
+  got = routing.flatten_groups(
+    Assignment(jnp.asarray(expert), jnp.asarray(gate)), S
+  )
   assert got.token is None
   order = [(g, k * S + s) for k in range(K) for g in range(G) for s in range(S)]
   np.testing.assert_array_equal(got.expert, [expert[at] for at in order])
@@ -103,7 +107,9 @@ def test_merged_groups_keep_their_tokens():
   # The last of each group names no token at all.
   token = random.integers(0, S, (G, 11)).astype("int32")
   token[:, -1] = S
-  got = routing.merge(Assignment(*map(jnp.asarray, (expert, gate, token))), S)
+  got = routing.flatten_groups(
+    Assignment(*map(jnp.asarray, (expert, gate, token))), S
+  )
   np.testing.assert_array_equal(got.expert, expert.reshape(-1))
   np.testing.assert_array_equal(got.gate, gate.reshape(-1))
   want = [t + g * S if t < S else G * S for g in range(G) for t in token[g]]
@@ -114,7 +120,7 @@ def test_merged_groups_keep_their_tokens():
 def test_groups_that_are_together_are_one(picks):
   """With the tokens, edges and sums of all."""
   decision = drop(make_level(5, 4, E, (4, E), make_mask(5, 4, 1), picks))
-  got = jax.jit(routing.together, static_argnums=1)(decision, 2)
+  got = jax.jit(routing.merge_groups, static_argnums=1)(decision, 2)
   for name in ("importance", "load", "count", "dropped", "dropped_first"):
     before = np.asarray(getattr(decision, name))
     np.testing.assert_allclose(getattr(got, name), before[::2] + before[1::2])
@@ -175,7 +181,9 @@ def test_batches_that_are_joined_are_judged_as_one(case):
 
   @jax.jit
   def both():
-    return judge(routing.join(stacked)), judge(concatenate(first, second))
+    return judge(routing.stack_microbatches(stacked)), judge(
+      concatenate(first, second)
+    )
 
   got, want = both()
   assert want[0]["threshold", "batch"] != 0
@@ -197,7 +205,7 @@ def test_joined_groups_stay_where_they_lie():
   """What is stacked is joined without a word."""
   decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
   stacked = jax.tree.map(lambda value: jnp.stack([value, value]), decision)
-  assert not moved(routing.join, stacked, None, "group")
+  assert not moved(routing.stack_microbatches, stacked, None, "group")
 
 
 @pytest.mark.parametrize("number", [4, 8])
@@ -206,7 +214,7 @@ def test_groups_that_are_together_stay_where_they_lie(number):
   decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
 
   def judge(decision):
-    decision = routing.together(drop(decision), number)
+    decision = routing.merge_groups(drop(decision), number)
     values = [loss(decision) for loss in losses.LOSSES.values()]
     return values, losses.balance(decision)
 

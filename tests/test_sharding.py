@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import dispatch, experts, moe, placement, router, sharding
+from moejax import dispatch, experts, moe, router, sharding
 
 B, L, D, E = 8, 16, 5, 8
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
@@ -101,7 +101,7 @@ def test_off_the_mesh_nothing_is_asked_for():
 def test_batch_lies_over_every_device(layout):
   layout = sharding.LAYOUTS[layout]
   mesh = sharding.make_mesh(layout)
-  place = placement.batch_sharding(layout, mesh, len(inputs()))
+  place = sharding.batch_sharding(layout, mesh, len(inputs()))
   # Rows follow the devices, so that a process has those it reads.
   for i, device in enumerate(jax.devices()):
     assert place.addressable_devices_indices_map((B,))[device] == (
@@ -121,7 +121,7 @@ def test_what_does_not_divide_rests_whole():
   mesh = sharding.make_mesh(layout)
   shapes = {"odd": (9, 5), "two": (8, 24, 16), "step": ()}
   tree = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
-  places = placement.shardings(tree, layout, mesh)
+  places = sharding.shardings(tree, layout, mesh)
   assert places["odd"].is_fully_replicated
   assert places["step"].is_fully_replicated
   assert places["two"].shard_shape((8, 24, 16)) == (8, 3, 16)
@@ -141,7 +141,7 @@ def test_rules_follow_the_experts():
 def test_batch_must_divide():
   layout = sharding.LAYOUTS["expert"]
   with pytest.raises(ValueError, match="12 entries.*8 devices; choose batch"):
-    placement.batch_sharding(layout, sharding.make_mesh(layout), 12)
+    sharding.batch_sharding(layout, sharding.make_mesh(layout), 12)
 
 
 def alone(name):

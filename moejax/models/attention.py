@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import named, placement
+from moejax import named, sharding
 from moejax.models.layers import LSTMWeights, product, update_cells
 
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
     """Declares the weights for states of so many entries."""
 
     def param(name, axes, *shape):
-      init = placement.with_axes(_FAN_IN, *axes)
+      init = sharding.with_axes(_FAN_IN, *axes)
       return self.param(name, init, shape, jnp.float32)
 
     u = param("u", ("embed", "hidden"), inputs, self.width)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import placement, sharding
+from moejax import sharding
 
 
 class LSTMState(NamedTuple):
@@ -300,7 +300,7 @@ class LSTM(nn.Module):
     gates = 4 * self.units
 
     def param(name, init, axes, shape):
-      init = placement.with_axes(init, *axes)
+      init = sharding.with_axes(init, *axes)
       return self.param(name, init, shape, jnp.float32)
 
     w_in = param("w_in", _FAN_IN, ("embed", "hidden"), (inputs, gates))
@@ -395,6 +395,6 @@ class Embed(nn.Module):
   @nn.compact
   def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Looks words up; an id past the table's end gives NaN."""
-    init = placement.with_axes(_UNIT_ROWS, "vocab", "embed")
+    init = sharding.with_axes(_UNIT_ROWS, "vocab", "embed")
     shape = (table_rows(self.vocab_size, self.multiple), self.width)
     return look_up(self.param("table", init, shape, jnp.float32), ids)

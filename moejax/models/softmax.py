@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.models.layers import look_up, product, table_rows
 
 
@@ -122,7 +122,7 @@ class Softmax(nn.Module):
     )
     self.table = self.param(
       "table",
-      placement.with_axes(init, "vocab", "embed"),
+      sharding.with_axes(init, "vocab", "embed"),
       (table_rows(self.vocab_size, self.multiple), self.width),
       jnp.float32,
     )

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moejax.collectives import Collective
 from moejax.planning.chips import Chip, Topology
+from moejax.planning.collectives import Collective
 
 
 class _Line(NamedTuple):

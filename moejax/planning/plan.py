@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moejax import collectives, cost, work
 from moejax import config as config_lib
-from moejax.planning import network
+from moejax.planning import collectives, cost, network, work
 from moejax.planning.chips import Topology
-from moejax.training import processes, program, state, step
+from moejax.training import processes, session, state, step
 
 REPEATS = 3
 
@@ -181,20 +180,20 @@ def make(
     ValueError: the layout does not divide the devices, or the config; names
       both numbers.
   """
-  parts = program.build(config, vocab_size, topology.devices)
+  parts = session.build(config, vocab_size, topology.devices)
   _check_room(parts, topology)
-  lowered = program.lower(config, parts)
+  lowered = session.lower(config, parts)
   begin = time.monotonic()
   compiled, text, needs, limit = _compile(lowered)
   took = time.monotonic() - begin
   found = collectives.read(text, parts.mesh)
   done = list(work.instructions(text))
-  total, _ = program.sizes(parts.target.params)
-  parameters = state.bytes_per_device(parts.target.params)
-  optimizer = state.bytes_per_device(parts.target.opt_state)
+  total, _ = session.sizes(parts.abstract_state.params)
+  parameters = state.bytes_per_device(parts.abstract_state.params)
+  optimizer = state.bytes_per_device(parts.abstract_state.opt_state)
   rest = needs - parameters - optimizer
   if topology.is_here:
-    rest += program.bytes_beside(parts)
+    rest += session.bytes_beside(parts)
   memory = Memory(parameters, optimizer, rest, limit or _has(topology))
   runs = topology.is_here and compiled is not None and memory.fits
   return Plan(
@@ -231,7 +230,7 @@ def _compile(
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-      compiled, refused = None, program.out_of_memory(str(error))
+      compiled, refused = None, session.out_of_memory(str(error))
       if refused is None:
         raise
     # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
@@ -242,13 +241,13 @@ def _compile(
       text = compiled.as_text()
   if compiled is None:
     return None, text, *refused
-  return compiled, text, program.bytes_needed(compiled), None
+  return compiled, text, session.bytes_needed(compiled), None
 
 
-def _check_room(parts: program.Parts, topology: Topology) -> None:
+def _check_room(parts: session.Session, topology: Topology) -> None:
   """Refuses what no compiler could make fit, before it tries for minutes."""
   has = _has(topology)
-  needs = state.bytes_per_device(parts.target)
+  needs = state.bytes_per_device(parts.abstract_state)
   if has is not None and needs > has:
     raise DoesNotFit(
       f"parameters and optimiser state alone need {in_bytes(needs)} of each"
@@ -288,7 +287,7 @@ def _estimate(
 def _measure(
   config: config_lib.Config,
   compiled: jax.stages.Compiled,
-  parts: program.Parts,
+  parts: session.Session,
 ) -> float:
   """Returns the median seconds of a step, after one for nothing."""
   current = state.create(

@@ -146,7 +146,7 @@ class Checkpoints:
     as damaged-STEP-... and passed over for the one before.
 
     Args:
-      target: shapes, types and shardings to restore into (`state.target`).
+      target: as of `state.abstract_state`, to restore into.
 
     Raises:
       OSError: a file cannot be read, which does not say that it is damaged.

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.data import text
 from moejax.training import step
 
@@ -42,7 +42,7 @@ def evaluator(
     FloatingPointError: when called, the loss is not a finite number.
   """
   eval_fn = jax.jit(functools.partial(step.eval_step, model=model))
-  where = placement.batch_sharding(layout, mesh, batch_size)
+  where = sharding.batch_sharding(layout, mesh, batch_size)
 
   def evaluate(params, rows):
     sums: collections.Counter[str] = collections.Counter()

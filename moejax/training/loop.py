@@ -20,7 +20,7 @@ from moejax.training import (
   judge,
   metrics,
   processes,
-  program,
+  session,
   state,
   step,
 )
@@ -83,11 +83,11 @@ def _train_alone(
     _print(f"finished before: {_outcome(finished, config, workdir)}")
     return finished
   data = processes.first_then_others(lambda: config_lib.data(config, workdir))
-  parts = program.build(config, len(data.vocabulary))
+  parts = session.build(config, len(data.vocabulary))
   model, schedule, tx, layout, mesh, where, shapes, target = parts
   for line in _about_model(target, layout, mesh):
     _print(line)
-  in_layout = functools.partial(state.target, model, tx, shapes)
+  in_layout = functools.partial(state.abstract_state, model, tx, shapes)
   # Before a large text is first read, which takes long.
   state.check_fits(target, in_layout, layout, mesh)
   rows = {split: data.rows(split) for split in data.splits}
@@ -111,7 +111,7 @@ def _train_alone(
   )
   _print(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
   _print("compiling the training step")
-  step_fn = program.compiled(config, parts)
+  step_fn = session.compiled(config, parts)
   evaluate_on = run_lib.evaluator(config, parts)
   translator = None
   if config_lib.translates(config):
@@ -283,7 +283,7 @@ def _about_model(
   target: state.TrainState, layout: sharding.Layout, mesh: jax.sharding.Mesh
 ) -> Iterator[str]:
   """Yields how large it is, for the person who started the run."""
-  total, inner = program.sizes(target.params)
+  total, inner = session.sizes(target.params)
   opt_state = jax.tree.leaves(target.opt_state)
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
   kind = mesh.devices.flat[0].platform

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from moejax import placement
+from moejax import sharding
 
 Schedule = optax.Schedule
 Update = optax.GradientTransformation
@@ -162,7 +162,7 @@ def _rule_of_each(params: Any) -> Any:
     in_front = sum(field in _IN_FRONT for field in fields)
     return "factored" if w.ndim - in_front >= 2 else "unfactored"
 
-  return jax.tree.map_with_path(rule, placement.unbox(params))
+  return jax.tree.map_with_path(rule, sharding.unbox(params))
 
 
 class FactoredState(NamedTuple):

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import bucket, files, placement, terminal
+from moejax import bucket, files, sharding, terminal
 from moejax.training import meeting
 
 _Made = TypeVar("_Made")
@@ -334,7 +334,7 @@ def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def votes(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
   """Returns the shape, type and sharding of what `vote` makes."""
-  where = placement.device_sharding(mesh)
+  where = sharding.device_sharding(mesh)
   return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=where)
 
 

@@ -15,7 +15,7 @@ from moejax.training import (
   evaluate,
   judge,
   metrics,
-  program,
+  session,
   translate,
 )
 from moejax.training.state import TrainState
@@ -57,7 +57,7 @@ def evaluate_run(
   rows = data.rows(split)
   if not files:
     workdir_lib.check_text({split: rows.digest}, workdir)
-  parts = program.build(config, len(data.vocabulary))
+  parts = session.build(config, len(data.vocabulary))
   state = best(workdir, parts)
   values: dict[str, Any] = evaluator(config, parts)(state.params, rows)
   values["step"] = int(state.step)
@@ -134,7 +134,7 @@ def translate_run(
       f"the run in {workdir} translates into several languages; ask for one by"
       f" --language: {', '.join(pieces.languages)}."
     )
-  parts = program.build(config, len(pieces))
+  parts = session.build(config, len(pieces))
   translator = make_translator(config, parts, pieces, **search)
   translator.tag(language)
   params = best(workdir, parts).params
@@ -157,7 +157,7 @@ def _recall(workdir: files_lib.Path, layout: str) -> config_lib.Config:
 
 
 def evaluator(
-  config: config_lib.Config, parts: program.Parts
+  config: config_lib.Config, parts: session.Session
 ) -> evaluate.Evaluator:
   """Evaluates by rows of a microbatch: what is in memory at once is no more."""
   rows = config.data.batch_size // config_lib.train(config).microbatches
@@ -165,7 +165,10 @@ def evaluator(
 
 
 def make_translator(
-  config: config_lib.Config, parts: program.Parts, pieces: Pieces, **search: Any
+  config: config_lib.Config,
+  parts: session.Session,
+  pieces: Pieces,
+  **search: Any,
 ) -> translate.Translator:
   """Translates by as many hypotheses at once as a microbatch has rows."""
   rows = config.data.batch_size // config_lib.train(config).microbatches
@@ -180,7 +183,7 @@ def make_translator(
   )
 
 
-def best(workdir: files_lib.Path, parts: program.Parts) -> TrainState:
+def best(workdir: files_lib.Path, parts: session.Session) -> TrainState:
   """Restores the best checkpoint of a run, which may still be training.
 
   Says so where a better one is damaged or gone.
@@ -196,7 +199,7 @@ def best(workdir: files_lib.Path, parts: program.Parts) -> TrainState:
   files_lib.refuse_odd_in(workdir / CHECKPOINTS, written=False)
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
-    found = checkpoints.best(parts.target)
+    found = checkpoints.best(parts.abstract_state)
     newest = checkpoints.newest()
   if found is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from moejax import placement, sharding
+from moejax import sharding
 
 
 class TrainState(NamedTuple):
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 InLayout = Callable[[sharding.Layout, sharding.AnyMesh], TrainState]
 
 
-def target(
+def abstract_state(
   model: nn.Module,
   tx: optax.GradientTransformation,
   batch: Mapping[str, jax.ShapeDtypeStruct],
@@ -49,7 +49,7 @@ def target(
       leaf.shape, leaf.dtype, sharding=where
     ),
     nn.unbox(boxed),
-    placement.shardings(boxed, layout, mesh),
+    sharding.shardings(boxed, layout, mesh),
   )
 
 
@@ -184,10 +184,10 @@ def create(
   Parameters and optimiser state come out of one jitted function in their own
   shardings: no device ever holds a full copy of a split array.
   """
-  where = shardings(target(model, tx, batch, layout, mesh))
+  where = shardings(abstract_state(model, tx, batch, layout, mesh))
   with sharding.use(layout, mesh):
     init = jax.jit(
-      lambda: placement.unbox(_init(model, tx, batch, seed)),
+      lambda: sharding.unbox(_init(model, tx, batch, seed)),
       out_shardings=where,
     )
     return init()

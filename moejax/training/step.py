@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from moejax import losses, named, placement, routing
+from moejax import losses, named, routing, sharding
 from moejax.moe import ROUTING
 from moejax.routing import Routing
 from moejax.training.state import TrainState
@@ -55,8 +55,8 @@ def train_step(
 
   Balance losses over "microbatch" are taken of each and averaged: another
   quantity, as CV^2 is not linear. Over "batch" they are those of the groups of
-  all together (`routing.join`), and so are the metrics. That keeps all routing
-  decisions, and runs the forward pass twice.
+  all together (`routing.stack_microbatches`), and so are the metrics. That
+  keeps all routing decisions, and runs the forward pass twice.
 
   Raises:
     ValueError: the microbatches do not divide the rows of the batch, or an
@@ -84,7 +84,7 @@ def train_step(
     )
     return loss.sum() / words, losses.routings(sown)
 
-  run, parts = BALANCE_OVER[balance_over](placement.gathered(run), microbatches)
+  run, parts = BALANCE_OVER[balance_over](sharding.gathered(run), microbatches)
 
   def loss_fn(params, index):
     task, routings = run(params, index)
@@ -151,7 +151,7 @@ def _together(run: _Run, microbatches: int) -> tuple[_Run, int]:
 
     zero = jnp.zeros((), jnp.float32)
     loss, stacked = jax.lax.scan(add, zero, jnp.arange(microbatches))
-    return loss, [routing.join(each) for each in stacked]
+    return loss, [routing.stack_microbatches(each) for each in stacked]
 
   return run_all, 1
 
@@ -171,7 +171,7 @@ def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
       {"params": params}, batch, train=False, mutable=[ROUTING], method="loss"
     )
 
-  loss, sown = placement.gathered(run)(params)
+  loss, sown = sharding.gathered(run)(params)
   words = batch["mask"].sum().astype(jnp.float32)
   balance = {n: v * words for n, v in losses.balance(sown).items()}
   return {"loss": loss.sum(), "words": words, **balance}

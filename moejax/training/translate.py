@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.data import sources
 from moejax.data.pieces import Pieces
 from moejax.data.sources import SourceRows
@@ -54,14 +54,14 @@ def finder(
     step = functools.partial(apply, method="step")
     return search(step, memory, state, segment > 0)
 
-  whole = placement.whole_sharding(mesh)
+  whole = sharding.whole_sharding(mesh)
 
   @functools.partial(jax.jit, out_shardings=whole)
   def found(params, *source):
-    return placement.gathered(run)(params, *source)
+    return sharding.gathered(run)(params, *source)
 
   def translate(params, batch):
-    where = placement.batch_sharding(layout, mesh, len(batch.source))
+    where = sharding.batch_sharding(layout, mesh, len(batch.source))
     source = (
       jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
       for rows in (batch.source, batch.source_segment, batch.source_start)

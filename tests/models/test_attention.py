@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import recurrent
 
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.models import attention, layers
 
 B, L, M, D, H, N = 2, 7, 6, 4, 5, 3
@@ -190,7 +190,7 @@ def test_eight_devices_agree_and_only_sum_weight_gradients(form):
   alone, y_alone = jax.jit(lambda given: gradients(run, form, given))(given)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
-  batch = placement.batch_sharding(layout, mesh, len(given["x"]))
+  batch = sharding.batch_sharding(layout, mesh, len(given["x"]))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   given = {
     name: jax.device_put(a, batch if name in ("x", "states") else everywhere)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import recurrent
 
-from moejax import experts, losses, moe, placement, router, sharding
+from moejax import experts, losses, moe, router, sharding
 from moejax.models import attention, gnmt, layers
 
 V, D, H, N, E, F, K = 11, 4, 5, 3, 4, 3, 2
@@ -342,8 +342,8 @@ def test_experts_over_eight_devices_give_the_same():
   mesh = sharding.make_mesh(layout)
   init = functools.partial(model.init, jax.random.key(0), method="loss")
   boxed = jax.eval_shape(init, batch)["params"]
-  places = placement.shardings(boxed, layout, mesh)
-  where = placement.batch_sharding(layout, mesh, 8)
+  places = sharding.shardings(boxed, layout, mesh)
+  where = sharding.batch_sharding(layout, mesh, 8)
   with sharding.use(layout, mesh):
     got = jax.jit(step, out_shardings=(None, places))(
       jax.device_put(params, places), jax.device_put(batch, where)

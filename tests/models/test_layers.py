@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import recurrent
 
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.models import layers
 
 NAMES = ("x", "w_in", "w_rec", "bias", "w_out")
@@ -183,7 +183,7 @@ def test_eight_devices_agree_with_one_and_only_sum_weight_gradients(projected):
   alone = gradients(layers.lstm, *args)
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
-  batch = placement.batch_sharding(layout, mesh, args[0].shape[0])
+  batch = sharding.batch_sharding(layout, mesh, args[0].shape[0])
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   places = (batch, batch, *(everywhere,) * len(args[2:]))
   args = tuple(jax.device_put(a, s) for a, s in zip(args, places, strict=True))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import collectives, placement, sharding
+from moejax import sharding
 from moejax.data import text
 from moejax.models import lstm_lm
+from moejax.planning import collectives
 
 # Rows up to a multiple of 8: six of them are no word.
 B, L, V, D, ROWS = 8, 3, 2042, 64, 2048
@@ -64,9 +65,9 @@ def gradient(num_samples, params, batch):
 def on_mesh(num_samples, name):
   layout = LAYOUTS[name]
   mesh = sharding.make_mesh(layout)
-  places = placement.shardings(boxed(), layout, mesh)
+  places = sharding.shardings(boxed(), layout, mesh)
   params = jax.device_put(nn.unbox(boxed()), places)
-  where = placement.batch_sharding(layout, mesh, B)
+  where = sharding.batch_sharding(layout, mesh, B)
   rows = jax.device_put(batch(), where)
   with sharding.use(layout, mesh):
     run = jax.jit(

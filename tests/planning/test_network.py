@@ -5,8 +5,8 @@ import pytest
 import topology
 
 from moejax import sharding
-from moejax.collectives import Collective
 from moejax.planning import chips, network
+from moejax.planning.collectives import Collective
 
 SENT = 10**9
 EXPERT = sharding.LAYOUTS["expert"]

@@ -10,8 +10,8 @@ import pytest
 import topology
 
 from moejax import config as config_lib
-from moejax import cost, seats
-from moejax.planning import chips, command, plan, report, search
+from moejax import seats
+from moejax.planning import chips, command, cost, plan, report, search
 from moejax.training import state
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

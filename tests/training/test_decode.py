@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import collectives, placement, sharding
+from moejax import sharding
+from moejax.planning import collectives
 from moejax.training import decode
 
 START, END = 1, 2
@@ -363,7 +364,7 @@ def test_a_place_without_attention_leaves_scores_finite():
 def test_rows_split_over_devices_are_translated_the_same(search, options):
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout)
-  where = placement.batch_sharding(layout, mesh, B)
+  where = sharding.batch_sharding(layout, mesh, B)
   args = jax.device_put((jnp.arange(B), jnp.asarray(SOURCE)), where)
   with sharding.use(layout, mesh):
     found = compiled.__wrapped__(search, "plain", options)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import experts, moe, placement, router, sharding
+from moejax import experts, moe, router, sharding
 from moejax.data import text, vocab
 from moejax.models import layers, lstm_lm
 from moejax.training import evaluate
@@ -34,7 +34,7 @@ def parameters():
   batch = next(text.eval_batches(ROWS, 8))
   init = functools.partial(model().init, jax.random.key(0), method="loss")
   boxed = jax.jit(init)(batch)["params"]
-  return jax.tree.map(lambda w: 3 * w + 0.1, placement.unbox(boxed))
+  return jax.tree.map(lambda w: 3 * w + 0.1, sharding.unbox(boxed))
 
 
 @functools.cache

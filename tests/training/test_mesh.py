@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moejax import config as config_lib
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.training import state, step
 
 B, L, V, STEPS, CLIP = 32, 8, 40, 50, 0.3
@@ -151,7 +151,7 @@ def train(name, on=None):
     for name, rows in batch_of(0).items()
   }
   current = state.create(model, tx, shapes, SEED, layout, mesh)
-  where = placement.batch_sharding(layout, mesh, B)
+  where = sharding.batch_sharding(layout, mesh, B)
   step_fn = jax.jit(
     functools.partial(
       step.train_step,

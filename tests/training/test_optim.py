@@ -287,7 +287,7 @@ def factors(of):
   ],
 )
 def test_factors_lie_as_their_matrices_do(on, rows, columns):
-  of_rows, of_columns = factors(state.target(*on_mesh(on)))
+  of_rows, of_columns = factors(state.abstract_state(*on_mesh(on)))
   spec = jax.sharding.PartitionSpec
   assert of_rows["w_in"].sharding.spec == spec(*rows)
   assert of_columns["w_in"].sharding.spec == spec(*columns)
@@ -309,7 +309,7 @@ def test_factors_move_to_another_mesh_by_a_checkpoint(tmp_path):
   checkpoints.wait()
   want = jax.device_get(update(saved.params, saved.opt_state))
   for on in ("expert_model", "fsdp"):
-    target = state.target(*on_mesh(on))
+    target = state.abstract_state(*on_mesh(on))
     restored = checkpoints.latest(target).state
     for leaf in jax.tree.leaves(factors(saved)):
       assert np.abs(leaf).max() > 0

@@ -29,7 +29,7 @@ def in_layout(layout, mesh, tx=ADAM, mixtures=(MIXTURE,)):
     name: jax.ShapeDtypeStruct((B, L), dtype)
     for name, dtype in text.TYPES.items()
   }
-  return state.target(model, tx, batch, layout, mesh)
+  return state.abstract_state(model, tx, batch, layout, mesh)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax import experts, losses, moe, placement, router, sharding
+from moejax import experts, losses, moe, router, sharding
 from moejax.models import layers, lstm_lm
 from moejax.training import state, step
 
@@ -86,7 +86,7 @@ def run(net, batch=BATCH, steps=1, layout=LAYOUT, devices=1, tx=SGD, **options):
   where = (layout, devices, tx, rows)
   current, mesh = make(net, *where)
   fn = step_fn(net, *where, **options)
-  lie = placement.batch_sharding(layout, mesh, rows)
+  lie = sharding.batch_sharding(layout, mesh, rows)
   with sharding.use(layout, mesh):
     for _ in range(steps):
       current, metrics = fn(current, step.place(batch, lie))
@@ -296,7 +296,9 @@ def test_target_is_what_create_makes():
     name: jax.ShapeDtypeStruct(value.shape, value.dtype)
     for name, value in BATCH.items()
   }
-  target = state.target(model(**NOISY), CLIPPED_ADAM, shapes, layout, mesh)
+  target = state.abstract_state(
+    model(**NOISY), CLIPPED_ADAM, shapes, layout, mesh
+  )
 
   def same(want, got):
     assert want.shape == got.shape and want.dtype == got.dtype

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.data.sources import SourceRows
 from moejax.training import decode, translate
 
@@ -45,7 +45,7 @@ def translator(search, layout_name):
   layout = sharding.LAYOUTS[layout_name]
   mesh = sharding.make_mesh(layout)
   params = {"table": jnp.zeros((V, V))}
-  params = jax.device_put(params, placement.shardings(params, layout, mesh))
+  params = jax.device_put(params, sharding.shardings(params, layout, mesh))
   run = translate.finder(Repeats(), search, layout, mesh)
   return functools.partial(run, params)
 

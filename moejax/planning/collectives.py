@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moejax import hlo
+from moejax.planning import hlo
 
 
 class Collective(NamedTuple):

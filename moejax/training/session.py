@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 
 from moejax import config as config_lib
-from moejax import placement, sharding
+from moejax import sharding
 from moejax.training import optim, processes, state, step
 
 
-class Parts(NamedTuple):
+class Session(NamedTuple):
   """What a config describes, on devices.
 
   Attributes:
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     mesh: of the devices.
     where: a batch lies.
     shapes: of a batch's arrays.
-    target: shapes, types and shardings of what training changes.
+    abstract_state: shapes, types and shardings of what training changes.
   """
 
   model: nn.Module
@@ -37,14 +37,14 @@ class Parts(NamedTuple):
   mesh: jax.sharding.Mesh
   where: jax.sharding.Sharding
   shapes: Mapping[str, jax.ShapeDtypeStruct]
-  target: state.TrainState
+  abstract_state: state.TrainState
 
 
 def build(
   config: config_lib.Config,
   vocab_size: int,
   devices: Sequence[jax.Device] | None = None,
-) -> Parts:
+) -> Session:
   """Builds what a config describes.
 
   Args:
@@ -60,11 +60,11 @@ def build(
   schedule, tx = config_lib.optimizer(config)
   layout = config_lib.layout(config)
   mesh = sharding.make_mesh(layout, devices)
-  where = placement.batch_sharding(layout, mesh, config.data.batch_size)
+  where = sharding.batch_sharding(layout, mesh, config.data.batch_size)
   _check_own_rows(where, config.data.batch_size, layout)
   shapes = config_lib.batch_shapes(config)
-  target = state.target(model, tx, shapes, layout, mesh)
-  return Parts(model, schedule, tx, layout, mesh, where, shapes, target)
+  abstract = state.abstract_state(model, tx, shapes, layout, mesh)
+  return Session(model, schedule, tx, layout, mesh, where, shapes, abstract)
 
 
 def _check_own_rows(
@@ -98,7 +98,7 @@ def sizes(params: Any) -> tuple[int, int]:
   return size(params), size(inner)
 
 
-def compiled(config: config_lib.Config, parts: Parts) -> jax.stages.Compiled:
+def compiled(config: config_lib.Config, parts: Session) -> jax.stages.Compiled:
   """Compiles the step of `lower`; refuses one that a device has no room for.
 
   Raises:
@@ -121,10 +121,11 @@ def compiled(config: config_lib.Config, parts: Parts) -> jax.stages.Compiled:
       what = "a step, and the state before it that is being saved, take"
     if needs <= has:
       return step_fn
+  least = state.with_gradients(parts.abstract_state)
   raise ValueError(
     f"{what} {needs:,} bytes of each device in layout"
     f" {parts.layout.name!r}, which has {has:,}, though parameters, gradients"
-    f" and optimiser state take only {state.with_gradients(parts.target):,};"
+    f" and optimiser state take only {least:,};"
     " take more config.train.microbatches, which are"
     f" {config.train.get('microbatches', 1)}, or look by `moejax plan` for a"
     " layout that fits."
@@ -138,14 +139,14 @@ def bytes_needed(step_fn: jax.stages.Compiled) -> int:
   return about.argument_size_in_bytes + results + about.temp_size_in_bytes
 
 
-def bytes_beside(parts: Parts) -> int:
+def bytes_beside(parts: Session) -> int:
   """Returns what the state before a step takes of one device in it.
 
   While that is being saved it stays where it is on a CPU; elsewhere it is
   copied away first.
   """
   on_host = parts.mesh.local_devices[0].platform == "cpu"
-  return state.bytes_per_device(parts.target) if on_host else 0
+  return state.bytes_per_device(parts.abstract_state) if on_host else 0
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
@@ -167,7 +168,7 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def lower(config: config_lib.Config, parts: Parts) -> jax.stages.Lowered:
+def lower(config: config_lib.Config, parts: Session) -> jax.stages.Lowered:
   """Lowers the step (state, batch, votes) -> (state, metrics).
 
   The first argument is donated. The votes are those of `processes.vote`, which
@@ -192,7 +193,7 @@ def lower(config: config_lib.Config, parts: Parts) -> jax.stages.Lowered:
 
   step_fn = jax.jit(
     run,
-    out_shardings=(state.shardings(parts.target), None),
+    out_shardings=(state.shardings(parts.abstract_state), None),
     donate_argnums=0,
   )
   batch = {
@@ -200,4 +201,6 @@ def lower(config: config_lib.Config, parts: Parts) -> jax.stages.Lowered:
     for name, a in parts.shapes.items()
   }
   with sharding.use(parts.layout, parts.mesh):
-    return step_fn.lower(parts.target, batch, processes.votes(parts.mesh))
+    return step_fn.lower(
+      parts.abstract_state, batch, processes.votes(parts.mesh)
+    )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import topology
 
-from moejax import collectives, hlo, kernels, work
+from moejax import kernels
 from moejax.models import layers
+from moejax.planning import collectives, hlo, work
 
 M, N, K, A, B = 256, 128, 384, 3, 5
 WHERE = {"cpu": lambda: jax.devices()[0], "tpu": lambda: topology.chips()[0]}

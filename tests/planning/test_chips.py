@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 import topology
 
-from moejax import collectives, experts, moe, placement, router, sharding
+from moejax import experts, moe, router, sharding
+from moejax.planning import collectives
 
 B, S, D, F, E, Q, K = 8, 64, 256, 2048, 8, 4, 2
 # The bytes of the routed tokens that one chip has, in bfloat16.
@@ -48,8 +49,8 @@ def gradient(layout, name):
   module = layer(name)
   x = jax.ShapeDtypeStruct((B, S, D), jnp.bfloat16)
   boxed = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), x)
-  params, places = nn.unbox(boxed), placement.shardings(boxed, layout, mesh)
-  batch = placement.batch_sharding(layout, mesh, B)
+  params, places = nn.unbox(boxed), sharding.shardings(boxed, layout, mesh)
+  batch = sharding.batch_sharding(layout, mesh, B)
 
   def loss(params, x):
     y = module.apply(params, x, train=True)
@@ -57,7 +58,7 @@ def gradient(layout, name):
 
   with sharding.use(layout, mesh):
     run = jax.jit(
-      jax.grad(placement.gathered(loss), (0, 1)),
+      jax.grad(sharding.gathered(loss), (0, 1)),
       in_shardings=(places, batch),
       out_shardings=(places, batch),
     )

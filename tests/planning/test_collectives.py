@@ -10,8 +10,8 @@ import pytest
 import topology
 from jax.sharding import PartitionSpec as P
 
-from moejax import collectives
-from moejax.collectives import Collective
+from moejax.planning import collectives
+from moejax.planning.collectives import Collective
 
 AXES = ("data", "expert", "model")
 ALL = P(AXES)

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moejax import hlo
-from moejax.hlo import Op, Program
+from moejax.planning import hlo
+from moejax.planning.hlo import Op, Program
 
 
 class Work(NamedTuple):

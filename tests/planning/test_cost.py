@@ -12,8 +12,9 @@ from config_shapes import (
   size,
 )
 
-from moejax import cost, experts, moe, router
+from moejax import experts, moe, router
 from moejax.models import layers, softmax
+from moejax.planning import cost
 
 # What a layer adds and no matrix multiplies.
 BIASES = ("bias", "log_thresholds", "v")
