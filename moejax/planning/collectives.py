@@ -33,8 +33,8 @@ class Collective(NamedTuple):
   is_bounded: bool
 
 
-# The least that a device of a group of n sends for a result of b bytes: in rings
-# for the first three.
+# The least that one of n devices sends for a result of b bytes; in rings for the
+# first three.
 KINDS = {
   "all-gather": lambda b, n: b * (n - 1) // n,
   "all-reduce": lambda b, n: 2 * b * (n - 1) // n,

@@ -108,7 +108,7 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
         copies += 1
         # A single expert needs no router.
         share *= shares.get((*path[:depth], _ROUTER_OF[name]), 1)
-    # Every level of a mixture puts an axis in front; v of attention is a column.
+    # Each level of a mixture puts an axis in front; attention's v is a column.
     if len(leaf.shape) - copies < 2 or path == ("attention", "v"):
       sums["biases"] += size
       continue

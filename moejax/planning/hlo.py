@@ -273,9 +273,7 @@ def _all_known(ops: list[Op], known: _Numbers) -> dict[int, int]:
   return {i: number for i, number in numbers.items() if number is not None}
 
 
-def _number(
-  op: Op, known: _Numbers, told: dict[str, int | None]
-) -> int | None:
+def _number(op: Op, known: _Numbers, told: dict[str, int | None]) -> int | None:
   """Returns the whole number that an instruction makes, if easily told."""
   if op.name in told:
     return told[op.name]

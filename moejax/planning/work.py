@@ -273,7 +273,9 @@ def _changes(op: Op) -> list[tuple[Op, int] | None]:
       base = base.operands[0]
     # Which operand of the fusion it is; what the fusion makes itself is new.
     is_outside = base.opcode == "parameter"
-    found.append((op.operands[int(base.inputs)], changed) if is_outside else None)
+    found.append(
+      (op.operands[int(base.inputs)], changed) if is_outside else None
+    )
   return found
 
 
