@@ -33,7 +33,7 @@ class Collective(NamedTuple):
   is_bounded: bool
 
 
-# The least that one of n devices sends for a result of b bytes; in rings for the
+# What one of n devices sends at least for a result of b bytes; in rings for the
 # first three.
 KINDS = {
   "all-gather": lambda b, n: b * (n - 1) // n,
