@@ -225,7 +225,7 @@ def make(
     flops=sum(each.flops for each in done),
     is_bounded=all(each.is_bounded for each in done),
     collectives=found,
-    estimate=chip and _estimate(done, found, topology, parts.mesh),
+    estimate=chip and estimate(done, found, topology, parts.mesh),
     words=math.prod(parts.shapes["mask"].shape),
     compile_seconds=took,
     peak_flops=chip and chip.flops,
@@ -261,12 +261,13 @@ def _compile(
   return compiled, text, session.bytes_needed(compiled), None
 
 
-def _estimate(
+def estimate(
   done: list[work.Work],
   found: list[collectives.Collective],
   topology: Topology,
   mesh: jax.sharding.Mesh,
 ) -> Estimate:
+  """Adds up the seconds of instructions and of collectives."""
   matrix = memory = 0.0
   for each in done:
     by_product = each.flops / topology.chip.flops

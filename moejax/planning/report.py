@@ -182,14 +182,17 @@ def _cells(outcome: Outcome) -> dict[str, str]:
 
 def _collectives(plan: Plan) -> list[list[str]]:
   """Adds up the collectives of a kind and of axes, the largest first."""
-  sums = collections.defaultdict(lambda: np.zeros(2, int))
+  times, sent = collections.Counter(), collections.Counter()
   for each in plan.collectives:
     axes = "groups of no axis" if each.axes is None else " ".join(each.axes)
-    sums[each.kind, axes] += each.times, each.times * each.wire_bytes
-  return [
-    [*key, f"{n:,}", f"{with_prefix(sent // n)}B", f"{with_prefix(sent)}B"]
-    for key, (n, sent) in sorted(sums.items(), key=lambda item: -item[1][1])
-  ]
+    times[each.kind, axes] += each.times
+    sent[each.kind, axes] += each.times * each.wire_bytes
+  rows = []
+  for key, total in sent.most_common():
+    n = times[key]
+    each, all_of_them = with_prefix(total // n), with_prefix(total)
+    rows.append([*key, f"{n:,}", f"{each}B", f"{all_of_them}B"])
+  return rows
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
