@@ -23,6 +23,7 @@ class Chip(NamedTuple):
   """What a device can do at best, as its maker says.
 
   Attributes:
+    kind: how a device at hand begins to call itself.
     flops: of its matrix units a second, bfloat16 operands, without sparsity.
     memory: bytes of its large memory.
     memory_rate: bytes to or from it a second.
@@ -33,6 +34,7 @@ class Chip(NamedTuple):
     wraps: a side of so many devices, or of a multiple, closes to a ring.
   """
 
+  kind: str
   flops: float
   memory: float
   memory_rate: float
@@ -49,22 +51,13 @@ class Chip(NamedTuple):
 # links. GPUs: NVIDIA's H100 and H200 data sheets, SXM, dense; 900 GB/s of
 # NVLink is both directions of 18 links.
 CHIPS = {
-  "v4": Chip(275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4),
-  "v5e": Chip(197e12, 16 * GIB, 819e9, 50e9, 4, 2, 16),
-  "v5p": Chip(459e12, 95 * GIB, 2765e9, 100e9, 6, 3, 4),
-  "v6e": Chip(918e12, 32 * GIB, 1638e9, 100e9, 4, 2, 16),
-  "h100": Chip(989e12, 80e9, 3350e9, 25e9, 18, 0),
-  "h200": Chip(989e12, 141e9, 4800e9, 25e9, 18, 0),
-}
-# How a device at hand calls itself.
-_KINDS = {
-  "v4": "TPU v4",
-  "v5e": "TPU v5 lite",
-  "v5p": "TPU v5",
-  "v6e": "TPU v6 lite",
+  "v4": Chip("TPU v4", 275e12, 32 * GIB, 1200e9, 50e9, 6, 3, 4),
+  "v5e": Chip("TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 4, 2, 16),
+  "v5p": Chip("TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 6, 3, 4),
+  "v6e": Chip("TPU v6 lite", 918e12, 32 * GIB, 1638e9, 100e9, 4, 2, 16),
   # Those on a PCIe card or with NVL are slower.
-  "h100": "NVIDIA H100 80GB HBM3",
-  "h200": "NVIDIA H200",
+  "h100": Chip("NVIDIA H100 80GB HBM3", 989e12, 80e9, 3350e9, 25e9, 18, 0),
+  "h200": Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 25e9, 18, 0),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
 
@@ -92,8 +85,8 @@ _HOW = (
   " such as v5p:4x4x8 or v5e:4x4; or cpu:8 for fake devices; or nothing for"
   " the devices at hand."
 )
-# Else a TPU's compiler asks what machine this is, and complains of the answer;
-# and nobody runs on it, so nobody need wait for another.
+# Else a TPU's compiler asks what machine this is, and complains of the answer.
+# Nothing runs on it, so it need not wait for another process either.
 _NO_MACHINE = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -152,16 +145,17 @@ def find(name: str) -> Topology:
     ) from error
   # The compiler sees each of a v4's two cores as a device, with half of all.
   cores = len(devices) // count
-  rates = {n: getattr(chip, n) / cores for n in chip._fields[:4]}
-  return Topology(name, devices, chip._replace(**rates), sides, False)
+  rates = ("flops", "memory", "memory_rate", "link_rate")
+  part = chip._replace(**{n: getattr(chip, n) / cores for n in rates})
+  return Topology(name, devices, part, sides, False)
 
 
 def _at_hand() -> Topology:
   devices = jax.devices()
   kind = devices[0].device_kind
   # "TPU v5" begins the names of two.
-  fit = [k for k, begins in _KINDS.items() if kind.startswith(begins)]
-  chip = CHIPS[max(fit, key=lambda k: len(_KINDS[k]))] if fit else None
+  fit = [each for each in CHIPS.values() if kind.startswith(each.kind)]
+  chip = max(fit, key=lambda each: len(each.kind), default=None)
   sides = (len(devices),)
   if chip and chip.axes:
     places = [device.coords for device in devices]

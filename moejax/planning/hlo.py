@@ -28,25 +28,38 @@ class ArrayShape(NamedTuple):
     return math.ceil(math.prod(self.sizes) * width / 8)
 
 
+class Computation:
+  """Instructions under one name, with its root and parameters."""
+
+  def __init__(self, name: str):
+    self.name = name
+    self.ops: dict[str, Op] = {}
+    self.parameters: dict[int, Op] = {}
+    self.root: Op | None = None
+
+
 class Op:
   """An instruction: %name = shape opcode(inputs), rest.
 
   Attributes:
     name: of what it makes.
-    kind: the opcode; that of an asynchronous start is the whole operation's.
+    shape: the text of its shape.
     opcode: as written.
+    kind: the opcode; that of an asynchronous start is the whole operation's.
     inputs: the text between the brackets.
-    rest: the attributes.
-    is_root: whether it makes the result of its computation.
+    rest: the text of the attributes.
     within: its computation.
+    program: all computations by name.
+    operands: the instructions whose results it reads, in order.
+    users: the instructions that read its result, and as which operand.
   """
 
   def __init__(
-    self, name: str, line: str, is_root: bool, within: "Computation"
+    self, line: str, within: Computation, program: dict[str, Computation]
   ):
-    self.name, self.is_root, self.within = name, is_root, within
-    self._shape, self.opcode, line = re.match(
-      r"(.*?) ([a-z][\w-]*)\((.*)", line
+    self.within, self.program = within, program
+    root, self.name, self.shape, self.opcode, line = re.match(
+      r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)", line
     ).groups()
     self.kind = self.opcode.removesuffix("-start")
     # Shapes of inputs and constants have brackets of their own.
@@ -57,26 +70,26 @@ class Op:
         end = bracket.start()
         break
     self.inputs, self.rest = line[:end], line[end:]
+    # What an instruction reads stands above it.
+    self.operands = [within.ops[name] for name in _names(self.inputs)]
+    self.users: list[tuple[Op, int]] = []
+    for position, operand in enumerate(self.operands):
+      operand.users.append((self, position))
+    within.ops[self.name] = self
+    if self.opcode == "parameter":
+      within.parameters[int(self.inputs)] = self
+    if root:
+      within.root = self
 
   @functools.cached_property
-  def operands(self) -> list["Op"]:
-    """The instructions whose results it reads, in order."""
-    return [self.within.ops[name] for name in _names(self.inputs)]
-
-  @functools.cached_property
-  def users(self) -> list[tuple["Op", int]]:
-    """The instructions that read its result, and as which operand."""
-    return self.within.users[self.name]
-
-  @functools.cached_property
-  def called(self) -> list["Computation"]:
+  def called(self) -> list[Computation]:
     """The computations that it runs."""
     found = re.findall(
       r"\b(?:calls|to_apply|body|condition|\w+_computations?)="
       r"(\{[^}]*\}|%[\w.-]+)",
       self.rest,
     )
-    return [self.within.program[name] for name in _names(" ".join(found))]
+    return [self.program[name] for name in _names(" ".join(found))]
 
   @functools.cached_property
   def arrays(self) -> list[ArrayShape]:
@@ -88,7 +101,7 @@ class Op:
         int(space or 0),
       )
       for dtype, sizes, space in re.findall(
-        r"([a-z]\w*)\[([\d,<=]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?", self._shape
+        r"([a-z]\w*)\[([\d,<=]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?", self.shape
       )
     ]
 
@@ -105,31 +118,6 @@ class Op:
   def bytes(self) -> int:
     """Of all that it makes."""
     return sum(each.bytes for each in self.arrays)
-
-
-class Computation:
-  """Instructions under one name."""
-
-  def __init__(self, name: str, program: Mapping[str, "Computation"]):
-    self.name, self.program = name, program
-    self.ops: dict[str, Op] = {}
-
-  @functools.cached_property
-  def root(self) -> Op:
-    return next(op for op in self.ops.values() if op.is_root)
-
-  @functools.cached_property
-  def parameters(self) -> dict[int, Op]:
-    ops = self.ops.values()
-    return {int(op.inputs): op for op in ops if op.opcode == "parameter"}
-
-  @functools.cached_property
-  def users(self) -> dict[str, list[tuple[Op, int]]]:
-    found: dict[str, list[tuple[Op, int]]] = {name: [] for name in self.ops}
-    for op in self.ops.values():
-      for position, operand in enumerate(op.operands):
-        found[operand.name].append((op, position))
-    return found
 
 
 class Run(NamedTuple):
@@ -177,14 +165,13 @@ def runs(text: str) -> list[Run]:
     text: `jax.stages.Compiled.as_text()` of a CPU, GPU or TPU.
   """
   program: dict[str, Computation] = {}
-  entry = within = Computation("", program)
   for line in text.splitlines():
     if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):
-      within = program[head[2]] = Computation(head[2], program)
-      entry = within if head[1] else entry
-    elif found := re.match(r"\s+(ROOT )?%?([\w.-]+) = (.*)", line):
-      root, name, rest = found.groups()
-      within.ops[name] = Op(name, rest, bool(root), within)
+      within = program[head[2]] = Computation(head[2])
+      if head[1]:
+        entry = within
+    elif re.match(r"\s+(ROOT )?%?[\w.-]+ = ", line):
+      Op(line, within, program)
   return list(_walk(entry, {}, 1, True, False))
 
 
@@ -220,7 +207,7 @@ def _loop(op: Op, known: _Numbers) -> tuple[int | None, _Numbers]:
   where what the same step is added to reaches what stays the same.
   """
   body, condition = (
-    op.within.program[re.search(rf"{part}=%([\w.-]+)", op.rest)[1]]
+    op.program[re.search(rf"{part}=%([\w.-]+)", op.rest)[1]]
     for part in ("body", "condition")
   )
   before = _elements(op.operands[0], known)
@@ -268,7 +255,7 @@ def _all_known(ops: list[Op], known: _Numbers) -> dict[int, int]:
   numbers = {
     i: _number(op, known, told)
     for i, op in enumerate(ops)
-    if re.match(r"[su]\d+\[\]", op._shape)
+    if re.match(r"[su]\d+\[\]", op.shape)
   }
   return {i: number for i, number in numbers.items() if number is not None}
 

@@ -120,14 +120,7 @@ def _meetings(
 ) -> int:
   """Counts (i, k, o) with o * stride + k * step - pad = i * holes.
 
-  Args:
-    inputs: how many i there are, along one axis of a convolution.
-    taps: how many k, of the window.
-    outputs: how many o.
-    stride: of the window.
-    pad: before the first input.
-    holes: the dilation of the inputs.
-    step: the dilation of the window.
+  Of inputs i, taps k of the window and outputs o, along one axis.
   """
   common = math.gcd(stride, holes)
   # Every how many outputs one meets an input and no hole.
@@ -238,7 +231,7 @@ def _read(op: Op, position: int) -> int:
 
 def _read_inside(op: Op) -> int:
   """Returns how many bytes of an array the users in a fusion read."""
-  total = op.bytes if op.is_root else 0
+  total = op.bytes if op is op.within.root else 0
   for user, position in op.users:
     if user.opcode in _VIEWS:
       total += _read_inside(user)

@@ -71,8 +71,8 @@ def test_a_v4_has_two_devices_with_half_of_all(monkeypatch):
   fake_devices(monkeypatch, "TPU v4", *2 * [(0, 0, 0), (1, 0, 0)])
   found, whole = chips.find("v4:2x1x1"), chips.CHIPS["v4"]
   assert (found.sides, found.is_here) == ((2, 1, 1), False)
-  assert [2 * each for each in found.chip[:4]] == list(whole[:4])
-  assert found.chip[4:] == whole[4:]
+  assert [2 * each for each in found.chip[1:5]] == list(whole[1:5])
+  assert found.chip[5:] == whole[5:]
 
 
 def test_the_compiler_may_be_missing_or_refuse(monkeypatch):
