@@ -27,8 +27,7 @@ class Chip(NamedTuple):
     flops: of its matrix units a second, bfloat16 operands, without sparsity.
     memory: bytes of its large memory.
     memory_rate: bytes to or from it a second.
-    link_rate: bytes a second that one link to another device takes in one
-      direction.
+    link_rate: bytes a second of one link to another device, in one direction.
     links: how many it has.
     axes: of the torus that the links make; 0 is a switch that joins all.
     wraps: a side of so many devices, or of a multiple, closes to a ring.

@@ -50,15 +50,11 @@ KINDS = {
 def read(
   text: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> list[Collective]:
-  """Lists the collectives of a compiled program, in the order of its text.
+  """Lists the collectives of a program compiled for a mesh, as its text orders.
 
-  Reads what XLA prints for CPUs, GPUs and TPUs. An asynchronous one counts
-  once, and so does one that a TPU spreads over several fusions; both branches
-  of a condition count; one of each device with itself does not.
-
-  Args:
-    text: `jax.stages.Compiled.as_text()`.
-    mesh: that the program was compiled for.
+  An asynchronous one counts once, and so does one that a TPU spreads over
+  several fusions; both branches of a condition count; one of each device with
+  itself does not.
 
   Raises:
     ValueError: the program runs on another number of devices.

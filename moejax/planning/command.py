@@ -17,17 +17,11 @@ def run(
   suggest: bool,
   out: pathlib.Path | None = None,
 ) -> list[plan.Outcome]:
-  """Plans, prints tables, and writes files into a folder if one is given.
+  """Plans, prints tables, writes files into a folder; returns all it tried.
 
-  Args:
-    config: of the run that is planned.
-    topologies: names as of `chips.find`; none are the devices at hand.
-    layouts: names; none are the config's own.
-    suggest: whether to search for the fastest that fits, on each topology.
-    out: folder for the files.
-
-  Returns:
-    All that was tried.
+  Without topologies (names as of `chips.find`) it plans for the devices at
+  hand, without layouts for the config's own; to suggest is to search for the
+  fastest layout that fits, on each topology.
 
   Raises:
     ValueError: a name that is unknown, nothing that can be, or, after all

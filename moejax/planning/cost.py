@@ -69,13 +69,10 @@ def count(config: config_lib.Config, vocab_size: int) -> Count:
 
 
 def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
-  """Counts a module from the shapes of its parameters and its routings.
+  """Counts a module from shapes: of its parameters, and of a method's inputs.
 
-  Args:
-    model: embeddings are its children "embed...", the softmax is "head", the
-      source is read by "encoder...".
-    *inputs: shapes of the arguments of `method`.
-    method: the name of what is initialized.
+  Its children "embed..." are embeddings, "head" is the softmax, "encoder..."
+  reads the source.
   """
   shares = {}
 

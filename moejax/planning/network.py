@@ -20,11 +20,6 @@ def seconds(
   torus at once (lines, where a side does not close). What goes from everybody
   to everybody is as slow as the links that the two halves of the longest side
   are joined by. Through a switch each device sends by all its links.
-
-  Args:
-    collective: with the bytes that a device sends.
-    topology: its chip is known.
-    mesh: of the compiled program.
   """
   chip, sent = topology.chip, collective.wire_bytes
   if not chip.axes:

@@ -171,13 +171,8 @@ def make(
   """Compiles the training step of a config, and reads what it does.
 
   On devices at hand the step also runs, a few times, if it fits. What no
-  compiler could make fit is refused before one tries for minutes.
-
-  Args:
-    config: whose layout is asked about.
-    vocab_size: words of the vocabulary.
-    topology: what to compile for.
-    changes: kept with the plan, see there.
+  compiler could make fit is refused before one tries for minutes. The changes
+  go into the plan.
 
   Raises:
     ValueError: the layout does not divide the devices, or the config; names

@@ -144,14 +144,7 @@ def attempt(
   topology: Topology,
   changes: dict[str, Any],
 ) -> Outcome:
-  """Plans a config with other values, or says why that cannot be.
-
-  Args:
-    config: of the run.
-    vocab_size: words of the vocabulary.
-    topology: the devices.
-    changes: values by name, which begins with "config.".
-  """
+  """Plans a config with other values, by name, or says why that cannot be."""
   changed = changed_config(config, changes)
   layout = config_lib.layout(changed).name
   shown = {n: v for n, v in changes.items() if n != "config.layout"}

@@ -17,8 +17,7 @@ class Work(NamedTuple):
   """What one device does by an instruction, in all its runs.
 
   Attributes:
-    flops: of products of matrices, which is what matrix units do; a
-      multiplication and its addition are two.
+    flops: of products of matrices; a multiply-add is two.
     bytes: read from the device's memory and written to it. What a TPU keeps on
       the chip, `S(1)` in its layout, costs nothing, and no array is padded.
     is_bounded: as of `hlo.Run`.
@@ -97,46 +96,26 @@ def _of_convolution(op: Op) -> int:
     )
     # Of padding the number before the first input.
     of = {name: int(n.split("x")[axis].split("_")[0]) for name, n in fields}
-    pairs *= _meetings(
-      inputs,
-      taps,
-      outputs,
-      of.get("stride", 1),
-      of.get("pad", 0),
-      of.get("lhs_dilate", 1),
-      of.get("rhs_dilate", 1),
-    )
+    stride, pad = of.get("stride", 1), of.get("pad", 0)
+    holes, step = of.get("lhs_dilate", 1), of.get("rhs_dilate", 1)
+    # Output o and tap k meet input i where o * stride + k * step - pad is
+    # i * holes: for a tap, if at all, one output in so many.
+    common = math.gcd(stride, holes)
+    every = holes // common
+    inverse = pow(stride // common, -1, every)
+    meetings = 0
+    for k in range(taps):
+      ahead = k * step - pad
+      if ahead % common:
+        continue
+      # The outputs whose taps lie between the first and the last input.
+      low = max(0, -(ahead // stride))
+      high = min(outputs - 1, ((inputs - 1) * holes - ahead) // stride)
+      any_one = -ahead // common * inverse
+      first = low + (any_one - low) % every
+      meetings += len(range(first, high + 1, every))
+    pairs *= meetings
   return 2 * pairs
-
-
-def _meetings(
-  inputs: int,
-  taps: int,
-  outputs: int,
-  stride: int,
-  pad: int,
-  holes: int,
-  step: int,
-) -> int:
-  """Counts (i, k, o) with o * stride + k * step - pad = i * holes.
-
-  Of inputs i, taps k of the window and outputs o, along one axis.
-  """
-  common = math.gcd(stride, holes)
-  # Every how many outputs one meets an input and no hole.
-  every = holes // common
-  inverse = pow(stride // common, -1, every)
-  total = 0
-  for k in range(taps):
-    ahead = k * step - pad
-    if ahead % common:
-      continue
-    low = max(0, -(ahead // stride))
-    high = min(outputs - 1, ((inputs - 1) * holes - ahead) // stride)
-    any_one = -ahead // common * inverse
-    first = low + (any_one - low) % every
-    total += len(range(first, high + 1, every))
-  return total
 
 
 def _of_call(op: Op) -> int:
