@@ -134,7 +134,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     )
   out = {e.layout for e in outcomes} - {e.layout for e in (best, *fitting)}
   if out:
-    lines.append(f"  {', '.join(sorted(out))}: does not fit in what was tried")
+    lines.append(f"  {', '.join(sorted(out))}: no fit was found")
   return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from moejax.planning import collectives
 
 B, S, D, F, E, Q, K = 8, 64, 256, 2048, 8, 4, 2
 # The bytes of the routed tokens that one chip has, in bfloat16.
-WAY = 2 * K * S * D
+ROUTED = 2 * K * S * D
 NAMES = ("einsum", "gather", "ragged", "hierarchical")
 SPLIT = ("expert", "data_expert", "expert_model")
 # Two levels, whose secondary mixtures route half of all tokens as one.
@@ -21,7 +21,7 @@ TOGETHER = "hierarchical, together"
 
 
 def layer(name):
-  """By slots without one to spare; ragged, without any."""
+  """With as many slots as edges; ragged, without slots."""
   two_levels = "hierarchical" in name
   feed_forward = experts.FeedForward(Q if two_levels else E, F)
   if two_levels:
@@ -73,23 +73,24 @@ def expected(layout, name):
   """
   matrix = 2 * E * D * F * (Q if "hierarchical" in name else 1)
   slope = 2 * matrix if name == "ragged" else matrix
-  ways = 4 * [("all-to-all", WAY, ("expert",))]
-  copies = 2 * [("all-gather", 2 * WAY, ("model",))]
+  exchanges = 4 * [("all-to-all", ROUTED, ("expert",))]
+  copies = 2 * [("all-gather", 2 * ROUTED, ("model",))]
   # The choices of all experts of a group of experts come back, each by itself.
-  sums = 2 * WAY * (K if "hierarchical" in name else 1)
+  sums = 2 * ROUTED * (K if "hierarchical" in name else 1)
   copies += 2 * [("all-reduce", sums, ("model",))]
   if name == "ragged":
-    # Room for whatever comes: all the tokens of those that share the experts.
-    ways = [("ragged-all-to-all", each, ("expert",)) for each in (WAY, 4 * WAY)]
-    ways *= 2
-    # Rows that nobody has counted beforehand; their devices share the weights.
+    # The buffer holds all the tokens of the devices that share the experts.
+    exchanges = 2 * [
+      ("ragged-all-to-all", each, ("expert",)) for each in (ROUTED, 4 * ROUTED)
+    ]
+    # The number of rows is not known beforehand; their devices share weights.
     copies = 2 * [("all-gather", matrix // 4, ("model",))]
     copies += 2 * [("reduce-scatter", slope // 8, ("model",))]
   found = {
     "replicated": [("all-reduce", 2 * slope, ("data",))],
-    "expert": ways,
-    "data_expert": [*ways, ("all-reduce", 2 * slope // 4, ("data",))],
-    "expert_model": ways + copies,
+    "expert": exchanges,
+    "data_expert": [*exchanges, ("all-reduce", 2 * slope // 4, ("data",))],
+    "expert_model": exchanges + copies,
     "fsdp": 4 * [("all-gather", matrix, ("data",))]
     + 2 * [("reduce-scatter", slope // 8, ("data",))],
   }
@@ -103,11 +104,11 @@ def expected(layout, name):
 )
 def test_layout_on_chips_sends_tokens_or_weights_and_nothing_else(layout, name):
   """And sums of the router's gradients, and which slots are taken."""
-  found = [each for each in gradient(layout, name) if each.bytes >= WAY]
+  found = [each for each in gradient(layout, name) if each.bytes >= ROUTED]
   got = sorted((each.kind, each.bytes, each.axes) for each in found)
   want = expected(layout, name)
   assert [each[::2] for each in got] == [each[::2] for each in want]
-  # The router's gradient may travel with another's.
+  # The router's gradient may be sent with another's.
   sizes = pytest.approx([each[1] for each in want], rel=0.01)
   assert [each[1] for each in got] == sizes
   assert {e.dtype for e in found if "all-to-all" in e.kind} <= {"bf16"}

@@ -38,12 +38,13 @@ def made_up(config, vocab_size, topology, changes):
   )
 
 
-@pytest.fixture
-def suggested(monkeypatch):
-  monkeypatch.setattr(plan, "make", made_up)
-  monkeypatch.setattr(search, "STEPS", 16)
-  config = config_shapes.load("tiny.py")
-  return list(search.suggest(config, 100, CHIP))
+@pytest.fixture(scope="module")
+def suggested():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan, "make", made_up)
+    patch.setattr(search, "STEPS", 16)
+    config = config_shapes.load("tiny.py")
+    return list(search.suggest(config, 100, CHIP))
 
 
 def test_it_goes_on_from_the_best_until_nothing_helps(suggested):
@@ -72,7 +73,17 @@ def test_the_verdict_names_it_and_why(suggested):
   said = search.verdict(suggested)
   assert "layout 'expert' --config.train.microbatches=4" in said
   assert "needs 10 GB of 16 GB" in said and "bound by memory" in said
-  assert "data_expert" in said.splitlines()[-1]
+  best = min(suggested, key=search.rank)
+  ms, rate = 1e3 * best.estimate.seconds, best.words_per_second
+  assert f"{ms:,.1f} ms a step by the estimate ({rate:,.0f} words/s)" in said
+  assert said.splitlines()[-1].startswith(
+    "  data_expert, expert_model, fsdp, replicated: "
+  )
+  # One that fits with another layout is named, with how much slower it is.
+  slower = best._replace(
+    layout="fsdp", estimate=plan.Estimate(0.0, 1.5 * best.estimate.seconds, 0.0)
+  )
+  assert "'fsdp', takes 1.50 times" in search.verdict([*suggested, slower])
 
 
 def test_the_verdict_on_what_does_not_fit(suggested):

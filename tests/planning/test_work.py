@@ -306,40 +306,16 @@ def test_rows_looked_up_and_added():
   assert 2 * table <= moved <= 2 * table + 20 * change
 
 
-ON_CHIP = """HloModule jit_f
-
-%fused (a: f32[8,6], b: f32[8,6], at: s32[]) -> f32[8,6] {
-  %a = f32[8,6]{1,0:T(8,128)} parameter(0)
-  %b = f32[8,6]{1,0:T(8,128)S(1)} parameter(1)
-  %at = s32[]{:T(128)} parameter(2)
-  %zero = s32[] constant(0)
-  %row = f32[1,6]{1,0:T(8,128)} dynamic-slice(%b, %at, %zero), \
-dynamic_slice_sizes={1,6}
-  ROOT %c = f32[8,6]{1,0:T(8,128)} dynamic-update-slice(%a, %row, %at, %zero)
-}
-
-ENTRY %main (x: f32[8,6], at: s32[]) -> f32[8,6] {
-  %x = f32[8,6]{1,0:T(8,128)} parameter(0)
-  %at = s32[]{:T(128)} parameter(1)
-  %start = (f32[8,6]{1,0:T(8,128)S(1)}, f32[8,6]{1,0:T(8,128)}, u32[]{:S(2)}) \
-copy-start(%x)
-  %done = f32[8,6]{1,0:T(8,128)S(1)} copy-done(%start)
-  ROOT %fusion = f32[8,6]{1,0:T(8,128)} fusion(%x, %done, %at), kind=kLoop, \
-calls=%fused
-}
-"""
-
-
 def test_what_is_kept_on_the_chip_costs_nothing():
   """The copy reads all of x, the fusion writes a row and reads where to."""
-  assert total(ON_CHIP) == (0, 4 * (8 * 6 + 6 + 1), True)
+  assert total(text_of("tpu_on_chip")) == (0, 4 * (8 * 6 + 6 + 1), True)
   # The same in memory: the copy is written and its row is read.
-  outside = total(ON_CHIP.replace("S(1)", ""))
+  outside = total(text_of("tpu_on_chip").replace("S(1)", ""))
   assert outside[1] == 4 * (2 * 8 * 6 + 2 * 6 + 1)
 
 
 def test_what_runs_is_a_part_of_another_or_not():
-  runs = hlo.runs(ON_CHIP)
+  runs = hlo.runs(text_of("tpu_on_chip"))
   names = [[r.op.name for r in runs if r.is_part == part] for part in (0, 1)]
   assert names == [
     ["x", "at", "start", "done", "fusion"],
