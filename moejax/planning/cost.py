@@ -21,6 +21,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax.models import softmax
+from moejax.routing import Routing
 
 # A part of a mixture -> the router that chooses among its copies.
 _ROUTER_OF = {"experts": "router", "secondary": "primary"}
@@ -79,7 +80,7 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
   def note_share(call, args, kwargs, context):
     """Notes which share of its experts each router sends a token to."""
     result, module = call(*args, **kwargs), context.module
-    if context.method_name == "__call__" and module.name in _ROUTERS:
+    if isinstance(result, Routing):
       tokens, num_experts = result.logits.shape[-2:]
       edges = result.assignment.expert.shape[-1]
       # Experts that choose round what they take; k is what they mean.
