@@ -304,6 +304,16 @@ def test_rows_looked_up_and_added():
   # The table is copied, as it was not given away.
   moved = read(fn, (rows, N), (8, N))[1]
   assert 2 * table <= moved <= 2 * table + 20 * change
+  # Rows that are added to are read, too.
+  text = """
+ENTRY %main (t: f32[64,6], i: s32[2,1], r: f32[2,6]) -> f32[64,6] {
+  %t = f32[64,6]{1,0} parameter(0)
+  %i = s32[2,1]{1,0} parameter(1)
+  %r = f32[2,6]{1,0} parameter(2)
+  ROOT %s = f32[64,6]{1,0} scatter(%t, %i, %r), inserted_window_dims={0}
+}
+"""
+  assert total(text)[1] == 3 * 4 * 2 * 6 + 4 * 2
 
 
 def test_what_is_kept_on_the_chip_costs_nothing():
