@@ -25,8 +25,7 @@ import matplotlib.figure
 
 from experiments import harness, training
 from moejax import config as config_lib
-from moejax import terminal
-from moejax.planning import chips, search
+from moejax.planning import chips, plan, search
 
 TOPOLOGY, QUICK_TOPOLOGY = "v5p:4x4x8", "cpu:8"
 CONFIG, QUICK_CONFIG = "news/moe_131072_h", "tiny"
@@ -46,9 +45,7 @@ def rows(quick: bool) -> Iterator[harness.Row]:
   topology = chips.find(QUICK_TOPOLOGY if quick else TOPOLOGY)
   vocab_size = config_lib.vocab_size(config)
   layer = "moe" if "moe" in config.model else "hierarchical_moe.secondary"
-  attempt = functools.partial(
-    search.attempt, config, vocab_size, topology, say=terminal.say
-  )
+  attempt = functools.partial(search.attempt, config, vocab_size, topology)
   for name, optimizer in OPTIMIZERS.items():
     for recompute in (False,) if quick else (False, True):
       changes = {
@@ -63,13 +60,13 @@ def rows(quick: bool) -> Iterator[harness.Row]:
       }
 
 
-def needs(outcome: search.Outcome) -> harness.Row:
+def needs(outcome: plan.Outcome) -> harness.Row:
   """Returns the memory of one chip, as far as it is known."""
 
   def giga(number: int | None) -> Any:
     return number and round(number / 1e9, 2)
 
-  if isinstance(outcome, search.Refusal):
+  if isinstance(outcome, plan.Refusal):
     return {"GB": giga(outcome.needs), "fits": False}
   memory = outcome.memory
   return {

@@ -56,7 +56,7 @@ import numpy as np
 from experiments import harness, training
 from moejax import config as config_lib
 from moejax import experts, losses, moe, router, sharding, terminal
-from moejax.planning import chips, collectives, search
+from moejax.planning import chips, collectives, plan, search
 from moejax.training import session as session_lib
 
 SEED = 0
@@ -159,16 +159,14 @@ def planned(topologies: Sequence[str]) -> Iterator[harness.Row]:
         yield {
           "model": name,
           "topology": topology.name,
-          **planned_row(
-            search.attempt(config, vocab_size, topology, changes, terminal.say)
-          ),
+          **planned_row(search.attempt(config, vocab_size, topology, changes)),
         }
 
 
-def planned_row(outcome: search.Outcome) -> harness.Row:
+def planned_row(outcome: plan.Outcome) -> harness.Row:
   """Returns what is known of a plan."""
   row = {"layout": outcome.layout, "fits": False}
-  if isinstance(outcome, search.Refusal):
+  if isinstance(outcome, plan.Refusal):
     needs = outcome.needs and round(outcome.needs / 1e9, 2)
     return row | {"GB": needs, "refused": outcome.reason}
   estimate = outcome.estimate

@@ -280,7 +280,7 @@ def test_misspelled_flags(fails):
     (["--topology=cpu:8", "--layout=exprt"], "(the nearest is 'expert')"),
     (["--topology=cpu:3", "--layout=expert_model"], "by 2, which does not"),
     (["--suggest", "--layout=expert"], "at every layout, also at those of"),
-    (["--topology=cpu:8", "--suggest"], "nobody says, so there is no fastest"),
+    (["--topology=cpu:8", "--suggest"], "is unknown, so there is no fastest"),
     (["--topology=cpu:8", "--config.model.moe.router.k=9"], "k = 9 experts"),
   ],
 )

@@ -1,8 +1,7 @@
-"""What a compiled program makes its devices say to each other."""
+"""What a compiled program makes its devices send to each other."""
 
 import math
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,14 +15,13 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: a key of `KINDS`.
-    dtype: of what travels; that of the first array where there are several.
+    dtype: of what is sent; that of the first array where there are several.
     bytes: of the result.
     wire_bytes: that one device sends each time, see `KINDS`.
     axes: the mesh axes it runs over; None where its groups of devices are not
       those of any axes.
     times: how often it runs.
-    is_bounded: whether that is known; in a loop of unknown length it counts
-      once a time round.
+    is_bounded: as of `hlo.Run`.
   """
 
   kind: str
@@ -35,15 +33,15 @@ class Collective(NamedTuple):
   is_bounded: bool
 
 
-# What a device of a group of n sends for a result of b bytes, by the shortest
-# way there is: rings for the first three.
+# What one of n devices sends at least for a result of b bytes; in rings for the
+# first three.
 KINDS = {
   "all-gather": lambda b, n: b * (n - 1) // n,
   "all-reduce": lambda b, n: 2 * b * (n - 1) // n,
   "reduce-scatter": lambda b, n: b * (n - 1),
   "all-to-all": lambda b, n: b * (n - 1) // n,
-  # Of b bytes to be sent: where rows go is known to the running program alone,
-  # and counted as if they went everywhere alike.
+  # Of b bytes to be sent. Only the running program knows where rows go; they
+  # count as if every device got as many.
   "ragged-all-to-all": lambda b, n: b * (n - 1) // n,
   "collective-permute": lambda b, n: b,
 }
@@ -52,44 +50,36 @@ KINDS = {
 def read(
   text: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> list[Collective]:
-  """Lists the collectives of a compiled program, in the order of its text.
+  """Lists the collectives of a program compiled for a mesh, as its text orders.
 
-  Reads what XLA prints for CPUs, GPUs and TPUs. An asynchronous one counts
-  once, and so does one that a TPU spreads over several fusions; both branches
-  of a condition count; one of each device with itself does not.
-
-  Args:
-    text: `jax.stages.Compiled.as_text()`.
-    mesh: that the program was compiled for.
+  An asynchronous one counts once, and so does one that a TPU spreads over
+  several fusions; both branches of a condition count; one of each device with
+  itself does not.
 
   Raises:
     ValueError: the program runs on another number of devices.
   """
   found, chains = [], set()
-  for op, times, is_bounded, _ in hlo.walk(hlo.parse(text)):
-    kind = op.opcode.removesuffix("-start")
+  for op, times, is_bounded, _ in hlo.runs(text):
+    kind, sent = op.kind, sum(each.bytes for each in op.results)
     if kind not in KINDS:
       continue
-    chain = re.search(r'chain_id="(\d+)"', op.rest)
-    if chain and chain[1] in chains:
-      continue
-    if chain:
+    if chain := re.search(r'chain_id="(\d+)"', op.rest):
+      if chain[1] in chains:
+        continue
       chains.add(chain[1])
-    groups, axes = _groups(op.rest, mesh)
-    if groups == 1:
+    size, axes = _groups(op.rest, mesh)
+    if size == 1:
       continue
-    of_result = hlo.size(hlo.result(op))
     if kind == "all-reduce" and op.within.name.startswith("all-reduce-scatter"):
-      # A TPU's way to write it: every device keeps its part of the sums.
-      kind, of_result = "reduce-scatter", of_result // groups
-    sent = of_result
+      # So a TPU writes it: every device keeps its part of the sums.
+      kind, sent = "reduce-scatter", sent // size
+    result = sent
     if kind == "ragged-all-to-all":
-      sent, _ = hlo.rows_and_room(op)
-    dtype = hlo.arrays(op.shape)[0].dtype
-    wire = KINDS[kind](sent, groups)
-    found.append(
-      Collective(kind, dtype, of_result, wire, axes, times, is_bounded)
-    )
+      sent, _ = hlo.rows_and_buffer(op)
+    wire = KINDS[kind](sent, size)
+    dtype = op.arrays[0].dtype
+    found.append(Collective(kind, dtype, result, wire, axes, times, is_bounded))
   return found
 
 
@@ -100,27 +90,27 @@ def _groups(
   rest: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> tuple[int, tuple[str, ...] | None]:
   """Returns the devices of a group, and the mesh axes along which they lie."""
-  sizes = tuple(mesh.shape.values())
   pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
-  ids = _lists(pairs[1]) if pairs else _replica_groups(rest, mesh.size)
+  ids = _rows(pairs[1]) if pairs else _replica_groups(rest, mesh.size)
   if ids.max() >= mesh.size or not (pairs or ids.size == mesh.size):
     raise ValueError(
-      f"the program speaks of {ids.max() + 1} devices, but the mesh has"
+      f"the program is for {ids.max() + 1} devices, but the mesh has"
       f" {mesh.size}; give the mesh it was compiled for."
     )
-  places = np.stack(np.unravel_index(ids, sizes))
+  # [axes, groups, devices of a group]
+  places = np.stack(np.unravel_index(ids, tuple(mesh.shape.values())))
   differs = (places != places[:, :, :1]).any(axis=(1, 2))
   axes = np.array(tuple(mesh.shape))[differs].tolist()
-  together = ids.shape[1]
-  if not pairs and math.prod(mesh.shape[axis] for axis in axes) != together:
-    return together, None
-  return together, tuple(axes)
+  size = ids.shape[1]
+  if not pairs and math.prod(mesh.shape[axis] for axis in axes) != size:
+    return size, None
+  return size, tuple(axes)
 
 
 def _replica_groups(rest: str, num_devices: int) -> np.ndarray:
   """Reads {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}."""
   if found := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
-    return _lists(found[1])
+    return _rows(found[1])
   if found := re.search(r"replica_groups=(\[[\d,]+\])<=(\[\S+)", rest):
     return _ids(found[2]).reshape(_numbers(found[1]))
   found = re.search(
@@ -131,24 +121,21 @@ def _replica_groups(rest: str, num_devices: int) -> np.ndarray:
   if found is None:
     return np.arange(num_devices)[None]
   named, order, over = found.groups()
-  axes = {n: int(size) for n, size in re.findall(r"'(\w+)'=(\d+)", named)}
-  ids = _ids(order or f"[{num_devices}]")
-  return _along(ids, axes, over)
-
-
-def _along(ids: np.ndarray, axes: Mapping[str, int], over: str) -> np.ndarray:
-  """Groups the devices of a mesh along 'axis', or 'axis':(before)size of it."""
+  # 'axis' is all of it; 'axis':(before)size a part that comes after so many.
   parts = {
-    name: (int(before or 1), int(size or axes[name]))
+    name: (int(before or 1), int(size) if size else None)
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over)
   }
   shape, along = [], []
-  for name, size in axes.items():
+  for name, text in re.findall(r"'(\w+)'=(\d+)", named):
+    size = int(text)
     before, own = parts.get(name, (size, 1))
+    own = own or size
     along.append(len(shape) + 1)
     shape += [before, own, size // (before * own)]
-  ids = np.moveaxis(ids.reshape(shape), along, range(-len(along), 0))
-  return ids.reshape(-1, math.prod(own for _, own in parts.values()))
+  ids = _ids(order or f"[{num_devices}]").reshape(shape)
+  own = math.prod(shape[axis] for axis in along)
+  return np.moveaxis(ids, along, range(-len(along), 0)).reshape(-1, own)
 
 
 def _ids(text: str) -> np.ndarray:
@@ -156,12 +143,11 @@ def _ids(text: str) -> np.ndarray:
   if text[0] != "[":
     return np.array(_numbers(text))
   shape, _, order = text.partition("T")
-  shape = _numbers(shape)
-  ids = np.arange(math.prod(shape)).reshape(shape)
+  ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
   return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)
 
 
-def _lists(text: str) -> np.ndarray:
+def _rows(text: str) -> np.ndarray:
   return np.array([_numbers(row) for row in re.findall(r"\{.*?\}", text)])
 
 

@@ -7,7 +7,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax import terminal
-from moejax.planning import chips, report, search
+from moejax.planning import chips, plan, report, search
 
 
 def run(
@@ -16,18 +16,12 @@ def run(
   layouts: Sequence[str],
   suggest: bool,
   out: pathlib.Path | None = None,
-) -> list[report.Outcome]:
-  """Plans, prints tables, and writes files if told where.
+) -> list[plan.Outcome]:
+  """Plans, prints tables, writes files into a folder; returns all it tried.
 
-  Args:
-    config: of the run that is planned.
-    topologies: names as of `chips.find`; none are the devices at hand.
-    layouts: names; none are the config's own.
-    suggest: whether to search for the fastest that fits, on each topology.
-    out: folder for the files.
-
-  Returns:
-    All that was tried.
+  Without topologies (names as of `chips.find`) it plans for the devices at
+  hand, without layouts for the config's own; to suggest is to search for the
+  fastest layout that fits, on each topology.
 
   Raises:
     ValueError: a name that is unknown, nothing that can be, or, after all
@@ -39,45 +33,47 @@ def run(
     jax.config.update("jax_platforms", "cpu")
   # Before anything else asks for a device.
   found = [chips.find(name) for name in topologies or [""]]
-  if suggest:
-    if layouts:
+  if suggest and layouts:
+    raise ValueError(
+      f"--suggest looks at every layout, also at those of --layout"
+      f" ({', '.join(layouts)}); give one of the two flags."
+    )
+  for topology in found if suggest else []:
+    if topology.chip is None:
       raise ValueError(
-        f"--suggest looks at every layout, also at those of --layout"
-        f" ({', '.join(layouts)}); give one of the two flags."
+        f"the speed of a device of {topology.name} is unknown, so there is no"
+        " fastest layout to suggest; give --topology of a TPU, such as"
+        " v5e:4x4."
       )
-    for topology in found:
-      search.check_speed(topology)
   config_lib.check(config)
   vocab_size = config_lib.vocab_size(config)
   by_topology = []
-
-  def say(line: str) -> None:
-    terminal.say(line)
-
   for topology in found:
     about = config, vocab_size, topology
-    if suggest:
-      tried = list(search.suggest(*about, say))
-    else:
-      tried = list(search.with_layouts(*about, layouts, say))
-    by_topology.append(tried)
-  outcomes = [each for tried in by_topology for each in tried]
-  shown = outcomes
+    tried = (
+      search.suggest(*about)
+      if suggest
+      else search.with_layouts(*about, layouts)
+    )
+    by_topology.append(list(tried))
+  shown = outcomes = sum(by_topology, [])
   if suggest:
-    say(f"\n{report.tries(outcomes)}")
-    shown = [e for tried in by_topology for e in search.best_of_layouts(tried)]
-  say(f"\n{report.text(shown)}\n")
+    terminal.say(f"\n{report.tries(outcomes)}")
+    shown = sum(map(search.best_of_layouts, by_topology), [])
+  terminal.say(f"\n{report.text(shown)}\n")
   if out is not None:
     report.write(outcomes, shown, out)
-    say(f"wrote {out / report.PLAN_FILE} and {out / report.FIGURE_FILE}")
+    terminal.say(
+      f"wrote {out / report.PLAN_FILE} and {out / report.FIGURE_FILE}"
+    )
   unfit = []
   for tried in by_topology if suggest else []:
     try:
-      say(search.verdict(tried))
+      terminal.say(search.verdict(tried))
     except ValueError as error:
       unfit.append(str(error))
   if unfit:
     raise ValueError("\n".join(unfit))
-  if all(isinstance(each, search.Refusal) for each in outcomes):
+  if all(isinstance(each, plan.Refusal) for each in outcomes):
     raise ValueError(outcomes[0].reason)
   return outcomes

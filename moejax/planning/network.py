@@ -1,36 +1,14 @@
 """How long a collective takes on the links of a torus, or through a switch.
 
-An estimate: every link carries what the best known way of its kind puts on it,
-at the rate that its maker names, and nothing else.
+An estimate: every link carries what the best known algorithm puts on it, at the
+rate that its maker names, and nothing else.
 """
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from moejax.planning.chips import Chip, Topology
+from moejax.planning.chips import Topology
 from moejax.planning.collectives import Collective
-
-
-class _Line(NamedTuple):
-  """How a group of devices lies along one side of the torus.
-
-  Attributes:
-    count: of the group's places there, above 1.
-    apart: steps from one to the next; so many groups share the links.
-    is_ring: whether the last is the neighbour of the first.
-  """
-
-  count: int
-  apart: float
-  is_ring: bool
-
-  @property
-  def ways(self) -> float:
-    """Links of each place that carry for the group, one way each."""
-    return (2 if self.is_ring else 1) / self.apart
 
 
 def seconds(
@@ -41,56 +19,36 @@ def seconds(
   All but those named below send their bytes around rings along all sides of the
   torus at once (lines, where a side does not close). What goes from everybody
   to everybody is as slow as the links that the two halves of the longest side
-  are joined by. Through a switch each sends by all its links.
-
-  Args:
-    collective: with the bytes that a device sends.
-    topology: whose chip is known.
-    mesh: that the program was compiled for.
+  are joined by. Through a switch each device sends by all its links.
   """
-  chip = topology.chip
-  sent = collective.wire_bytes
+  chip, sent = topology.chip, collective.wire_bytes
   if not chip.axes:
     return sent / (chip.link_rate * chip.links)
-  lines = _lines(_group(collective, mesh), topology)
-  if not lines or collective.kind == "collective-permute":
-    return sent / chip.link_rate
-  if collective.kind.endswith("all-to-all"):
-    # Half of the n devices send n/2 of their n - 1 parts to the other half, by
-    # n / L ways along a side of L: each of them carries this much.
-    size = np.prod([line.count for line in lines])
-    slowest = max(line.count / line.ways for line in lines)
-    return sent * size * slowest / (4 * (size - 1)) / chip.link_rate
-  return sent / (sum(line.ways for line in lines) * chip.link_rate)
-
-
-def _group(collective: Collective, mesh: jax.sharding.Mesh) -> list[jax.Device]:
-  """Returns one of the groups of devices that talk."""
+  # One of the groups of devices that exchange.
   axes = mesh.axis_names if collective.axes is None else collective.axes
-  index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
-  return np.asarray(mesh.devices[index]).flatten().tolist()
-
-
-def _lines(group: Sequence[jax.Device], topology: Topology) -> list[_Line]:
-  """Returns how a group lies along every side that it spans."""
-  places = np.array([device.coords for device in group])
-  lines = []
+  group = mesh.devices[
+    tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+  ]
+  places = np.array([device.coords for device in np.ravel(group)])
+  counts, links = [], []
   for axis, side in enumerate(topology.sides):
     at = np.unique(places[:, axis])
     if at.size > 1:
+      # So many groups share the links of this side.
       apart = (at[-1] - at[0]) / (at.size - 1)
-      # A ring of places apart goes all the way round as well.
-      closes = _closes(topology.chip, topology.sides, axis)
-      lines.append(
-        _Line(at.size, apart, closes and round(apart * at.size) == side)
-      )
-  return lines
-
-
-def _closes(chip: Chip, sides: Sequence[int], axis: int) -> bool:
-  """Says whether a side of the torus closes to a ring.
-
-  In three dimensions all sides do if the chips fill cubes, else none.
-  """
-  of = sides if chip.axes == 3 else sides[axis : axis + 1]
-  return all(side % chip.wraps == 0 for side in of)
+      # In three dimensions all sides close to rings if the chips fill cubes,
+      # else none. A ring of places apart goes all around as well.
+      closes = topology.sides if chip.axes == 3 else (side,)
+      is_ring = all(each % chip.wraps == 0 for each in closes)
+      is_ring = is_ring and round(apart * at.size) == side
+      counts.append(at.size)
+      links.append((2 if is_ring else 1) / apart)
+  if not links or collective.kind == "collective-permute":
+    return sent / chip.link_rate
+  if collective.kind.endswith("all-to-all"):
+    # Half of the n devices send n/2 of their n - 1 parts to the other half, by
+    # n / L links along a side of L: each of them carries this much.
+    size = np.prod(counts)
+    slowest = max(np.divide(counts, links))
+    return sent * size * slowest / (4 * (size - 1)) / chip.link_rate
+  return sent / (sum(links) * chip.link_rate)

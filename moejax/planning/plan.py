@@ -26,10 +26,10 @@ class Memory(NamedTuple):
 
   Attributes:
     parameters: its part of them.
-    optimizer: of the optimiser's state.
+    optimizer: its part of the optimizer's state.
     rest: batch, gradients, activations, and whatever else is in between; on a
       CPU at hand also the state before the step, while that is being saved.
-    has: what there is; None where nobody says.
+    has: what there is; None where that is unknown.
   """
 
   parameters: int
@@ -51,10 +51,10 @@ class Memory(NamedTuple):
 class Estimate(NamedTuple):
   """Seconds of a step, if every part ran as fast as the chip's maker says.
 
-  Every instruction takes what is longer, its products or its bytes (a
-  roofline); collectives come on top, as if nothing ran beside them. What a
-  scheduler hides makes it less, and small products, short loops and waiting
-  make it more.
+  Every instruction takes the time of its products or of its bytes, whichever is
+  longer (a roofline); collectives come on top, as if nothing ran beside them.
+  What a scheduler overlaps makes it less; small products, short loops and
+  waiting make it more.
 
   Attributes:
     matrix: of instructions that matrix units bound.
@@ -78,7 +78,7 @@ class Estimate(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What was found out about one layout on one topology.
+  """What one layout costs on one topology.
 
   Attributes:
     topology: its name.
@@ -88,16 +88,15 @@ class Plan(NamedTuple):
     inner: parameters outside embedding and softmax, the paper's number.
     parameters: all of them, vectors too.
     memory: of one device.
-    model_flops: of one device in a step, by formula (`cost.flops_per_step`).
+    model_flops: of one device in a step, by `cost.flops_per_step`.
     flops: of one device in a step, of the compiled program.
-    is_bounded: whether the lengths of all loops are known; what one round of
-      another does counts once, so that FLOP, collectives and estimate are the
-      least there may be.
+    is_bounded: whether the lengths of all loops are known; else FLOPs,
+      collectives and estimate are the least there may be.
     collectives: those of a step.
     estimate: of a step; None where the chip is unknown.
-    words: places for words in a step.
+    words: positions for words in a step.
     compile_seconds: how long compiling took here.
-    peak_flops: of one chip; None where nobody says.
+    peak_flops: of one chip; None where it is unknown.
     measured: seconds of a step that ran; None where none did.
   """
 
@@ -124,33 +123,38 @@ class Plan(NamedTuple):
     return self.words / self.estimate.seconds if self.estimate else None
 
   @property
-  def utilisation(self) -> float | None:
-    """The model's own operations over those the chip could do meanwhile."""
+  def utilization(self) -> float | None:
+    """The model's own FLOPs over those the chip could do meanwhile."""
     if self.estimate is None:
       return None
     return self.model_flops / (self.peak_flops * self.estimate.seconds)
 
 
-class DoesNotFit(ValueError):
-  """There is no room for what training changes.
+class Refusal(NamedTuple):
+  """A layout that cannot be: it divides no devices, or fits into none.
 
   Attributes:
-    needs: bytes of one device, at least.
-    has: bytes there are.
+    topology: its name.
+    layout: its name.
+    changes: as of `Plan`.
+    reason: a sentence.
+    needs: bytes of a device, at least, where that is the reason.
+    has: bytes that there are.
   """
 
-  def __init__(self, message: str, needs: int, has: int):
-    super().__init__(message)
-    self.needs, self.has = needs, has
+  topology: str
+  layout: str
+  changes: dict[str, Any]
+  reason: str
+  needs: int | None = None
+  has: int | None = None
 
 
-def in_bytes(number: int) -> str:
-  """Writes 1234567 as 1.23 MB."""
-  return f"{with_prefix(number)}B"
+Outcome = Plan | Refusal
 
 
 def with_prefix(number: int) -> str:
-  """Writes 1234567 as "1.23 M"."""
+  """Writes 1234567 as "1.23 M"; with a B behind, bytes."""
   scaled, prefixes = float(number), ["", "k", "M", "G", "T", "P"]
   while scaled >= 999.5 and len(prefixes) > 1:
     scaled /= 1000
@@ -163,56 +167,64 @@ def make(
   vocab_size: int,
   topology: Topology,
   changes: dict[str, Any] | None = None,
-) -> Plan:
-  """Compiles the training step of a config, and looks at it.
+) -> Outcome:
+  """Compiles the training step of a config, and reads what it does.
 
-  On devices at hand the step also runs, a few times, if it fits.
-
-  Args:
-    config: whose layout is asked about.
-    vocab_size: words of the vocabulary.
-    topology: what to compile for.
-    changes: kept with the plan, see there.
+  On devices at hand the step also runs, a few times, if it fits. What no
+  compiler could make fit is refused before one tries for minutes. The changes
+  go into the plan.
 
   Raises:
-    DoesNotFit: parameters and optimiser state alone need more than there is;
-      names both numbers.
     ValueError: the layout does not divide the devices, or the config; names
       both numbers.
   """
   parts = session.build(config, vocab_size, topology.devices)
-  _check_room(parts, topology)
+  chip, changes = topology.chip, changes or {}
+  has = int(chip.memory) if chip else None
+  if topology.is_here:
+    has = state.device_memory(topology.devices[0])
+  least = state.bytes_per_device(parts.abstract_state)
+  if has is not None and least > has:
+    reason = (
+      f"parameters and optimizer state alone need {with_prefix(least)}B of each"
+      f" device, which has {with_prefix(has)}B; take more devices, or a layout"
+      " that splits more."
+    )
+    return Refusal(
+      topology.name, parts.layout.name, changes, reason, least, has
+    )
   lowered = session.lower(config, parts)
   begin = time.monotonic()
   compiled, text, needs, limit = _compile(lowered)
   took = time.monotonic() - begin
   found = collectives.read(text, parts.mesh)
   done = list(work.instructions(text))
-  total, _ = session.sizes(parts.abstract_state.params)
+  count = cost.count(config, vocab_size)
   parameters = state.bytes_per_device(parts.abstract_state.params)
   optimizer = state.bytes_per_device(parts.abstract_state.opt_state)
   rest = needs - parameters - optimizer
   if topology.is_here:
     rest += session.bytes_beside(parts)
-  memory = Memory(parameters, optimizer, rest, limit or _has(topology))
+  memory = Memory(parameters, optimizer, rest, limit or has)
   runs = topology.is_here and compiled is not None and memory.fits
+  flops = cost.flops_per_step(config, vocab_size, count)
   return Plan(
-    topology.name,
-    parts.layout.name,
-    changes or {},
-    len(topology.devices),
-    cost.count(config, vocab_size).parameters,
-    total,
-    memory,
-    cost.flops_per_step(config, vocab_size) / len(topology.devices),
-    sum(each.flops for each in done),
-    all(each.is_bounded for each in done),
-    found,
-    _estimate(done, found, topology, parts.mesh) if topology.chip else None,
-    math.prod(parts.shapes["mask"].shape),
-    took,
-    topology.chip.flops if topology.chip else None,
-    _measure(config, compiled, parts) if runs else None,
+    topology=topology.name,
+    layout=parts.layout.name,
+    changes=changes,
+    devices=len(topology.devices),
+    inner=count.parameters,
+    parameters=count.total,
+    memory=memory,
+    model_flops=flops / len(topology.devices),
+    flops=sum(each.flops for each in done),
+    is_bounded=all(each.is_bounded for each in done),
+    collectives=found,
+    estimate=chip and estimate(done, found, topology, parts.mesh),
+    words=math.prod(parts.shapes["mask"].shape),
+    compile_seconds=took,
+    peak_flops=chip and chip.flops,
+    measured=_measure(config, compiled, parts) if runs else None,
   )
 
 
@@ -221,16 +233,16 @@ def _compile(
 ) -> tuple[jax.stages.Compiled | None, str, int, int | None]:
   """Compiles; returns the program, its text, and the bytes that it needs.
 
-  A TPU's compiler refuses a program that has no room, but leaves its text: then
-  there is no program, and the last number is how many bytes there are.
+  A TPU's compiler refuses a program that does not fit, but leaves its text:
+  then there is no program, and the last number is how many bytes there are.
   """
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    refused = None
+    compiled = refused = None
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-      compiled, refused = None, session.out_of_memory(str(error))
+      refused = session.out_of_memory(str(error))
       if refused is None:
         raise
     # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
@@ -244,32 +256,13 @@ def _compile(
   return compiled, text, session.bytes_needed(compiled), None
 
 
-def _check_room(parts: session.Session, topology: Topology) -> None:
-  """Refuses what no compiler could make fit, before it tries for minutes."""
-  has = _has(topology)
-  needs = state.bytes_per_device(parts.abstract_state)
-  if has is not None and needs > has:
-    raise DoesNotFit(
-      f"parameters and optimiser state alone need {in_bytes(needs)} of each"
-      f" device, which has {in_bytes(has)}; take more devices, or a layout that"
-      " splits more.",
-      needs,
-      has,
-    )
-
-
-def _has(topology: Topology) -> int | None:
-  if topology.is_here:
-    return state.device_memory(topology.devices[0])
-  return int(topology.chip.memory) if topology.chip else None
-
-
-def _estimate(
+def estimate(
   done: list[work.Work],
   found: list[collectives.Collective],
   topology: Topology,
   mesh: jax.sharding.Mesh,
 ) -> Estimate:
+  """Adds up the seconds of instructions and of collectives."""
   matrix = memory = 0.0
   for each in done:
     by_product = each.flops / topology.chip.flops
@@ -289,20 +282,13 @@ def _measure(
   compiled: jax.stages.Compiled,
   parts: session.Session,
 ) -> float:
-  """Returns the median seconds of a step, after one for nothing."""
+  """Returns the median seconds of a step; the first is not counted."""
   current = state.create(
-    parts.model,
-    parts.tx,
-    parts.shapes,
-    config.seed,
-    parts.layout,
-    parts.mesh,
+    parts.model, parts.tx, parts.shapes, config.seed, parts.layout, parts.mesh
   )
   ones = {n: np.ones(a.shape, a.dtype) for n, a in parts.shapes.items()}
-  batch, asked = (
-    step.place(ones, parts.where),
-    processes.vote(False, parts.mesh),
-  )
+  batch = step.place(ones, parts.where)
+  asked = processes.vote(False, parts.mesh)
   times = []
   for _ in range(REPEATS + 1):
     begin = time.perf_counter()

@@ -1,19 +1,25 @@
 """Plans as a table to read, a file to keep, and a figure to look at."""
 
+import collections
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
 
-from moejax.planning import plan as plan_lib
-from moejax.planning.plan import Estimate, Memory, Plan
-from moejax.planning.search import Refusal
+from moejax.planning.plan import (
+  Estimate,
+  Memory,
+  Outcome,
+  Plan,
+  Refusal,
+  with_prefix,
+)
 
 PLAN_FILE = "plan.json"
 FIGURE_FILE = "plan.png"
-Outcome = Plan | Refusal
 
 
 def text(outcomes: Sequence[Outcome]) -> str:
@@ -21,21 +27,16 @@ def text(outcomes: Sequence[Outcome]) -> str:
   columns = [_cells(each) for each in outcomes]
   names = list(dict.fromkeys(name for each in columns for name in each))
   lines = [[name, *(each.get(name, "-") for each in columns)] for name in names]
-  talk = [
-    [each.layout, *row]
-    for each in outcomes
-    if isinstance(each, Plan)
-    for row in _exchanges(each)
-  ]
-  parts = [_aligned(lines)]
-  if talk:
-    head = ["layout", "collective", "over", "a step", "each sends", "in all"]
-    parts.append(_aligned([head, *talk]))
-  return "\n\n".join([*parts, *map(_trouble, filter(_trouble, outcomes))])
+  sent = [["layout", "collective", "over", "a step", "each sends", "in all"]]
+  for each in outcomes:
+    if isinstance(each, Plan):
+      sent += [[each.layout, *row] for row in _collectives(each)]
+  tables = [_aligned(each) for each in (lines, sent) if len(each) > 1]
+  return "\n\n".join([*tables, *filter(None, map(_trouble, outcomes))])
 
 
 def tries(outcomes: Sequence[Outcome]) -> str:
-  """Returns a line for each outcome: what a search has been through."""
+  """Returns a line for each outcome of a search."""
   columns = ("needs", "fits", "ms a step, estimated", "bound by", "words/s")
   lines = [
     [_name(each, outcomes), *(_cells(each).get(name, "-") for name in columns)]
@@ -50,17 +51,17 @@ def _trouble(outcome: Outcome) -> str:
   if isinstance(outcome, Refusal):
     return f"{where}: {outcome.reason}"
   memory = outcome.memory
-  if memory.fits:
-    unknown = (
-      f"{where}: some loops, as over sorted rows, go on until all is done, and"
-      " count once here: FLOP and time are more than it says."
+  if not memory.fits:
+    return (
+      f"{where}: needs {with_prefix(memory.needs)}B of each device, which has"
+      f" {with_prefix(memory.has)}B; take more devices, a layout that splits"
+      " more, or more config.train.microbatches (--suggest looks for them)."
     )
-    return "" if outcome.is_bounded else unknown
-  needs, has = map(plan_lib.in_bytes, (memory.needs, memory.has))
+  if outcome.is_bounded:
+    return ""
   return (
-    f"{where}: needs {needs} of each device, which has {has}; take more"
-    " devices, a layout that splits more, or more config.train.microbatches"
-    " (--suggest looks for them)."
+    f"{where}: loops of unknown length, as over sorted rows, count once: FLOPs"
+    " and time are more than the table says."
   )
 
 
@@ -80,21 +81,21 @@ def write(
 
 def as_dict(outcome: Outcome) -> dict[str, Any]:
   """Returns all that is known, in plain values."""
-  if isinstance(outcome, Refusal):
-    return outcome._asdict()
   values = outcome._asdict()
-  values["memory"] = outcome.memory._asdict() | {
-    "needs": outcome.memory.needs,
-    "fits": outcome.memory.fits,
+  if isinstance(outcome, Refusal):
+    return values
+  memory, estimate = outcome.memory, outcome.estimate
+  values["memory"] = memory._asdict() | {
+    "needs": memory.needs,
+    "fits": memory.fits,
   }
   values["collectives"] = [each._asdict() for each in outcome.collectives]
-  if outcome.estimate:
-    values["estimate"] = outcome.estimate._asdict() | {
-      "seconds": outcome.estimate.seconds,
-      "bound": outcome.estimate.bound,
-      "words_per_second": outcome.words_per_second,
-      "utilisation": outcome.utilisation,
-    }
+  values["estimate"] = estimate and estimate._asdict() | {
+    "seconds": estimate.seconds,
+    "bound": estimate.bound,
+    "words_per_second": outcome.words_per_second,
+    "utilization": outcome.utilization,
+  }
   return values
 
 
@@ -102,39 +103,32 @@ def draw(figure: matplotlib.figure.Figure, outcomes: Sequence[Outcome]) -> None:
   """Draws memory against what there is and, where estimated, time."""
   plans = [each for each in outcomes if isinstance(each, Plan)]
   timed = [each for each in plans if each.estimate]
-  names = [_name(each, plans) for each in plans]
-  panels = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
-  parts = {n: [getattr(p.memory, n) / 1e9 for p in plans] for n in _MEMORY}
-  _stack(panels[0], names, parts)
-  panels[0].set_xlabel("GB of each device")
-  for row, each in enumerate(plans):
-    if each.memory.has is not None:
-      has = each.memory.has / 1e9
-      panels[0].plot([has, has], [row - 0.45, row + 0.45], "k", lw=2)
+  panels = [("GB of each device", "memory", Memory._fields[:3], 1e-9, plans)]
   if timed:
-    same = len(timed) == len(plans)
-    names = [""] * len(timed) if same else [_name(e, plans) for e in timed]
-    parts = {
-      n: [1e3 * getattr(p.estimate, n) for p in timed] for n in Estimate._fields
-    }
-    _stack(panels[1], names, parts)
-    panels[1].set_xlabel("ms a step, estimated")
-    for row, each in enumerate(timed):
-      if each.measured:
-        panels[1].plot([1e3 * each.measured], [row], "kD")
-
-
-_MEMORY = Memory._fields[:3]
-
-
-def _stack(axes, names, parts):
-  left = [0.0] * len(names)
-  for label, values in parts.items():
-    axes.barh(range(len(names)), values, left=left, label=label)
-    left = [a + b for a, b in zip(left, values, strict=True)]
-  axes.set_yticks(range(len(names)), names, fontsize=7)
-  axes.invert_yaxis()
-  axes.legend(fontsize=7)
+    panels.append(
+      ("ms a step, estimated", "estimate", Estimate._fields, 1e3, timed)
+    )
+  all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axes, (label, of, fields, scale, rows) in zip(
+    all_axes, panels, strict=True
+  ):
+    left = np.zeros(len(rows))
+    for field in fields:
+      widths = [scale * getattr(getattr(row, of), field) for row in rows]
+      axes.barh(range(len(rows)), widths, left=left, label=field)
+      left += widths
+    for i, row in enumerate(rows):
+      if of == "memory" and row.memory.has is not None:
+        axes.plot([scale * row.memory.has] * 2, [i - 0.45, i + 0.45], "k", lw=2)
+      if of == "estimate" and row.measured:
+        axes.plot([scale * row.measured], [i], "kD")
+    # Beside the same plans the names stand already.
+    is_named = of == "memory" or len(timed) < len(plans)
+    names = [_name(row, plans) if is_named else "" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    axes.set_xlabel(label)
 
 
 def _name(outcome: Outcome, among: Sequence[Outcome]) -> str:
@@ -149,26 +143,27 @@ def _name(outcome: Outcome, among: Sequence[Outcome]) -> str:
 
 
 def _cells(outcome: Outcome) -> dict[str, str]:
+  """Returns a column of the table by the names of its lines."""
   cells = {"layout": outcome.layout, "topology": outcome.topology}
   for name, value in outcome.changes.items():
     cells[name.removeprefix("config.")] = str(value)
   if isinstance(outcome, Refusal):
     if outcome.needs:
-      cells["needs"] = plan_lib.in_bytes(outcome.needs)
-      cells["has"] = plan_lib.in_bytes(outcome.has)
+      cells["needs"] = f"{with_prefix(outcome.needs)}B"
+      cells["has"] = f"{with_prefix(outcome.has)}B"
     return cells | {"fits": "no"}
   memory, estimate = outcome.memory, outcome.estimate
   cells |= {
     "devices": str(outcome.devices),
     "all parameters": f"{outcome.parameters:,}",
     "but embedding, softmax": f"{outcome.inner:,}",
-    "on a device: parameters": plan_lib.in_bytes(memory.parameters),
-    "optimiser": plan_lib.in_bytes(memory.optimizer),
-    "all else": plan_lib.in_bytes(memory.rest),
-    "needs": plan_lib.in_bytes(memory.needs),
-    "has": plan_lib.in_bytes(memory.has) if memory.has else "?",
+    "on a device: parameters": f"{with_prefix(memory.parameters)}B",
+    "optimizer": f"{with_prefix(memory.optimizer)}B",
+    "all else": f"{with_prefix(memory.rest)}B",
+    "needs": f"{with_prefix(memory.needs)}B",
+    "has": f"{with_prefix(memory.has)}B" if memory.has else "?",
     "fits": "yes" if memory.fits else "no",
-    "FLOP": plan_lib.with_prefix(outcome.flops),
+    "FLOPs": with_prefix(outcome.flops),
     "over the model's": f"{outcome.flops / outcome.model_flops:.2f}",
   }
   if estimate:
@@ -178,32 +173,26 @@ def _cells(outcome: Outcome) -> dict[str, str]:
       "ms a step, estimated": f"{1e3 * estimate.seconds:,.1f}",
       "bound by": estimate.bound,
       "words/s": f"{outcome.words_per_second:,.0f}",
-      "utilisation": f"{outcome.utilisation:.1%}",
+      "utilization": f"{outcome.utilization:.1%}",
     }
   if outcome.measured:
     cells["ms a step, measured"] = f"{1e3 * outcome.measured:,.1f}"
   return cells | {"s to compile": f"{outcome.compile_seconds:.0f}"}
 
 
-def _exchanges(plan: Plan) -> list[list[str]]:
+def _collectives(plan: Plan) -> list[list[str]]:
   """Adds up the collectives of a kind and of axes, the largest first."""
-  sums: dict[tuple[str, str], list[int]] = {}
+  times, sent = collections.Counter(), collections.Counter()
   for each in plan.collectives:
     axes = "groups of no axis" if each.axes is None else " ".join(each.axes)
-    total = sums.setdefault((each.kind, axes), [0, 0])
-    total[0] += each.times
-    total[1] += each.times * each.wire_bytes
-  ordered = sorted(sums.items(), key=lambda item: -item[1][1])
-  return [
-    [
-      kind,
-      axes,
-      f"{times:,}",
-      plan_lib.in_bytes(sent // times),
-      plan_lib.in_bytes(sent),
-    ]
-    for (kind, axes), (times, sent) in ordered
-  ]
+    times[each.kind, axes] += each.times
+    sent[each.kind, axes] += each.times * each.wire_bytes
+  rows = []
+  for key, total in sent.most_common():
+    n = times[key]
+    each, all_of_them = with_prefix(total // n), with_prefix(total)
+    rows.append([*key, f"{n:,}", f"{each}B", f"{all_of_them}B"])
+  return rows
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -2,42 +2,18 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moejax import config as config_lib
-from moejax import named, sharding
+from moejax import named, sharding, terminal
 from moejax.planning import plan as plan_lib
 from moejax.planning.chips import Topology
-from moejax.planning.plan import Plan
+from moejax.planning.plan import Outcome, Plan, Refusal, with_prefix
 
-# Times that microbatches are doubled to make a layout fit, and steps that are
-# tried from the best.
+# How often microbatches are doubled to make a layout fit, and how many steps
+# are tried from the best.
 DOUBLINGS, STEPS = 3, 8
-
-
-class Refusal(NamedTuple):
-  """A layout that cannot be: it divides no devices, or fits into none.
-
-  Attributes:
-    topology: its name.
-    layout: its name.
-    changes: as of `Plan`.
-    reason: a sentence.
-    needs: bytes of a device, where that is the reason.
-    has: bytes that there are.
-  """
-
-  topology: str
-  layout: str
-  changes: dict[str, Any]
-  reason: str
-  needs: int | None = None
-  has: int | None = None
-
-
-Outcome = Plan | Refusal
-Say = Callable[[str], None]
 
 
 def layouts(config: config_lib.Config) -> dict[str, Any]:
@@ -51,16 +27,8 @@ def with_layouts(
   vocab_size: int,
   topology: Topology,
   names: Sequence[str],
-  say: Say,
 ) -> Iterator[Outcome]:
-  """Yields a plan for each layout, or why there can be none.
-
-  Args:
-    config: of the run.
-    vocab_size: words of the vocabulary.
-    topology: the devices.
-    names: of layouts; none are the config's own.
-    say: told what is being compiled.
+  """Yields an `attempt` for each layout; the config's own without names.
 
   Raises:
     ValueError: unknown layouts; names those that exist.
@@ -68,26 +36,25 @@ def with_layouts(
   known = layouts(config)
   for name in names or list(known)[:1]:
     choice = known[named.known(name, known, "--layout")]
-    yield attempt(config, vocab_size, topology, {"config.layout": choice}, say)
+    yield attempt(config, vocab_size, topology, {"config.layout": choice})
 
 
 def suggest(
-  config: config_lib.Config, vocab_size: int, topology: Topology, say: Say
+  config: config_lib.Config, vocab_size: int, topology: Topology
 ) -> Iterator[Outcome]:
   """Yields all that is tried in search of the fastest estimate that fits.
 
   First every layout as the config stands; one that does not fit is tried with
   twice as many microbatches, and twice again, while what that saves, saved
-  every time, would do. Then from the best so far, one
-  step after the other: half the microbatches, recompute or not, less capacity,
-  groups of twice or half the size, twice the microbatches.
+  every time, would do. Then, one step after the other, what is next to the best
+  so far: half the microbatches, recompute or not, less capacity, groups of
+  twice or half the size, twice the microbatches.
   """
   tried = []
 
   def look(changes):
-    outcome = attempt(config, vocab_size, topology, changes, say)
-    tried.append((outcome, changes))
-    return outcome
+    tried.append((attempt(config, vocab_size, topology, changes), changes))
+    return tried[-1][0]
 
   for choice in layouts(config).values():
     changes = {"config.layout": choice}
@@ -103,39 +70,21 @@ def suggest(
         break
       changes = changes | _more_microbatches(config, changes, topology)
   for _ in range(STEPS):
-    best, changes = min(tried, key=lambda each: rank(each[0]))
+    _, changes = min(tried, key=lambda each: rank(each[0]))
     # Changes may say what the config says already.
     known = [changed_config(config, each) for _, each in tried]
-    steps = _steps(config, changes, topology)
-    following = (changes | step for step in steps)
-    new = next(
-      (e for e in following if changed_config(config, e) not in known), None
-    )
-    if new is None:
+    for step in _steps(config, changes, topology):
+      if changed_config(config, changes | step) not in known:
+        yield look(changes | step)
+        break
+    else:
       return
-    yield look(new)
-
-
-def check_speed(topology: Topology) -> None:
-  """Refuses what `suggest` could not compare.
-
-  Raises:
-    ValueError: nobody says how fast these devices are.
-  """
-  if topology.chip is None:
-    raise ValueError(
-      f"how fast a device of {topology.name} is, nobody says, so there is no"
-      " fastest layout to suggest; give --topology of a TPU, such as v5e:4x4."
-    )
 
 
 def best_of_layouts(outcomes: Sequence[Outcome]) -> list[Outcome]:
   """Returns what did best with each layout, in the order of a search."""
-  found: dict[str, Outcome] = {}
-  for each in outcomes:
-    if each.layout not in found or rank(each) < rank(found[each.layout]):
-      found[each.layout] = each
-  return list(found.values())
+  best = {each.layout: each for each in reversed(sorted(outcomes, key=rank))}
+  return [best[name] for name in dict.fromkeys(e.layout for e in outcomes)]
 
 
 def rank(outcome: Outcome) -> tuple[int, float]:
@@ -148,7 +97,7 @@ def rank(outcome: Outcome) -> tuple[int, float]:
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
-  """Says which outcome is to be taken, and why.
+  """Says which outcome to take, and why.
 
   Raises:
     ValueError: none fits; names the least that one needs, or says why the
@@ -161,34 +110,32 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
   if kind == 1:
     raise ValueError(
       f"nothing fits on {best.topology}: the least, layout {best.layout!r},"
-      f" needs {plan_lib.in_bytes(int(least))} of each device; take more"
-      " devices, or config.optimizer.kind 'factored_adam'."
+      f" needs {with_prefix(int(least))}B of each device; take more devices, or"
+      " config.optimizer.kind 'factored_adam'."
     )
-  fitting = [each for each in others if rank(each)[0] == 0]
-  needs, has = map(plan_lib.in_bytes, (best.memory.needs, best.memory.has))
+  fitting = [
+    each for each in others if rank(each)[0] == 0 and each.layout != best.layout
+  ]
+  flags = [f"--{name}={value}" for name, value in best.changes.items()]
   lines = [
     " ".join(
-      [f"suggested for {best.topology}: layout {best.layout!r}", *_flags(best)]
+      [f"suggested for {best.topology}: layout {best.layout!r}", *flags]
     ),
-    f"  it needs {needs} of {has}, and {1e3 * best.estimate.seconds:,.1f} ms a"
-    f" step by the estimate ({best.words_per_second:,.0f} words/s), bound by"
-    f" {best.estimate.bound}",
+    f"  it needs {with_prefix(best.memory.needs)}B of"
+    f" {with_prefix(best.memory.has)}B, and {1e3 * best.estimate.seconds:,.1f}"
+    f" ms a step by the estimate ({best.words_per_second:,.0f} words/s), bound"
+    f" by {best.estimate.bound}",
   ]
-  other = next((e for e in fitting if e.layout != best.layout), None)
-  if other:
-    ratio = other.estimate.seconds / best.estimate.seconds
+  if fitting:
+    ratio = fitting[0].estimate.seconds / best.estimate.seconds
     lines.append(
-      f"  the next layout that fits, {other.layout!r}, takes {ratio:.2f} times"
-      " as long"
+      f"  the next layout that fits, {fitting[0].layout!r}, takes {ratio:.2f}"
+      " times as long"
     )
   out = {e.layout for e in outcomes} - {e.layout for e in (best, *fitting)}
   if out:
-    lines.append(f"  {', '.join(sorted(out))}: no way to fit was found")
+    lines.append(f"  {', '.join(sorted(out))}: no fit was found")
   return "\n".join(lines)
-
-
-def _flags(outcome: Outcome) -> list[str]:
-  return [f"--{name}={value}" for name, value in outcome.changes.items()]
 
 
 def attempt(
@@ -196,31 +143,24 @@ def attempt(
   vocab_size: int,
   topology: Topology,
   changes: dict[str, Any],
-  say: Say,
 ) -> Outcome:
-  """Plans a config with other values, or says why that cannot be.
-
-  Args:
-    config: of the run.
-    vocab_size: words of the vocabulary.
-    topology: the devices.
-    changes: values by name, which begins with "config.".
-    say: told what is being compiled.
-  """
+  """Plans a config with other values, by name, or says why that cannot be."""
   changed = changed_config(config, changes)
   layout = config_lib.layout(changed).name
   shown = {n: v for n, v in changes.items() if n != "config.layout"}
   also = "".join(f", {n.rpartition('.')[2]} {v}" for n, v in shown.items())
-  say(f"compiling {layout} for {topology.name}{also}")
+  terminal.say(f"compiling {layout} for {topology.name}{also}")
   try:
-    if together := _together(changed, topology):
-      changed = changed_config(changed, together)
-      shown |= together
+    path, layer = _mixture(changed)
+    together = layer.get("groups_together", 1)
+    if together != 1:
+      # At the second level, no more than a data replica has in a microbatch.
+      mesh = sharding.make_mesh(config_lib.layout(changed), topology.devices)
+      fit = math.gcd(together, groups(changed) // mesh.shape["data"])
+      if fit != together:
+        shown |= {f"{path}.groups_together": fit}
+        changed = changed_config(changed, shown)
     return plan_lib.make(changed, vocab_size, topology, shown)
-  except plan_lib.DoesNotFit as error:
-    return Refusal(
-      topology.name, layout, shown, str(error), error.needs, error.has
-    )
   except ValueError as error:
     return Refusal(topology.name, layout, shown, str(error))
 
@@ -259,20 +199,6 @@ def groups(config: config_lib.Config) -> int:
   return tokens // config_lib.train(config).microbatches // layer["group_size"]
 
 
-def _together(config: config_lib.Config, topology: Topology) -> dict[str, Any]:
-  """Returns how many groups of tokens can be together at the second level.
-
-  Fewer than the config says where a data replica has fewer in a microbatch.
-  """
-  path, layer = _mixture(config)
-  together = layer.get("groups_together", 1)
-  if together == 1:
-    return {}
-  mesh = sharding.make_mesh(config_lib.layout(config), topology.devices)
-  fit = math.gcd(together, groups(config) // mesh.shape["data"])
-  return {} if fit == together else {f"{path}.groups_together": fit}
-
-
 def _more_microbatches(
   config: config_lib.Config, changes: dict[str, Any], topology: Topology
 ) -> dict[str, Any]:
@@ -291,7 +217,7 @@ def _more_microbatches(
 def _steps(
   config: config_lib.Config, changes: dict[str, Any], topology: Topology
 ) -> Iterator[dict[str, Any]]:
-  """Yields what may be tried next to a config with these changes."""
+  """Yields the changes to try next to these."""
   now = changed_config(config, changes)
   path, layer = _mixture(now)
   size, section = layer.get("group_size"), path

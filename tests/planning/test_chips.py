@@ -1,113 +1,90 @@
-"""Layouts compiled ahead of time for the chips of a TPU: what they exchange."""
+"""Devices by name, there or not."""
 
-import functools
+import importlib.util
+import re
+import types
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import pytest
-import topology
+from jax.experimental import topologies
 
-from moejax import experts, moe, router, sharding
-from moejax.planning import collectives
-
-B, S, D, F, E, Q, K = 8, 64, 256, 2048, 8, 4, 2
-# The bytes of the routed tokens that one chip has, in bfloat16.
-WAY = 2 * K * S * D
-NAMES = ("einsum", "gather", "ragged", "hierarchical")
-SPLIT = ("expert", "data_expert", "expert_model")
-# Two levels, whose secondary mixtures route half of all tokens as one.
-TOGETHER = "hierarchical, together"
+from moejax.planning import chips
 
 
-def layer(name):
-  """By slots without one to spare; ragged, without any."""
-  two_levels = "hierarchical" in name
-  feed_forward = experts.FeedForward(Q if two_levels else E, F)
-  if two_levels:
-    within = moe.MoE(router.TopK(Q, K), feed_forward, capacity_factor=1.0)
-    return moe.HierarchicalMoE(
-      router.TopK(E, K),
-      within,
-      group_size=S,
-      groups_together=B // 2 if name == TOGETHER else 1,
-      capacity_factor=1.0,
-    )
-  return moe.MoE(
-    router.TopK(E, K),
-    feed_forward,
-    group_size=S,
-    capacity_factor=None if name == "ragged" else 1.0,
-    dispatch=name,
-  )
+def fake_devices(monkeypatch, kind, *coords):
+  """Puts devices of a kind at hand, and into every topology of a TPU."""
+  devices = [
+    types.SimpleNamespace(device_kind=kind, coords=place) for place in coords
+  ]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
+  found = types.SimpleNamespace(devices=devices)
+  monkeypatch.setattr(topologies, "get_topology_desc", lambda *_: found)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
-def gradient(layout, name):
-  """Compiles the gradient of a layer in bfloat16; returns its collectives."""
-  layout = sharding.LAYOUTS[layout]
-  mesh = sharding.make_mesh(layout, topology.chips())
-  module = layer(name)
-  x = jax.ShapeDtypeStruct((B, S, D), jnp.bfloat16)
-  boxed = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), x)
-  params, places = nn.unbox(boxed), sharding.shardings(boxed, layout, mesh)
-  batch = sharding.batch_sharding(layout, mesh, B)
-
-  def loss(params, x):
-    y = module.apply(params, x, train=True)
-    return jnp.square(y.astype(jnp.float32)).mean()
-
-  with sharding.use(layout, mesh):
-    run = jax.jit(
-      jax.grad(sharding.gathered(loss), (0, 1)),
-      in_shardings=(places, batch),
-      out_shardings=(places, batch),
-    )
-    compiled = run.lower(params, x).compile()
-  return collectives.read(compiled.as_text(), mesh)
-
-
-def expected(layout, name):
-  """Kind, bytes of the result and mesh axes of all that is not small.
-
-  The weights' gradients come in float32 from sorted rows.
-  """
-  matrix = 2 * E * D * F * (Q if "hierarchical" in name else 1)
-  slope = 2 * matrix if name == "ragged" else matrix
-  ways = 4 * [("all-to-all", WAY, ("expert",))]
-  copies = 2 * [("all-gather", 2 * WAY, ("model",))]
-  # The choices of all experts of a group of experts come back, each by itself.
-  sums = 2 * WAY * (K if "hierarchical" in name else 1)
-  copies += 2 * [("all-reduce", sums, ("model",))]
-  if name == "ragged":
-    # Room for whatever comes: all the tokens of those that share the experts.
-    ways = [("ragged-all-to-all", each, ("expert",)) for each in (WAY, 4 * WAY)]
-    ways *= 2
-    # Rows that nobody has counted beforehand; their devices share the weights.
-    copies = 2 * [("all-gather", matrix // 4, ("model",))]
-    copies += 2 * [("reduce-scatter", slope // 8, ("model",))]
-  found = {
-    "replicated": [("all-reduce", 2 * slope, ("data",))],
-    "expert": ways,
-    "data_expert": [*ways, ("all-reduce", 2 * slope // 4, ("data",))],
-    "expert_model": ways + copies,
-    "fsdp": 4 * [("all-gather", matrix, ("data",))]
-    + 2 * [("reduce-scatter", slope // 8, ("data",))],
-  }
-  return sorted(found[layout])
+def test_devices_at_hand():
+  found = chips.find("")
+  assert found.is_here and found.chip is None
+  assert (list(found.devices), found.sides) == (jax.devices(), (8,))
+  assert found.name == f"8 x {jax.devices()[0].device_kind}"
 
 
 @pytest.mark.parametrize(
-  "layout, name",
-  [(layout, name) for layout in sharding.LAYOUTS for name in NAMES]
-  + [(layout, TOGETHER) for layout in SPLIT],
+  "kind, name, sides",
+  [
+    ("TPU v5 lite", "v5e", (2, 3)),
+    ("TPU v5", "v5p", (2, 3, 1)),
+    ("TPU v6 lite", "v6e", (2, 3)),
+    ("NVIDIA H200", "h200", (2,)),
+    ("NVIDIA H100 PCIe", None, (2,)),
+  ],
 )
-def test_layout_on_chips_sends_tokens_or_weights_and_nothing_else(layout, name):
-  """And sums of the router's gradients, and which slots are taken."""
-  found = [each for each in gradient(layout, name) if each.bytes >= WAY]
-  got = sorted((each.kind, each.bytes, each.axes) for each in found)
-  want = expected(layout, name)
-  assert [each[::2] for each in got] == [each[::2] for each in want]
-  # The router's gradient may travel with another's.
-  sizes = pytest.approx([each[1] for each in want], rel=0.01)
-  assert [each[1] for each in got] == sizes
-  assert {e.dtype for e in found if "all-to-all" in e.kind} <= {"bf16"}
+def test_chips_at_hand(kind, name, sides, monkeypatch):
+  fake_devices(monkeypatch, kind, (0, 0, 0), (1, 2, 0))
+  found = chips.find("")
+  assert (found.chip, found.sides) == (chips.CHIPS.get(name), sides)
+
+
+def test_fake_devices():
+  found = chips.find("cpu:2x2")
+  assert len(found.devices) == 4 and not found.is_here
+  with pytest.raises(ValueError, match=r"cpu:9.* 8 CPU device\(s\) already"):
+    chips.find("cpu:9")
+
+
+@pytest.mark.parametrize(
+  "name, said",
+  [
+    ("v7:2x2", r"'v7'; choose one of 'v4', 'v5e', 'v5p', 'v6e', 'cpu'"),
+    ("v5e", "such as v5p:4x4x8"),
+    ("v5e:4by4", "such as v5p:4x4x8"),
+    ("v5e:4", "1 sides, but v5e chips lie in 2 dimensions"),
+    ("v5p:4x4", "2 sides, but v5p chips lie in 3 dimensions"),
+  ],
+)
+def test_names_that_are_none(name, said):
+  with pytest.raises(ValueError, match=said):
+    chips.find(name)
+
+
+def test_a_v4_has_two_devices_with_half_of_all(monkeypatch):
+  fake_devices(monkeypatch, "TPU v4", *2 * [(0, 0, 0), (1, 0, 0)])
+  found, whole = chips.find("v4:2x1x1"), chips.CHIPS["v4"]
+  assert (found.sides, found.is_here) == ((2, 1, 1), False)
+  assert [2 * each for each in found.chip[1:5]] == list(whole[1:5])
+  assert found.chip[5:] == whole[5:]
+
+
+def test_the_compiler_may_be_missing_or_refuse(monkeypatch):
+  fake_devices(monkeypatch, "TPU v5 lite")
+
+  def refuse(*_):
+    raise RuntimeError("no such slice")
+
+  monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+  said = "no topology 'v5e:3x5' (no such slice)"
+  with pytest.raises(ValueError, match=re.escape(said)):
+    chips.find("v5e:3x5")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ModuleNotFoundError, match="pip install libtpu"):
+    chips.find("v5e:4x4")

@@ -1,22 +1,36 @@
 """Seconds of a collective on links, by hand."""
 
-import jax
-import pytest
-import topology
+import dataclasses
 
-from moejax import sharding
+import jax
+import numpy as np
+import pytest
+
 from moejax.planning import chips, network
 from moejax.planning.collectives import Collective
 
 SENT = 10**9
-EXPERT = sharding.LAYOUTS["expert"]
 
 
-def seconds(kind, name, layout=EXPERT, axes=("expert",)):
-  topology.chips()  # or skip
-  where = chips.find(name)
-  mesh = sharding.make_mesh(layout, where.devices)
-  what = Collective(kind, "f32", SENT, SENT, axes, 1, True)
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """Of a chip that is not there only its place counts."""
+
+  coords: tuple[int, ...]
+
+
+def seconds(kind, name, shape=None, axes=("expert",)):
+  chip, _, text = name.partition(":")
+  sides = tuple(map(int, text.split("x")))
+  devices = np.empty(sides, object)
+  for place in np.ndindex(sides):
+    # The compiler gives three coordinates, whatever the torus.
+    devices[place] = Device((*place, 0)[:3])
+  where = chips.Topology(name, [], chips.CHIPS[chip], sides, False)
+  # The last side comes first, so that "data" is a part of it.
+  grid = devices.T.reshape(shape or (1, devices.size, 1))
+  mesh = jax.sharding.Mesh(grid, ("data", "expert", "model"))
+  what = Collective(kind, "f32", 0, SENT, axes, 1, True)
   return network.seconds(what, where, mesh)
 
 
@@ -32,6 +46,7 @@ def seconds(kind, name, layout=EXPERT, axes=("expert",)):
     ("all-gather", "v5e:8x16", 3),
     # No cube, so no ring; a side of one has no links.
     ("all-gather", "v5p:2x2x1", 2),
+    ("all-gather", "v4:4x4x2", 3),
     ("collective-permute", "v5p:4x4x8", 1),
     # Half of what 128 devices send goes to the other half of the longest side,
     # by two cuts of 4 x 4 links: 128 * 64 / 127 of it by 32.
@@ -39,6 +54,8 @@ def seconds(kind, name, layout=EXPERT, axes=("expert",)):
     ("ragged-all-to-all", "v5p:4x4x8", 32 * 127 / (64 * 64)),
     # One cut of 4 links, for 8 * 8 / 15 of what one device sends.
     ("all-to-all", "v5e:4x4", 4 * 15 / 64),
+    # The line of 8 is slower than the ring of 16: one cut of 16 links.
+    ("all-to-all", "v5e:8x16", 16 * 127 / (64 * 64)),
   ],
 )
 def test_all_chips_together(kind, name, links):
@@ -49,8 +66,7 @@ def test_all_chips_together(kind, name, links):
 @pytest.mark.parametrize(
   "axes, links",
   [
-    # The devices of an axis that is half of the last side: 4 x 4 x 4, of which
-    # only two sides are whole.
+    # Half of the last side, 4 x 4 x 4: only two sides are whole.
     (("expert",), 5),
     # Pairs that are four steps apart share the ring of eight among four.
     (("data",), 2 / 4),
@@ -59,14 +75,12 @@ def test_all_chips_together(kind, name, links):
   ],
 )
 def test_parts_of_a_torus(axes, links):
-  layout = sharding.LAYOUTS["data_expert"]
-  rate = chips.CHIPS["v5p"].link_rate
-  got = seconds("all-gather", "v5p:4x4x8", layout, axes)
-  assert got == pytest.approx(SENT / (links * rate))
+  got = seconds("all-gather", "v5p:4x4x8", (2, 64, 1), axes)
+  assert got == pytest.approx(SENT / (links * chips.CHIPS["v5p"].link_rate))
 
 
 def test_through_a_switch_all_links_carry():
-  where = chips.Topology("", jax.devices(), chips.CHIPS["h100"], (8,), False)
-  mesh = sharding.make_mesh(EXPERT)
-  what = Collective("all-to-all", "f32", SENT, SENT, ("expert",), 1, True)
+  where = chips.Topology("", [], chips.CHIPS["h100"], (8,), False)
+  what = Collective("all-to-all", "f32", 0, SENT, ("expert",), 1, True)
+  mesh = jax.sharding.Mesh(jax.devices(), "expert")
   assert network.seconds(what, where, mesh) == pytest.approx(SENT / 450e9)

@@ -25,7 +25,7 @@ def made_up(config, vocab_size, topology, changes):
   seconds = 1 + 0.1 * count + 0.3 * moe.recompute + 0.2 * moe.capacity_factor
   seconds += 0.5 * (layout != "expert") + 64 / moe.group_size
   if needs > 100e9:
-    raise plan.DoesNotFit("too large", int(needs), int(16e9))
+    return plan.Refusal("made up", layout, changes, "large", int(needs), 1)
   memory = plan.Memory(0, 0, int(needs), int(16e9))
   estimate = plan.Estimate(0.0, seconds, 0.0)
   return plan.Plan(
@@ -38,12 +38,13 @@ def made_up(config, vocab_size, topology, changes):
   )
 
 
-@pytest.fixture
-def suggested(monkeypatch):
-  monkeypatch.setattr(plan, "make", made_up)
-  monkeypatch.setattr(search, "STEPS", 16)
-  config = config_shapes.load("tiny.py")
-  return list(search.suggest(config, 100, CHIP, lambda line: None))
+@pytest.fixture(scope="module")
+def suggested():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan, "make", made_up)
+    patch.setattr(search, "STEPS", 16)
+    config = config_shapes.load("tiny.py")
+    return list(search.suggest(config, 100, CHIP))
 
 
 def test_it_goes_on_from_the_best_until_nothing_helps(suggested):
@@ -72,16 +73,23 @@ def test_the_verdict_names_it_and_why(suggested):
   said = search.verdict(suggested)
   assert "layout 'expert' --config.train.microbatches=4" in said
   assert "needs 10 GB of 16 GB" in said and "bound by memory" in said
-  assert "data_expert" in said.splitlines()[-1]
+  best = min(suggested, key=search.rank)
+  ms, rate = 1e3 * best.estimate.seconds, best.words_per_second
+  assert f"{ms:,.1f} ms a step by the estimate ({rate:,.0f} words/s)" in said
+  assert said.splitlines()[-1].startswith(
+    "  data_expert, expert_model, fsdp, replicated: "
+  )
+  # One that fits with another layout is named, with how much slower it is.
+  slower = best._replace(
+    layout="fsdp", estimate=plan.Estimate(0.0, 1.5 * best.estimate.seconds, 0.0)
+  )
+  assert "'fsdp', takes 1.50 times" in search.verdict([*suggested, slower])
 
 
-def test_nothing_fits(suggested):
+def test_the_verdict_on_what_does_not_fit(suggested):
   large = [each for each in suggested if search.rank(each)[0]]
   with pytest.raises(ValueError, match=r"needs [12]\d(\.\d)? GB of each"):
     search.verdict(large)
-
-
-def test_nothing_can_be(suggested):
   (none,) = [each for each in suggested if each.layout == "data_expert"]
   with pytest.raises(ValueError, match="16 devices do not divide"):
     search.verdict([none])
@@ -91,11 +99,11 @@ def test_a_config_need_not_say_how_many_microbatches(monkeypatch):
   monkeypatch.setattr(
     search,
     "attempt",
-    lambda *args: search.Refusal("made up", "expert", {}, "too large", 2, 1),
+    lambda *args: plan.Refusal("made up", "expert", {}, "too large", 2, 1),
   )
   config = config_shapes.load("tiny.py")
   del config.train.microbatches
-  tried = list(search.suggest(config, 100, CHIP, print))
+  tried = list(search.suggest(config, 100, CHIP))
   assert len(tried) > search.STEPS
 
 
@@ -112,7 +120,7 @@ def test_a_layout_is_named_or_the_configs_own():
   config = config_shapes.load("lm1b/moe_256.py")
   assert list(search.layouts(config))[:2] == ["expert_vocab", "replicated"]
   with pytest.raises(ValueError, match="--layout is 'no'"):
-    list(search.with_layouts(config, 100, CHIP, ["no"], print))
+    list(search.with_layouts(config, 100, CHIP, ["no"]))
 
 
 def test_changes_leave_the_config_alone():
@@ -144,6 +152,6 @@ def test_groups_of_tokens_are_together_in_a_replica(
   groups = config.data.batch_size * config.data.row_length // layer.group_size
   assert layer.groups_together == groups
   here = chips.find("cpu:8")
-  planned = search.attempt(config, 100, here, changes, print)
+  planned = search.attempt(config, 100, here, changes)
   name = "config.model.hierarchical_moe.groups_together"
   assert planned.changes.get(name, groups) == groups // parts
