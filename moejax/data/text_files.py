@@ -1,12 +1,14 @@
-"""Lines of text in UTF-8, of files plain or compressed, and of standard input.
+"""Text files as users name them, and their lines, in UTF-8.
 
-Lines end in line feeds, which may follow a carriage return. Byte order marks,
-which come to stand within a text when files are joined, are left out.
+Files are plain or compressed. Lines end in line feeds, which may follow a
+carriage return. Byte order marks, which come to stand within a text when files
+are joined, are left out.
 """
 
 import bz2
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -26,6 +28,70 @@ Paths = Sequence[str | os.PathLike]
 _HEAD = 1 << 16
 # Bytes of a line at most: what is longer has no lines.
 _LONGEST = 1 << 26
+
+
+# -- names --------------------------------------------------------------------
+
+
+def find(words: str | Sequence[str]) -> list[str]:
+  """Finds the files that users name.
+
+  Paths are parted by commas, with spaces around them or without, and may begin
+  with languages, as in "en-fr=a.tsv". `~` is the home folder, as `files.local`
+  has it, and patterns (`*`, `?`, `[ab]`) stand for the files that match, in
+  order. A file whose own name has commas, brackets or "=" is meant by this
+  name.
+
+  Args:
+    words: a value of a config; several words of a command line.
+
+  Raises:
+    FileNotFoundError: no file matches a pattern.
+    ValueError: as `files.local`.
+  """
+  found = []
+  for word in [words] if isinstance(words, str) else words:
+    parts = word.split(",")
+    while parts:
+      # The longest that is the name of a file; else what comes before a comma.
+      for end in range(len(parts), 0, -1):
+        item = ",".join(parts[:end]).strip()
+        if end == 1 or any(os.path.exists(p) for _, p in _readings(item)):
+          break
+      del parts[:end]
+      found += _matches(item) if item else []
+  return found
+
+
+def _readings(item: str) -> list[tuple[str, str]]:
+  """Returns an item as a path, and as languages and a path, if it can be."""
+  languages, equals, path = item.partition("=")
+  readings = [("", item)]
+  if equals and path and "/" not in languages:
+    readings.append((f"{languages}=", path))
+  # A path says by "./" that what follows is no language.
+  return [
+    (begin, ("./" if p.startswith("./") else "") + str(files_lib.local(p)))
+    for begin, p in readings
+  ]
+
+
+def _matches(item: str) -> list[str]:
+  readings = _readings(item)
+  for languages, path in readings:
+    if os.path.exists(path):
+      return [languages + path]
+  for languages, path in readings:
+    if matches := sorted(glob.glob(path, recursive=True)):
+      return [languages + match for match in matches]
+  if glob.has_magic(path):
+    raise FileNotFoundError(
+      f"{item} matches no file; give the path of one, or another pattern."
+    )
+  return [languages + path]
+
+
+# -- lines --------------------------------------------------------------------
 
 
 def _open_zstd(file: io.BufferedIOBase) -> io.BufferedIOBase:
@@ -72,21 +138,20 @@ def check(path: files_lib.Path) -> tuple[str, Origin]:
     return formats.check(file.read(_HEAD), origin), origin
 
 
-def numbered(path: files_lib.Path) -> Iterator[tuple[int, str]]:
-  """Yields each line with its number, from 1, and without its line break.
+def lines(path: files_lib.Path) -> Iterator[str]:
+  """Yields each line without its line break.
 
   Raises:
     ValueError: the file is not UTF-8, or damaged.
   """
-  for number, line in as_written(path):
-    yield number, _plain(line)
+  yield from map(_plain, as_written(path))
 
 
-def as_written(path: files_lib.Path) -> Iterator[tuple[int, str]]:
-  """Yields each line with its number, from 1, and all that is in it.
+def as_written(path: files_lib.Path) -> Iterator[str]:
+  """Yields each line, with all that is in it.
 
   Raises:
-    ValueError: as `numbered`.
+    ValueError: as `lines`.
   """
   with _opened(path) as (file, origin):
     yield from _decoded(file, origin)
@@ -100,11 +165,21 @@ def of_stdin(content: bytes) -> list[str]:
   """
   origin = Origin(formats.STDIN)
   formats.check(content[:_HEAD], origin)
-  return [_plain(line) for _, line in _decoded(io.BytesIO(content), origin)]
+  return list(map(_plain, _decoded(io.BytesIO(content), origin)))
+
+
+def fingerprint(files: Mapping[str, Sequence[files_lib.Path]]) -> str:
+  """Digests which files make which split, and all that they contain."""
+  digest = hashlib.blake2b(digest_size=12)
+  for split, paths in files.items():
+    for path in paths:
+      with files_lib.open_regular(path) as file:
+        content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+      digest.update(f"{split}\n{path.name}\n{content}\n".encode())
+  return digest.hexdigest()
 
 
 def _plain(line: str) -> str:
-  """Returns a line without its break, and without marks of byte order."""
   return line.replace("\ufeff", "").rstrip("\r\n")
 
 
@@ -136,13 +211,11 @@ def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
       ) from None
 
 
-def _decoded(
-  file: io.BufferedIOBase, origin: Origin
-) -> Iterator[tuple[int, str]]:
+def _decoded(file: io.BufferedIOBase, origin: Origin) -> Iterator[str]:
   more = functools.partial(file.read, _HEAD)
-  lines = iter(functools.partial(file.readline, _LONGEST), b"")
   mixed = False
-  for number, line in enumerate(lines, start=1):
+  read = functools.partial(file.readline, _LONGEST)
+  for number, line in enumerate(iter(read, b""), start=1):
     if len(line) == _LONGEST:
       raise ValueError(
         f"line {number} of {origin.name} is longer than {_LONGEST:,} bytes;"
@@ -150,15 +223,4 @@ def _decoded(
       )
     text = formats.line_text(line, number, more, mixed, origin)
     mixed = mixed or not text.isascii()
-    yield number, text
-
-
-def fingerprint(files: Mapping[str, Sequence[files_lib.Path]]) -> str:
-  """Digests which files make which split, and all that they contain."""
-  digest = hashlib.blake2b(digest_size=12)
-  for split, paths in files.items():
-    for path in paths:
-      with files_lib.open_regular(path) as file:
-        content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
-      digest.update(f"{split}\n{path.name}\n{content}\n".encode())
-  return digest.hexdigest()
+    yield text
