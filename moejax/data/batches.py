@@ -30,20 +30,10 @@ def train_batches(
   """Iterates without end over this process's part of the training batches.
 
   Rows come as their `order` has them. Batches run across the end of an epoch,
-  so no row is left out. The batch of a step is a function of (rows, batch_size,
-  seed, step): the parts of all processes, one after the other, are the same
-  batch for any process_count. The iterator's state is {"next_index": step},
-  from `get_state()` and for `set_state()`.
-
-  Args:
-    rows: the training split.
-    batch_size: rows of the whole batch, all processes together.
-    seed: 0 or more; seeds give unrelated orders.
-    process_index: which part to make.
-    process_count: how many parts there are.
-
-  Returns:
-    An iterator of batches, each array [batch_size / process_count, L].
+  so no row is left out. The parts of all processes, each array [batch_size /
+  process_count, L], one after the other, are the same batch for any
+  process_count. The iterator's state is {"next_index": step}, from
+  `get_state()` and for `set_state()`.
 
   Raises:
     ValueError: batch_size does not divide, or there are fewer rows.
@@ -64,8 +54,6 @@ def eval_batches(
 
   The last batch is filled up with rows of padding, so all processes see the
   same number of batches of the same shape, and every word counts once.
-
-  Args, returns: as `train_batches`.
 
   Raises:
     ValueError: batch_size does not divide over the processes.
@@ -126,11 +114,7 @@ class SourceRows(NamedTuple):
 
 
 def check_length(source_length: int) -> None:
-  """Refuses rows that are too short for some letter.
-
-  Raises:
-    ValueError: source_length is below 7.
-  """
+  """Raises ValueError for rows that are too short for some letter."""
   if source_length < _LEAST:
     raise ValueError(
       f"source_length must be {_LEAST} or more to hold any letter, got"
@@ -145,21 +129,15 @@ def source_rows(
   batch_size: int,
   tag: int | None = None,
 ) -> Iterator[SourceRows]:
-  """Yields lines as rows for decoding, those of like length together.
+  """Yields lines as N rows for decoding, those of like length together.
 
-  A line that does not fit is cut by `cut`. One without words yields nothing.
-  Rows are as long as the next power of 2, 16 or more and source_length at most,
-  so that there are few shapes to compile. Batches of one length come as they
-  get full; the last of each is filled with rows of padding. As no text of pairs
-  has a tab, nor space at its ends (`tfds_corpora.PairFiles`), lines lose these:
-  a tab becomes a space.
-
-  Args:
-    pieces: gives the ids.
-    lines: of text, as many as there are.
-    source_length: places M at most, tag and `</s>` counted.
-    batch_size: rows N of every batch.
-    tag: the id that comes first in each source, if any.
+  A source is its tag, if there is one, the line, and `</s>`. A line that does
+  not fit is cut by `cut`. One without words yields nothing. Rows are as long as
+  the next power of 2, 16 or more and source_length at most, so that there are
+  few shapes to compile. Batches of one length come as they get full; the last
+  of each is filled with rows of padding. As no text of pairs has a tab, nor
+  space at its ends (`tfds_corpora.PairFiles`), lines lose these: a tab becomes
+  a space.
 
   Raises:
     ValueError: as `check_length`.
@@ -203,12 +181,7 @@ def cut(pieces: Pieces, line: str, limit: int) -> list[str]:
 
   It is cut between sentences, of whatever script; a sentence that is too long
   alone, between words; a word that is, anywhere. Joined, the parts are the line
-  again, up to spaces.
-
-  Args:
-    pieces: counts.
-    line: text of any length. One without words has no part.
-    limit: 5 or more, as one letter may take.
+  again, up to spaces. The limit is 5 or more, as one letter may take.
   """
   length = len(pieces.encode(line))
   if not length or not line.strip():

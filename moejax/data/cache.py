@@ -23,13 +23,7 @@ Types = Mapping[str, type[np.generic]]
 
 
 class Cached(NamedTuple):
-  """Arrays of one axis and the digest of each, by name.
-
-  Attributes:
-    arrays: mapped into memory where they lie in a folder.
-    digests: see `digest`.
-    folder: where they lie; None if they are in memory alone.
-  """
+  """Arrays of one axis and their digests, by name; the folder of those kept."""
 
   arrays: Mapping[str, np.ndarray]
   digests: Mapping[str, str]
@@ -54,10 +48,6 @@ def key(folder: pathlib.Path, *parts: object) -> str:
   in place, and to read lm1b takes longer than all else at a start. Bytes that a
   disk has changed there array_record finds, by sums of its own, when it reads
   them.
-
-  Args:
-    folder: where the corpus lies.
-    *parts: all else.
   """
   found = list(parts)
   for path in sorted(folder.iterdir()):
@@ -77,14 +67,14 @@ def cached(
 
   All of them are read, as a changed id would train as well as any: about a
   second for each GB. Of several processes one makes them while the others wait.
-  They are made in memory where nothing can be written or read, or no folder is
-  given.
+  They are made in memory where nothing can be written or read, which is warned
+  of, or no folder is given.
 
   Args:
     folder: of these arrays alone.
     types: of each array, by name.
     write: writes the arrays, to a file each, in the order of `types`.
-    what: says in a warning what is made.
+    what: is done, for the warning.
   """
   if folder is not None:
     try:
@@ -103,11 +93,7 @@ def cached(
 def _kept(
   folder: pathlib.Path, types: Types, write: Callable[..., None]
 ) -> Cached:
-  """Returns `cached` of a folder.
-
-  Raises:
-    OSError: the arrays cannot be written, or read.
-  """
+  """Returns `cached` of a folder; raises OSError where it cannot be used."""
   if found := _found(folder, types):
     return found
   folder.parent.mkdir(exist_ok=True)

@@ -186,21 +186,12 @@ def open_pairs(
   A split for which a direction has no files is carved out of its train files,
   and of these alone: it says so where directions share a language.
 
-  Args:
-    train: the files of each direction.
-    validation: of the same directions or fewer.
-    test: likewise.
-    data_dir: where prepared copies are kept, see `tfds_corpora.prepared`.
-    both_directions: whether each pair also serves in the other direction.
-    strict: whether a line that is no pair is refused.
-
   Returns:
-    split -> what there is for each direction.
+    split -> what there is for each direction, and for each in return.
 
   Raises:
-    FileNotFoundError: a file does not exist.
-    ValueError: files that `PairFiles` cannot use, or files of a direction that
-      has none to train on, or that serve a direction which has its own.
+    FileNotFoundError, ValueError: files that `PairFiles` cannot use, or of a
+      direction that has none to train on, or that serve one with its own.
   """
   splits = {"train": train, "validation": validation, "test": test}
   for split, files in splits.items():
@@ -250,38 +241,28 @@ def read_pairs(
   """Reads files of pairs, all in the one split "data".
 
   Raises:
-    FileNotFoundError: a file does not exist.
-    ValueError: a path is a directory, or a file damaged, not UTF-8 or without
-      a pair, or a line is none where that is refused.
+    FileNotFoundError, ValueError: as `text_files.check` and
+      `tfds_corpora.pair_lines`.
   """
-  read = functools.partial(tfds_corpora.pair_lines, strict=strict)
-  found = _read(paths, tfds_corpora.PairFiles, read)
+  found: list[tuple[str, str]] = []
+  for path in map(pathlib.Path, paths):
+    text_files.check(path)
+    found += tfds_corpora.pair_lines(path, strict)
   sources, targets = map(list, zip(*found, strict=True))
   return Pairs(direction, "data", sources, targets)
 
 
 def read_lines(paths: text_files.Paths) -> list[str]:
-  """Reads the lines of text files.
+  """Reads the lines of text files, and warns of what may not be meant.
 
   Raises:
-    FileNotFoundError: a file does not exist.
-    ValueError: a path is a directory, or a file damaged, no text in UTF-8 or
-      empty.
+    FileNotFoundError, ValueError: as `text_files.check` and
+      `tfds_corpora.text_lines`.
   """
-  found = _read(paths, tfds_corpora.TextFiles, tfds_corpora.text_lines)
-  return [line for (line,) in found]
-
-
-def _read(
-  paths: text_files.Paths, kind: type[tfds_corpora.TextFiles], read: Callable
-) -> list[tuple[str, ...]]:
-  found = []
+  found: list[str] = []
   for path in map(pathlib.Path, paths):
-    kind.check(path)
-    before = len(found)
-    found.extend(read(path))
-    if len(found) == before:
-      raise ValueError(f"{path} {kind.EMPTY}")
+    tfds_corpora.TextFiles.check(path)
+    found += (line for (line,) in tfds_corpora.text_lines(path))
   return found
 
 

@@ -99,8 +99,7 @@ _SIGNATURES = tuple(
       f"unzip -p {{}} content.xml | {_PARAGRAPHS}",
     ),
     (rb"PK\x03\x04", "a zip archive", "unzip {}; then name the text in it"),
-    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {}; then name the text"),
-    (rb"Rar!\x1a\x07", "a rar archive", "unrar x {}; then name the text"),
+    (rb"7z\xbc\xaf|Rar!\x1a", "an archive", "unpack it, and name the text"),
     (rb"%PDF-\d", "a PDF document", "pdftotext {} new.txt"),
     (rb"\{\\rtf", "an RTF document", _SAVE),
     (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document", _SAVE),
@@ -116,13 +115,17 @@ _SIGNATURES = tuple(
       "a pointer of Git LFS to a file that is not here",
       "git lfs pull",
     ),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "a picture", _OTHER),
-    (rb"\x7fELF", "a program", _OTHER),
-    (rb"SQLite format 3\0", "a data base", _OTHER),
-    (rb"\x89HDF\r\n", "an HDF5 file", _OTHER),
-    (rb"\x93NUMPY", "a NumPy array", _OTHER),
-    (rb"\x80[\2-\5]", "a Python pickle", _OTHER),
+    (
+      rb"\x89(PNG|HDF)|\xff\xd8\xff|GIF8[79]a|\x7fELF|SQLite format|\x93NUMPY"
+      rb"|\x80[\2-\5]",
+      "a picture, a program or data",
+      _OTHER,
+    ),
   )
+)
+_OLD_LINES = (
+  "text whose lines end in carriage returns",
+  r"| tr '\r' '\n'",
 )
 
 # Of letters in two or four bytes, without a mark that says so.
@@ -144,8 +147,7 @@ def check(head: bytes, origin: Origin) -> str:
   """Looks at the first bytes of what should be text, and returns their text.
 
   Raises:
-    ValueError: they are no text in UTF-8, or have line ends of another kind; it
-      names what they are and the cure.
+    ValueError: they are no text in UTF-8, or have line ends of another kind.
   """
   if found := _signature(head):
     raise origin.refused(*found)
@@ -174,7 +176,7 @@ def check(head: bytes, origin: Origin) -> str:
     )
   alone = head.count(b"\r") - head.count(b"\r\n")
   if alone > head.count(b"\n"):
-    raise _old_lines(origin)
+    raise origin.refused(*_OLD_LINES)
   if "\ufffd".encode() in head or "\ufffd" not in text:
     _doubt(text, origin)
   return text
@@ -213,15 +215,14 @@ def line_text(
       f" 0x{line[place]:02x}; {_encodings(line, more(), mixed, origin)}"
     ) from None
   if text.count("\r") > 100:
-    raise _old_lines(origin)
+    raise origin.refused(*_OLD_LINES)
   return text
 
 
 def _signature(head: bytes) -> tuple[str, str] | None:
-  for begin, what, how in _SIGNATURES:
-    if begin.match(head):
-      return what, how
-  return None
+  """Returns what begins like this, and the cure."""
+  found = ((what, how) for begin, what, how in _SIGNATURES if begin.match(head))
+  return next(found, None)
 
 
 def _begun(encoding: str, head: bytes, errors: str = "strict") -> str:
@@ -232,12 +233,6 @@ def _begun(encoding: str, head: bytes, errors: str = "strict") -> str:
 def _controls(text: str) -> float:
   """Returns the share of control characters, white space excepted."""
   return len(_CONTROL.findall(text)) / max(1, len(text))
-
-
-def _old_lines(origin: Origin) -> ValueError:
-  return origin.refused(
-    "text whose lines end in carriage returns", r"| tr '\r' '\n'"
-  )
 
 
 def _wide(head: bytes) -> str:
@@ -345,20 +340,17 @@ def _doubt(text: str, origin: Origin) -> None:
 
 def _strings(text: str) -> str:
   """Returns jq's word for the strings where lines are JSON, or ""."""
-  try:
+  record = None
+  with contextlib.suppress(ValueError):
     record = json.loads(text.partition("\n")[0])
-  except ValueError:
-    return ""
   if not isinstance(record, dict):
     return ""
-  strings = {
-    name: value
+  lengths = {
+    name: len(value)
     for name, value in record.items()
     if isinstance(value, str) and re.fullmatch(r"[\w -]+", name)
   }
-  if not strings:
-    return ".. | strings"
-  return f'."{max(strings, key=lambda name: len(strings[name]))}"'
+  return f'."{max(lengths, key=lengths.get)}"' if lengths else ".. | strings"
 
 
 def _twice(text: str) -> str:

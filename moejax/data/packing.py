@@ -50,13 +50,9 @@ class Direction(NamedTuple):
 
 
 class Pairs(NamedTuple):
-  """Sentences of a split, and what they translate.
+  """Sentences of a split, and what they translate: None for language models.
 
-  Attributes:
-    direction: their languages; None for a language model.
-    split: its name.
-    sources: as many as targets; None for a language model.
-    targets: read when asked for where they are `tfds_corpora.Records`.
+  They are read when asked for where they are `tfds_corpora.Records`.
   """
 
   direction: Direction | None
@@ -95,10 +91,8 @@ class Tokens(NamedTuple):
 class Packing(NamedTuple):
   """Which spans of the ids make which row; rows in order.
 
-  Attributes:
-    first: row r is made of the spans first[r] to first[r + 1].
-    begin: where each span begins, by side.
-    length: ids of each span, by side.
+  Row r is made of the spans first[r] to first[r + 1], of which each side has
+  the begin among its ids, and the length.
   """
 
   first: Int64[np.ndarray, "rows_1"]
@@ -109,13 +103,7 @@ class Packing(NamedTuple):
 def batch_shapes(
   batch_size: int, row_length: int, source_length: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays.
-
-  Args:
-    batch_size: rows B.
-    row_length: target places L of a row.
-    source_length: source places M of a row; 0 for a language model.
-  """
+  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays."""
   types = {"inputs": np.int32, "targets": np.int32}
   types |= {"mask": np.bool_, "start": np.bool_}
   if source_length:
@@ -175,20 +163,13 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
       )
 
   # Texts in memory have no folder.
-  of = [getattr(texts, "folder", None) for texts in sides.values()]
-  path = of[0]
+  path = getattr(pairs.targets, "folder", None)
   if path:
-    fields = [texts.field for texts in sides.values()]
-    name = cache.key(
-      path,
-      *(_VERSION, pairs.targets.split, *fields),
-      *(type(tokenizer).__name__, tokenizer.digest, *tag),
-    )
-    path = path / "ids" / name
-  types = dict.fromkeys(
-    (f"{side}_{what}" for side in sides for what in ("ids", "lengths")),
-    np.int32,
-  )
+    parts = [_VERSION, pairs.targets.split, *(t.field for t in sides.values())]
+    parts += [type(tokenizer).__name__, tokenizer.digest, *tag]
+    path = path / "ids" / cache.key(path, *parts)
+  names = [f"{side}_{what}" for side in sides for what in ("ids", "lengths")]
+  types = dict.fromkeys(names, np.int32)
   found = cache.cached(path, types, write, f"{count:,} {noun} become ids")
   # A language model's digest is that of its ids, as runs have noted it.
   digest = found.digests["target_ids"]
@@ -220,11 +201,6 @@ def pack(tokens: Tokens, row_length: int, source_length: int = 0) -> Packing:
   are placed first, as there is room for the short ones beside them. The result
   depends on the arguments alone.
 
-  Args:
-    tokens: of a split.
-    row_length: target places L of a row.
-    source_length: source places M of a row.
-
   Raises:
     ValueError: no pair fits.
   """
@@ -237,12 +213,9 @@ def pack(tokens: Tokens, row_length: int, source_length: int = 0) -> Packing:
     for file, values in zip(files, made, strict=True):
       file.write(values)
 
-  folder = tokens.folder
-  if folder:
-    name = f"packing_{_PACKING_VERSION}_{row_length}_{source_length}"
-    folder = folder / name
-  count = len(tokens.lengths["target"])
-  what = f"{count:,} sentences are packed"
+  name = f"packing_{_PACKING_VERSION}_{row_length}_{source_length}"
+  folder = tokens.folder and tokens.folder / name
+  what = f"{len(tokens.lengths['target']):,} sentences are packed"
   found = cache.cached(folder, types, write, what).arrays
   begin, length = (
     {side: found[f"{side}_{what}"] for side in tokens.ids}
@@ -413,11 +386,7 @@ class PackedRows:
     return self._row(slice(0))
 
   def order(self, seed: int) -> grain.MapDataset:
-    """Returns all rows without end, in every epoch in an order of its own.
-
-    Args:
-      seed: 0 or more; seeds give unrelated orders.
-    """
+    """Returns all rows without end, in every epoch in an order of its own."""
     # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
     unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return grain.MapDataset.source(self).shuffle(seed=unrelated).repeat()
@@ -491,19 +460,16 @@ class MultiDirection:
     self.digest = cache.joined(part.digest for part in parts)
     powers = (words / words.max()) ** (1 / temperature)
     self.shares = tuple((powers / powers.sum()).tolist())
-    self._lengths = np.array([len(part) for part in parts])
-    self._words_of_row = words / self._lengths
-    self._ends = np.cumsum(self._lengths)
 
   def __len__(self) -> int:
-    return int(self._ends[-1])
+    return sum(map(len, self._parts))
 
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-    if not 0 <= row < len(self):
-      raise IndexError(f"row {row} of {len(self)}")
-    part = int(np.searchsorted(self._ends, row, side="right"))
-    begin = int(self._ends[part] - self._lengths[part])
-    return self._parts[part][row - begin]
+    for part in self._parts:
+      if row < len(part):
+        return part[row]
+      row -= len(part)
+    raise IndexError(f"row {row} beyond the last of {len(self)}")
 
   def padding(self) -> dict[str, np.ndarray]:
     """Returns a row without a real target, which fills up a batch."""
@@ -511,15 +477,15 @@ class MultiDirection:
 
   def order(self, seed: int) -> grain.MapDataset:
     """Mixes the orders of the directions, each endless."""
-    *seeds, last = np.random.SeedSequence(seed).generate_state(
-      len(self._parts) + 1
-    )
+    count = len(self._parts) + 1
+    *seeds, last = np.random.SeedSequence(seed).generate_state(count)
     orders = [
       part.order(int(own)) for part, own in zip(self._parts, seeds, strict=True)
     ]
     if len(orders) == 1:
       return orders[0]
-    weights = np.array(self.shares) / self._words_of_row
+    words_of_row = [part.num_words / len(part) for part in self._parts]
+    weights = np.array(self.shares) / words_of_row
     mixed = grain.MapDataset.mix(orders, (weights / weights.sum()).tolist())
     # They take turns there: of two directions every other row, as one of two
     # microbatches is, would be of the same.

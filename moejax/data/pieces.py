@@ -77,12 +77,8 @@ class Pieces:
     """Finds the pieces of raw texts, by byte pair encoding.
 
     Of more than a million texts a million are used, always the same, and of
-    each the first thousand letters. It says how many are not used whole.
-
-    Args:
-      texts: sentences of both sides.
-      size: pieces in all, the special ones and 256 bytes counted.
-      languages: those to make a tag for.
+    each the first thousand letters. It says how many are not used whole. The
+    size counts special pieces, among them the tags of languages, and 256 bytes.
 
     Raises:
       ValueError: there is no text, or too little for the size, or too small a
@@ -177,8 +173,7 @@ class Pieces:
   def tag(self, language: str) -> int:
     """Returns the id of the piece that asks for a language.
 
-    Args:
-      language: with its subtags after "_", or "-", which is the same.
+    Its subtags come after "_", or "-", which is the same.
 
     Raises:
       ValueError: it was not trained.

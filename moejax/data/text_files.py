@@ -112,12 +112,7 @@ _SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 
 
 def check_path(path: files_lib.Path) -> None:
-  """Refuses what is no file.
-
-  Raises:
-    FileNotFoundError: it does not exist.
-    ValueError: it is a directory.
-  """
+  """Raises FileNotFoundError or, for a directory, ValueError."""
   if path.is_dir():
     raise ValueError(f"{path} is a directory; name the text files in it")
   if not path.exists():
@@ -125,10 +120,7 @@ def check_path(path: files_lib.Path) -> None:
 
 
 def check(path: files_lib.Path) -> tuple[str, Origin]:
-  """Looks at how a file begins, as `formats.check`.
-
-  Returns:
-    The text that it begins with, and where that is from.
+  """Returns what text a file begins with, and where that is from.
 
   Raises:
     FileNotFoundError, ValueError: as `check_path` and `formats.check`.
@@ -139,11 +131,7 @@ def check(path: files_lib.Path) -> tuple[str, Origin]:
 
 
 def lines(path: files_lib.Path) -> Iterator[str]:
-  """Yields each line without its line break.
-
-  Raises:
-    ValueError: the file is not UTF-8, or damaged.
-  """
+  """Yields each line without its line break; ValueError as `as_written`."""
   yield from map(_plain, as_written(path))
 
 
@@ -151,7 +139,7 @@ def as_written(path: files_lib.Path) -> Iterator[str]:
   """Yields each line, with all that is in it.
 
   Raises:
-    ValueError: as `lines`.
+    ValueError: the file is not UTF-8, or damaged.
   """
   with _opened(path) as (file, origin):
     yield from _decoded(file, origin)

@@ -59,10 +59,18 @@ def lines_of_block(lines: int) -> int:
 
 
 def text_lines(path: pathlib.Path) -> Iterator[tuple[str]]:
-  """Yields the lines that are not blank, without the space around them."""
+  """Yields the lines that are not blank, without the space around them.
+
+  Raises:
+    ValueError: there are none, or as `text_files.lines`.
+  """
+  empty = True
   for line in text_files.lines(path):
     if text := line.strip():
+      empty = False
       yield (text,)
+  if empty:
+    raise ValueError(f"{path} is empty: it holds no words")
 
 
 def pair_lines(
@@ -70,24 +78,24 @@ def pair_lines(
 ) -> Iterator[tuple[str, str]]:
   """Yields (source, target) of the lines that have both, parted by a tab.
 
-  Args:
-    path: of the file.
-    strict: whether to refuse a line that is no pair; else it is left out.
-    loud: whether to say at the end how many are left out, why, and where the
-      first of them are.
+  A line that is no pair is refused if strict, else left out; loud says at the
+  end how many are, why, and where the first of them are.
 
   Raises:
-    ValueError: a line is no pair, where that is refused.
+    ValueError: there is no pair, a line is none where that is refused, or as
+      `text_files.lines`.
   """
   left_out: dict[str, list[int]] = {}
-  number = 0
+  number, empty = 0, True
   for number, line in enumerate(text_files.lines(path), start=1):
     sides = [side.strip() for side in line.split("\t")]
     if len(sides) == 2 and all(sides):
+      empty = False
       yield sides[0], sides[1]
     elif len(sides) == 2 or any(sides):
-      empty = len(sides) == 2
-      reason = "with an empty side" if empty else "without exactly one tab"
+      reason = "without exactly one tab"
+      if len(sides) == 2:
+        reason = "with an empty side"
       if strict:
         raise ValueError(
           f"{path}: line {number} is {reason}; mend it, or set"
@@ -105,18 +113,37 @@ def pair_lines(
     terminal.warn(
       f"{path}: {count:,} of {number:,} lines left out: {', '.join(reasons)}"
     )
-
-
-def check_text(path: pathlib.Path) -> None:
-  """Refuses a file that is no text, and warns of what may not be meant.
-
-  Raises:
-    FileNotFoundError, ValueError: as `text_files.check`.
-  """
-  vocab.doubt(*text_files.check(path))
+  if empty:
+    raise ValueError(
+      f"{path} holds no pair; write a sentence, a tab and its translation on"
+      " each line"
+    )
 
 
 # -- builders -----------------------------------------------------------------
+
+
+def _refuse_odd(name: str, data_dir: DataDir) -> pathlib.Path:
+  """Returns where a corpus lies; refuses one that holds more than files."""
+  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+  files_lib.refuse_odd_in(root / name, written=False)
+  return root / name
+
+
+@contextlib.contextmanager
+def _readable(folder: Callable[[], str | os.PathLike]) -> Iterator[None]:
+  """Names the folder of a copy that TFDS cannot open, and the way out."""
+  try:
+    yield
+  except tfds.core.DatasetNotFoundError:
+    raise
+  except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    raise ValueError(
+      f"what is prepared in {folder()} cannot be read ({type(error).__name__}:"
+      f" {first_line:.200}); remove that folder, and prepare it again as it was"
+      " the first time."
+    ) from error
 
 
 class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -142,10 +169,8 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
       ValueError: it is damaged.
     """
     _refuse_odd(self.name, data_dir)
-    try:
+    with _readable(lambda: self._data_dir):
       super().__init__(data_dir=data_dir, **options)
-    except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
-      raise _damaged(self._data_dir, error) from error
 
   @abc.abstractmethod
   def _counts(self) -> Mapping[str, int]:
@@ -210,16 +235,9 @@ class TextFiles(Prose, skip_registration=True):
   """
 
   VERSION = tfds.core.Version("1.0.1")
-  EMPTY = "is empty: it holds no words"
-  check = staticmethod(check_text)
 
   def __init__(self, files: Mapping[str, Paths], data_dir: DataDir = None):
-    """Takes explicit paths.
-
-    Args:
-      files: of the splits train, validation and test; the latter two may be
-        without.
-      data_dir: see `prepared`.
+    """Takes the files of train and, maybe, of validation and test.
 
     Raises:
       FileNotFoundError: a file does not exist.
@@ -236,6 +254,11 @@ class TextFiles(Prose, skip_registration=True):
       text_files.check_path(path)
     config = tfds.core.BuilderConfig(name=self.own_name())
     super().__init__(config=config, data_dir=data_dir)
+
+  @staticmethod
+  def check(path: pathlib.Path) -> None:
+    """Refuses a file that is no text, and warns of what may not be meant."""
+    vocab.doubt(*text_files.check(path))
 
   def own_name(self) -> str:
     """Returns what tells this copy from those of other files."""
@@ -255,13 +278,10 @@ class TextFiles(Prose, skip_registration=True):
   @functools.cached_property
   def _lines_of(self) -> dict[str, int]:
     """Lines of each split's files; reads them all, and so finds what is bad."""
-    total = dict.fromkeys(self._files, 0)
-    for split, paths in self._files.items():
-      for path in paths:
-        count = sum(1 for _ in self._read(path, loud=True))
-        if not count:
-          raise ValueError(f"{path} {self.EMPTY}")
-        total[split] += count
+    total = {
+      split: sum(1 for path in paths for _ in self._read(path, loud=True))
+      for split, paths in self._files.items()
+    }
     if self._carved and total["train"] < _CYCLE:
       raise ValueError(
         f"{self._files['train'][0]}: {total['train']} lines are too few to"
@@ -297,9 +317,6 @@ class PairFiles(TextFiles, skip_registration=True):
   """
 
   FIELDS = ("source", "target", "document")
-  EMPTY = (
-    "holds no pair; write a sentence, a tab and its translation on each line"
-  )
   check = staticmethod(text_files.check)
 
   def __init__(
@@ -419,31 +436,11 @@ def _protect(builder: Prose) -> None:
     folder.chmod(there.st_mode & allowed)
 
 
-def _refuse_odd(name: str, data_dir: DataDir) -> None:
-  """Refuses prepared copies of a corpus that hold more than files."""
-  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-  files_lib.refuse_odd_in(root / name, written=False)
-
-
-def _damaged(folder: str | os.PathLike, error: Exception) -> ValueError:
-  """Returns what is to be said of a copy that TFDS cannot open."""
-  first_line = (str(error).strip().splitlines() or [""])[0]
-  return ValueError(
-    f"what is prepared in {folder} cannot be read ({type(error).__name__}:"
-    f" {first_line:.200}); remove that folder, and prepare it again as it was"
-    " the first time."
-  )
-
-
 # -- reading ------------------------------------------------------------------
 
 
 def downloaded(name: str, data_dir: DataDir = None) -> tfds.core.DatasetBuilder:
   """Returns the builder of a corpus that TFDS downloaded and prepared.
-
-  Args:
-    name: as TFDS has it, "lm1b" or "wmt14_translate/fr-en".
-    data_dir: see `prepared`.
 
   Raises:
     FileNotFoundError: it is not prepared there.
@@ -451,17 +448,13 @@ def downloaded(name: str, data_dir: DataDir = None) -> tfds.core.DatasetBuilder:
     ValueError: what is prepared there cannot be read without TensorFlow, or at
       all.
   """
-  _refuse_odd(name, data_dir)
-  try:
-    with quiet(), _only_own_features():
-      builder = tfds.builder(name, data_dir=data_dir)
-      there = builder.is_prepared()
-  except tfds.core.DatasetNotFoundError:
-    # Code of TFDS that cannot be imported without TensorFlow.
-    there = False
-  except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
-    folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR, name)
-    raise _damaged(folder, error) from error
+  folder = _refuse_odd(name, data_dir)
+  there = False
+  # Code of TFDS may be impossible to import without TensorFlow.
+  missing = contextlib.suppress(tfds.core.DatasetNotFoundError)
+  with missing, _readable(lambda: folder), quiet(), _only_own_features():
+    builder = tfds.builder(name, data_dir=data_dir)
+    there = builder.is_prepared()
   given = (
     f", data_dir='{pathlib.Path(data_dir).absolute()}'" if data_dir else ""
   )

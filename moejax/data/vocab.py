@@ -116,12 +116,7 @@ def main_script(text: str) -> str:
 
 
 def doubt(text: str, origin: Origin) -> None:
-  """Warns of text without spaces between what should be words.
-
-  Args:
-    text: what the origin begins with.
-    origin: of the text.
-  """
+  """Warns of a text's begin without spaces between what should be words."""
   if script := main_script(text):
     # Words of Han and Kana have one letter or two; those of the others, with
     # their marks, about five.
@@ -169,10 +164,7 @@ class Vocabulary:
   split = staticmethod(words)
 
   def __init__(self, entries: Sequence[str]):
-    """Makes the vocabulary whose entry i has id i.
-
-    Args:
-      entries: `</S>`, `<S>`, `<UNK>` and the words, in any order.
+    """Makes the vocabulary whose entry i has id i, special symbols included.
 
     Raises:
       ValueError: a special symbol is missing or an entry occurs twice.
@@ -203,11 +195,7 @@ class Vocabulary:
     """Counts the words of raw texts and numbers them by falling count.
 
     `</S>` is 0, `<S>` is 1, `<UNK>` is 2; words of equal count are in
-    alphabetical order.
-
-    Args:
-      texts: raw prose.
-      min_count: words seen less often become `<UNK>`.
+    alphabetical order. Words seen less than min_count times become `<UNK>`.
 
     Raises:
       ValueError: no word is frequent enough.
