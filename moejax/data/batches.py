@@ -197,7 +197,7 @@ def cut(pieces: Pieces, line: str, limit: int) -> list[str]:
     (word,) = parts
     groups = [word[: len(word) // 2], word[len(word) // 2 :]]
   else:
-    # Neighbours stay together while they fit, by spaces but after a full stop
+    # Neighbors stay together while they fit, by spaces but after a full stop
     # of Chinese and Japanese.
     groups = parts[:1]
     for part in parts[1:]:

@@ -1,4 +1,4 @@
-"""Arrays made once of a prepared corpus, kept beside it and then mapped.
+"""Arrays made once of a prepared corpus, written beside it and then mapped.
 
 A folder holds a file for each array, and a record of their digests.
 """
@@ -23,7 +23,7 @@ Types = Mapping[str, type[np.generic]]
 
 
 class Cached(NamedTuple):
-  """Arrays of one axis and their digests, by name; the folder of those kept."""
+  """Arrays of one axis and their digests, by name; their folder, if any."""
 
   arrays: Mapping[str, np.ndarray]
   digests: Mapping[str, str]
@@ -78,7 +78,7 @@ def cached(
   """
   if folder is not None:
     try:
-      return _kept(folder, types, write)
+      return _mapped(folder, types, write, what)
     except OSError as error:
       terminal.warn(f"{what} in memory, at every start ({error})")
   drafts = [io.BytesIO() for _ in types]
@@ -90,8 +90,8 @@ def cached(
   return Cached(arrays, {n: digest(a) for n, a in arrays.items()}, None)
 
 
-def _kept(
-  folder: pathlib.Path, types: Types, write: Callable[..., None]
+def _mapped(
+  folder: pathlib.Path, types: Types, write: Callable[..., None], what: str
 ) -> Cached:
   """Returns `cached` of a folder; raises OSError where it cannot be used."""
   if found := _found(folder, types):
@@ -104,6 +104,7 @@ def _kept(
     if folder.exists():
       terminal.warn(f"{folder} is damaged; it is made anew")
       shutil.rmtree(folder)
+    terminal.warn(f"{what} (once), in {folder}")
     _make(folder, types, write)
   if found := _found(folder, types):
     return found

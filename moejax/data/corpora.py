@@ -76,7 +76,7 @@ class Corpus(NamedTuple):
     return [packing.tokenize(p, self.vocabulary) for p in self.pairs[split]]
 
   def rows(self, split: str) -> Rows:
-    """Packs a split into rows; what is made of a prepared corpus is kept.
+    """Packs a split into rows; what is made of a prepared corpus is cached.
 
     Says how many sentences are in no row, and warns of words that are too few,
     or too often unknown, to be words.
@@ -123,7 +123,7 @@ def named_files(value: str | Sequence[str]) -> dict[Direction, list[str]]:
 
   Raises:
     ValueError: some paths are plain and others are not, or the languages can be
-      read in more ways than one.
+      understood in two.
   """
   files: dict[Direction, list[str]] = {}
   for item in text_files.find(value):
@@ -278,7 +278,7 @@ def _local(path: str) -> str:
 
 
 def _data_dir(path: str) -> str | None:
-  """Returns where prepared corpora lie; None for the home folder, by TFDS."""
+  """Returns where prepared corpora lie; None for TFDS's own place."""
   return _local(path or os.environ.get("TFDS_DATA_DIR", "")) or None
 
 
@@ -348,7 +348,7 @@ def _lm1b(
 ) -> Corpus:
   """Opens the One Billion Word benchmark (sec. 5.1, app. C.1).
 
-  Nothing is taken away from train. TFDS mixes the benchmark's 50 held-out files
+  Nothing is taken from train. TFDS mixes the benchmark's 50 held-out files
   into one split; a fiftieth of that is validation, and the rest is the test.
   Published results are of the first of the 50 files alone: given that file, it
   is the test, and validation does without its sentences.
@@ -413,7 +413,7 @@ def _pairs(
 
   Args:
     source_length: word pieces of a row of the source.
-    both_directions: whether each pair is read both ways.
+    both_directions: whether each pair serves in both directions.
     temperature: above 1 small pairs of languages are read more often.
     strict: whether to refuse lines that are no pair, or else leave them out.
   """

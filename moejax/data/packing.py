@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from moejax import terminal
 from moejax.data import cache
 from moejax.data.pieces import Pieces
 from moejax.data.vocab import Vocabulary
@@ -79,7 +78,7 @@ class Tokens(NamedTuple):
     lengths: ids of each sentence, tag and end counted. 0 where a side of the
       pair has no words; the other then has no ids either.
     digest: a short name that another text would not have.
-    folder: where they are kept, and what is made of them may be; None if not.
+    folder: of the cache, if they are of a prepared corpus.
   """
 
   ids: dict[str, Int32[np.ndarray, "ids"]]
@@ -138,8 +137,6 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
   count = len(pairs.targets)
 
   def write(*files):
-    if path:
-      terminal.warn(f"turning {count:,} {noun} into ids (once), in {path}")
     empty = True
     streams = [iter(texts) for texts in sides.values()]
     while any(
@@ -170,7 +167,8 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
     path = path / "ids" / cache.key(path, *parts)
   names = [f"{side}_{what}" for side in sides for what in ("ids", "lengths")]
   types = dict.fromkeys(names, np.int32)
-  found = cache.cached(path, types, write, f"{count:,} {noun} become ids")
+  what = f"turning {count:,} {noun} into ids"
+  found = cache.cached(path, types, write, what)
   # A language model's digest is that of its ids, as runs have noted it.
   digest = found.digests["target_ids"]
   if "source" in sides:
@@ -193,7 +191,7 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
 
 
 def pack(tokens: Tokens, row_length: int, source_length: int = 0) -> Packing:
-  """Lays sentences or whole pairs out in rows; does it once for kept tokens.
+  """Lays sentences or whole pairs out in rows; caches how where ids are cached.
 
   A sentence without a source that is longer than a row is cut into spans of
   `row_length` and a rest; all are placed in order. A pair stays whole; pairs
@@ -215,7 +213,7 @@ def pack(tokens: Tokens, row_length: int, source_length: int = 0) -> Packing:
 
   name = f"packing_{_PACKING_VERSION}_{row_length}_{source_length}"
   folder = tokens.folder and tokens.folder / name
-  what = f"{len(tokens.lengths['target']):,} sentences are packed"
+  what = f"packing {len(tokens.lengths['target']):,} sentences"
   found = cache.cached(folder, types, write, what).arrays
   begin, length = (
     {side: found[f"{side}_{what}"] for side in tokens.ids}

@@ -30,6 +30,7 @@ from moejax.data.text_files import Paths
 
 # Of 20 consecutive documents or blocks of lines, those held out.
 _HELD_OUT = {"validation": 9, "test": 19}
+SPLITS = ("train", *_HELD_OUT)
 _CYCLE = 20
 _BLOCK_LINES = 100
 _SHARD_RECORDS = 200_000
@@ -132,7 +133,7 @@ def _refuse_odd(name: str, data_dir: DataDir) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _readable(folder: Callable[[], str | os.PathLike]) -> Iterator[None]:
-  """Names the folder of a copy that TFDS cannot open, and the way out."""
+  """Names the folder of a copy that TFDS cannot open, and what to do."""
   try:
     yield
   except tfds.core.DatasetNotFoundError:
@@ -147,7 +148,7 @@ def _readable(folder: Callable[[], str | os.PathLike]) -> Iterator[None]:
 
 
 class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
-  """Writes records in the order they come.
+  """Writes records of the splits in the order they come.
 
   Of TFDS's builders only the shard-based one writes any amount of text without
   TensorFlow: the generator-based one needs it to sort more than 1 GB.
@@ -173,10 +174,6 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
       super().__init__(data_dir=data_dir, **options)
 
   @abc.abstractmethod
-  def _counts(self) -> Mapping[str, int]:
-    """Returns the number of records of each split."""
-
-  @abc.abstractmethod
   def _records(self, split: str) -> Iterator[tuple[str, ...]]:
     """Yields the FIELDS of each record of a split."""
 
@@ -191,7 +188,8 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
   def _shard_iterators_per_split(self, dl_manager):
     del dl_manager  # nothing is downloaded
     shards = {}
-    for split, count in self._counts().items():
+    for split in SPLITS:
+      count = sum(1 for _ in self._records(split))
       # One stream, of which each shard takes the next part when it is asked.
       stream = enumerate(
         dict(zip(self.FIELDS, record, strict=True))
@@ -209,12 +207,6 @@ class Sotu(Prose, skip_registration=True):
   and 1 in 20 for test, evenly over the years.
   """
 
-  def _counts(self):
-    return {
-      split: sum(1 for _ in self._records(split))
-      for split in ("train", *_HELD_OUT)
-    }
-
   def _records(self, split):
     speeches = sotu.load(full=True).sort_values("fileid")
     for index, (document, text) in enumerate(
@@ -230,7 +222,7 @@ class TextFiles(Prose, skip_registration=True):
 
   A record is a line; blank lines are skipped. A split without files is carved
   out of train: of every 20 blocks of 100 consecutive lines (fewer in a small
-  corpus) one, since neighboring lines repeat phrases. The copy is kept under a
+  corpus) one, since neighboring lines repeat phrases. The copy lies under a
   fingerprint of the files, so a changed file is prepared anew.
   """
 
@@ -245,10 +237,11 @@ class TextFiles(Prose, skip_registration=True):
     """
     self._files = {
       split: [pathlib.Path(path) for path in files.get(split, ())]
-      for split in ("train", *_HELD_OUT)
+      for split in SPLITS
     }
     if not self._files["train"]:
       raise ValueError("a corpus of files needs 1 train file or more, got 0")
+    self._carved = [split for split in _HELD_OUT if not self._files[split]]
     self.sources = list(itertools.chain(*self._files.values()))
     for path in self.sources:
       text_files.check_path(path)
@@ -272,12 +265,8 @@ class TextFiles(Prose, skip_registration=True):
     return text_lines(path)
 
   @functools.cached_property
-  def _carved(self) -> tuple[str, ...]:
-    return tuple(split for split in _HELD_OUT if not self._files[split])
-
-  @functools.cached_property
-  def _lines_of(self) -> dict[str, int]:
-    """Lines of each split's files; reads them all, and so finds what is bad."""
+  def _train_lines(self) -> int:
+    """Counts them; reads all files, and so finds what is bad."""
     total = {
       split: sum(1 for path in paths for _ in self._read(path, loud=True))
       for split, paths in self._files.items()
@@ -288,19 +277,12 @@ class TextFiles(Prose, skip_registration=True):
         f" carve out {' and '.join(self._carved)}, which takes {_CYCLE};"
         " give files for those splits or more text"
       )
-    return total
-
-  def _counts(self):
-    counts = {s: n for s, n in self._lines_of.items() if s not in self._carved}
-    for split in self._carved:
-      counts[split] = sum(1 for _ in self._records(split))
-      counts["train"] -= counts[split]
-    return counts
+    return total["train"]
 
   def _records(self, split):
     source = "train" if split in self._carved else split
     number = itertools.count()
-    block_lines = lines_of_block(self._lines_of["train"])
+    block_lines = lines_of_block(self._train_lines)
     for path in self._files[source]:
       for record in self._read(path):
         block = next(number) // block_lines

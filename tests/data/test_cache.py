@@ -75,7 +75,7 @@ def assert_packed(got, want):
 
 
 def folders(pairs):
-  """What is kept, or left, beside a corpus."""
+  """What is written, or left, beside a corpus."""
   return [p for p in (pairs.targets.folder / "ids").iterdir() if p.is_dir()]
 
 
@@ -181,12 +181,12 @@ def test_one_makes_while_the_others_wait(words, vocabulary, made, tmp_path):
 
 def test_what_a_killed_process_left_is_thrown_away(words, vocabulary):
   packing.tokenize(words, vocabulary)
-  (kept,) = folders(words)
-  draft = kept.rename(f"{kept}.{socket.gethostname()}.draft")
+  (whole,) = folders(words)
+  draft = whole.rename(f"{whole}.{socket.gethostname()}.draft")
   (draft / "target_ids").write_bytes(b"half")
   want = packing.tokenize(in_memory(words), vocabulary)
   assert_same(packing.tokenize(words, vocabulary), want)
-  assert folders(words) == [kept]
+  assert folders(words) == [whole]
 
 
 def encoding(monkeypatch, vocabulary, then):
@@ -202,15 +202,15 @@ def encoding(monkeypatch, vocabulary, then):
 
 def test_another_machine_may_be_first(words, vocabulary, monkeypatch):
   want = packing.tokenize(words, vocabulary)
-  (kept,) = folders(words)
-  theirs = kept.rename(f"{kept}.theirs.draft")
+  (whole,) = folders(words)
+  theirs = whole.rename(f"{whole}.theirs.draft")
 
   def overtake(ids):
-    shutil.copytree(theirs, kept)
+    shutil.copytree(theirs, whole)
 
   encoding(monkeypatch, vocabulary, overtake)
   assert_same(packing.tokenize(words, vocabulary), want)
-  assert sorted(folders(words)) == sorted([kept, theirs])
+  assert sorted(folders(words)) == sorted([whole, theirs])
 
 
 def test_half_of_them_is_never_kept(words, vocabulary, monkeypatch):
@@ -237,9 +237,11 @@ def test_a_disk_that_keeps_nothing_does_no_harm(
   got = packing.tokenize(words, vocabulary)
   assert_same(got, want)
   assert_packed(packing.pack(got, 8), packing.pack(want, 8))
-  what = "are packed" if keeps_ids else "become ids"
+  what = (
+    "packing 36 sentences" if keeps_ids else "turning 36 sentences into ids"
+  )
   said = capfd.readouterr().err
-  assert f"36 sentences {what} in memory, at every start" in said
+  assert f"{what} in memory, at every start" in said
   assert said.count("No space left") == 1
   left = [folder for folder in folders(words) if folder != got.folder]
   assert not left and len(folders(words)) == keeps_ids
@@ -333,15 +335,15 @@ def test_a_file_that_cannot_be_read_is_not_thrown_away(
   assert "damaged" not in said and (want.folder / "target_ids").exists()
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("beyond", [-1, 7, 2**31 - 1])
 def test_ids_beyond_the_vocabulary_are_refused(
-  words, vocabulary, monkeypatch, kept, beyond
+  words, vocabulary, monkeypatch, prepared, beyond
 ):
   small = vocab.Vocabulary(vocabulary.decode(range(7)))
   encoding(monkeypatch, small, lambda ids: [[beyond] for _ in ids])
   with pytest.raises(ValueError, match=f"{beyond}.*of 7 entries has 0 to 6"):
-    packing.tokenize(words if kept else in_memory(words), small)
+    packing.tokenize(words if prepared else in_memory(words), small)
 
 
 def test_nothing_is_written_through_a_link(words, vocabulary, tmp_path):
