@@ -107,17 +107,24 @@ def test_pairs_and_their_packings_are_made_once(tmp_path, made):
   splits = corpora.open_pairs(files, {}, {}, tmp_path, both_directions=True)
   there, back = splits["train"]
   seen = []
-  for pairs, by in ((there, pieces), (there, other), (back, other)):
+  untagged = Pieces.train([f"word{i} mot{i}" for i in range(9)], 290)
+  for pairs, by in (
+    (there, untagged),
+    (back, untagged),
+    (there, pieces),
+    (there, other),
+    (back, other),
+  ):
     for _ in range(2):
       tokens = packing.tokenize(pairs, by)
     assert_same(tokens, packing.tokenize(in_memory(pairs), by))
     seen.append(tokens.digest)
   packing.tokenize(splits["test"][0], pieces)
-  assert len(set(seen)) == 3 and len(set(made)) == len(made) == 4
+  assert len(set(seen)) == 5 and len(set(made)) == len(made) == 6
   for lengths in ((20, 20), (20, 24), (24, 20), (20, 20)):
     found = packing.pack(tokens, *lengths)
     assert_packed(found, packing.pack(tokens._replace(folder=None), *lengths))
-  assert made[4:] == ["packing_2_20_20", "packing_2_20_24", "packing_2_24_20"]
+  assert made[6:] == ["packing_2_20_20", "packing_2_20_24", "packing_2_24_20"]
 
 
 def test_anything_else_is_made_anew(words, vocabulary, made, monkeypatch):

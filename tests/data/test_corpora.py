@@ -210,7 +210,7 @@ def test_files_that_cannot_be(tmp_path):
 def pairs(tmp_path_factory):
   """The fields of a config."""
   folder = tmp_path_factory.mktemp("pairs")
-  path = write(folder / "a.tsv", [f"word{i}\tmot{i}" for i in range(40)])
+  path = write(folder / "a.tsv", [f"word{i}\tmot{i} mot" for i in range(40)])
   fields = dict(vocab_size=290, source_length=30, data_dir=str(folder))
   return fields | dict(train=f"en-fr={path}")
 
@@ -226,7 +226,7 @@ def test_pairs_serve_one_direction_or_both(pairs):
   assert [str(there.direction), str(back.direction)] == ["en-fr", "fr-en"]
   assert list(back.sources) == list(there.targets)
   assert list(back.targets) == list(there.sources)
-  assert there.sources[0] == "word0" and back.sources[0] == "mot0"
+  assert there.sources[0] == "word0" and back.sources[0] == "mot0 mot"
   # What serves both directions is read once for the pieces.
   texts = [*there.sources, *there.targets]
   want = Pieces.train(texts, 290, ["en", "fr"])
@@ -234,6 +234,7 @@ def test_pairs_serve_one_direction_or_both(pairs):
   words = [len(t.ids["target"]) for t in both.tokens("train")]
   rows = both.rows("train")
   assert isinstance(rows, MultiDirection) and rows.num_words == sum(words)
+  assert words[0] > words[1]
   roots = [count**0.5 for count in words]
   assert rows.shares == pytest.approx([r / sum(roots) for r in roots])
 
