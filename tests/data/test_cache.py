@@ -107,7 +107,7 @@ def test_pairs_and_their_packings_are_made_once(tmp_path, made):
   splits = corpora.open_pairs(files, {}, {}, tmp_path, both_directions=True)
   there, back = splits["train"]
   seen = []
-  untagged = Pieces.train([f"word{i} mot{i}" for i in range(9)], 290)
+  untagged = Pieces.train([f"word{i} mot{i}" for i in range(9)], 289)
   for pairs, by in (
     (there, untagged),
     (back, untagged),
