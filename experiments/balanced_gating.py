@@ -41,7 +41,7 @@ import numpy as np
 from experiments import harness, training, translating, translation_capacity
 from moejax import config as config_lib
 from moejax import gating, losses
-from moejax.data import text
+from moejax.data import batches as batches_lib
 from moejax.training import processes, session, step
 from moejax.training import run as run_lib
 
@@ -86,7 +86,8 @@ def prepare(
   """Returns a training step of a run, and the words of its batch."""
   data = config_lib.data(config, workdir)
   parts = session.build(config, len(data.vocabulary))
-  batches = text.train_batches(data.rows("train"), data.batch_size, config.seed)
+  rows = data.rows("train")
+  batches = batches_lib.train_batches(rows, data.batch_size, config.seed)
   words = next(iter(batches))
   batch = step.place(words, parts.where)
   asked = processes.vote(False, parts.mesh)

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from experiments import harness, training
 from moejax import config as config_lib
-from moejax.data.text import Tokens
+from moejax.data.packing import Tokens
 from moejax.data.vocab import Vocabulary
 
 ORDERS = (1, 2, 3, 4, 5)
@@ -99,7 +99,7 @@ def read(config: config_lib.Config) -> tuple[Vocabulary, dict[str, Tokens]]:
   """Reads all splits as a new run of the config would."""
   with tempfile.TemporaryDirectory() as no_run:
     data = config_lib.data(config, pathlib.Path(no_run))
-  return data.vocabulary, {s: data.tokens(s) for s in ("train", *SPLITS)}
+  return data.vocabulary, {s: data.tokens(s)[0] for s in ("train", *SPLITS)}
 
 
 def train(tokens: Tokens, vocabulary: Vocabulary, order: int) -> Model:
@@ -201,8 +201,9 @@ def _stream(
   tokens: Tokens, vocabulary: Vocabulary
 ) -> tuple[Int64[np.ndarray, "stream"], Bool[np.ndarray, "stream"]]:
   """Puts `<S>` before every sentence; tells the words from it."""
-  begins = np.cumsum(tokens.lengths) - tokens.lengths
-  words = np.insert(tokens.ids.astype(np.int64), begins, vocabulary.start)
+  ids, lengths = tokens.ids["target"], tokens.lengths["target"]
+  begins = np.cumsum(lengths) - lengths
+  words = np.insert(ids.astype(np.int64), begins, vocabulary.start)
   return words, words != vocabulary.start
 
 

@@ -37,7 +37,7 @@ from experiments import harness, training
 from moejax import config as config_lib
 from moejax import losses
 from moejax import workdir as workdir_lib
-from moejax.data import corpus
+from moejax.data import corpora
 
 SEED = 0
 KINDS = (
@@ -78,7 +78,8 @@ def report(
   kinds = NAMES if name == "mixed" else ("all 32",)
   counts = visits.sum(axis=0)
   ids = np.arange(visits.shape[0])
-  seen = np.bincount(data.tokens("train").ids, minlength=ids.size)
+  (tokens,) = data.tokens("train")
+  seen = np.bincount(tokens.ids["target"], minlength=ids.size)
   order = np.argsort(-seen, kind="stable")
   frequent = visits[order[:100]].sum(axis=0)
   rare = visits[seen < 100].sum(axis=0)
@@ -109,7 +110,7 @@ def kind_costs(
   return (2 * width * wide, 2 * width * narrow, width * width, 0)
 
 
-def typical(visits: np.ndarray, kind: int, data: corpus.Sentences) -> list[str]:
+def typical(visits: np.ndarray, kind: int, data: corpora.Corpus) -> list[str]:
   """Returns the words that a kind gets most above its share."""
   total = visits.sum(axis=1)
   share = visits[:, kind] / np.maximum(total, 1)
@@ -119,7 +120,7 @@ def typical(visits: np.ndarray, kind: int, data: corpus.Sentences) -> list[str]:
 
 
 def visits_of(
-  config: config_lib.Config, data: corpus.Sentences, workdir: pathlib.Path
+  config: config_lib.Config, data: corpora.Corpus, workdir: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
   """Counts the edges of each word to each kind, and sums each kind's gates."""
   num_kinds = 1 if hasattr(config.model.moe.experts, "kind") else len(KINDS)

@@ -30,8 +30,8 @@ import numpy as np
 
 from experiments import harness, training, translating
 from moejax import files
-from moejax.data import corpora
-from moejax.data import pairs as pairs_lib
+from moejax.data import corpora, tfds_corpora
+from moejax.data.packing import Direction
 
 STEPS = 2400
 LANGUAGES = ("de", "es", "fr", "it", "nl")
@@ -58,7 +58,7 @@ def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
       )
       run = training.train(config, runs / name)
       about = {"model": name} | training.report(config, run)
-      for direction in map(str, pairs_lib.directions(found, True)):
+      for direction in map(str, corpora.directions(found, True)):
         scores = {
           score: round(run.result["test"][f"{score}_{direction}"], 2)
           for score in ("bleu", "chrf")
@@ -67,7 +67,7 @@ def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
 
 
 def carve(
-  found: Mapping[pairs_lib.Direction, Sequence[str]], folder: pathlib.Path
+  found: Mapping[Direction, Sequence[str]], folder: pathlib.Path
 ) -> dict[str, str]:
   """Writes files of splits whose sources are others in each split.
 
@@ -80,13 +80,15 @@ def carve(
   """
   folder.mkdir(parents=True, exist_ok=True)
   split_of: dict[str, str] = {}
-  written: dict[str, dict[pairs_lib.Direction, list[str]]] = {}
+  written: dict[str, dict[Direction, list[str]]] = {}
   for direction, paths in found.items():
-    sides = pairs_lib.read_pairs(paths, direction)[2:]
-    block = corpora.lines_of_block(len(sides[0]))
+    sides = corpora.read_pairs(paths, direction)[2:]
+    block = tfds_corpora.lines_of_block(len(sides[0]))
     lines = collections.defaultdict(list)
     for number, (source, target) in enumerate(zip(*sides, strict=True)):
-      split = split_of.setdefault(source, corpora.split_of(number // block))
+      split = split_of.setdefault(
+        source, tfds_corpora.split_of(number // block)
+      )
       lines[split].append(f"{source}\t{target}\n")
     for split, own in lines.items():
       path = folder / f"{split}_{direction}.tsv"

@@ -43,7 +43,7 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import losses, terminal
 from moejax import workdir as workdir_lib
-from moejax.data import corpus
+from moejax.data import packing
 
 SEED = 0
 CONTEXTS = 10
@@ -164,7 +164,7 @@ def information(
 
 
 def contexts(
-  places: Places, expert: int, vocabulary: corpus.Words
+  places: Places, expert: int, vocabulary: packing.Tokenizer
 ) -> Iterator[tuple[float, str]]:
   """Yields the largest gates of an expert, and where, no context twice."""
 

@@ -17,7 +17,7 @@ from experiments import harness
 from moejax import config as config_lib
 from moejax import sharding
 from moejax import workdir as workdir_lib
-from moejax.data import text
+from moejax.data import batches
 from moejax.moe import ROUTING
 from moejax.planning import cost
 from moejax.routing import Routing
@@ -170,7 +170,7 @@ def decisions(
     return apply({"params": params}, batch)[1][ROUTING]
 
   with sharding.use(parts.layout, parts.mesh):
-    for batch in text.eval_batches(data.rows(split), data.batch_size):
+    for batch in batches.eval_batches(data.rows(split), data.batch_size):
       found = route(params, step.place(batch, parts.where))
       yield batch, jax.device_get(found)
 

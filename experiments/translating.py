@@ -7,7 +7,8 @@ from typing import Any
 
 from experiments import training
 from moejax import config as config_lib
-from moejax.data import pairs
+from moejax.data import corpora
+from moejax.data.packing import Direction
 
 QUICK = {
   "data.vocab_size": 300,
@@ -28,7 +29,7 @@ HIDDEN = 128
 
 def pair_files(
   given: str, languages: Sequence[str], folder: pathlib.Path, quick: bool
-) -> dict[pairs.Direction, list[str]]:
+) -> dict[Direction, list[str]]:
   """Returns the files of each direction.
 
   Args:
@@ -43,7 +44,7 @@ def pair_files(
   if quick:
     given = ",".join(_invent(folder, name) for name in languages[:2])
   if given:
-    return pairs.named_files(given)
+    return corpora.named_files(given)
   made = training.ROOT / "runs"
   paths = {name: made / f"en_{name}.tsv" for name in languages}
   if missing := [str(path) for path in paths.values() if not path.exists()]:
@@ -52,9 +53,7 @@ def pair_files(
       f" experiments.package_pairs --languages={','.join(languages)}`, or name"
       " files of your own: --pairs=en-fr=FILE"
     )
-  return {
-    pairs.Direction("en", name): [str(path)] for name, path in paths.items()
-  }
+  return {Direction("en", name): [str(path)] for name, path in paths.items()}
 
 
 def _invent(folder: pathlib.Path, language: str) -> str:
@@ -66,7 +65,7 @@ def _invent(folder: pathlib.Path, language: str) -> str:
   return f"en-{language}={path}"
 
 
-def named(files: Mapping[pairs.Direction, Sequence[str]]) -> str:
+def named(files: Mapping[Direction, Sequence[str]]) -> str:
   """Names files as the fields of config.data do."""
   return ",".join(
     f"{direction}={path}" for direction in files for path in files[direction]

@@ -38,7 +38,7 @@ import matplotlib.figure
 
 from experiments import harness, training, translating
 from moejax import config as config_lib
-from moejax.data import pairs as pairs_lib
+from moejax.data.packing import Direction
 
 STEPS = 1200
 MOE_512_H = {
@@ -80,7 +80,7 @@ def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
 
 def config_of(
   name: str,
-  files: Mapping[pairs_lib.Direction, Sequence[str]],
+  files: Mapping[Direction, Sequence[str]],
   folder: pathlib.Path,
   quick: bool,
 ) -> config_lib.Config:

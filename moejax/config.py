@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import runpy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
@@ -19,20 +19,9 @@ from ml_collections import ConfigDict
 from moejax import files as files_lib
 from moejax import losses, named, options, sharding
 from moejax import workdir as workdir_lib
-from moejax.data import (
-  corpora,
-  corpus,
-  file_names,
-  lm1b,
-  pairs,
-  text,
-  translation,
-  vocab,
-)
-from moejax.data.pieces import Pieces
+from moejax.data import corpora, packing
 from moejax.models.build import MODELS
 from moejax.named import Names, Range, Section, Size
-from moejax.options import Paths
 from moejax.training import optim, step
 
 Config = ConfigDict
@@ -186,7 +175,7 @@ def train(config: ConfigDict) -> Train:
 
 def data(
   config: ConfigDict, workdir: files_lib.Path | None, files: Sequence[str] = ()
-) -> corpus.Corpus:
+) -> corpora.Corpus:
   """Opens the corpus; the vocabulary is the run's own once there is a run.
 
   Args:
@@ -194,21 +183,19 @@ def data(
     workdir: of the run; None where there is to be none.
     files: text files to read, as the only split "data", in place of the corpus.
   """
-  return _build(config, "data", workdir=workdir, files=file_names.find(files))
+
+  def of_run(kind):
+    if workdir is not None and workdir_lib.is_run(workdir):
+      return workdir_lib.vocabulary(kind, workdir)
+    return None
+
+  return _build(config, "data", of_run=of_run, files=files)
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns shapes, [B, L] or [B, M], and types of a batch's arrays."""
-  size, length = config.data.batch_size, config.data.row_length
-  sides = [(length, text.TYPES)]
-  if translates(config):
-    sides = [(length, translation.TARGET_TYPES)]
-    sides.append((config.data.source_length, translation.SOURCE_TYPES))
-  return {
-    name: jax.ShapeDtypeStruct((size, places), dtype)
-    for places, types in sides
-    for name, dtype in types.items()
-  }
+  lengths = (config.data.row_length, config.data.get("source_length", 0))
+  return packing.batch_shapes(config.data.batch_size, *lengths)
 
 
 def unit(config: ConfigDict) -> str:
@@ -221,214 +208,11 @@ def translates(config: ConfigDict) -> bool:
   return config.data.get("kind") in ("pairs", "wmt14")
 
 
-def _prose(
-  kind: str,
-  workdir,
-  files,
-  row_length: Size,
-  batch_size: Size,
-  min_count: int = 3,
-  data_dir: str = "",
-  train: Paths = "",
-  validation: Paths = "",
-  test: Paths = "",
-) -> corpus.Corpus:
-  """Opens text.
-
-  Args:
-    row_length: words of a row; of pairs, word pieces of the target.
-    batch_size: rows of a batch.
-    min_count: words that the text has less often are unknown.
-    data_dir: where prepared corpora lie; "" is TFDS's own place.
-    train: files to learn from.
-    validation: files to find the best checkpoint by; "" takes a part of train.
-    test: files to measure that one by; "" takes a part of train.
-  """
-  if files:
-    texts = {"data": corpora.read_lines(files)}
-  else:
-    own = _files(kind, train=train, validation=validation, test=test)
-    texts = corpora.open_corpus(kind, _data_dir(data_dir), **own)
-  vocabulary = _of_run(vocab.Vocabulary, workdir)
-  if vocabulary is None:
-    vocabulary = vocab.Vocabulary.build(texts["train"], min_count)
-  return corpus.Sentences(vocabulary, texts, row_length, batch_size)
-
-
-def _lm1b(
-  workdir,
-  files,
-  vocab_file: str,
-  vocab_size: Size,
-  row_length: Size,
-  batch_size: Size,
-  data_dir: str = "",
-  test: str = "",
-) -> corpus.Corpus:
-  """Opens the One Billion Word benchmark.
-
-  Args:
-    vocab_file: one word a line, the most frequent first.
-    vocab_size: entries of the vocabulary.
-    test: path of news.en.heldout-00000-of-00050; "" is what TFDS holds out.
-  """
-  vocabulary = _of_run(vocab.Vocabulary, workdir)
-  if vocabulary is None:
-    vocabulary = lm1b.load_vocabulary(_local(vocab_file), vocab_size)
-  if files:
-    texts = {"data": corpora.read_lines(files)}
-  else:
-    texts = lm1b.open_lm1b(_data_dir(data_dir), _local(test))
-  return corpus.Sentences(
-    vocabulary, texts, row_length, batch_size, vocab.tokens
-  )
-
-
-def _pairs(
-  workdir,
-  files,
-  train: Paths,
-  vocab_size: Size,
-  row_length: Size,
-  source_length: Size,
-  batch_size: Size,
-  validation: Paths = "",
-  test: Paths = "",
-  data_dir: str = "",
-  both_directions: bool = False,
-  temperature: float = 1.0,
-  strict: bool = False,
-) -> corpus.Corpus:
-  """Opens pairs of sentences.
-
-  Args:
-    source_length: word pieces of a row of the source.
-    both_directions: whether each pair is read both ways.
-    temperature: above 1 small pairs of languages are read more often.
-    strict: whether to refuse lines that are no pair, or else leave them out.
-  """
-  named_files = {
-    split: pairs.named_files(value)
-    for split, value in (
-      ("train", train),
-      ("validation", validation),
-      ("test", test),
-    )
-  }
-  known = pairs.directions(named_files["train"], both_directions)
-  parts = _given_pairs(files, known, strict) or pairs.open_pairs(
-    **named_files,
-    data_dir=_data_dir(data_dir),
-    both_directions=both_directions,
-    strict=strict,
-  )
-  pieces = _pieces(workdir, parts, vocab_size)
-  return corpus.Translations(
-    pieces, parts, row_length, source_length, batch_size, temperature
-  )
-
-
-def _wmt14(
-  workdir,
-  files,
-  pair: str,
-  vocab_size: Size,
-  row_length: Size,
-  source_length: Size,
-  batch_size: Size,
-  data_dir: str = "",
-) -> corpus.Corpus:
-  """Opens pairs of WMT'14.
-
-  Args:
-    pair: of languages, such as "en-fr".
-  """
-  known = [pairs.wmt14_direction(pair)]
-  parts = _given_pairs(files, known, strict=False) or pairs.open_wmt14(
-    pair, _data_dir(data_dir)
-  )
-  pieces = _pieces(workdir, parts, vocab_size)
-  return corpus.Translations(
-    pieces, parts, row_length, source_length, batch_size
-  )
-
-
-def _given_pairs(
-  files: Sequence[str], known: Sequence[pairs.Direction], strict: bool
-) -> dict[str, list[pairs.Pairs]]:
-  """Reads the pairs of files as the only split; none where there are none."""
-  found = []
-  for direction, paths in pairs.named_files(files).items():
-    if direction not in known:
-      if direction != pairs.NO_LANGUAGES or len(known) > 1:
-        raise ValueError(
-          f"{paths[0]}: pairs of {direction} were not trained, only of"
-          f" {', '.join(map(str, known))}; name one, as in"
-          f" {known[0]}={paths[0]}"
-        )
-      direction = known[0]
-    found.append(pairs.read_pairs(paths, direction, strict))
-  return {"data": found} if found else {}
-
-
-def _pieces(
-  workdir: files_lib.Path | None,
-  parts: Mapping[str, Sequence[pairs.Pairs]],
-  size: int,
-) -> Pieces:
-  """Returns the pieces of the run; of what is to be one, those of its text."""
-  pieces = _of_run(Pieces, workdir)
-  if pieces is not None:
-    return pieces
-  train = parts["train"]
-  return Pieces.train(pairs.texts(train), size, pairs.target_languages(train))
-
-
 def vocab_size(config: ConfigDict) -> int:
   """Returns the words of the vocabulary; reads the text only if it must."""
   if "vocab_size" in config.data:
     return config.data.vocab_size
   return len(data(config, None).vocabulary)
-
-
-def _of_run(
-  kind: type[workdir_lib.Vocabulary], workdir: files_lib.Path | None
-) -> workdir_lib.Vocabulary | None:
-  if workdir is not None and workdir_lib.is_run(workdir):
-    return workdir_lib.vocabulary(kind, workdir)
-  return None
-
-
-DATA = {
-  "sotu": functools.partial(_prose, "sotu"),
-  "text": functools.partial(_prose, "text"),
-  "lm1b": _lm1b,
-  "pairs": _pairs,
-  "wmt14": _wmt14,
-}
-
-
-def _local(path: str) -> str:
-  """Returns the path on a disk that is meant, if any is."""
-  return path and str(files_lib.local(path))
-
-
-def _data_dir(path: str) -> str | None:
-  """Returns where prepared corpora lie; None for the home folder, by TFDS."""
-  return _local(path or os.environ.get("TFDS_DATA_DIR", "")) or None
-
-
-def _files(kind: str, **splits: str) -> dict[str, list[str]]:
-  """Lists the files of each split; only text corpora take any."""
-  if kind == "text":
-    return {split: file_names.find(value) for split, value in splits.items()}
-  for split, value in splits.items():
-    if value:
-      raise ValueError(
-        f"config.data.{split} names files, but config.data.kind is {kind!r};"
-        " set config.data.kind=text to read them."
-      )
-  return {}
 
 
 def model(config: ConfigDict, vocab_size: int) -> nn.Module:
@@ -547,7 +331,7 @@ class Sections(NamedTuple):
   layout: (
     Annotated[str, Names(sharding.LAYOUTS)] | Annotated[Any, Section(_layout)]
   )
-  data: Annotated[Any, Section(DATA)]
+  data: Annotated[Any, Section(corpora.DATA)]
   model: Annotated[Any, Section(MODELS)]
   aux: Annotated[Any, Section(_aux)]
   optimizer: Annotated[Any, Section(OPTIMIZERS)]

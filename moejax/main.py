@@ -149,7 +149,7 @@ def _translate(values: flags.FlagValues) -> None:
   import tqdm
 
   from moejax import workdir as workdir_lib
-  from moejax.data import lines
+  from moejax.data import text_files
   from moejax.training import run
 
   workdir = files.path(values.workdir)
@@ -161,7 +161,7 @@ def _translate(values: flags.FlagValues) -> None:
   with tqdm.tqdm(unit="line", file=live, disable=not live.isatty()) as bar:
     translated = run.translate_run(
       workdir,
-      lines.of_stdin(content),
+      text_files.of_stdin(content),
       values.language,
       bar.update,
       values.layout,

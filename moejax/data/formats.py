@@ -67,8 +67,7 @@ _LINE_BY_LINE = (
   '| perl -MEncode -pe \'$_ = encode("UTF-8", decode("ENCODING", $_))'
   ' unless eval { decode("UTF-8", my $line = $_, 1); 1 }\''
 )
-_UTF32 = "| iconv -f UTF-32 -t UTF-8"
-_UTF16 = "| iconv -f UTF-16 -t UTF-8"
+_TO_UTF8 = "| iconv -f {} -t UTF-8".format
 _NO_TAGS = r"perl -0777 -pe 's/<[^>]*>//g'"
 _PARAGRAPHS = rf"perl -pe 's/<\/\w+:p>/\n/g' | {_NO_TAGS} > new.txt"
 _SAVE = "save it as plain text in UTF-8, by the program that wrote it"
@@ -78,8 +77,8 @@ _OTHER = "name a file of text"
 _SIGNATURES = tuple(
   (re.compile(begin, re.DOTALL), what, how)
   for begin, what, how in (
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32", _UTF32),
-    (rb"\xff\xfe|\xfe\xff", "text in UTF-16", _UTF16),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32", _TO_UTF8("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", "text in UTF-16", _TO_UTF8("UTF-16")),
     (rb"\x1f\x8b", "compressed by gzip", "| gzip -dc"),
     (rb"\x1f\x9d", "compressed by compress", "| gzip -dc"),
     (rb"BZh[1-9](1AY&SY|\x17rE8P)", "compressed by bzip2", "| bzip2 -dc"),
@@ -99,8 +98,7 @@ _SIGNATURES = tuple(
       f"unzip -p {{}} content.xml | {_PARAGRAPHS}",
     ),
     (rb"PK\x03\x04", "a zip archive", "unzip {}; then name the text in it"),
-    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {}; then name the text"),
-    (rb"Rar!\x1a\x07", "a rar archive", "unrar x {}; then name the text"),
+    (rb"7z\xbc\xaf|Rar!\x1a", "an archive", "unpack it, and name the text"),
     (rb"%PDF-\d", "a PDF document", "pdftotext {} new.txt"),
     (rb"\{\\rtf", "an RTF document", _SAVE),
     (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document", _SAVE),
@@ -116,14 +114,15 @@ _SIGNATURES = tuple(
       "a pointer of Git LFS to a file that is not here",
       "git lfs pull",
     ),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "a picture", _OTHER),
-    (rb"\x7fELF", "a program", _OTHER),
-    (rb"SQLite format 3\0", "a data base", _OTHER),
-    (rb"\x89HDF\r\n", "an HDF5 file", _OTHER),
-    (rb"\x93NUMPY", "a NumPy array", _OTHER),
-    (rb"\x80[\2-\5]", "a Python pickle", _OTHER),
+    (
+      rb"\x89(PNG|HDF)|\xff\xd8\xff|GIF8[79]a|\x7fELF|SQLite format|\x93NUMPY"
+      rb"|\x80[\2-\5]",
+      "a picture, a program or data",
+      _OTHER,
+    ),
   )
 )
+_OLD_LINES = "text whose lines end in carriage returns", r"| tr '\r' '\n'"
 
 # Of letters in two or four bytes, without a mark that says so.
 _WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
@@ -144,15 +143,11 @@ def check(head: bytes, origin: Origin) -> str:
   """Looks at the first bytes of what should be text, and returns their text.
 
   Raises:
-    ValueError: they are no text in UTF-8, or have line ends of another kind; it
-      names what they are and the cure.
+    ValueError: they are no text in UTF-8, or have line ends of another kind.
   """
   if found := _signature(head):
     raise origin.refused(*found)
-  try:
-    text = _begun("UTF-8", head)
-  except UnicodeDecodeError:
-    text = _begun("UTF-8", head, "replace")
+  text = _begun("UTF-8", head) or _begun("UTF-8", head, "replace")
   # What Latin-1 makes of bytes that never were of it.
   as_was = text[:1024].encode("latin-1", "replace")
   if found := _signature(as_was):
@@ -161,20 +156,16 @@ def check(head: bytes, origin: Origin) -> str:
       "| iconv -f UTF-8 -t LATIN1",
     )
   if b"\0" in head and (name := _wide(head)):
-    raise origin.refused(
-      f"text in {name} without a mark", f"| iconv -f {name} -t UTF-8"
-    )
+    raise origin.refused(f"text in {name} without a mark", _TO_UTF8(name))
   # Text with stray NUL bytes can be cured, see `line_text`, and letters that
   # were converted twice, see `_doubt`, may look like control characters.
   if not _twice(text) and _controls(text.replace("\0", "")) > 0.1:
     raise origin.refused("binary, with many control characters", _OTHER)
   if re.search(rb"\x1b\$[@B]", head):
-    raise origin.refused(
-      "text in ISO-2022-JP", "| iconv -f ISO-2022-JP -t UTF-8"
-    )
+    raise origin.refused("text in ISO-2022-JP", _TO_UTF8("ISO-2022-JP"))
   alone = head.count(b"\r") - head.count(b"\r\n")
   if alone > head.count(b"\n"):
-    raise _old_lines(origin)
+    raise origin.refused(*_OLD_LINES)
   if "\ufffd".encode() in head or "\ufffd" not in text:
     _doubt(text, origin)
   return text
@@ -187,14 +178,12 @@ def line_text(
   mixed: bool,
   origin: Origin,
 ) -> str:
-  """Decodes a line.
+  """Decodes a line with its line break.
 
   Args:
-    line: with its line break.
-    number: of the line, from 1.
+    line, number, origin: of it; lines are counted from 1.
     more: reads some of the bytes that follow.
     mixed: whether lines before it have letters beyond ASCII, in UTF-8.
-    origin: of the line.
 
   Raises:
     ValueError: it is not UTF-8, or holds what no text does.
@@ -213,20 +202,22 @@ def line_text(
       f" 0x{line[place]:02x}; {_encodings(line, more(), mixed, origin)}"
     ) from None
   if text.count("\r") > 100:
-    raise _old_lines(origin)
+    raise origin.refused(*_OLD_LINES)
   return text
 
 
 def _signature(head: bytes) -> tuple[str, str] | None:
-  for begin, what, how in _SIGNATURES:
-    if begin.match(head):
-      return what, how
-  return None
+  """Returns what begins like this, and the cure."""
+  found = ((what, how) for begin, what, how in _SIGNATURES if begin.match(head))
+  return next(found, None)
 
 
-def _begun(encoding: str, head: bytes, errors: str = "strict") -> str:
-  """Decodes bytes that may end within a letter."""
-  return codecs.getincrementaldecoder(encoding)(errors).decode(head)
+def _begun(encoding: str, head: bytes, errors: str = "strict") -> str | None:
+  """Decodes bytes that may end within a letter; None if they cannot be."""
+  try:
+    return codecs.getincrementaldecoder(encoding)(errors).decode(head)
+  except UnicodeDecodeError:
+    return None
 
 
 def _controls(text: str) -> float:
@@ -234,26 +225,16 @@ def _controls(text: str) -> float:
   return len(_CONTROL.findall(text)) / max(1, len(text))
 
 
-def _old_lines(origin: Origin) -> ValueError:
-  return origin.refused(
-    "text whose lines end in carriage returns", r"| tr '\r' '\n'"
-  )
-
-
 def _wide(head: bytes) -> str:
   """Names the encoding of letters of two or four bytes, or returns ""."""
-  try:
-    # Half of English, and of what else has an alphabet, is NUL or control. A
-    # stray NUL must not make Chinese of two letters each.
-    if _controls(_begun("UTF-8", head)) < 0.1:
-      return ""
-    least = 0.02
-  except UnicodeDecodeError:
-    least = 0.0
+  plain = _begun("UTF-8", head)
+  # Half of English, and of what else has an alphabet, is NUL or control. A
+  # stray NUL must not make Chinese of two letters each.
+  if plain is not None and _controls(plain) < 0.1:
+    return ""
+  least = 0.0 if plain is None else 0.02
   for name in _WIDE:
-    try:
-      text = _begun(name, head)
-    except UnicodeDecodeError:
+    if (text := _begun(name, head)) is None:
       continue
     kinds = [unicodedata.category(letter) for letter in text]
     odd = sum(kind in ("Cc", "Cn", "Co") for kind in kinds)
@@ -273,7 +254,7 @@ def _encodings(line: bytes, more: bytes, mixed: bool, origin: Origin) -> str:
     )
   if _mostly_utf8(line):
     return f"the rest of the line is; to leave out what is not: {leave_out}"
-  how, whose = "| iconv -f ENCODING -t UTF-8", "find out its"
+  how, whose = _TO_UTF8("ENCODING"), "find out its"
   if mixed or _mostly_utf8(more):
     how, whose, more = _LINE_BY_LINE, "other lines are; find out its", b""
   block = line + more
@@ -298,9 +279,7 @@ def _mostly_utf8(block: bytes) -> bool:
 
 def _fits(encoding: str, block: bytes) -> bool:
   """Returns whether bytes are words in an encoding."""
-  try:
-    text = _begun(encoding, block)
-  except UnicodeDecodeError:
+  if (text := _begun(encoding, block)) is None:
     return False
   beyond = [unicodedata.category(letter) for letter in text if letter > "\x7f"]
   words = sum(kind[0] in "LMP" for kind in beyond)
@@ -345,20 +324,17 @@ def _doubt(text: str, origin: Origin) -> None:
 
 def _strings(text: str) -> str:
   """Returns jq's word for the strings where lines are JSON, or ""."""
-  try:
+  record = None
+  with contextlib.suppress(ValueError):
     record = json.loads(text.partition("\n")[0])
-  except ValueError:
-    return ""
   if not isinstance(record, dict):
     return ""
-  strings = {
-    name: value
+  lengths = {
+    name: len(value)
     for name, value in record.items()
     if isinstance(value, str) and re.fullmatch(r"[\w -]+", name)
   }
-  if not strings:
-    return ".. | strings"
-  return f'."{max(strings, key=lambda name: len(strings[name]))}"'
+  return f'."{max(lengths, key=lengths.get)}"' if lengths else ".. | strings"
 
 
 def _twice(text: str) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
@@ -77,33 +77,30 @@ class Pieces:
     """Finds the pieces of raw texts, by byte pair encoding.
 
     Of more than a million texts a million are used, always the same, and of
-    each the first thousand letters. It says how many are not used whole.
-
-    Args:
-      texts: sentences of both sides.
-      size: pieces in all, the special ones and 256 bytes counted.
-      languages: those to make a tag for.
+    each the first thousand letters. It says how many are not used whole. The
+    size counts special pieces, among them the tags of languages, and 256 bytes.
 
     Raises:
       ValueError: there is no text, or too little for the size, or too small a
         size for the letters.
     """
-    long = 0
-
-    def used() -> Iterator[str]:
-      nonlocal long
-      for text in texts:
-        begin = _inside(text[:_LETTERS])
-        if begin.strip():
-          long += len(text) > _LETTERS
-          yield begin
-
-    sample, count = _sample(used())
+    # Drawn evenly, of any number of sentences.
+    sample, count, long, rng = [], 0, 0, random.Random(0)
+    for text in texts:
+      begin = _inside(text[:_LETTERS])
+      if not begin.strip():
+        continue
+      count += 1
+      long += len(text) > _LETTERS
+      if count <= _SAMPLE:
+        sample.append(begin)
+      elif (place := rng.randrange(count)) < _SAMPLE:
+        sample[place] = begin
     if not sample:
-      raise ValueError("word pieces are learnt from text; got 0 sentences")
+      raise ValueError("word pieces are learned from text; got 0 sentences")
     if long or count > len(sample):
       terminal.warn(
-        f"word pieces are learnt from {len(sample):,} of {count:,} sentences,"
+        f"word pieces are learned from {len(sample):,} of {count:,} sentences,"
         f" and from the first {_LETTERS:,} letters of {long:,} that are longer"
       )
     model = io.BytesIO()
@@ -124,7 +121,19 @@ class Pieces:
         minloglevel=2,
       )
     except RuntimeError as error:
-      raise _size_that_would_do(size, str(error)) from None
+      # It says which size would do.
+      said = f"sentencepiece cannot train {size:,} word pieces: {error}"
+      if most := re.search(r"value <= (\d+)", str(error)):
+        said = (
+          f"the text is too little for {size:,} word pieces; give more text, or"
+          f" a vocab_size of {int(most[1]):,} or less"
+        )
+      elif least := re.search(r"\d+ vs (\d+)", str(error)):
+        said = (
+          f"{size:,} word pieces are too few for the letters of the text; give"
+          f" a vocab_size of {int(least[1]):,} or more"
+        )
+      raise ValueError(said) from None
     return cls(model.getvalue())
 
   @classmethod
@@ -164,8 +173,7 @@ class Pieces:
   def tag(self, language: str) -> int:
     """Returns the id of the piece that asks for a language.
 
-    Args:
-      language: with its subtags after "_", or "-", which is the same.
+    Its subtags come after "_", or "-", which is the same.
 
     Raises:
       ValueError: it was not trained.
@@ -182,29 +190,3 @@ class Pieces:
 def _inside(text: str) -> str:
   """Returns a text as sentencepiece gets it."""
   return _RESERVED.sub(lambda letter: _STAND_INS[letter[0]], text)
-
-
-def _sample(texts: Iterable[str]) -> tuple[list[str], int]:
-  """Draws _SAMPLE texts evenly, or takes all of fewer; counts them all."""
-  drawn, count, rng = [], 0, random.Random(0)
-  for count, text in enumerate(texts, start=1):
-    if count <= _SAMPLE:
-      drawn.append(text)
-    elif (place := rng.randrange(count)) < _SAMPLE:
-      drawn[place] = text
-  return drawn, count
-
-
-def _size_that_would_do(size: int, error: str) -> ValueError:
-  """Reads it from what sentencepiece says."""
-  if most := re.search(r"value <= (\d+)", error):
-    return ValueError(
-      f"the text is too little for {size:,} word pieces; give more text, or a"
-      f" vocab_size of {int(most[1]):,} or less"
-    )
-  if least := re.search(r"\d+ vs (\d+)", error):
-    return ValueError(
-      f"{size:,} word pieces are too few for the letters of the text; give a"
-      f" vocab_size of {int(least[1]):,} or more"
-    )
-  return ValueError(f"sentencepiece cannot train {size:,} word pieces: {error}")

@@ -1,4 +1,4 @@
-"""Words of raw text, and the word vocabulary with its three special symbols."""
+"""Sentences and words of raw text, and the word vocabulary."""
 
 import collections
 import hashlib
@@ -6,10 +6,47 @@ import re
 from collections.abc import Iterable, Sequence
 
 from moejax import files
-from moejax.data import lines, scripts
+from moejax.data import text_files
 from moejax.data.formats import Origin
 
 END, START, UNKNOWN = "</S>", "<S>", "<UNK>"
+
+# -- sentences ----------------------------------------------------------------
+
+_BOUNDARY = re.compile(r"""[.!?]["'”’)\]]*\s+(?=["'“‘(\[]*[A-Z0-9$])""")
+# Looked for in the last letters of a candidate, with the one that comes after:
+# in all of them it would take the square of the length.
+_TAIL = 100
+_ABBREVIATION = re.compile(
+  r"\b(?:(?:Mr|Mrs|Ms|Messrs|Dr|Prof|Rev|Hon|St|Jr|Sr|Gen|Brig|Maj|Col|Capt"
+  r"|Lieut|Lt|Gov|Sen|Rep|Esq|vs|[^\W\d_](?:\.[^\W\d_])*)\.\s+\S"
+  r"|(?:[Nn]os?|[Aa]rt|[Ss]ecs?)\.\s+\d)$"
+)
+
+
+def sentences(text: str) -> list[str]:
+  """Splits prose into sentences; a blank line always ends one."""
+  found = []
+  for paragraph in re.split(r"\n\s*\n", text):
+    paragraph = " ".join(paragraph.split())
+    begin = seen = 0
+    lettered = False
+    for boundary in _BOUNDARY.finditer(paragraph):
+      end = boundary.end()
+      # "1." and "(2)" number what follows them.
+      lettered |= any(letter.isalpha() for letter in paragraph[seen:end])
+      seen = end
+      last = paragraph[max(begin, end - _TAIL) : end + 1]
+      if not lettered or _ABBREVIATION.search(last):
+        continue
+      found.append(paragraph[begin:end].rstrip())
+      begin, lettered = end, False
+    if begin < len(paragraph):
+      found.append(paragraph[begin:])
+  return found
+
+
+# -- words --------------------------------------------------------------------
 
 # Told by what is no letter, so that combining marks, which \w leaves out, stay
 # inside their word.
@@ -33,33 +70,65 @@ def words(text: str) -> list[str]:
 
 
 def tokens(text: str) -> list[str]:
-  """Splits text that is tokenised, at spaces only; case is kept.
+  """Splits text that is tokenized, at spaces only; case is kept.
 
   A no-break space, at which `str.split` would cut too, is part of a word.
   """
-  found = text.split(" ")
-  return found if all(found) else [token for token in found if token]
+  return [token for token in text.split(" ") if token]
 
 
+# -- scripts without spaces between words -------------------------------------
+
+# Letters of each by Unicode's blocks; marks on letters are among them.
+_BLOCKS = {
+  "Han": "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af",
+  "Kana": "\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f",
+  "Thai": "\u0e01-\u0e3a\u0e40-\u0e4e",
+  "Lao": "\u0e81-\u0edf",
+  "Tibetan": "\u0f00-\u0fff",
+  "Burmese": "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f",
+  "Khmer": "\u1780-\u17ff",
+  "Tai": "\u1950-\u19df\u1a20-\u1aaf",
+  "Javanese": "\ua980-\ua9df",
+}
+_RUN = re.compile("|".join(f"(?P<{n}>[{b}]+)" for n, b in _BLOCKS.items()))
+_ANY_RUN = re.compile(f"[{''.join(_BLOCKS.values())}]+")
+_LETTER = re.compile(r"[^\W\d_]")
 # Letters of a word on average; more than in any language with spaces.
 _LONG = 20
 
 
-def doubt(text: str, origin: Origin) -> None:
-  """Warns of text without spaces between what should be words.
+def main_script(text: str) -> str:
+  """Names the script of most letters, if it goes without spaces; else "".
 
-  Args:
-    text: what the origin begins with.
-    origin: of the text.
+  Japanese is "Kana", though most of its letters may be Han.
   """
-  script = scripts.main_script(text)
-  if script and not scripts.is_cut(text, script):
-    origin.doubted(
-      f"is in a script without spaces between words ({script}), so whole"
-      " sentences are taken for words",
-      r"| perl -CSD -pe 's/\X/$& /g'",
-    )
-    return
+  counts: collections.Counter[str] = collections.Counter()
+  for run in _RUN.finditer(text):
+    counts[run.lastgroup or ""] += len(run[0])
+  # Marks are letters above, and none to \w.
+  others = len(_LETTER.findall(_RUN.sub("", text)))
+  if not counts or counts.total() <= others:
+    return ""
+  if counts["Kana"] > 0.1 * counts.total():
+    return "Kana"
+  return counts.most_common(1)[0][0]
+
+
+def doubt(text: str, origin: Origin) -> None:
+  """Warns of a text's begin without spaces between what should be words."""
+  if script := main_script(text):
+    # Words of Han and Kana have one letter or two; those of the others, with
+    # their marks, about five.
+    runs = _ANY_RUN.findall(text)
+    most = 3 if script in ("Han", "Kana") else 8
+    if sum(map(len, runs)) > most * len(runs):
+      origin.doubted(
+        f"is in a script without spaces between words ({script}), so whole"
+        " sentences are taken for words",
+        r"| perl -CSD -pe 's/\X/$& /g'",
+      )
+      return
   found = [word for word in words(text) if word[0].isalnum()]
   letters = sum(map(len, found)) / max(1, len(found))
   if letters > _LONG:
@@ -70,6 +139,9 @@ def doubt(text: str, origin: Origin) -> None:
       if text.count(joint) >= len(found)
       else "put spaces between its words",
     )
+
+
+# -- vocabulary ---------------------------------------------------------------
 
 
 class Vocabulary:
@@ -87,12 +159,12 @@ class Vocabulary:
 
   # What it is called where a run keeps it.
   FILE = "vocab.txt"
+  # Has no tags, as pieces may.
+  languages = ()
+  split = staticmethod(words)
 
   def __init__(self, entries: Sequence[str]):
-    """Makes the vocabulary whose entry i has id i.
-
-    Args:
-      entries: `</S>`, `<S>`, `<UNK>` and the words, in any order.
+    """Makes the vocabulary whose entry i has id i, special symbols included.
 
     Raises:
       ValueError: a special symbol is missing or an entry occurs twice.
@@ -106,8 +178,7 @@ class Vocabulary:
           " add it as an entry of its own"
         )
     if len(ids) < len(self._entries):
-      counts = collections.Counter(self._entries)
-      twice = next(entry for entry in counts if counts[entry] > 1)
+      (twice, _), *_ = collections.Counter(self._entries).most_common(1)
       raise ValueError(
         f"the vocabulary of {len(self._entries)} entries holds only"
         f" {len(ids)} different ones; {twice!r} occurs more than once"
@@ -120,18 +191,11 @@ class Vocabulary:
     self.digest = hashlib.blake2b(everything, digest_size=8).hexdigest()
 
   @classmethod
-  def build(
-    cls, texts: Iterable[str], min_count: int, max_size: int | None = None
-  ) -> "Vocabulary":
+  def build(cls, texts: Iterable[str], min_count: int) -> "Vocabulary":
     """Counts the words of raw texts and numbers them by falling count.
 
     `</S>` is 0, `<S>` is 1, `<UNK>` is 2; words of equal count are in
-    alphabetical order.
-
-    Args:
-      texts: raw prose.
-      min_count: words seen less often become `<UNK>`.
-      max_size: entries to keep at most, the three special ones counted.
+    alphabetical order. Words seen less than min_count times become `<UNK>`.
 
     Raises:
       ValueError: no word is frequent enough.
@@ -142,14 +206,14 @@ class Vocabulary:
     for special in (END, START, UNKNOWN):
       counts.pop(special, None)
     ranked = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
-    kept = [word for word, count in ranked if count >= min_count]
-    if not kept:
+    frequent = [word for word, count in ranked if count >= min_count]
+    if not frequent:
       most = ranked[0][1] if ranked else 0
       raise ValueError(
         f"no word occurs min_count={min_count} times, the most frequent one"
         f" {most} times; lower min_count or give more text"
       )
-    return cls([END, START, UNKNOWN, *kept][:max_size])
+    return cls([END, START, UNKNOWN, *frequent])
 
   @classmethod
   def load(cls, path: files.Path) -> "Vocabulary":
@@ -160,11 +224,11 @@ class Vocabulary:
       ValueError: it is no text in UTF-8, or a special symbol is missing or an
         entry occurs twice.
     """
-    lines.check(path)
+    text_files.check(path)
     # Marks of byte order inside are of entries, as an older text has them.
     entries = [
       line.removesuffix("\n").removesuffix("\r")
-      for _, line in lines.as_written(path)
+      for line in text_files.as_written(path)
     ]
     entries[:1] = [entry.removeprefix("\ufeff") for entry in entries[:1]]
     try:
@@ -174,13 +238,16 @@ class Vocabulary:
 
   def save(self, path: files.Path) -> None:
     """Writes one entry a line, whole or not at all."""
-    text = "".join(f"{entry}\n" for entry in self._entries)
-    files.write_whole(path, text)
+    files.write_whole(path, "".join(f"{entry}\n" for entry in self._entries))
 
   def encode(self, words: Iterable[str]) -> list[int]:
     """Returns the id of each word; no word becomes `</S>` or `<S>`."""
     ids, unknown = self._ids, self.unknown
     return [ids.get(word, unknown) for word in words]
+
+  def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+    """Returns the ids of the words of each text."""
+    return [self.encode(self.split(text)) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> list[str]:
     """Returns the entry of each id."""
@@ -188,3 +255,9 @@ class Vocabulary:
 
   def __len__(self) -> int:
     return len(self._entries)
+
+
+class TokenizedVocabulary(Vocabulary):
+  """A vocabulary of text that is tokenized, as that of lm1b is."""
+
+  split = staticmethod(tokens)

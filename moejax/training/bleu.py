@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sacrebleu import metrics
 
-from moejax.data import scripts
+from moejax.data import vocab
 
 
 class Scores(NamedTuple):
@@ -65,7 +65,7 @@ def tokenizer(language: str, references: Sequence[str]) -> tuple[str, str]:
     cut = _OF_SCRIPT.get(named[0], _DEFAULT)
   else:
     cut = _OF_LANGUAGE.get(first, "")
-  script = scripts.main_script("\n".join(references))
+  script = vocab.main_script("\n".join(references))
   chosen = cut or {"": _DEFAULT, "Han": "zh"}.get(script, "char")
   if script and cut in ("", _DEFAULT):
     has = f"are {script}, which is written without spaces"

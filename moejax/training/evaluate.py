@@ -10,11 +10,12 @@ import flax.linen as nn
 import jax
 
 from moejax import sharding
-from moejax.data import text
+from moejax.data import batches as batches_lib
+from moejax.data.packing import Rows
 from moejax.training import step
 
 # (params, rows) -> means over their words.
-Evaluator = Callable[[Any, text.Rows], dict[str, float]]
+Evaluator = Callable[[Any, Rows], dict[str, float]]
 
 
 def evaluator(
@@ -46,7 +47,7 @@ def evaluator(
 
   def evaluate(params, rows):
     sums: collections.Counter[str] = collections.Counter()
-    batches = text.eval_batches(
+    batches = batches_lib.eval_batches(
       rows, batch_size, jax.process_index(), jax.process_count()
     )
     with sharding.use(layout, mesh):

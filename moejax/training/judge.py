@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moejax import files, terminal
-from moejax.data.pairs import Pairs
+from moejax.data.packing import Pairs
 from moejax.training import bleu, processes
 from moejax.training.translate import Translator
 

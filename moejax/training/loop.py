@@ -14,7 +14,7 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
-from moejax.data import text
+from moejax.data import batches as batches_lib
 from moejax.training import (
   evaluate,
   judge,
@@ -91,7 +91,7 @@ def _train_alone(
   # Before a large text is first read, which takes long.
   state.check_fits(target, in_layout, layout, mesh)
   rows = {split: data.rows(split) for split in data.splits}
-  batches = text.train_batches(
+  batches = batches_lib.train_batches(
     rows["train"],
     data.batch_size,
     config.seed,

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from moejax import sharding
-from moejax.data import sources
+from moejax.data import batches as batches_lib
+from moejax.data.batches import SourceRows
 from moejax.data.pieces import Pieces
-from moejax.data.sources import SourceRows
 from moejax.models import gnmt
 from moejax.training import decode
 from moejax.training.decode import Hypotheses
@@ -128,7 +128,7 @@ class Translator:
     Args:
       model: for the pieces.
       pieces: of both languages.
-      source_length: pieces of a source; a longer line is cut (`sources.cut`).
+      source_length: pieces of a source; a longer line is cut (`batches.cut`).
       hypotheses: to follow at once, over all devices.
       layout: where arrays lie.
       mesh: of the devices.
@@ -140,7 +140,7 @@ class Translator:
         translate piece by piece (`gnmt.for_decoding`).
     """
     # Here, as else training would only fail when it first shows examples.
-    sources.check_length(source_length)
+    batches_lib.check_length(source_length)
     decode.check_beam(beam)
     self._pieces, self._source_length = pieces, source_length
     each = -(-hypotheses // (beam * mesh.size))
@@ -180,7 +180,7 @@ class Translator:
     Raises:
       ValueError: as `tag`.
     """
-    batches = sources.source_rows(
+    batches = batches_lib.source_rows(
       self._pieces,
       texts,
       self._source_length,

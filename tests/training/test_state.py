@@ -8,7 +8,7 @@ import pytest
 
 from moejax import dispatch as dispatch_lib
 from moejax import experts, moe, router, sharding
-from moejax.data import text
+from moejax.data import packing
 from moejax.models import lstm_lm
 from moejax.training import optim, state
 
@@ -25,10 +25,7 @@ MIXTURE = moe.MoE(router.TopK(E, 2), experts.FeedForward(E, F), L)
 
 def in_layout(layout, mesh, tx=ADAM, mixtures=(MIXTURE,)):
   model = lstm_lm.LSTMLM(V, D, mixtures)
-  batch = {
-    name: jax.ShapeDtypeStruct((B, L), dtype)
-    for name, dtype in text.TYPES.items()
-  }
+  batch = packing.batch_shapes(B, L)
   return state.abstract_state(model, tx, batch, layout, mesh)
 
 
@@ -134,10 +131,7 @@ def test_a_state_is_made_of_layers_that_recompute(dispatch):
   """By running the program: shapes alone show nothing of a trace that leaks."""
   layer = MIXTURE.clone(dispatch=dispatch, recompute=True)
   model = lstm_lm.LSTMLM(V, D, (layer,))
-  shapes = {
-    name: jax.ShapeDtypeStruct((B, L), dtype)
-    for name, dtype in text.TYPES.items()
-  }
+  shapes = packing.batch_shapes(B, L)
   for count in (1, 8):
     layout = sharding.LAYOUTS["expert"]
     mesh = sharding.make_mesh(layout, jax.devices()[:count])

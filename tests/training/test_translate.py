@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import sharding
-from moejax.data.sources import SourceRows
+from moejax.data.batches import SourceRows
 from moejax.training import decode, translate
 
 START, END, V = 1, 2, 16

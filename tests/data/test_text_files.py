@@ -2,7 +2,7 @@
 
 import pytest
 
-from moejax.data import file_names
+from moejax.data import text_files
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,13 @@ ALL = ["a.txt", "b.txt", "c, d.txt", "e1.txt", "e[1].txt"]
   ],
 )
 def test_a_list_of_files(words, paths):
-  assert file_names.find(words) == paths
+  assert text_files.find(words) == paths
   # What was found may be looked for again.
-  assert file_names.find(paths) == paths
+  assert text_files.find(paths) == paths
 
 
 def test_the_home_folder(folder):
-  assert file_names.find("~/a.txt,en-fr=~/?.txt,~/no.txt") == [
+  assert text_files.find("~/a.txt,en-fr=~/?.txt,~/no.txt") == [
     f"{folder}/a.txt",
     f"en-fr={folder}/a.txt",
     f"en-fr={folder}/b.txt",
@@ -64,5 +64,5 @@ def test_the_home_folder(folder):
 @pytest.mark.parametrize("item", ["no*.txt", "en-fr=no?.tsv", "[xyz]/a.txt"])
 def test_a_pattern_that_matches_nothing(item):
   with pytest.raises(FileNotFoundError) as caught:
-    file_names.find(f"a.txt,{item}")
+    text_files.find(f"a.txt,{item}")
   assert str(caught.value).startswith(f"{item} matches no file; give")

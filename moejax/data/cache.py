@@ -1,0 +1,170 @@
+"""Arrays made once of a prepared corpus, written beside it and then mapped.
+
+A folder holds a file for each array, and a record of their digests.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from moejax import files as files_lib
+from moejax import terminal
+
+_RECORD = "record.json"
+Types = Mapping[str, type[np.generic]]
+
+
+class Cached(NamedTuple):
+  """Arrays of one axis and their digests, by name; their folder, if any."""
+
+  arrays: Mapping[str, np.ndarray]
+  digests: Mapping[str, str]
+  folder: pathlib.Path | None
+
+
+def digest(array: np.ndarray) -> str:
+  """Returns a short name that another content would not have."""
+  return hashlib.blake2b(array, digest_size=8).hexdigest()
+
+
+def joined(digests: Iterable[str]) -> str:
+  """Returns one digest for several."""
+  everything = "\n".join(digests).encode()
+  return hashlib.blake2b(everything, digest_size=8).hexdigest()
+
+
+def key(folder: pathlib.Path, *parts: object) -> str:
+  """Digests all that something made of a prepared corpus depends on.
+
+  Of the prepared files only names, sizes and times: TFDS never changes a copy
+  in place, and to read lm1b takes longer than all else at a start. Bytes that a
+  disk has changed there array_record finds, by sums of its own, when it reads
+  them.
+  """
+  found = list(parts)
+  for path in sorted(folder.iterdir()):
+    if path.is_file():
+      found += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+  everything = "\n".join(map(str, found)).encode()
+  return hashlib.blake2b(everything, digest_size=12).hexdigest()
+
+
+def cached(
+  folder: pathlib.Path | None,
+  types: Types,
+  write: Callable[..., None],
+  what: str,
+) -> Cached:
+  """Maps the arrays in a folder; makes them where they are not, or damaged.
+
+  All of them are read, as a changed id would train as well as any: about a
+  second for each GB. Of several processes one makes them while the others wait.
+  They are made in memory where nothing can be written or read, which is warned
+  of, or no folder is given.
+
+  Args:
+    folder: of these arrays alone.
+    types: of each array, by name.
+    write: writes the arrays, to a file each, in the order of `types`.
+    what: is done, for the warning.
+  """
+  if folder is not None:
+    try:
+      return _mapped(folder, types, write, what)
+    except OSError as error:
+      terminal.warn(f"{what} in memory, at every start ({error})")
+  drafts = [io.BytesIO() for _ in types]
+  write(*drafts)
+  arrays = {
+    name: np.frombuffer(draft.getbuffer(), types[name])
+    for name, draft in zip(types, drafts, strict=True)
+  }
+  return Cached(arrays, {n: digest(a) for n, a in arrays.items()}, None)
+
+
+def _mapped(
+  folder: pathlib.Path, types: Types, write: Callable[..., None], what: str
+) -> Cached:
+  """Returns `cached` of a folder; raises OSError where it cannot be used."""
+  if found := _found(folder, types):
+    return found
+  folder.parent.mkdir(exist_ok=True)
+  with files_lib.locked(folder.parent / "lock"):
+    # Another process may have made them meanwhile.
+    if found := _found(folder, types):
+      return found
+    if folder.exists():
+      terminal.warn(f"{folder} is damaged; it is made anew")
+      shutil.rmtree(folder)
+    terminal.warn(f"{what} (once), in {folder}")
+    _make(folder, types, write)
+  if found := _found(folder, types):
+    return found
+  raise OSError(f"{folder} does not hold what was just written there")
+
+
+def _found(folder: pathlib.Path, types: Types) -> Cached | None:
+  """Maps the arrays; None where they are not there, or not as written.
+
+  Raises:
+    OSError: they cannot be read, which does not say that they are damaged.
+  """
+  try:
+    # Any other kind of file may block whoever opens it.
+    if not all((folder / name).is_file() for name in (_RECORD, *types)):
+      return None
+    record = json.loads((folder / _RECORD).read_bytes())
+    if record != _record(folder, types):
+      return None
+    arrays = {
+      name: np.memmap(folder / name, dtype, mode="r").view(np.ndarray)
+      for name, dtype in types.items()
+    }
+  except (FileNotFoundError, ValueError):
+    return None
+  return Cached(arrays, {name: record[name] for name in types}, folder)
+
+
+def _record(folder: pathlib.Path, types: Types, of: str = "") -> dict[str, str]:
+  """Digests the files of a folder, and says which corpus they are of."""
+  record = {"of": of or f"{folder.parent.name}/{folder.name}"}
+  for name in types:
+    # Read and not mapped: where a disk fails, that is an error to tell.
+    with open(folder / name, "rb") as file:
+      found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+    record[name] = found.hexdigest()
+  return record
+
+
+def _make(
+  folder: pathlib.Path, types: Types, write: Callable[..., None]
+) -> None:
+  # By machine: a lock may not reach another one. On this one, a draft that is
+  # there is what a killed process left.
+  draft = folder.with_suffix(f".{socket.gethostname()}.draft")
+  shutil.rmtree(draft, ignore_errors=True)
+  draft.mkdir()
+  try:
+    with contextlib.ExitStack() as stack:
+      files = [stack.enter_context(open(draft / name, "wb")) for name in types]
+      write(*files)
+      for file in files:
+        files_lib.sync(file)
+    record = _record(draft, types, f"{folder.parent.name}/{folder.name}")
+    files_lib.write_whole(draft / _RECORD, json.dumps(record))
+    draft.rename(folder)
+    files_lib.sync_folder(folder.parent)
+  except OSError:
+    # Another machine may have been first.
+    if not folder.exists():
+      raise
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)

