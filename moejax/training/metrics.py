@@ -189,7 +189,7 @@ class Progress:
 
   def report(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a step's loss and speed, and the last validation."""
-    # Of a few words drawn at each step, it is easier to guess the right one.
+    # Sampled losses are lower: a few words are easier to tell apart than all.
     name = "loss" if "loss" in values else "sampled_loss"
     text = (
       f"{name.replace('_', ' ')} {values[name]:.3f}"

@@ -49,7 +49,7 @@ def test_what_a_schedule_refuses(options, message):
 )
 def test_what_rules_refuse(make, options):
   (name,) = options
-  with pytest.raises(ValueError, match=rf"optimizer\.{name} is .*; give .* 0"):
+  with pytest.raises(ValueError, match=rf"optimizer\.{name} is .*; give "):
     make(lambda count: 1.0, **options)
 
 
