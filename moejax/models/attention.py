@@ -16,14 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import named
-from moejax.models.layers import (
-  LSTMState,
-  LSTMWeights,
-  declare,
-  product,
-  update_cells,
-  zero_state,
-)
+from moejax.models import layers
+from moejax.models.layers import LSTMState, LSTMWeights, declare, product
 
 
 class Memory(NamedTuple):
@@ -165,12 +159,12 @@ def _run(form, dtype, steps, memory, offsets, weights):
     query = dot("query", y)[:, None]
     context, _ = attend(query, segment[:, None], memory, form)
     z = dot("gates", jnp.concatenate([context[:, 0], y], axis=-1))
-    c, m, _ = update_cells(z, c)
+    c, m, _ = layers.update_cells(z, c)
     y = dot("out", m) if "out" in weights else m
     return LSTMState(y, c), (y, operands)
 
   _, rows, gates = offsets["gates"].shape
-  zero = zero_state(rows, len(weights["query"]), gates)
+  zero = layers.zero_state(rows, len(weights["query"]), gates)
   return jax.lax.scan(step, zero, (steps, offsets))[1]
 
 

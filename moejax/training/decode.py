@@ -88,13 +88,11 @@ def beam_search(
   """Finds translations of a high score.
 
   Args:
-    step_fn: the model's step.
-    memory: of the encoded source, B rows.
-    state: before the first step, B rows.
+    step_fn: the model's step, of B * beam rows.
+    memory, state: of B rows, the state before the first step.
     source_mask: real source tokens, `</s>` counted. A row without any has one
       translation, which is empty.
-    start: id of `<s>`, the first that `step_fn` is given.
-    end: id of `</s>`.
+    start, end: ids of `<s>`, which `step_fn` is given first, and of `</s>`.
     beam: how many hypotheses live at once and are kept.
     alpha: of length normalization; 0 is none.
     beta: of the coverage penalty; 0 is none.
@@ -149,8 +147,16 @@ def beam_search(
     _, kept = _top(going.log_p, beam)
     state = _take(state, _take(parent, kept))
     state = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state)
-    new, old = (_take(going, kept), closed), (living, finished)
-    return *_where(is_going(*old), new, old), state
+    # A row that is done stays as it is.
+    done = ~is_going(living, finished)
+    living, finished = jax.tree.map(
+      lambda new, old: jnp.where(
+        done.reshape(-1, *[1] * (old.ndim - 1)), old, new
+      ),
+      (_take(going, kept), closed),
+      (living, finished),
+    )
+    return living, finished, state
 
   # One empty hypothesis a row. `<s>` stands before its pieces until the end.
   size = rows, beam
@@ -169,11 +175,7 @@ def beam_search(
 
 
 def check_beam(beam: int) -> None:
-  """Refuses a search that keeps no hypothesis.
-
-  Raises:
-    ValueError: beam is below 1.
-  """
+  """Raises a ValueError where a search would keep no hypothesis."""
   if beam < 1:
     raise ValueError(f"a beam of {beam} holds nothing; give 1 or more")
 
@@ -250,15 +252,6 @@ def _take(tree: Any, index: Int[Array, "B J"]) -> Any:
   return jax.tree.map(
     lambda leaf: jax.vmap(lambda row, at: row[at])(leaf, index), tree
   )
-
-
-def _where(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
-  """Chooses between two trees row by row."""
-
-  def choose(a, b):
-    return jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-  return jax.tree.map(choose, new, old)
 
 
 def _join(a: Array, b: Array) -> Array:

@@ -14,7 +14,7 @@ from moejax import sharding
 from moejax.training import state, step
 
 B, L, V, STEPS, CLIP = 32, 8, 40, 25, 0.3
-# A token that chooses between two experts all but alike may go either way by a
+# A token that chooses between two experts all but alike may go to either by a
 # rounding error, after which nothing agrees. With this seed no two logits that
 # decide come closer than 1e-5 in all steps, ten times what meshes differ by.
 SEED = 3
