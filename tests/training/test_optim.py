@@ -114,7 +114,7 @@ SHAPES = {
   "layers_1": {
     "secondary": {
       "router": {"gate": {"kernel": (2, D, E)}},
-      "experts": {"w_out": (2, E, F, D)},
+      "experts": {"w_out": (2, E, F, D), "bias": (2, E, D)},
     },
   },
 }
