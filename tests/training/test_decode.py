@@ -180,6 +180,7 @@ def test_a_wide_beam_finds_everything_in_order(alpha, beta):
   [
     ("plain", 3, 0.0, 0.0, INF, 1),
     ("plain", 3, 0.2, 0.2, 3.0, 8),
+    ("plain", 2, 2.0, 0.2, 3.0, 8),
     ("plain", 4, 1.0, 0.5, 1.5, 3),
     ("plain", 8, 0.6, 0.0, INF, 0),
     ("long", 3, 0.2, 0.2, 3.0, 8),
