@@ -1,5 +1,6 @@
 """LSTM, attention and the translation model in NumPy loops (app. C, E, G)."""
 
+import jax
 import numpy as np
 import reference
 
@@ -114,3 +115,23 @@ def gnmt_loss(params, k, form, wiring, batch):
     p = reference.softmax(params["head"]["table"] @ h[b, t])
     out[b, t] = -np.log(p[batch["targets"][b, t]])
   return out
+
+
+def assert_near(got, want, rtol):
+  """Whether the entries of two trees agree but for rounding of operands."""
+
+  def check(path, got, want):
+    far = np.abs(np.float64(got) - want).max() / np.abs(want).max()
+    assert far < rtol, jax.tree_util.keystr(path)
+
+  jax.tree.map_with_path(check, got, want)
+
+
+def assert_sums_after_loops(compiled):
+  """Devices only sum gradients of weights, and none within a loop."""
+  loops, entry = compiled.as_text().split("\nENTRY")
+  assert "while(" in entry
+  for collective in ("all-gather", "all-to-all", "collective-permute"):
+    assert collective not in loops + entry
+  assert "all-reduce(" in entry
+  assert "all-reduce(" not in loops

@@ -5,8 +5,7 @@ decoder attends to the encoder's states (app. G).
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -16,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax import named
 from moejax.models.attention import Attention, Memory, attentive_lstm
-from moejax.models.layers import LSTM, Embed, LSTMState, residual
+from moejax.models.layers import LSTM, Embed, LSTMState, residual, zero_state
 from moejax.models.softmax import Softmax
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.router import ExpertChoice
@@ -27,6 +26,8 @@ from moejax.router import ExpertChoice
 # padding.
 Batch = Mapping[str, Array]
 
+WIRINGS = ("recurrent", "parallel")
+
 # One for each LSTM of the decoder.
 State = tuple[LSTMState, ...]
 
@@ -36,7 +37,7 @@ class GNMT(nn.Module):
 
   Every layer's output is dropped out, then the layer's input added; mixtures
   go through a sigmoid before that. LSTMs forget where a pair starts, and a
-  place of the target attends to the source of its own pair alone. Source and
+  token of the target attends to the source of its own pair alone. Source and
   target share a vocabulary; their tables and that of the softmax are three.
 
   Attributes:
@@ -45,10 +46,10 @@ class GNMT(nn.Module):
     encoder: LSTMs, and modules called as MoE is.
     decoder: the same; the first is an LSTM.
     attention: of the decoder's first LSTM to the encoder's states.
-    wiring: a name in `WIRINGS`. "recurrent" is GNMT's: the LSTM's last output,
-      zero where a pair starts, asks for a context that is part of its next
-      input. "parallel": its outputs ask, all at once, and the context is added
-      to what the next layer reads.
+    wiring: "recurrent" is GNMT's: the LSTM's last output, zero where a pair
+      starts, asks for a context that is part of its next input. "parallel": its
+      outputs ask, all at once, and the context is added to what the next layer
+      reads.
     dropout: chance of zeroing an output; the rng stream is "dropout".
     dtype: of the activations and of the operands of matrix products. Whatever
       it is, parameters, routers, cells of LSTMs and every softmax are float32.
@@ -79,22 +80,24 @@ class GNMT(nn.Module):
     self, batch: Batch, *, train: bool = False
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next piece."""
+    named.known(self.wiring, WIRINGS, "wiring")
     source = (batch[f"source{name}"] for name in ("", "_segment", "_start"))
     memory = self.encode(*source, train=train)
-    drop = self._dropout(train)
+    drop = functools.partial(self.drop, deterministic=not train)
     x = drop(self.embed["target"](batch["inputs"]).astype(self.dtype))
-    start = batch["start"]
-    wiring = WIRINGS[named.known(self.wiring, WIRINGS, "wiring")]
-    x = wiring.run(self, x, start, batch["segment"], memory, drop)
-    return residual(
-      self.decoder[1:],
-      x,
-      drop,
-      start=start,
-      mask=batch["mask"],
-      ids=batch["inputs"],
-      train=train,
-    )
+    start, segment = batch["start"], batch["segment"]
+    first, *rest = self.decoder
+    if self.wiring == "recurrent":
+      _, w_query, _ = self.attention.weights(self.width)
+      weights = first.weights(2 * self.width), self.attention.form
+      y = attentive_lstm(x, start, segment, memory, w_query, *weights)
+      x = x + drop(y)
+    else:
+      y = first(x, start)
+      context, _ = self.attention(y, segment, memory)
+      x = x + drop(y) + context.astype(x.dtype)
+    mask, ids = batch["mask"], batch["inputs"]
+    return residual(rest, x, drop, start=start, mask=mask, ids=ids, train=train)
 
   def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
     """Returns nats per target piece, 0 at padding."""
@@ -111,11 +114,10 @@ class GNMT(nn.Module):
     train: bool = False,
   ) -> Memory:
     """Returns what the decoder reads of the source; arguments as in `Batch`."""
-    drop = self._dropout(train)
-    x = drop(self.embed["source"](source).astype(self.dtype))
+    drop = functools.partial(self.drop, deterministic=not train)
     states = residual(
       self.encoder,
-      x,
+      drop(self.embed["source"](source).astype(self.dtype)),
       drop,
       start=source_start,
       mask=source_segment > 0,
@@ -126,10 +128,10 @@ class GNMT(nn.Module):
 
   def begin(self, rows: int) -> State:
     """Returns the decoder's state before the first piece, of so many rows."""
+    lstms = (layer for layer in self.decoder if isinstance(layer, LSTM))
     return tuple(
-      layer.zero_state(rows)
-      for layer in self.decoder
-      if isinstance(layer, LSTM)
+      zero_state(rows, lstm.width, 4 * (lstm.hidden or lstm.width))
+      for lstm in lstms
     )
 
   def step(
@@ -145,15 +147,22 @@ class GNMT(nn.Module):
       ids: `<s>`, then the pieces of the translation.
 
     Returns:
-      The next state; log p of the next piece; the weights of the source's
-      places in the context.
+      The next state; log p of the next piece; the attention weights of the
+      source's tokens.
     """
     x = self.embed["target"](ids[:, None])[:, 0].astype(self.dtype)
     first, *rest = self.decoder
     before = iter(state)
-    x, reached, weights = WIRINGS[self.wiring].step(
-      self, x, next(before), memory
-    )
+    reached = next(before)
+    if self.wiring == "recurrent":
+      context, weights = self._attend(reached.y, memory)
+      both = jnp.concatenate([x, context.astype(x.dtype)], axis=-1)
+      reached = first.step(both, reached)
+      x = x + reached.y.astype(x.dtype)
+    else:
+      reached = first.step(x, reached)
+      context, weights = self._attend(reached.y, memory)
+      x = x + reached.y.astype(x.dtype) + context.astype(x.dtype)
     after = [reached]
     for layer in rest:
       if isinstance(layer, LSTM):
@@ -165,8 +174,10 @@ class GNMT(nn.Module):
     logits = self.head.logits(x[:, None])[:, 0, : self.vocab_size]
     return tuple(after), jax.nn.log_softmax(logits), weights
 
-  def _dropout(self, train):
-    return functools.partial(self.drop, deterministic=not train)
+  def _attend(self, y, memory):
+    segment = jnp.ones((len(y), 1), jnp.int32)
+    context, weights = self.attention(y[:, None], segment, memory)
+    return context[:, 0], weights[:, 0]
 
 
 def for_decoding(model: GNMT) -> GNMT:
@@ -180,92 +191,30 @@ def for_decoding(model: GNMT) -> GNMT:
   Raises:
     ValueError: experts choose among the tokens of a batch, in evaluation too.
   """
-  encoder, decoder = (
-    tuple(map(_drop_nothing, layers))
-    for layers in (model.encoder, model.decoder)
-  )
-  return model.clone(encoder=encoder, decoder=decoder)
-
-
-def _drop_nothing(layer: nn.Module) -> nn.Module:
   every = {
     "group_size": 1,
     "capacity_factor": None,
     "eval_capacity_factor": None,
   }
-  if isinstance(layer, HierarchicalMoE):
-    _check_alone(layer.primary)
-    # It splits into no groups of its own.
-    secondary = _drop_nothing(layer.secondary).clone(group_size=None)
-    return layer.clone(secondary=secondary, groups_together=1, **every)
-  if isinstance(layer, MoE):
-    _check_alone(layer.router)
-    return layer.clone(dispatch="auto", **every)
-  return layer
 
+  def dropless(layer):
+    if isinstance(layer, HierarchicalMoE):
+      router, fields = layer.primary, {"groups_together": 1}
+      # It splits into no groups of its own.
+      fields["secondary"] = dropless(layer.secondary).clone(group_size=None)
+    elif isinstance(layer, MoE):
+      router, fields = layer.router, {"dispatch": "auto"}
+    else:
+      return layer
+    if isinstance(router, ExpertChoice):
+      raise ValueError(
+        "with the router expert_choice, which experts read a token depends on"
+        " all tokens of a batch, those of the future too: it cannot translate"
+        " piece by piece; choose another router."
+      )
+    return layer.clone(**fields, **every)
 
-def _check_alone(router: nn.Module) -> None:
-  if isinstance(router, ExpertChoice):
-    raise ValueError(
-      "with the router expert_choice, which experts read a token depends on all"
-      " tokens of a batch, those of the future too: it cannot translate piece"
-      " by piece; choose another router."
-    )
-
-
-class _Wiring(NamedTuple):
-  """What the decoder's first LSTM, with the attention, makes of embeddings.
-
-  Attributes:
-    run: (model, x, start, segment, memory, drop) -> x of the next layer.
-    step: (model, x, state, memory) -> the same of one step, the next state, and
-      the weights of the source's places.
-  """
-
-  run: Callable[..., Array]
-  step: Callable[..., Any]
-
-
-def _recurrent(model, x, start, segment, memory, drop):
-  y = attentive_lstm(
-    x,
-    start,
-    segment,
-    memory,
-    model.attention.weights(model.width).w,
-    model.decoder[0].weights(2 * model.width),
-    model.attention.form,
+  return model.clone(
+    encoder=tuple(map(dropless, model.encoder)),
+    decoder=tuple(map(dropless, model.decoder)),
   )
-  return x + drop(y)
-
-
-def _recurrent_step(model, x, state, memory):
-  context, weights = _attend(model, state.y, memory)
-  both = jnp.concatenate([x, context.astype(x.dtype)], axis=-1)
-  state = model.decoder[0].step(both, state)
-  return x + state.y.astype(x.dtype), state, weights
-
-
-def _parallel(model, x, start, segment, memory, drop):
-  y = model.decoder[0](x, start)
-  context, _ = model.attention(y, segment, memory)
-  return x + drop(y) + context.astype(x.dtype)
-
-
-def _parallel_step(model, x, state, memory):
-  state = model.decoder[0].step(x, state)
-  context, weights = _attend(model, state.y, memory)
-  x = x + state.y.astype(x.dtype) + context.astype(x.dtype)
-  return x, state, weights
-
-
-def _attend(model, y, memory):
-  segment = jnp.ones((y.shape[0], 1), jnp.int32)
-  context, weights = model.attention(y[:, None], segment, memory)
-  return context[:, 0], weights[:, 0]
-
-
-WIRINGS = {
-  "recurrent": _Wiring(_recurrent, _recurrent_step),
-  "parallel": _Wiring(_parallel, _parallel_step),
-}

@@ -18,9 +18,7 @@ Batch = Mapping[str, Array]
 class LSTMLM(nn.Module):
   """Embedding, layers of one width, softmax over the next word.
 
-  Every layer's output is dropped out, then the layer's input added; mixtures
-  go through a sigmoid before that, so that a token all of whose experts were
-  full adds the constant 0.5 (app. C.1). LSTMs forget at sentence starts.
+  How layers are joined and dropped out says `models.layers.residual`.
 
   Attributes:
     vocab_size: V.
@@ -53,15 +51,11 @@ class LSTMLM(nn.Module):
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next word."""
     drop = functools.partial(self.drop, deterministic=not train)
-    x = drop(self.embed(batch["inputs"]).astype(self.dtype))
+    ids, mask = batch["inputs"], batch["mask"]
+    x = drop(self.embed(ids).astype(self.dtype))
+    start = batch["start"]
     return residual(
-      self.layers,
-      x,
-      drop,
-      start=batch["start"],
-      mask=batch["mask"],
-      ids=batch["inputs"],
-      train=train,
+      self.layers, x, drop, start=start, mask=mask, ids=ids, train=train
     )
 
   def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:

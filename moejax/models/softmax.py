@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax import sharding
-from moejax.models.layers import look_up, product, table_rows
+from moejax.models.layers import declare, look_up, product, table_rows
 
 
 def log_uniform(
@@ -17,12 +17,13 @@ def log_uniform(
 ) -> tuple[Int[Array, "U"], Bool[Array, "U"]]:
   """Draws class ids with p(id) = log(1 + 1/(id+1)) / log(V+1).
 
-  Zipf's law for ids sorted by falling frequency. The frequent ones are drawn
-  again and again; they count once, and take one place.
+  Zipf's law for ids sorted by falling frequency. An id that is drawn again
+  counts once.
 
   Returns:
-    The distinct ids of all draws, sorted, in U = `most_distinct` places, and
-    which places hold one. Should there be more ids, the rarest are left out.
+    The distinct ids of all draws, sorted, in an array of `most_distinct`
+    entries, and which entries hold one. The rarest ids are left out where there
+    are more.
   """
   uniform, within = jax.random.uniform(rng, (2, num_samples))
   logarithm = math.log(vocab_size + 1)
@@ -31,8 +32,8 @@ def log_uniform(
   # the same; the second draw fills the step from one value to the next.
   above += above * within * (logarithm * 2**-23)
   ids = jnp.clip(above.astype(jnp.int32) - 1, 0, vocab_size - 1)
-  places = most_distinct(num_samples, vocab_size)
-  ids = jnp.unique(ids, size=places, fill_value=vocab_size)
+  size = most_distinct(num_samples, vocab_size)
+  ids = jnp.unique(ids, size=size, fill_value=vocab_size)
   used = ids < vocab_size
   return jnp.where(used, ids, 0), used
 
@@ -42,8 +43,8 @@ def most_distinct(num_samples: int, vocab_size: int) -> int:
 
   That is the mean and four standard deviations of a count of independent
   classes. Those of one sample exclude each other, so theirs varies less: fewer
-  than one sample in 30,000 has more. 8192 draws from 10,000 words need 2717
-  places, from 793,471 words 4831.
+  than one sample in 30,000 has more. 8192 draws from 10,000 words are of 2717
+  classes at most, from 793,471 words of 4831.
   """
   seen = _chance_of_any(np, np.arange(vocab_size), num_samples, vocab_size)
   margin = 4 * math.sqrt((seen * (1 - seen)).sum())
@@ -105,10 +106,9 @@ class Softmax(nn.Module):
     width: D.
     num_samples: draws of classes to compare with in training instead of all V
       (sampled softmax as in Jozefowicz et al. 2016: one set a batch, logits
-      less log expected count, for target and samples alike). Many are of the
-      same classes, and cost nothing. 0 trains with the full softmax. The rng
-      stream is "softmax". Evaluation is always full.
-    multiple: of which the table's rows are one, see `LSTMLM.vocab_multiple`.
+      less log expected count, for target and samples alike). 0 trains with the
+      full softmax. The rng stream is "softmax". Evaluation is always full.
+    multiple: the number of the table's rows is a multiple of it.
   """
 
   vocab_size: int
@@ -120,24 +120,8 @@ class Softmax(nn.Module):
     init = nn.initializers.variance_scaling(
       1.0, "fan_in", "normal", in_axis=1, out_axis=0
     )
-    self.table = self.param(
-      "table",
-      sharding.with_axes(init, "vocab", "embed"),
-      (table_rows(self.vocab_size, self.multiple), self.width),
-      jnp.float32,
-    )
-
-  def loss(
-    self,
-    h: Float[Array, "B L D"],
-    targets: Int[Array, "B L"],
-    *,
-    train: bool,
-  ) -> Float[Array, "B L"]:
-    """Returns -log p(target) in nats, or its sampled stand-in in training."""
-    if train and self.num_samples:
-      return self._sampled(h, targets, self.make_rng("softmax"))
-    return self._full(h, targets)
+    shape = (table_rows(self.vocab_size, self.multiple), self.width)
+    self.table = declare(self, "table", ("vocab", "embed"), shape, init)
 
   def logits(self, h: Float[Array, "B L D"]) -> Float[Array, "B L rows"]:
     """Returns the score of every row; -inf for those that are no word."""
@@ -153,9 +137,13 @@ class Softmax(nn.Module):
     is_word = jnp.arange(scores.shape[-1]) < self.vocab_size
     return jnp.where(is_word[None, None], scores, -jnp.inf)
 
-  def _full(
-    self, h: Float[Array, "B L D"], targets: Int[Array, "B L"]
+  def loss(
+    self, h: Float[Array, "B L D"], targets: Int[Array, "B L"], *, train: bool
   ) -> Float[Array, "B L"]:
+    """Returns -log p(target) in nats, or its sampled stand-in in training."""
+    if train and self.num_samples:
+      return self._sampled(h, targets)
+
     # One time step at a time, recomputed in the backward pass: all B*L*V
     # logits at once would outgrow the rest of the model.
     @jax.checkpoint
@@ -170,13 +158,10 @@ class Softmax(nn.Module):
     return jax.lax.map(at_step, (h.swapaxes(0, 1), targets.T)).T
 
   def _sampled(
-    self,
-    h: Float[Array, "B L D"],
-    targets: Int[Array, "B L"],
-    rng: PRNGKeyArray,
+    self, h: Float[Array, "B L D"], targets: Int[Array, "B L"]
   ) -> Float[Array, "B L"]:
-    size = (self.num_samples, self.vocab_size)
-    sampled, used = log_uniform(rng, *size)
+    size = self.num_samples, self.vocab_size
+    sampled, used = log_uniform(self.make_rng("softmax"), *size)
     others = _scores(h, self.table[sampled])
     others = others - log_expected_count(sampled, *size)[None, None]
     # A sample that is the target would count it twice.

@@ -5,7 +5,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tqdm
@@ -15,10 +15,7 @@ from tensorboardX.record_writer import masked_crc32c
 from moejax import files, terminal
 
 METRICS_FILE = "metrics.jsonl"
-BOARD = "tensorboard"
-# What training lowers: the second is of a few words drawn at each step, against
-# which it is easier to guess right than against all.
-LOSSES = ("loss", "sampled_loss")
+_EVENTS = "events.out.tfevents."
 # JSON has no numbers for them; the strings are those of Protobuf's JSON, and
 # pandas takes them for what they are.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -26,15 +23,15 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 def as_json(values: Any, indent: int | None = None) -> str:
   """Returns strict JSON; of what is not finite, a string."""
-  return json.dumps(_strict(values), indent=indent, allow_nan=False)
 
+  def strict(value):
+    if isinstance(value, Mapping):
+      return {name: strict(each) for name, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+      return json.dumps(value)
+    return value
 
-def _strict(values: Any) -> Any:
-  if isinstance(values, Mapping):
-    return {name: _strict(value) for name, value in values.items()}
-  if isinstance(values, float) and not math.isfinite(values):
-    return next(n for n in _NOT_FINITE if str(float(n)) == str(float(values)))
-  return values
+  return json.dumps(strict(values), indent=indent, allow_nan=False)
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +50,7 @@ class Writer:
 
   Opened again at `step`, it first drops what a run resumed there writes again:
   the lines after that step, and the test, which comes last of all. Lines that
-  are damaged it sets aside.
+  are damaged it sets aside. TensorBoard forgets what was after that step.
   """
 
   def __init__(self, workdir: files.Path, step: int):
@@ -63,8 +60,8 @@ class Writer:
       aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
       files.write_whole(aside, b"".join(line + b"\n" for line in damaged))
       terminal.warn(
-        f"{terminal.one_line(path)}: {_count(damaged)} damaged; what is there"
-        f" now lies in {aside.name}, all other lines are kept."
+        f"{terminal.one_line(path)}: {len(damaged):,} damaged line(s) left out,"
+        f" and kept in {aside.name}."
       )
     kept = [
       as_json(line) + "\n"
@@ -73,125 +70,94 @@ class Writer:
     ]
     files.write_whole(path, "".join(kept))
     self._file = files.open_regular(path, "ab")
-    self._board = _Board(workdir / BOARD, step + 1)
+    # TensorBoard reads the files of a run by their names, in which the time
+    # stands, and what the later says counts. So the name of this one is later
+    # than all that are there, whatever the clock says now.
+    folder = workdir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    there = folder.glob(f"{_EVENTS}*")
+    stamps = [f.name.removeprefix(_EVENTS)[:10] for f in there]
+    last = max((int(stamp) for stamp in stamps if stamp.isdecimal()), default=0)
+    stamp = max(int(time.time()), last + 1)
+    path = folder / f"{_EVENTS}{stamp:010}.{socket.gethostname()}"
+    self._events = files.open_regular(path, "xb")
+    self._add(file_version="brain.Event:2")
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(step=step + 1, session_log=start)
+
+  def _add(self, **fields: Any) -> None:
+    """Adds an event: its length and itself, each with its checksum."""
+    event = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+    for part in (struct.pack("<Q", len(event)), event):
+      self._events.write(part + struct.pack("<I", masked_crc32c(part)))
+    self._events.flush()
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
     """Writes the values of a split ("train", "validation", ...) at a step."""
     line = {"step": step, "split": split, **values}
     self._file.write(as_json(line).encode() + b"\n")
     self._file.flush()
-    self._board.add(step, {f"{split}/{n}": v for n, v in values.items()})
-
-  def flush(self) -> None:
-    """Puts on the disk what is written so far."""
-    files.sync(self._file)
-    self._board.flush()
-
-  def close(self) -> None:
-    """Flushes and closes both."""
-    self._file.close()
-    self._board.close()
-
-
-class _Board:
-  """A file of events for TensorBoard, which forgets what was from `step` on.
-
-  TensorBoard reads the files of a run by their names, in which the time stands,
-  and what the later says counts. So the name of this one is later than all that
-  are there, whatever the clock says now.
-  """
-
-  def __init__(self, folder: files.Path, step: int):
-    folder.mkdir(exist_ok=True)
-    stem = "events.out.tfevents."
-    stamps = [f.name.removeprefix(stem)[:10] for f in folder.glob(f"{stem}*")]
-    last = max((int(stamp) for stamp in stamps if stamp.isdecimal()), default=0)
-    stamp = max(int(time.time()), last + 1)
-    path = folder / f"{stem}{stamp:010}.{socket.gethostname()}"
-    self._file = files.open_regular(path, "xb")
-    self._write(file_version="brain.Event:2")
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._write(step=step, session_log=start)
-
-  def add(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds a point to the curve of each name."""
     points = [
       # Names hold those of languages, which users gave.
-      summary_pb2.Summary.Value(tag=terminal.printable(n), simple_value=value)
-      for n, value in values.items()
+      summary_pb2.Summary.Value(
+        tag=terminal.printable(f"{split}/{name}"), simple_value=value
+      )
+      for name, value in values.items()
     ]
-    self._write(step=step, summary=summary_pb2.Summary(value=points))
+    self._add(step=step, summary=summary_pb2.Summary(value=points))
 
   def flush(self) -> None:
     """Puts on the disk what is written so far."""
     files.sync(self._file)
+    files.sync(self._events)
 
   def close(self) -> None:
-    """Closes the file."""
+    """Flushes and closes both files."""
     self._file.close()
-
-  def _write(self, **what: Any) -> None:
-    event = event_pb2.Event(wall_time=time.time(), **what).SerializeToString()
-    length = struct.pack("<Q", len(event))
-    for part in (length, event):
-      self._file.write(part + struct.pack("<I", masked_crc32c(part)))
-    self._file.flush()
+    self._events.close()
 
 
 def read(path: files.Path) -> list[dict[str, Any]]:
   """Reads a run's metrics, but for a last line that a crash cut short.
 
-  Lines that are damaged are left out, and told.
+  Lines that are damaged are left out, with a warning.
   """
   sound, damaged = _lines(path)
   if damaged:
     terminal.warn(
-      f"{terminal.one_line(path)}: {_count(damaged)} damaged and left out."
+      f"{terminal.one_line(path)}: {len(damaged):,} damaged line(s) left out."
     )
   return sound
-
-
-def _count(lines: list[bytes]) -> str:
-  return "1 line is" if len(lines) == 1 else f"{len(lines):,} lines are"
 
 
 def _lines(path: files.Path) -> tuple[list[dict[str, Any]], list[bytes]]:
   """Returns the sound lines of a file and the damaged ones."""
   try:
-    content = files.read(path)
+    *whole, last = files.read(path).split(b"\n")
   except FileNotFoundError:
     return [], []
-  sound, damaged = [], []
-  *whole, last = content.split(b"\n")
-  for line in whole:
-    values = _parsed(line)
-    if values is None:
-      damaged.append(line)
-    else:
-      sound.append(values)
-  # Cut short by a crash, or being written just now: it is no damage.
-  values = _parsed(last)
-  return sound + ([values] if values else []), damaged
+  parsed = [_parsed(line) for line in (*whole, last)]
+  # A damaged last one was cut short by a crash, or is being written just now.
+  damaged = [line for line, v in zip(whole, parsed, strict=False) if v is None]
+  return [values for values in parsed if values is not None], damaged
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
   """Reads a line; None where it is none that `Writer` writes."""
   try:
-    values = json.loads(line)
-  except (ValueError, RecursionError):
+    values = numbers(json.loads(line))
+    step, split = values["step"], values["split"]
+  except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
     return None
-  if not isinstance(values, dict):
-    return None
-  values = numbers(values)
-  step, split = values.get("step"), values.get("split")
   others = [v for n, v in values.items() if n not in ("step", "split")]
   sound = (
     type(step) is int
     and 0 <= step < 2**63
     and isinstance(split, str)
-    and all(type(value) in (int, float) for value in others)
     # An int of more digits than a float has cannot be drawn.
-    and all(type(v) is float or abs(v) < 2**63 for v in others)
+    and all(
+      type(v) is float or (type(v) is int and abs(v) < 2**63) for v in others
+    )
   )
   return values if sound else None
 
@@ -223,7 +189,8 @@ class Progress:
 
   def report(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a step's loss and speed, and the last validation."""
-    name = next(name for name in LOSSES if name in values)
+    # Sampled losses are lower: a few words are easier to tell apart than all.
+    name = "loss" if "loss" in values else "sampled_loss"
     text = (
       f"{name.replace('_', ' ')} {values[name]:.3f}"
       f"  {values['words_per_second']:,.0f}"
@@ -231,14 +198,18 @@ class Progress:
     )
     if self._live:
       self._bar.set_postfix_str(text)
-    else:
-      self.say(f"step {step}/{self._steps}  {text}  {self._left(step)}")
+      return
+    left = "time left unknown yet"
+    begin, first = self._begin or (0.0, step)
+    if step > first:
+      seconds = (time.monotonic() - begin) / (step - first)
+      left = f"{clock((self._steps - step) * seconds)} left"
+    self.say(f"step {step}/{self._steps}  {text}  {left}")
 
   def validated(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a validation, and keeps it in sight."""
     self._validation = f"  validation {values['perplexity']:,.1f}"
-    said = describe(values, self._unit)
-    self.say(f"step {step}: validation {said}")
+    self.say(f"step {step}: validation {describe(values, self._unit)}")
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
@@ -250,45 +221,23 @@ class Progress:
     """Leaves the bar as it stands."""
     self._bar.close()
 
-  def _left(self, step: int) -> str:
-    begin, first = self._begin or (0.0, step)
-    if step <= first:
-      return "time left unknown yet"
-    seconds = (time.monotonic() - begin) / (step - first)
-    return f"{clock((self._steps - step) * seconds)} left"
-
 
 class Silent:
   """In place of Writer and Progress on all processes but the first."""
 
-  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-    """Writes nothing."""
-
-  def flush(self) -> None:
-    """Has nothing to flush."""
-
-  def advance(self, step: int) -> None:
-    """Shows nothing."""
-
-  def report(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows nothing."""
-
-  def validated(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows nothing."""
-
-  def say(self, text: str) -> None:
-    """Says nothing."""
-
-  def close(self) -> None:
-    """Has nothing to close."""
+  def __getattr__(self, name: str) -> Callable[..., None]:
+    return lambda *args: None
 
 
 class Speed:
   """Words per second; the first step, which compiles, is left out."""
 
   def __init__(self):
-    self._words = 0.0
-    self._since: float | None = None
+    self.restart()
+
+  def restart(self) -> None:
+    """Forgets the time that something else has taken."""
+    self._words, self._since = 0.0, None
 
   def add(self, words: float) -> None:
     """Counts the words of a step that has just ended."""
@@ -299,15 +248,12 @@ class Speed:
 
   def read(self) -> float:
     """Returns the speed since the last reading, 0 before there is one."""
-    if self._since is None or not self._words:
+    if not self._words:
       return 0.0
-    speed = self._words / (time.monotonic() - self._since)
-    self._words, self._since = 0.0, time.monotonic()
+    now = time.monotonic()
+    speed = self._words / (now - self._since)
+    self._words, self._since = 0.0, now
     return speed
-
-  def restart(self) -> None:
-    """Forgets the time that something else has taken."""
-    self._words, self._since = 0.0, None
 
 
 def describe(values: Mapping[str, float], unit: str) -> str:

@@ -1,4 +1,4 @@
-"""The paper's optimisers: Adam, and one with little memory for experts.
+"""The paper's optimizers: Adam, and one with little memory for experts.
 
 Both follow a schedule that rises, holds, and falls as 1/sqrt.
 """
@@ -66,10 +66,8 @@ def adam(
   The norm is over the logical arrays, wherever their parts lie: experts and
   dense layers are clipped alike on every mesh.
   """
-  _check(b1, b2, eps)
   scale = optax.scale_by_adam(b1, b2, eps) if b1 else _scale_by_rms(b2, eps)
-  rule = optax.chain(scale, optax.scale_by_learning_rate(schedule))
-  return _clipped(rule, clip_norm)
+  return _finish(scale, schedule, b1, b2, eps, clip_norm)
 
 
 def _scale_by_rms(b2: float, eps: float) -> Update:
@@ -104,43 +102,40 @@ def factored_adam(
     eps: added to its root.
     clip_norm: as for `adam`.
   """
-  _check(b1, b2, eps)
   rules = {
     "adam": optax.scale_by_adam(b1, b2, eps),
     "factored": _scale_by_factors(b2, eps),
     "unfactored": _scale_by_rms(b2, eps),
   }
-  update = optax.chain(
-    optax.partition(rules, _rule_of_each),
-    optax.scale_by_learning_rate(schedule),
-  )
-  return _clipped(update, clip_norm)
+  scale = optax.partition(rules, _rule_of_each)
+  return _finish(scale, schedule, b1, b2, eps, clip_norm)
 
 
-def _check(b1: float, b2: float, eps: float) -> None:
-  for name, decay in (("b1", b1), ("b2", b2)):
-    # Not what float32 rounds to 1.
-    if decay < 0 or not np.float32(decay) < 1:
-      raise ValueError(
-        f"config.optimizer.{name} is {decay}; give 0 or more, and less than 1."
-      )
-  # What has had no gradient yet would be 0 / 0.
-  if not jnp.finfo(jnp.float32).tiny <= eps < math.inf:
-    raise ValueError(
-      f"config.optimizer.eps is {eps}; give more than 0, such as 1e-8."
-    )
-
-
-def _clipped(update: Update, clip_norm: float | None) -> Update:
+def _finish(scale, schedule, b1, b2, eps, clip_norm):
+  """Checks the numbers; puts clipping before, the learning rate behind."""
+  # A decay is less than 1 as a float32, too. Without eps, what has had no
+  # gradient yet would be 0 / 0.
+  decay = "0 or more, and less than 1"
+  for name, value, is_good, advice in (
+    ("b1", b1, b1 >= 0 and np.float32(b1) < 1, decay),
+    ("b2", b2, b2 >= 0 and np.float32(b2) < 1, decay),
+    ("eps", eps, _TINY <= eps < math.inf, "more than 0, such as 1e-8"),
+    (
+      "clip_norm",
+      clip_norm,
+      clip_norm is None or clip_norm > 0,
+      "more than 0, or None to clip nothing",
+    ),
+  ):
+    if not is_good:
+      raise ValueError(f"config.optimizer.{name} is {value}; give {advice}.")
+  rule = optax.chain(scale, optax.scale_by_learning_rate(schedule))
   if clip_norm is None:
-    return update
-  if not clip_norm > 0:
-    raise ValueError(
-      f"config.optimizer.clip_norm is {clip_norm}; give more than 0, or None to"
-      " clip nothing."
-    )
-  return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+    return rule
+  return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
 
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 # Fields of modules that hold one set of parameters for each expert, or for each
 # group of them, along an axis in front.
@@ -150,7 +145,7 @@ _IN_FRONT = ("experts", "secondary")
 def _rule_of_each(params: Any) -> Any:
   """Names the rule that updates each parameter.
 
-  By its path, as logical names would not do: a lone expert has no axis
+  By its path, as logical names would not do: a single expert has no axis
   "expert", the routers within groups of experts do, and a user's own module may
   have no names at all.
   """
@@ -200,7 +195,7 @@ def _scale_by_factors(b2: float, eps: float) -> Update:
 
     def scale(gradient, row, column):
       # Zero for an expert that no token has visited yet.
-      mean = jnp.maximum(row.mean(-1, keepdims=True), jnp.finfo(row.dtype).tiny)
+      mean = jnp.maximum(row.mean(-1, keepdims=True), _TINY)
       second = (row / mean)[..., None] * column[..., None, :]
       return gradient / (jnp.sqrt(second) + eps)
 
@@ -212,7 +207,7 @@ def _scale_by_factors(b2: float, eps: float) -> Update:
 
 
 def _means(tree: Any, axis: int) -> Any:
-  """Means over an axis; the other axes keep their logical names."""
+  """Means over an axis from behind; the others keep their logical names."""
 
   def is_boxed(leaf):
     return isinstance(leaf, nn.LogicallyPartitioned)
@@ -220,8 +215,7 @@ def _means(tree: Any, axis: int) -> Any:
   def mean(leaf):
     if not is_boxed(leaf):
       return leaf.mean(axis)
-    names = list(leaf.names)
-    del names[axis]
-    return leaf.replace(value=leaf.value.mean(axis), names=tuple(names))
+    names = leaf.names[:axis] + leaf.names[axis:][1:]
+    return leaf.replace(value=leaf.value.mean(axis), names=names)
 
   return jax.tree.map(mean, tree, is_leaf=is_boxed)

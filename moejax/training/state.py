@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
-# (layout, mesh of it) -> the target there.
+# (layout, mesh of it) -> the abstract state there.
 InLayout = Callable[[sharding.Layout, sharding.AnyMesh], TrainState]
 
 
@@ -45,88 +45,67 @@ def abstract_state(
   with sharding.use(layout, mesh):
     boxed = jax.eval_shape(lambda: _init(model, tx, batch, 0))
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
+    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
     nn.unbox(boxed),
     sharding.shardings(boxed, layout, mesh),
   )
 
 
 def check_fits(
-  wanted: TrainState,
+  abstract: TrainState,
   in_layout: InLayout,
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
 ) -> None:
-  """Refuses what a device cannot hold, whatever activations need besides.
-
-  Args:
-    wanted: the target in `layout` on `mesh`.
-    in_layout: returns the target in another one.
-    layout: what was asked for.
-    mesh: that it is laid over.
+  """Refuses a state that a device cannot hold, activations left aside.
 
   Raises:
-    ValueError: names the bytes of parameters, gradients and optimiser state on
+    ValueError: names the bytes of parameters, gradients and optimizer state on
       a device, those that it has, and the layouts in which they would fit, with
       more devices where these are too few.
   """
   has = device_memory(mesh.local_devices[0])
-  needs = with_gradients(wanted)
+  needs = with_gradients(abstract)
   if needs <= has:
     return
+  # Double the devices until some layouts fit, or until it is of no help.
   layouts = {**sharding.LAYOUTS, layout.name: layout}
-  count, fits = _where_it_fits(in_layout, layouts, mesh.size, has)
-  names = f"config.layout {' or '.join(map(repr, fits))} would fit"
-  if fits and count == mesh.size:
-    way_out = names
-  else:
-    ways = [f"{count}, on which {names}"] if fits else []
-    ways.append("a smaller model")
-    if _of_experts(wanted.opt_state) > _of_experts(wanted.params):
-      ways.append("config.optimizer.kind 'factored_adam'")
-    here = f"no layout fits on {mesh.size} device(s)"
-    way_out = f"{here}; take {', or '.join(ways)}"
-  raise ValueError(
-    f"parameters, gradients and optimiser state take {needs:,} bytes of each"
-    f" device in layout {layout.name!r}, which has {has:,}; {way_out}."
-  )
-
-
-def _where_it_fits(
-  in_layout: InLayout,
-  layouts: Mapping[str, sharding.Layout],
-  count: int,
-  has: int,
-) -> tuple[int, list[str]]:
-  """Doubles the devices until some layouts fit; says how many, and which.
-
-  None where more devices are of no help.
-  """
-  before = math.inf
+  count, least, before = mesh.size, math.inf, math.inf
   while True:
     takes = {}
-    for name, layout in layouts.items():
+    for name, other in layouts.items():
       # One that these devices, or the model, do not divide.
       with contextlib.suppress(ValueError):
-        there = in_layout(layout, sharding.abstract_mesh(layout, count))
+        there = in_layout(other, sharding.abstract_mesh(other, count))
         takes[name] = with_gradients(there)
     least = min(takes.values(), default=math.inf)
     if least <= has or least >= before:
-      return count, [name for name in takes if takes[name] <= has]
+      break
     before = least
     # Fewer could not do, if all were split.
     count *= 2 ** math.ceil(math.log2(least / has))
+  fits = " or ".join(repr(name) for name in takes if takes[name] <= has)
+  if fits and count == mesh.size:
+    advice = f"config.layout {fits} would fit"
+  else:
+    ways = [f"{count}, on which config.layout {fits} would fit"] if fits else []
+    ways.append("a smaller model")
+    if _of_experts(abstract.opt_state) > _of_experts(abstract.params):
+      ways.append("config.optimizer.kind 'factored_adam'")
+    here = f"no layout fits on {mesh.size} device(s)"
+    advice = f"{here}; take {', or '.join(ways)}"
+  raise ValueError(
+    f"parameters, gradients and optimizer state take {needs:,} bytes of each"
+    f" device in layout {layout.name!r}, which has {has:,}; {advice}."
+  )
 
 
-def with_gradients(target: TrainState) -> int:
-  """Returns what a state and gradients take of one device."""
-  return bytes_per_device((target, target.params))
+def with_gradients(abstract: TrainState) -> int:
+  """Returns the bytes that a state and gradients take of one device."""
+  return bytes_per_device((abstract, abstract.params))
 
 
 def _of_experts(tree: Any) -> int:
-  """Returns what experts take of one device."""
   leaves = jax.tree.leaves_with_path(tree)
   return bytes_per_device(
     [leaf for path, leaf in leaves if "experts" in jax.tree_util.keystr(path)]
@@ -134,25 +113,11 @@ def _of_experts(tree: Any) -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Returns what the arrays of a tree take of one device.
-
-  Args:
-    tree: of arrays, or of shapes with their shardings.
-  """
-
-  def take(leaf):
-    part = leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(part) * leaf.dtype.itemsize
-
-  return sum(map(take, jax.tree.leaves(tree)))
-
-
-def device_memory(device: jax.Device) -> int:
-  """Returns the bytes of a device here; a CPU's share of the machine's."""
-  stats = device.memory_stats() or {}
-  if "bytes_limit" in stats:
-    return stats["bytes_limit"]
-  return _machine_memory() // len(jax.local_devices(backend=device.platform))
+  """Returns what a tree of arrays, abstract or not, takes of one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 # What a container may take, by the two versions of Linux's control groups.
@@ -162,13 +127,17 @@ _LIMITS = (
 )
 
 
-def _machine_memory() -> int:
+def device_memory(device: jax.Device) -> int:
+  """Returns the bytes of a device here; a CPU's share of the machine's."""
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
   sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
   for path in _LIMITS:
     # No such file, or "max" in it.
     with contextlib.suppress(OSError, ValueError):
       sizes.append(int(pathlib.Path(path).read_text()))
-  return min(sizes)
+  return min(sizes) // len(jax.local_devices(backend=device.platform))
 
 
 def create(
@@ -181,20 +150,20 @@ def create(
 ) -> TrainState:
   """Creates the first state.
 
-  Parameters and optimiser state come out of one jitted function in their own
+  Parameters and optimizer state come out of one jitted function in their own
   shardings: no device ever holds a full copy of a split array.
   """
-  where = shardings(abstract_state(model, tx, batch, layout, mesh))
+  abstract = abstract_state(model, tx, batch, layout, mesh)
+
+  def init():
+    return sharding.unbox(_init(model, tx, batch, seed))
+
   with sharding.use(layout, mesh):
-    init = jax.jit(
-      lambda: sharding.unbox(_init(model, tx, batch, seed)),
-      out_shardings=where,
-    )
-    return init()
+    return jax.jit(init, out_shardings=shardings(abstract))()
 
 
 def shardings(state: TrainState) -> TrainState:
-  """Returns the sharding of every leaf of a state or target."""
+  """Returns the sharding of every leaf of a state, abstract or not."""
   return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 

@@ -1,7 +1,7 @@
 """One step of training, one of evaluation."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,23 +13,24 @@ from jaxtyping import Array, Float
 
 from moejax import losses, named, routing, sharding
 from moejax.moe import ROUTING
-from moejax.routing import Routing
 from moejax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 Batch = Mapping[str, Array]
 
-# The random streams of the models, in a fixed order: a stream's key is folded
-# from its place.
+# The random streams of the models; a stream's key is folded from its index.
 _STREAMS = ("dropout", "router", "softmax")
+
+# What the balance losses are taken over.
+BALANCE_OVER = ("microbatch", "batch")
 
 
 def place(
-  batch: Mapping[str, np.ndarray], where: jax.sharding.Sharding
+  batch: Mapping[str, np.ndarray], batch_sharding: jax.sharding.Sharding
 ) -> dict[str, Array]:
   """Makes global arrays of the rows that this process has read."""
   return {
-    name: jax.make_array_from_process_local_data(where, rows)
+    name: jax.make_array_from_process_local_data(batch_sharding, rows)
     for name, rows in batch.items()
   }
 
@@ -73,10 +74,16 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def run(params, index):
+    """Returns a microbatch's share of the loss, and its routings."""
     part_key = jax.random.fold_in(key, index)
+    # Rows from all over the batch, to lie over the same devices.
+    part = {
+      name: value.reshape(-1, microbatches, *value.shape[1:])[:, index]
+      for name, value in batch.items()
+    }
     loss, sown = model.apply(
       {"params": params},
-      _part(batch, microbatches, index),
+      part,
       train=True,
       rngs={s: jax.random.fold_in(part_key, i) for i, s in enumerate(_STREAMS)},
       mutable=[ROUTING],
@@ -84,66 +91,10 @@ def train_step(
     )
     return loss.sum() / words, losses.routings(sown)
 
-  run, parts = BALANCE_OVER[balance_over](sharding.gathered(run), microbatches)
+  run = sharding.gathered(run)
 
-  def loss_fn(params, index):
-    task, routings = run(params, index)
-    # A model without mixtures, as a dense twin is, has no balance to lose.
-    weights = aux_weights if routings else {}
-    auxiliary, _ = losses.auxiliary(routings, weights, aux_scope)
-    balance = {"auxiliary": auxiliary, **losses.balance(routings)}
-    metrics = {"loss": task} | {n: v / parts for n, v in balance.items()}
-    return task + metrics["auxiliary"], metrics
-
-  grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
-  grads, metrics = _accumulate(grad_fn, parts)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics |= {
-    "grad_norm": optax.tree.norm(grads),
-    "param_norm": optax.tree.norm(params),
-    "words": words,
-  }
-  return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def _part(batch: Batch, microbatches: int, index: Array | int) -> Batch:
-  """Takes rows from all over the batch, to lie over the same devices."""
-  return {
-    name: value.reshape(-1, microbatches, *value.shape[1:])[:, index]
-    for name, value in batch.items()
-  }
-
-
-def _accumulate(grad_fn: Callable[[Array | int], Any], parts: int) -> Any:
-  """Adds up what `grad_fn` returns for each part of the batch."""
-  if parts == 1:
-    return grad_fn(0)
-
-  def add(total, index):
-    return jax.tree.map(jnp.add, total, grad_fn(index)), None
-
-  shapes = jax.eval_shape(grad_fn, 0)
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  return jax.lax.scan(add, zeros, jnp.arange(parts))[0]
-
-
-# (params, index of a microbatch) -> its share of the loss, its decisions.
-_Run = Callable[[Any, Array | int], tuple[Array, list[Routing]]]
-
-
-def _apart(run: _Run, microbatches: int) -> tuple[_Run, int]:
-  """Differentiates every microbatch by itself."""
-  return run, microbatches
-
-
-def _together(run: _Run, microbatches: int) -> tuple[_Run, int]:
-  """Differentiates all at once, keeping of each only its decisions."""
-  if microbatches == 1:
-    return run, 1
-
-  def run_all(params, index):
-    del index
+  def run_together(params, _):
+    """Runs all microbatches, keeping of each only its routings."""
 
     def add(total, index):
       loss, routings = jax.checkpoint(run)(params, index)
@@ -153,11 +104,36 @@ def _together(run: _Run, microbatches: int) -> tuple[_Run, int]:
     loss, stacked = jax.lax.scan(add, zero, jnp.arange(microbatches))
     return loss, [routing.stack_microbatches(each) for each in stacked]
 
-  return run_all, 1
+  together = balance_over == "batch" and microbatches > 1
+  parts = 1 if together else microbatches
 
+  def loss_fn(params, index):
+    task, routings = (run_together if together else run)(params, index)
+    # A model without mixtures, as a dense twin is, has no balance to lose.
+    weights = aux_weights if routings else {}
+    auxiliary, _ = losses.auxiliary(routings, weights, aux_scope)
+    balance = {"auxiliary": auxiliary, **losses.balance(routings)}
+    metrics = {"loss": task} | {n: v / parts for n, v in balance.items()}
+    return task + metrics["auxiliary"], metrics
 
-# What the balance losses are taken over.
-BALANCE_OVER = {"microbatch": _apart, "batch": _together}
+  grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
+  if parts == 1:
+    grads, metrics = grad_fn(0)
+  else:
+    zeros = optax.tree.zeros_like(jax.eval_shape(grad_fn, 0))
+    (grads, metrics), _ = jax.lax.scan(
+      lambda total, i: (jax.tree.map(jnp.add, total, grad_fn(i)), None),
+      zeros,
+      jnp.arange(parts),
+    )
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics |= {
+    "grad_norm": optax.tree.norm(grads),
+    "param_norm": optax.tree.norm(params),
+    "words": words,
+  }
+  return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:

@@ -14,21 +14,18 @@ from moejax import experts, losses, moe, router, sharding
 from moejax.models import attention, gnmt, layers
 
 V, D, H, N, E, F, K = 11, 4, 5, 3, 4, 3, 2
-forms = pytest.mark.parametrize("form", attention.FORMS)
 wirings = pytest.mark.parametrize("wiring", gnmt.WIRINGS)
 # (length of the target, of the source) of the pairs of each row.
 ROWS = [[(3, 2), (2, 3)], [(5, 4)]]
 L, M = 6, 6
 
 
-def pairs():
-  """Pairs of random pieces, as (inputs, targets, source)."""
+@functools.cache
+def sized():
+  """Rows of pairs: lengths, and random pieces (inputs, targets, source)."""
   rng = np.random.default_rng(5)
   return [
-    [
-      tuple(rng.integers(0, V, (3, max(target, source))))
-      for target, source in row
-    ]
+    [(sizes, tuple(rng.integers(0, V, (3, max(sizes))))) for sizes in row]
     for row in ROWS
   ]
 
@@ -59,14 +56,6 @@ def pack(rows, length=L, source_length=M, filler=0):
     batch[side + "start"] = np.diff(segment, axis=1, prepend=-1) != 0
   batch["mask"] = batch["segment"] > 0
   return {name: jnp.asarray(array) for name, array in batch.items()}
-
-
-def sized():
-  """Every row's pairs with their lengths."""
-  return [
-    list(zip(sizes, pieces, strict=True))
-    for sizes, pieces in zip(ROWS, pairs(), strict=True)
-  ]
 
 
 def flat(choose=router.TopK, **options):
@@ -115,42 +104,43 @@ def loss(model, params, batch, train=False, **options):
   )
 
 
-@forms
-@wirings
+def close(got, want):
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5),
+    got,
+    want,
+  )
+
+
+@pytest.mark.parametrize(
+  "form, wiring",
+  [("product", "recurrent"), ("sum", "recurrent"), ("product", "parallel")],
+)
 def test_loss_and_gradient_are_those_of_the_loops(form, wiring):
   """The gradient along one direction of all the weights."""
   model = make(form=form, wiring=wiring)
   params, batch = parameters(model), pack(sized())
-  way = parameters(model, seed=1)
+  direction = kinds.in_float64(parameters(model, seed=1))
   pull = np.random.default_rng(2).normal(size=(len(ROWS), L))
 
-  def along(params):
-    run = functools.partial(loss, model, batch=batch)
+  def total(params):
+    nats = loss(model, params, batch)
+    return (nats * jnp.asarray(pull, jnp.float32)).sum(), nats
 
-    def total(params):
-      nats = run(params)
-      return (nats * jnp.asarray(pull, jnp.float32)).sum(), nats
-
-    slopes, nats = jax.grad(total, has_aux=True)(params)
-    return slopes, nats
-
-  slopes, nats = jax.jit(along)(params)
-  here, way = kinds.in_float64(params), kinds.in_float64(way)
+  slopes, nats = jax.jit(jax.grad(total, has_aux=True))(params)
   given = {name: np.asarray(a) for name, a in batch.items()}
-  want = recurrent.gnmt_loss(here, K, form, wiring, given)
-  np.testing.assert_allclose(nats, want, rtol=1e-4, atol=1e-5)
-  ends = []
-  for by in (1e-5, -1e-5):
-    moved = jax.tree.map(lambda a, b, by=by: a + by * b, here, way)
-    nats = recurrent.gnmt_loss(moved, K, form, wiring, given)
-    ends.append((nats * pull).sum())
-  got = sum(
-    (np.asarray(a, np.float64) * b).sum()
-    for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(way), strict=True)
-  )
-  np.testing.assert_allclose(got, (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
-  for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
-    assert slope.any(), path
+
+  def want(by):
+    moved = jax.tree.map(
+      lambda a, b: a + by * b, kinds.in_float64(params), direction
+    )
+    return recurrent.gnmt_loss(moved, K, form, wiring, given)
+
+  np.testing.assert_allclose(nats, want(0), rtol=1e-4, atol=1e-5)
+  got = jax.tree.map(lambda a, b: (a * b).sum(), slopes, direction)
+  along = ((want(1e-5) - want(-1e-5)) * pull).sum() / 2e-5
+  np.testing.assert_allclose(sum(jax.tree.leaves(got)), along, rtol=1e-3)
+  assert all(slope.any() for slope in jax.tree.leaves(slopes))
 
 
 # -- packing and padding ------------------------------------------------------
@@ -164,23 +154,18 @@ def test_two_pairs_in_a_row_are_two_rows(wiring):
   (a, b), (c,) = sized()
   packed = run(params, pack([[a, b], [c], []]))
   apart = run(params, pack([[a], [b], [c]]))
-  np.testing.assert_allclose(packed[0, :3], apart[0, :3], rtol=1e-5)
-  np.testing.assert_allclose(packed[0, 3:5], apart[1, :2], rtol=1e-5)
-  np.testing.assert_allclose(packed[1, :5], apart[2, :5], rtol=1e-5)
+  close(packed[0, :3], apart[0, :3])
+  close(packed[0, 3:5], apart[1, :2])
+  close(packed[1, :5], apart[2, :5])
   assert not packed[0, 5:].any()
-  # And a pair is not what stands before it.
-  other = run(params, pack([[c], [b], []]))
-  np.testing.assert_allclose(other[1, :2], packed[0, 3:5], rtol=1e-5)
 
 
 MIXTURES = {
-  "flat": flat,
   "noisy": functools.partial(flat, router.NoisyTopK),
   "balanced": functools.partial(flat, router.Balanced),
   "hierarchical": two_levels,
   "hierarchical balanced": functools.partial(two_levels, router.Balanced),
 }
-BALANCE = {"importance": 0.3, "z": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +179,7 @@ def test_padding_changes_no_loss_or_figure(name, wiring):
   @jax.jit
   def run(params, batch):
     nats, sown = loss(model, params, batch, True, mutable=["routing"])
-    aux, _ = losses.auxiliary(sown, BALANCE)
+    aux, _ = losses.auxiliary(sown, {"importance": 0.3, "z": 0.1})
     return nats, aux, losses.balance(sown)
 
   # Noise depends on where a token stands, so there is none in longer rows.
@@ -202,27 +187,17 @@ def test_padding_changes_no_loss_or_figure(name, wiring):
   if name == "balanced":
     filled.append(pack(sized(), L + 2, M + 2, 1))
   nats, *figures = run(params, pack(sized()))
-  same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   for batch in filled:
     others, *other_figures = run(params, batch)
-    same(others[:, :L], nats)
+    close((others[:, :L], other_figures), (nats, figures))
     assert not others[~batch["mask"]].any()
-    jax.tree.map(same, other_figures, figures)
 
 
 # -- decoding -----------------------------------------------------------------
 
 
-def decoding(name, wiring, form):
-  """A model that would drop tokens, made one that drops none."""
-  mixture = functools.partial(MIXTURES[name], eval_capacity_factor=0.5)
-  model = make(mixture, form, wiring, vocab_multiple=8)
-  model = gnmt.for_decoding(model)
-  return model, parameters(model)
-
-
 def translate(model, params, batch):
-  """log p and attention of every place, fed piece by piece."""
+  """log p of every piece, and its attention, fed piece by piece."""
   variables = {"params": params}
   source = [batch["source" + name] for name in ("", "_segment", "_start")]
   memory = model.apply(variables, *source, method="encode")
@@ -249,9 +224,12 @@ def translate(model, params, batch):
   ],
 )
 def test_steps_are_the_whole_pass(name, wiring, form):
-  model, params = decoding(name, wiring, form)
-  rows = [[pair] for row in sized() for pair in row]
-  batch = pack(rows)
+  """Of a model that would drop tokens, made one that drops none."""
+  mixture = functools.partial(MIXTURES[name], eval_capacity_factor=0.5)
+  model = gnmt.for_decoding(make(mixture, form, wiring, vocab_multiple=8))
+  params = parameters(model)
+  (a, b), (c,) = sized()
+  batch = pack([[a], [b], [c]])
 
   @jax.jit
   def run(params, batch):
@@ -259,27 +237,15 @@ def test_steps_are_the_whole_pass(name, wiring, form):
 
   nats, (log_p, weights) = run(params, batch)
   picked = jnp.take_along_axis(log_p, batch["targets"][:, :, None], axis=2)
-  real = np.asarray(batch["mask"])
-  np.testing.assert_allclose(
-    -picked[..., 0][real], nats[real], rtol=1e-4, atol=1e-5
-  )
+  close(jnp.where(batch["mask"], -picked[..., 0], 0), nats)
   # Of the table's rows five are no piece.
   assert log_p.shape[-1] == V
-  np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
-  np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-  of_padding = np.broadcast_to(
-    batch["source_segment"][:, None] == 0, weights.shape
-  )
-  assert not weights[of_padding].any()
-
-
-def test_a_translation_depends_on_nothing_else_in_the_batch():
-  model, params = decoding("balanced", "recurrent", "product")
-  (a, b), (c,) = sized()
-  run = jax.jit(functools.partial(translate, model))
-  one, _ = run(params, pack([[b], [], []]))
-  other, _ = run(params, pack([[b], [c], [a]]))
-  np.testing.assert_allclose(other[0], one[0], rtol=1e-5, atol=1e-6)
+  close(np.exp(log_p).sum(-1), np.ones((3, L)))
+  close(weights.sum(-1), np.ones((3, L)))
+  assert not np.where(batch["source_segment"][:, None] == 0, weights, 0).any()
+  # A translation depends on nothing else in the batch.
+  _, (alone, _) = run(params, pack([[b], [], []]))
+  close(alone[0], log_p[1])
 
 
 def test_experts_that_choose_cannot_translate():
@@ -343,12 +309,11 @@ def test_experts_over_eight_devices_give_the_same():
   init = functools.partial(model.init, jax.random.key(0), method="loss")
   boxed = jax.eval_shape(init, batch)["params"]
   places = sharding.shardings(boxed, layout, mesh)
-  where = sharding.batch_sharding(layout, mesh, 8)
+  rows = sharding.batch_sharding(layout, mesh, 8)
   with sharding.use(layout, mesh):
     got = jax.jit(step, out_shardings=(None, places))(
-      jax.device_put(params, places), jax.device_put(batch, where)
+      jax.device_put(params, places), jax.device_put(batch, rows)
     )
   kernel = got[1]["encoder_1"]["secondary"]
   assert not any(leaf.is_fully_replicated for leaf in jax.tree.leaves(kernel))
-  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
-  jax.tree.map(close, got, want)
+  close(got, want)

@@ -68,8 +68,7 @@ def on_mesh(num_samples, name):
   mesh = sharding.make_mesh(layout)
   places = sharding.shardings(boxed(), layout, mesh)
   params = jax.device_put(nn.unbox(boxed()), places)
-  where = sharding.batch_sharding(layout, mesh, B)
-  rows = jax.device_put(batch(), where)
+  rows = jax.device_put(batch(), sharding.batch_sharding(layout, mesh, B))
   with sharding.use(layout, mesh):
     run = jax.jit(
       functools.partial(gradient, num_samples), out_shardings=(None, places)

@@ -181,7 +181,8 @@ def test_a_real_lstm():
   def loss(x, w_in, w_rec, w_out):
     start = jnp.zeros(x.shape[:2], bool)
     bias = jnp.zeros(4 * units, jnp.float32)
-    y = layers.lstm(x, start, w_in, w_rec, bias, w_out)
+    weights = layers.LSTMWeights(w_in, w_rec, bias, w_out)
+    y = layers.lstm(x, start, weights)
     return jnp.square(y).sum()
 
   flops, _, is_bounded = read(

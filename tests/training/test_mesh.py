@@ -13,8 +13,8 @@ from moejax import config as config_lib
 from moejax import sharding
 from moejax.training import state, step
 
-B, L, V, STEPS, CLIP = 32, 8, 40, 50, 0.3
-# A token that chooses between two experts all but alike may go either way by a
+B, L, V, STEPS, CLIP = 32, 8, 40, 25, 0.3
+# A token that chooses between two experts all but alike may go to either by a
 # rounding error, after which nothing agrees. With this seed no two logits that
 # decide come closer than 1e-5 in all steps, ten times what meshes differ by.
 SEED = 3
@@ -46,7 +46,6 @@ class Case(NamedTuple):
   Attributes:
     layers: of the language model.
     section: that of the mixture.
-    aux: weights of the balance losses.
     steps: how many.
     microbatches: in how many parts.
     balance_over: what the balance losses are taken over.
@@ -55,7 +54,6 @@ class Case(NamedTuple):
 
   layers: tuple[str, ...] = ("lstm", "moe")
   section: dict = FLAT
-  aux: dict = BALANCE
   steps: int = STEPS
   microbatches: int = 1
   balance_over: str = "microbatch"
@@ -84,16 +82,10 @@ class Case(NamedTuple):
     return config_lib.model(config, V), config_lib.optimizer(config)[1]
 
 
-def short(router, aux, **options):
-  """A few steps of another router, without what all share."""
-  section = FLAT | {"router": router} | options
-  return Case(("moe",), section, aux, steps=5)
-
-
 CASES = {
   "flat": Case(),
   "two levels": Case(("lstm", "hierarchical_moe"), TWO_LEVELS),
-  "factored": short(NOISY, BALANCE)._replace(optimizer="factored_adam"),
+  "factored": Case(("moe",), steps=5, optimizer="factored_adam"),
   "microbatches": Case(section=FLAT | SMALLER, steps=10, microbatches=2),
   "microbatches together": Case(
     ("hierarchical_moe",),
@@ -102,19 +94,11 @@ CASES = {
     microbatches=2,
     balance_over="batch",
   ),
-  "switch": short({"kind": "switch"}, {"switch_balance": 0.1, "z": 0.01}),
-  "expert_choice": short(
-    {"kind": "expert_choice", "k": 2}, BALANCE, capacity_factor=0.5
-  ),
-  "balanced": short(
-    {"kind": "balanced", "k": 2}, {"threshold": 0.01}, capacity_factor=0.5
-  ),
-  "sigmoid": short({"kind": "sigmoid", "k": 2}, {"bias": 0.01}),
-  "einsum": short(NOISY, BALANCE, dispatch="einsum"),
 }
 EVERYWHERE = [
-  *((name, on) for name in ("flat", "two levels") for on in sharding.LAYOUTS),
-  *(("factored", on) for on in ("expert", "expert_model", "fsdp")),
+  *(("flat", on) for on in sharding.LAYOUTS),
+  *(("two levels", on) for on in ("expert", "expert_model", "fsdp")),
+  *(("factored", on) for on in ("expert_model", "fsdp")),
   *((name, "data_expert") for name in list(CASES)[3:]),
 ]
 
@@ -151,13 +135,13 @@ def train(name, on=None):
     for name, rows in batch_of(0).items()
   }
   current = state.create(model, tx, shapes, SEED, layout, mesh)
-  where = sharding.batch_sharding(layout, mesh, B)
+  rows = sharding.batch_sharding(layout, mesh, B)
   step_fn = jax.jit(
     functools.partial(
       step.train_step,
       model=model,
       tx=tx,
-      aux_weights=case.aux,
+      aux_weights=BALANCE,
       seed=SEED,
       microbatches=case.microbatches,
       balance_over=case.balance_over,
@@ -167,7 +151,7 @@ def train(name, on=None):
   curve = []
   with sharding.use(layout, mesh):
     for i in range(case.steps):
-      current, metrics = step_fn(current, step.place(batch_of(i), where))
+      current, metrics = step_fn(current, step.place(batch_of(i), rows))
       # As the loop does: no step is begun before the last one is done.
       curve.append(jax.device_get(metrics))
       if i == 0:
@@ -181,8 +165,8 @@ def close(got, want, rtol):
 
   def check(path, got, want):
     atol = rtol * max(np.abs(want).max(), 1e-3)
-    where = jax.tree_util.keystr(path)
-    np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=where)
+    name = jax.tree_util.keystr(path)
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
 
   jax.tree_util.tree_map_with_path(check, got, want)
 
@@ -196,7 +180,7 @@ def test_one_device_meets_what_could_differ(name):
   assert (np.diff(curve["words"]) != 0).any()
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slope))
   if CASES[name].steps == STEPS:
-    assert curve["loss"][-10:].mean() < 0.8 * curve["loss"][:10].mean()
+    assert curve["loss"][-5:].mean() < 0.8 * curve["loss"][:5].mean()
 
 
 @pytest.mark.parametrize("name, on", EVERYWHERE)

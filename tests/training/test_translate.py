@@ -50,8 +50,8 @@ def translator(search, layout_name):
   return functools.partial(run, params)
 
 
-GREEDY = functools.partial(decode.greedy, start=START, end=END)
-BEAM = functools.partial(decode.beam_search, start=START, end=END, beam=3)
+SEARCH = functools.partial(decode.beam_search, start=START, end=END)
+GREEDY, BEAM = (functools.partial(SEARCH, beam=beam) for beam in (1, 3))
 
 
 def batch(rows, places, size=8):
