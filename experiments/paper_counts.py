@@ -5,8 +5,8 @@ configs/news that is a row of Table 7 or 8: parameters without embedding and
 softmax, and ops/timestep, in millions to one digit as the tables print them.
 What both tables have is a row of each; what Table 7 has twice (LSTM-2048-512,
 quoted and run again) is one. Table 1 repeats four of the rows with fewer
-digits. The totals, in billions, stand beside: those of Table 8 depend on a vocabulary that
-the paper does not give (100,000 here).
+digits. The totals, in billions, stand beside: those of Table 8 depend on a
+vocabulary that the paper does not give (100,000 here).
 
 The rows of translation (Tables 2 to 5) give ops/timestep in whole millions and
 only totals. The ops are reached with the softmax counted, and neither gates nor
