@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import matplotlib.figure
 
-from experiments import harness, layer_speed
+from experiments import figures, harness, layer_speed
 
 SEED = 0
 TOKENS = (64, 128, 256, 512, 4096)
@@ -60,28 +60,41 @@ def compare(
   return row
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws the ratio over the number of tokens, a line for each layer."""
-  titles = {"forward": "forward", "both": "forward + backward"}
-  for axes, part in zip(
-    figure.subplots(1, 2, sharey=True), titles, strict=True
-  ):
-    layers = dict.fromkeys((row["E"], row["D"], row["F"]) for row in table)
-    for E, D, F in layers:
-      line = [
-        (row["T"], row[f"{part}_of_gather"])
-        for row in table
-        if (row["E"], row["D"], row["F"]) == (E, D, F)
-      ]
-      label = f"{E} experts, {D} x {F}"
-      axes.plot(*zip(*line, strict=True), marker="o", label=label)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens, 4 experts each")
-    axes.set_title(titles[part], fontsize=9)
-  figure.axes[0].set_ylabel("time of ragged over that of gather")
-  lines, labels = figure.axes[0].get_legend_handles_labels()
-  figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=7)
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+  """Draws the ratio over the number of tokens, a panel for each width."""
+  figure.set_size_inches(8, 5)
+  parts = {"forward": "forward", "both": "forward + backward"}
+  widths = list(dict.fromkeys((row["D"], row["F"]) for row in table))
+  grid = figure.subplots(
+    2, len(widths), sharex=True, sharey=True, squeeze=False
+  )
+  for (part, meaning), panels in zip(parts.items(), grid, strict=True):
+    for axes, (D, F) in zip(panels, widths, strict=True):
+      mine = [row for row in table if (row["D"], row["F"]) == (D, F)]
+      points = {
+        f"{E} experts": [
+          (r["T"], r[f"{part}_of_gather"]) for r in mine if r["E"] == E
+        ]
+        for E in dict.fromkeys(row["E"] for row in mine)
+      }
+      figures.lines(axes, points, figures.OTHERS)
+      axes.axhline(1, color=figures.GRAY, linewidth=1)
+      axes.set_title(f"{meaning}, {D} x {F}")
+      axes.set_xscale("log", base=2)
+      figures.plain(axes.xaxis, (64, 256, 1024, 4096))
+      axes.set_ylim(0, 2.25)
+  figure.supxlabel("tokens, 4 experts each")
+  figure.supylabel("time with sorted rows / time with slots")
+  most = max(row["T"] for row in table)
+  keys = [f"{part}_of_gather" for part in parts]
+  long, short = (
+    [row[key] for row in table if (row["T"] == most) == same for key in keys]
+    for same in (True, False)
+  )
+  return (
+    f"Sorted rows take {figures.span(long)} of the time of slots at"
+    f" {most:,} tokens, {figures.span(short or long)} at fewer"
+  )
 
 
 if __name__ == "__main__":

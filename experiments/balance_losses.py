@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import matplotlib.figure
 
-from experiments import harness, training
+from experiments import figures, harness, training
 
 STEPS = 1200
 SEED = 0
@@ -76,24 +76,36 @@ def rows(quick: bool) -> Iterator[harness.Row]:
       }
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws quality beside balance."""
-  quality, balance = figure.subplots(1, 2)
-  names = [f"{row['w_importance']}, {row['w_load']}" for row in table]
-  quality.bar(names, [row["test_perplexity"] for row in table])
-  lowest = min(row["test_perplexity"] for row in table)
-  quality.set_ylim(bottom=0.95 * lowest)
-  quality.set_ylabel("test perplexity per word")
-  for place, name in enumerate(REPORTED[:3]):
-    values = [row[name] for row in table]
-    balance.plot(names, values, f"C{place}o-", label=name)
-    papers = [row[f"paper_{name}"] for row in table]
-    balance.plot(names, papers, f"C{place}:", label="the paper's")
-  balance.set_yscale("log")
-  balance.legend(fontsize=7)
-  for axes in (quality, balance):
-    axes.tick_params(axis="x", labelsize=7, rotation=30)
-    axes.set_xlabel("w_importance, w_load")
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+  """Draws balance beside quality, and the paper's as rings."""
+  figure.set_size_inches(8, 4.6)
+  names = [f"{row['w_importance']:g}, {row['w_load']:g}" for row in table]
+  panels = {
+    "max_over_mean_load": "busiest expert's load / mean",
+    "cv_importance": "variation of importance (CV)",
+    "test_perplexity": "test perplexity",
+  }
+  all_axes = figure.subplots(1, 3, sharey=True)
+  for axes, (name, meaning) in zip(all_axes, panels.items(), strict=True):
+    paper = "paper" if name == "test_perplexity" else f"paper_{name}"
+    series = {
+      "ours": [row[name] for row in table],
+      "the paper's": [row[paper] for row in table],
+    }
+    figures.bars(axes, names, series, (figures.SPARSE, "#b5b5b5"))
+    axes.set_xlabel(meaning)
+  all_axes[0].set_ylabel("weights of importance and load loss")
+  load = {
+    name: row["max_over_mean_load"]
+    for name, row in zip(names, table, strict=True)
+  }
+  without = load.pop("0, 0", None)
+  perplexity = figures.span([row["test_perplexity"] for row in table], "{:.1f}")
+  return (
+    f"The busiest expert takes {figures.span(load.values())} times the mean"
+    f" load with balance losses, {figures.number(without)} times without;"
+    f" perplexity is {perplexity}"
+  )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,13 @@ import jax
 import matplotlib.figure
 import numpy as np
 
-from experiments import harness, training, translating, translation_capacity
+from experiments import (
+  figures,
+  harness,
+  training,
+  translating,
+  translation_capacity,
+)
 from moejax import config as config_lib
 from moejax import gating, losses
 from moejax.data import batches as batches_lib
@@ -139,28 +145,45 @@ def layers(workdir: pathlib.Path, router: str, k: int) -> Iterator[harness.Row]:
     yield {"layer": layer} | numbers
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws balance in training and at inference, and how masks agree."""
   load, masks = figure.subplots(1, 2)
-  routers = [row for row in table if row["layer"] == "all"]
-  names = ("max_over_mean_count", "test_max_over_mean_count")
-  width = 0.8 / len(routers)
-  for place, row in enumerate(routers):
-    at = np.arange(2) + width * place
-    label = f"{row['pair']} {row['router']}"
-    load.bar(at, [row[name] for name in names], 0.95 * width, label=label)
-  load.set_xticks(np.arange(2) + 0.4 - width / 2, ("training", "inference"))
-  load.set_ylabel("max/mean places of an expert")
-  load.set_ylim(0, 2.4)
-  load.legend(fontsize=8)
-  own = [row for row in table if "precision" in row]
-  labels = [f"{row['pair']} {row['layer']}" for row in own]
-  for name, style in (("precision", "o"), ("recall", "s"), ("best", "_")):
-    masks.plot(labels, [row[name] for row in own], style, label=name)
-  masks.tick_params(axis="x", labelrotation=20, labelsize=7)
-  masks.set_ylim(0, 1)
-  masks.set_ylabel("thresholds against the batchwise mask")
-  masks.legend()
+  whole = [row for row in table if row["layer"] == "all"]
+  columns = {
+    "training": "max_over_mean_count",
+    "inference": "test_max_over_mean_count",
+  }
+  figures.bars(
+    load,
+    [f"{row['pair']}\n{row['router'].replace('_', ' ')}" for row in whole],
+    {name: [row[key] for row in whole] for name, key in columns.items()},
+    figures.OTHERS,
+    "{:.2f}".format,
+  )
+  load.set_xlabel("busiest expert's tokens / mean")
+  own = [row for row in table if row.get("precision") is not None]
+  names = [f"{r['pair']}\n{r['layer'].replace('_', ', layer ')}" for r in own]
+  scores = {"precision": "o", "recall": "s", "best": "|"}
+  for (name, marker), color in zip(
+    scores.items(), (*figures.OTHERS[:2], "black"), strict=True
+  ):
+    values = [row[name] for row in own]
+    style = {"linestyle": "none", "markersize": 9 if name == "best" else 6}
+    masks.plot(values, names, marker=marker, color=color, **style)
+    meaning = "best precision possible" if name == "best" else name
+    figures.label(masks, meaning, (values[0], names[0]), color)
+  masks.margins(y=0.25)
+  masks.invert_yaxis()
+  masks.set_xlim(0.7, 1)
+  masks.set_xlabel("agreement with the batchwise mask")
+  strict = [row for row in whole if row["router"] == "balanced"]
+  return (
+    "With strict balance the busiest expert takes"
+    f" {figures.span([row[columns['training']] for row in strict])} times the"
+    " mean in training, by thresholds"
+    f" {figures.span([row[columns['inference']] for row in strict])} at"
+    " inference"
+  )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from typing import Any
 
 import matplotlib.figure
 
-from experiments import harness, kneser_ney, training
+from experiments import figures, harness, kneser_ney, training
 from moejax import config as config_lib
 
 SEED = 0
@@ -60,6 +60,17 @@ PAPER = {
   "moe_256": 35.7,
   "moe_256_h": 36.0,
   "moe_1024_h": 34.6,
+}
+NAMES = {
+  "four_lstm_512": "four LSTMs",
+  "lstm_2048_512": "wide LSTM",
+  "moe_1_wide": "dense, wide",
+  "moe_1_deep": "dense, deep",
+  "moe_4": "4 experts",
+  "moe_32": "32 experts",
+  "moe_256": "256 experts",
+  "moe_256_h": "256 experts, two levels",
+  "moe_1024_h": "1,024 experts, two levels",
 }
 QUICK = ("moe_1_wide", "moe_256_h")
 TEXT = "comma-separated files (.txt, .gz, .xz) in place of the messages"
@@ -161,28 +172,32 @@ def scaled(
   return config
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws test perplexity over parameters."""
   axes = figure.subplots()
+  flat = {}
   for row in table:
-    if "parameters" not in row:
-      axes.axhline(row["test"], color="grey", ls=":", label=row["model"])
-      axes.legend()
-    else:
-      sparse = row["cv_load"] is not None
-      axes.plot(row["parameters"], row["test"], "C0o" if sparse else "C1s")
-      axes.annotate(
-        row["model"],
-        (row["parameters"], row["test"]),
-        textcoords="offset points",
-        # A dense model's beneath it: it lies where MoE-4 does.
-        xytext=(5, 5 if sparse else -12),
-        fontsize=7,
-      )
+    if row.get("parameters") is None:
+      figures.level(axes, "5-gram,\nKneser-Ney", row["test"])
+      continue
+    sparse = row.get("cv_load") is not None
+    color = figures.SPARSE if sparse else figures.DENSE
+    at = (row["parameters"] / 1e6, row["test"])
+    axes.plot(*at, marker="o" if sparse else "s", color=color)
+    figures.label(axes, NAMES[row["model"]], at, color)
+    if sparse and not row["model"].endswith("_h"):
+      flat[NAMES[row["model"]]] = row["test"]
   axes.set_xscale("log")
-  axes.margins(x=0.15)
-  axes.set_xlabel("parameters outside embedding and softmax")
+  axes.margins(x=0.2, y=0.12)
+  figures.plain(axes.xaxis, (0.1, 0.3, 1, 3, 10))
+  axes.set_xlabel("million parameters outside embedding and softmax")
   axes.set_ylabel("test perplexity per word")
+  falls = list(flat.values()) == sorted(flat.values(), reverse=True)
+  return (
+    "At equal ops/timestep test perplexity"
+    f" {'falls' if falls else 'does not always fall'} as experts are added: "
+    + ", ".join(f"{value:.1f} with {name}" for name, value in flat.items())
+  )
 
 
 if __name__ == "__main__":

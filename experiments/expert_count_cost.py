@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 
-from experiments import harness, training
+from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax import sharding
 from moejax.planning import cost
@@ -142,21 +142,34 @@ def program(
   return run, session_lib.bytes_needed(compiled) / 1e9, count
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws time and memory over the number of experts."""
-  time, memory = figure.subplots(1, 2)
-  for name in ("dense", *KINDS):
-    of_kind = [row for row in table if row["layer"] == name]
-    numbers = [row["E"] for row in of_kind]
-    time.plot(numbers, [row["of_dense"] for row in of_kind], "o-", label=name)
-    memory.plot(numbers, [row["GB"] for row in of_kind], "o-", label=name)
-  time.set_ylabel("time of a training step over the dense twin's")
-  memory.set_ylabel("GB")
-  memory.set_yscale("log")
-  for axes in (time, memory):
+  labels = {"dense": "dense", "flat": "flat", "two_level": "two levels"}
+  panels = {
+    "of_dense": "time of a training step / dense step",
+    "GB": "memory of a training step, GB",
+  }
+  colors = (figures.DENSE, figures.SPARSE, figures.OTHERS[0])
+  for axes, (name, meaning) in zip(
+    figure.subplots(1, 2), panels.items(), strict=True
+  ):
+    points = {
+      label: [(row["E"], row[name]) for row in table if row["layer"] == layer]
+      for layer, label in labels.items()
+    }
+    figures.lines(axes, points, colors)
     axes.set_xscale("log", base=4)
+    axes.set_yscale("log")
+    figures.plain(axes.xaxis, (4, 64, 1024, 16384))
+    figures.plain(axes.yaxis, (0.1, 0.3, 1, 3, 10, 30))
     axes.set_xlabel("experts")
-    axes.legend()
+    axes.set_title(meaning)
+  most = max(row["E"] for row in table)
+  last = {row["layer"]: row["of_dense"] for row in table if row["E"] == most}
+  return (
+    f"With {most:,} experts a training step takes {last['flat']:.3g} times the"
+    f" dense one's time, {last['two_level']:.3g} times in two levels"
+  )
 
 
 if __name__ == "__main__":

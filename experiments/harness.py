@@ -1,7 +1,8 @@
 """What every experiment shares: the command line, the table, the files.
 
 An experiment is one file: a docstring (Question, Method, Result), a generator
-`rows(quick)` of dicts, a function that draws them, and
+`rows(quick)` of dicts, a function `draw(figure, table)` that draws them and
+returns the figure's title, and
 
   if __name__ == "__main__":
     harness.main("its_name", rows, draw)
@@ -22,14 +23,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib.figure
 from absl import logging
 
+from experiments import figures
+from experiments.figures import RESULTS, Row
 from moejax import terminal
-
-RESULTS = pathlib.Path(__file__).parent / "results"
-
-Row = dict[str, Any]
 
 
 class Milliseconds(NamedTuple):
@@ -68,7 +66,7 @@ def interleaved(
 def main(
   name: str,
   rows: Callable[..., Iterable[Row]],
-  draw: Callable[[matplotlib.figure.Figure, list[Row]], None],
+  draw: figures.Draw,
   seed: int = 0,
   argv: Sequence[str] | None = None,
   **options: str,
@@ -76,20 +74,18 @@ def main(
   """Runs an experiment: prints its table and writes `<name>.csv/.json/.png`.
 
   A quick run writes only where --out says, so that it never replaces the
-  results of a full one.
+  results of a full one. The time and the machine that it notes are those of the
+  last call; where runs were resumed, the rows say how long each took.
 
   Args:
     name: the experiment's module, and the stem of its files.
     rows: given whether to be quick, and the options by name, yields the rows
       of the table.
-    draw: draws the rows on an empty figure.
+    draw: draws the table, see `figures`.
     seed: recorded with the results.
     argv: the arguments; those of the command line by default.
     **options: further ones that take a text, and what they are. One that is
       given becomes part of the files' stem: its results are others.
-
-  The time and the machine that it notes are those of the last call; where runs
-  were resumed, the rows say how long each took.
 
   Returns:
     The rows.
@@ -97,11 +93,8 @@ def main(
   argv = sys.argv[1:] if argv is None else argv
   parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
   parser.add_argument("--quick", action="store_true", help="small and rough")
-  parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    help=f"folder for the files (full runs: {RESULTS.parent.name}/results)",
-  )
+  folder = "folder for the files (full runs: experiments/results)"
+  parser.add_argument("--out", type=pathlib.Path, help=folder)
   for option, meaning in options.items():
     parser.add_argument(f"--{option}", default="", help=meaning)
   args = parser.parse_args(argv)
@@ -129,29 +122,16 @@ def main(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "seconds": round(seconds, 1),
   }
-  stem = "_".join([name, *(option for option in given if given[option])])
-  write(out / stem, table, about, draw)
-  return table
-
-
-def write(
-  stem: pathlib.Path,
-  table: list[Row],
-  about: Row,
-  draw: Callable[[matplotlib.figure.Figure, list[Row]], None],
-) -> None:
-  """Writes the table, what made it, and its figure."""
-  stem.parent.mkdir(parents=True, exist_ok=True)
+  out.mkdir(parents=True, exist_ok=True)
+  stem = out / "_".join([name, *(option for option in given if given[option])])
   with stem.with_suffix(".csv").open("w", newline="") as file:
     writer = csv.DictWriter(file, columns(table), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
   stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
-  # Not by pyplot: without its global state a figure is always drawn by Agg.
-  figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-  draw(figure, table)
-  figure.savefig(stem.with_suffix(".png"), dpi=120)
+  figures.write(stem, draw)
   terminal.say(f"wrote {stem}.csv, .json and .png")
+  return table
 
 
 def machine() -> Row:

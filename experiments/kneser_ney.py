@@ -19,7 +19,6 @@ Nothing here is random. One core of an Intel Xeon, other work beside
 (results/kneser_ney.csv).
 """
 
-import csv
 import pathlib
 import tempfile
 import time
@@ -30,7 +29,7 @@ import matplotlib.figure
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from experiments import harness, training
+from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax.data.packing import Tokens
 from moejax.data.vocab import Vocabulary
@@ -207,26 +206,33 @@ def _stream(
   return words, words != vocabulary.start
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws perplexity over the order, and neural models as dashed lines."""
   axes = figure.subplots()
-  for split in SPLITS:
-    mine = [row for row in table if row["split"] == split]
-    x, y = ([row[name] for row in mine] for name in ("order", "perplexity"))
-    axes.plot(x, y, "o-", label=f"Kneser-Ney, {split}")
-  with (harness.RESULTS / "sparse_against_dense.csv").open() as file:
-    neural = [row for row in csv.DictReader(file) if row["split"] == "test"]
-  for place, row in enumerate(neural, len(SPLITS)):
-    label = f"{row['config']}, test"
-    y = float(row["perplexity"])
-    axes.axhline(y, color=f"C{place}", linestyle="--", label=label)
+  points = {
+    f"n-grams, {split}": [
+      (r["order"], r["perplexity"]) for r in table if r["split"] == split
+    ]
+    for split in SPLITS
+  }
+  figures.lines(axes, points, figures.OTHERS)
+  rows = figures.read(figures.RESULTS / "sparse_against_dense.csv")
+  neural = {r["config"]: r["perplexity"] for r in rows if r["split"] == "test"}
+  colors = {"moe_32": figures.SPARSE, "moe_1_wide": figures.DENSE}
+  for name, perplexity in neural.items():
+    label = {"moe_32": "32 experts, test", "moe_1_wide": "dense twin, test"}
+    figures.level(axes, label[name], perplexity, colors[name])
   axes.set_xticks(sorted({row["order"] for row in table}))
-  axes.set_xlabel("order")
+  axes.set_xlabel("order of the n-grams")
   axes.set_ylabel("perplexity per word")
   axes.set_yscale("log")
-  axes.yaxis.set_major_formatter("{x:g}")
-  axes.yaxis.set_minor_formatter("{x:g}")
-  axes.legend()
+  figures.plain(axes.yaxis, (80, 100, 150, 200, 300, 400, 600))
+  best = points["n-grams, test"][-1][1]
+  return (
+    f"The test perplexity of 32 experts, {neural['moe_32']:.1f}, is"
+    f" {figures.than(neural['moe_32'], best)} than the"
+    f" {table[-1]['order']}-gram's, {best:.1f}"
+  )
 
 
 if __name__ == "__main__":

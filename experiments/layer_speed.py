@@ -41,9 +41,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
-import numpy as np
 
-from experiments import harness
+from experiments import figures, harness
 from moejax import experts, moe, router, terminal
 from moejax.training import session as session_lib
 
@@ -317,32 +316,46 @@ def tpu(
     yield row
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws the ratios to the dense block, and how cost grows with E."""
-  left, right = figure.subplots(1, 2)
-  speeds = [r for r in table if r["table"] in ("speed", "torch")]
-  sizes = sorted({row["E"] for row in speeds})
-  names = list(dict.fromkeys(row["dispatch"] for row in speeds))
-  names.remove("dense")
-  for place, name in enumerate(names):
-    ratios = {
-      r["E"]: r["both_of_dense"] for r in speeds if r["dispatch"] == name
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+  """Draws the ratios to the dense block, and how time grows with E."""
+  colors = dict(zip(CANDIDATES, figures.OTHERS[1:], strict=False))
+  colors |= {"dropless": figures.SPARSE, "dense": figures.DENSE}
+  colors["mixture-of-experts"] = figures.GRAY
+  panels = {
+    ("speed", "torch"): ("both_of_dense", "time / dense block of equal work"),
+    ("growth",): ("both_ms", "ms, smaller experts"),
+  }
+  for axes, (tables, (column, meaning)) in zip(
+    figure.subplots(1, 2), panels.items(), strict=True
+  ):
+    mine = [row for row in table if row["table"] in tables]
+    points = {
+      name: [(r["E"], r[column]) for r in mine if r["dispatch"] == name]
+      for name in dict.fromkeys(row["dispatch"] for row in mine)
+      if (name, column) != ("dense", "both_of_dense")
     }
-    at = np.arange(len(sizes)) + (place - (len(names) - 1) / 2) / 6
-    left.bar(at, [ratios[size] for size in sizes], 0.15, label=name)
-  left.axhline(1, color="black", linewidth=0.8)
-  left.set_xticks(range(len(sizes)), [f"E={size}" for size in sizes])
-  left.set_ylabel("forward + backward, of a dense block's time")
-  left.legend(fontsize=7)
-  growth = [row for row in table if row["table"] == "growth"]
-  for name in dict.fromkeys(row["dispatch"] for row in growth):
-    line = [(r["E"], r["both_ms"]) for r in growth if r["dispatch"] == name]
-    right.plot(*zip(*line, strict=True), marker="o", label=name)
-  right.set_xscale("log", base=2)
+    figures.lines(axes, points, [colors[name] for name in points])
+    axes.set_xscale("log", base=2)
+    axes.set_title(f"forward + backward, {meaning}")
+    axes.set_xlabel("experts")
+    figures.plain(
+      axes.xaxis, (4, 32, 128, 256) if len(tables) > 1 else (4, 64, 1024)
+    )
+  left, right = figure.axes
+  figures.level(left, "dense", 1, figures.DENSE)
+  left.set_ylim(bottom=0)
   right.set_yscale("log")
-  right.set_xlabel("experts, at 4 of them a token")
-  right.set_ylabel("forward + backward, ms")
-  right.legend(fontsize=7)
+  figures.plain(right.yaxis, (50, 100, 200, 500, 1000))
+  best = {}
+  for row in table:
+    if row["table"] == "speed" and row["dispatch"] != "dense":
+      ratio = row["both_of_dense"]
+      best[row["E"]] = min(ratio, best.get(row["E"], ratio))
+  few, many = min(best), max(best)
+  return (
+    f"The fastest dispatch takes {best[few]:.2f} times the dense block's time"
+    f" with {few} experts, {best[many]:.2f} times with {many}"
+  )
 
 
 if __name__ == "__main__":

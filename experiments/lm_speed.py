@@ -38,10 +38,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
-import numpy as np
 import optax
 
-from experiments import expert_count_cost, harness, layer_speed, training
+from experiments import (
+  expert_count_cost,
+  figures,
+  harness,
+  layer_speed,
+  training,
+)
 from moejax import config as config_lib
 from moejax import losses, terminal
 from moejax.models import layers
@@ -51,6 +56,16 @@ SEED = 0
 VOCABULARY = expert_count_cost.VOCABULARY
 SIZES = ((32, 32), (32, 128))
 DISTINCT = "distinct"
+# Of models in the figure; torch's mixture visits 2 of 32.
+LABELS = {
+  ("moejax", "moe"): "4 of 32",
+  ("moejax", "moe, 2 of 32"): "2 of 32",
+  ("torch", "moe"): "2 of 32",
+  ("torch", "moe, distinct"): "2 of 32, distinct samples",
+  ("moejax", "dense"): "dense",
+  ("torch", "dense"): "dense",
+  ("torch", "dense, distinct"): "dense, distinct samples",
+}
 
 Run = Callable[[], Any]
 Runs = dict[str, Run]
@@ -394,26 +409,44 @@ def torch_parts(twin: Twin) -> Runs:
   }
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws words a second, and where a step goes at the first size."""
+  figure.set_size_inches(8, 4.4)
   speed, where = figure.subplots(1, 2)
   size = (table[0]["rows"], table[0]["length"])
   first = [row for row in table if (row["rows"], row["length"]) == size]
   whole = [row for row in first if row["table"] == "step"]
-  names = [f"{row['by']}\n{row['what']}" for row in whole]
-  bars = speed.barh(names, [row["words_per_second"] for row in whole])
-  speed.bar_label(bars, fontsize=7)
-  speed.invert_yaxis()
-  speed.margins(x=0.15)
-  speed.set_xlabel("words/s, {} rows of {}".format(*size))
-  for place, by in enumerate(dict.fromkeys(row["by"] for row in first)):
-    parts = [r for r in first if (r["table"], r["by"]) == ("part", by)]
-    at = np.arange(len(parts)) + 0.4 * place
-    where.barh(at, [row["fastest_ms"] for row in parts], 0.4, label=by)
-    where.set_yticks(at - 0.2, [row["what"] for row in parts])
-  where.invert_yaxis()
+  whole.sort(key=lambda row: "moe" not in row["what"])
+  colors = {
+    ("moejax", True): figures.SPARSE,
+    ("moejax", False): figures.DENSE,
+    ("torch", True): figures.PALE_SPARSE,
+    ("torch", False): figures.PALE_DENSE,
+  }
+  figures.bars(
+    speed,
+    [f"{row['by']}, {LABELS[row['by'], row['what']]}" for row in whole],
+    {"words": [row["words_per_second"] for row in whole]},
+    [colors[row["by"], "moe" in row["what"]] for row in whole],
+  )
+  speed.set_xlabel(f"words a second, {size[0]} rows of {size[1]}")
+  parts = {
+    by: {r["what"]: r["fastest_ms"] for r in first if r["by"] == by}
+    for by in dict.fromkeys(row["by"] for row in first)
+  }
+  names = [row["what"] for row in first if row["table"] == "part"]
+  names = list(dict.fromkeys(names))
+  series = {by: [ms[name] for name in names] for by, ms in parts.items()}
+  figures.bars(where, names, series, (figures.SPARSE, figures.PALE_SPARSE))
   where.set_xlabel("ms of a training step of the mixture")
-  where.legend(fontsize=7)
+  ours = {row["what"]: row for row in whole if row["by"] == "moejax"}
+  if (speedup := ours["moe"].get("speedup")) is None:
+    return f"{ours['moe']['words_per_second']:,} words a second"
+  return (
+    f"Training with 4 of 32 experts is {speedup:.2f} times as fast as torch's"
+    f" with 2 of 32, and {ours['moe, 2 of 32']['speedup']:.2f} times with"
+    " as many"
+  )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
-from experiments import harness
+from experiments import figures, harness
 from moejax import terminal
 from moejax.models import layers
 
@@ -108,19 +108,34 @@ def torch_lstm(x: np.ndarray) -> Callable[[], object]:
   return run
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws the fastest times as bars, one group per size."""
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+  """Draws the fastest times, a panel for each size."""
+  figure.set_size_inches(8, 2.6)
   sizes = list(dict.fromkeys((row["length"], row["width"]) for row in table))
-  names = list(dict.fromkeys(row["lstm"] for row in table))
-  axes = figure.subplots()
-  for place, name in enumerate(names):
-    times = [row["fastest_ms"] for row in table if row["lstm"] == name]
-    at = np.arange(len(sizes)) + (place - (len(names) - 1) / 2) / 4
-    axes.bar_label(axes.bar(at, times, 0.24, label=name), fontsize=7)
-  axes.set_xticks(range(len(sizes)), [f"L={n}, D=H={d}" for n, d in sizes])
-  axes.set_yscale("log")
-  axes.set_ylabel("forward + backward, ms")
-  axes.legend()
+  colors = {
+    "flax": figures.OTHERS[0],
+    "moejax": figures.SPARSE,
+    "torch": figures.GRAY,
+  }
+  all_axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+  for axes, size in zip(all_axes, sizes, strict=True):
+    mine = [row for row in table if (row["length"], row["width"]) == size]
+    names = [row["lstm"] for row in mine]
+    times = {"time": [row["fastest_ms"] for row in mine]}
+    figures.bars(axes, names, times, [colors[name] for name in names])
+    axes.set_title("{} steps of {} units".format(*size))
+    axes.set_xlabel("ms, forward + backward")
+  found = []
+  for name in ("moejax", "flax"):
+    ratios = [r["of_torch"] for r in table if r["lstm"] == name]
+    if None in ratios:
+      ratios = [1 / r["speedup"] for r in table if r["lstm"] == name]
+    found.append(figures.span(ratios))
+  return (
+    "Our LSTM takes {} of torch's time, flax's {}".format(*found)
+    if "torch" in names
+    else "Our LSTM takes {} of flax's time".format(*found)
+  )
 
 
 if __name__ == "__main__":

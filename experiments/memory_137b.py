@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
 
-from experiments import harness, training
+from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax.planning import chips, plan, search
 
@@ -78,26 +79,36 @@ def needs(outcome: plan.Outcome) -> harness.Row:
   }
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws what a chip has to hold."""
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+  """Draws what a chip has to hold, part by part."""
+  figure.set_size_inches(8, 3.2)
   axes = figure.subplots()
   names = [
     f"{row['optimizer']}{', recompute' if row['recompute'] else ''}"
     for row in table
   ]
-  left = [0.0] * len(table)
-  for part in ("parameters", "optimizer", "others"):
-    widths = [row.get(f"{part}_GB") or 0.0 for row in table]
-    axes.barh(names, widths, left=left, label=part)
-    left = [a + b for a, b in zip(left, widths, strict=True)]
-  rest = [
-    max(0.0, (row["GB"] or 0.0) - known)
-    for row, known in zip(table, left, strict=True)
-  ]
-  axes.barh(names, rest, left=left, color="tab:red", label="refused")
-  axes.invert_yaxis()
+  whole = [row["GB"] for row in table]
+  # What is known of no part: a plan that is refused.
+  figures.bars(axes, names, {"GB": whole}, [figures.GRAY])
+  parts = {
+    "parameters": "parameters",
+    "optimizer": "optimizer's state",
+    "others": "batch, gradients, activations",
+  }
+  left = np.zeros(len(table))
+  for (part, meaning), color in zip(
+    parts.items(), figures.OTHERS[2:], strict=True
+  ):
+    widths = np.array([row.get(f"{part}_GB") or 0.0 for row in table])
+    axes.barh(names, widths, 0.73, left=left, color=color)
+    axes.text(left[0], -0.5, meaning, color=color, va="bottom", fontsize=8.5)
+    left += widths
   axes.set_xlabel("GB of each chip")
-  axes.legend()
+  most, least = table[0], min(table, key=lambda row: row["GB"] or np.inf)
+  return (
+    f"A chip holds {most['GB']:.1f} GB with {most['optimizer']},"
+    f" {least['GB']:.1f} with all of the paper's tricks"
+  )
 
 
 if __name__ == "__main__":

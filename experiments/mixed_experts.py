@@ -33,7 +33,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from experiments import harness, training
+from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax import losses
 from moejax import workdir as workdir_lib
@@ -142,27 +142,30 @@ def visits_of(
   return visits[:, :num_kinds], np.array([gates[i] for i in range(num_kinds)])
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws each kind's part of all, of frequent and of rare words."""
+  figure.set_size_inches(8, 2.8)
   mixed = [row for row in table if row["model"] == "mixed"]
-  axes = figure.subplots()
-  columns = ("share", "gate", "frequent", "rare")
-  for place, row in enumerate(mixed):
-    at = np.arange(len(columns)) + (place - 1.5) / 5
-    axes.bar(at, [row[column] for column in columns], 0.18, label=row["kind"])
-  axes.axhline(1 / len(mixed), color="black", linewidth=0.8)
-  labels = (
-    "of all edges",
-    "of gate weight",
-    "of frequent words",
-    "of rare words",
+  panels = {
+    "share": "all words",
+    "gate": "all, sum of gates",
+    "frequent": "100 commonest words",
+    "rare": "rare words",
+  }
+  for axes, (column, meaning) in zip(
+    figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+  ):
+    parts = {column: [100 * row[column] for row in mixed]}
+    names = [row["kind"] for row in mixed]
+    figures.bars(axes, names, parts, figures.OTHERS, "{:.0f} %".format)
+    axes.set_title(meaning)
+    axes.set_xlim(0, 52)
+    axes.set_xlabel("% of edges" if column != "gate" else "% of the sum")
+  wide = mixed[0]
+  return (
+    f"Wide experts take {100 * wide['rare']:.0f} % of the edges of rare words"
+    f" and {100 * wide['frequent']:.0f} % of those of frequent ones"
   )
-  axes.set_xticks(range(len(columns)), labels)
-  axes.set_ylabel("part that goes to each kind")
-  by_model = {row["model"]: row["test_perplexity"] for row in table}
-  title = ", ".join(f"{name} {value}" for name, value in by_model.items())
-  axes.set_title(f"test perplexity: {title}")
-  axes.legend()
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.figure
-import numpy as np
 
-from experiments import harness, training, translating
+from experiments import figures, harness, training, translating
 from moejax import files
 from moejax.data import corpora, tfds_corpora
 from moejax.data.packing import Direction
@@ -97,17 +96,37 @@ def carve(
   return {split: translating.named(paths) for split, paths in written.items()}
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws the BLEU of every direction, a bar for each model."""
+  figure.set_size_inches(8, 5)
   axes = figure.subplots()
-  directions = list(dict.fromkeys(row["direction"] for row in table))
-  for place, name in enumerate(dict.fromkeys(row["model"] for row in table)):
-    bars = [row["bleu"] for row in table if row["model"] == name]
-    at = np.arange(len(directions)) + 0.4 * place
-    axes.bar(at, bars, 0.38, label=name)
-  axes.set_xticks(np.arange(len(directions)) + 0.2, directions)
-  axes.set_ylabel("test BLEU")
-  axes.legend()
+  labels = {"moe_32": "32 experts", "dense": "dense"}
+  by_model = {
+    name: [row for row in table if row["model"] == name]
+    for name in labels
+    if any(row["model"] == name for row in table)
+  }
+  directions = [row["direction"] for row in by_model["moe_32"]]
+  figures.bars(
+    axes,
+    [direction.replace("-", " to ") for direction in directions],
+    {labels[n]: [r["bleu"] for r in mine] for n, mine in by_model.items()},
+    (figures.SPARSE, figures.DENSE),
+    "{:.1f}".format,
+  )
+  axes.set_xlabel("test BLEU")
+  if len(by_model) == 1:
+    return "Translation with 32 experts"
+  sparse, dense = by_model.values()
+  higher = sum(
+    s["bleu"] > d["bleu"] for s, d in zip(sparse, dense, strict=True)
+  )
+  return (
+    "With 32 experts test perplexity is"
+    f" {figures.than(sparse[0]['test'], dense[0]['test'])} than with the dense"
+    f" layer, but BLEU is higher in {higher} of {len(directions)} directions"
+    " only"
+  )
 
 
 if __name__ == "__main__":

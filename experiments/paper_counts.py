@@ -25,8 +25,9 @@ import runpy
 from collections.abc import Iterator
 
 import matplotlib.figure
+import numpy as np
 
-from experiments import harness
+from experiments import figures, harness
 from moejax import terminal
 from moejax.planning import cost
 
@@ -143,32 +144,35 @@ def _translation_models() -> Iterator[harness.Row]:
   )
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws those of language models: rings are ours, crosses the paper's."""
   axes = figure.subplots()
-  for color, folder in enumerate(("lm1b", "news")):
-    mine = [row for row in table if row["config"].startswith(folder)]
-    axes.scatter(
-      [row["parameters"] for row in mine],
-      [row["ops"] for row in mine],
-      s=80,
-      facecolors="none",
-      edgecolors=f"C{color}",
-      label=f"configs/{folder}",
-    )
-    axes.scatter(
-      [1e6 * float(row["paper_M"]) for row in mine],
-      [1e6 * float(row["paper_ops_M"]) for row in mine],
-      s=20,
-      marker="x",
-      color=f"C{color}",
-      label=f"Table {7 + color}",
-    )
+  models = [row for row in table if row["config"] in PAPER]
+  seen = []
+  for row in models:
+    sparse = "moe_1_" not in row["config"] and "lstm" not in row["config"]
+    color = figures.SPARSE if sparse else figures.DENSE
+    at = (row["parameters"] / 1e6, row["ops"] / 1e6)
+    paper = (row["paper_M"], row["paper_ops_M"])
+    axes.plot(*at, "o", mfc="none", color=color, markersize=9)
+    axes.plot(*paper, "x", color=color)
+    # Many lie on each other: the first is named.
+    if not any(abs(np.log(at) - np.log(other)).max() < 0.1 for other in seen):
+      figures.label(axes, figures.paper_name(row["config"]), at, color)
+      seen.append(at)
   axes.set_xscale("log")
   axes.set_yscale("log")
-  axes.set_xlabel("parameters without embedding and softmax")
-  axes.set_ylabel("ops/timestep")
-  axes.legend()
+  axes.margins(x=0.12, y=0.12)
+  figures.plain(axes.xaxis, (1, 10, 100, 1000, 10_000, 100_000))
+  figures.plain(axes.yaxis, (3, 10, 30, 100))
+  axes.set_xlabel("million parameters without embedding and softmax")
+  axes.set_ylabel("million ops/timestep")
+  cells = 2 * len(models)
+  unlike = sum(len((row["unlike"] or "").split()) for row in models)
+  return (
+    f"{cells - unlike} of {cells} counts of parameters and ops/timestep are"
+    " those of the paper: rings are ours, crosses the paper's"
+  )
 
 
 if __name__ == "__main__":

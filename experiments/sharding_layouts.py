@@ -53,7 +53,7 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 
-from experiments import harness, training
+from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax import experts, losses, moe, router, sharding, terminal
 from moejax.planning import chips, collectives, plan, search
@@ -287,49 +287,88 @@ def differences(candidate: Candidate, one: Candidate) -> harness.Row:
   }
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws what is sent by kind, what a device holds, and the time."""
-  figure.set_size_inches(10, 6)
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+  """Draws what is sent, what a device holds, and the time."""
   if "model" in table[0]:
-    draw_planned(figure, table)
-    return
-  sent, held, took = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
-  names = [f"{row['layout']}, {row['dispatch']}" for row in table]
-  start = np.zeros(len(table))
-  for kind in collectives.KINDS:
-    if kind in table[0]:
-      width = np.array([row[f"{kind}_MB"] for row in table])
-      sent.barh(names, width, left=start, label=kind)
-      start += width
-  sent.invert_yaxis()
-  sent.tick_params(axis="y", labelsize=7)
-  sent.set_xlabel("MB that one device sends a step")
-  sent.legend(fontsize=7)
-  held.barh(names, [row["MB"] for row in table], color="tab:gray")
-  held.set_xlabel("MB on one device")
-  took.barh(names, [row["ms"] for row in table], color="tab:gray")
-  took.set_xlabel("ms, forward and backward")
+    return draw_planned(figure, table)
+  figure.set_size_inches(8, 3.6)
+  layouts, dispatches = (
+    list(dict.fromkeys(row[column] for row in table))
+    for column in ("layout", "dispatch")
+  )
+  panels = {
+    "sent_MB": "MB sent by one device",
+    "MB": "MB held by one device",
+    "ms": "ms, forward + backward",
+  }
+  for axes, (column, meaning) in zip(
+    figure.subplots(1, 3, sharey=True), panels.items(), strict=True
+  ):
+    values = np.array([row[column] for row in table], float)
+    values = values.reshape(len(layouts), len(dispatches))
+    axes.imshow(values, cmap="Blues", vmax=1.4 * values.max(), aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+      text = {"ha": "center", "va": "center", "fontsize": 8}
+      axes.text(x, y, figures.number(value), **text)
+    axes.set_xticks(range(len(dispatches)), dispatches, rotation=90)
+    axes.set_yticks(range(len(layouts)), layouts)
+    axes.grid(visible=False)
+    axes.set_title(meaning)
+  own = {r["layout"]: r for r in table if r["dispatch"] == "gather"}
+  worst = max(row["loss_difference"] for row in table)
+  return (
+    f"No layout changes the loss by more than {worst:.1g} of itself; by gather"
+    " a device sends "
+    + ", ".join(
+      f"{row['sent_MB']:.0f} MB and holds {row['MB']:.0f} ({name})"
+      for name, row in own.items()
+      if name in ("expert", "replicated")
+    )
+  )
 
 
 def draw_planned(
   figure: matplotlib.figure.Figure, table: list[harness.Row]
-) -> None:
+) -> str:
   """Draws what whole models need, send and take, where they compile."""
-  table = [row for row in table if "sent_MB" in row]
-  names = [f"{r['model']}\n{r['topology']}, {r['layout']}" for r in table]
-  held, sent, took = figure.subplots(1, 3, sharey=True)
-  colours = ["tab:blue" if row["fits"] else "tab:red" for row in table]
-  held.barh(names, [row["GB"] for row in table], color=colours)
-  held.invert_yaxis()
-  held.tick_params(axis="y", labelsize=7)
-  held.set_xlabel("GB on one device (red: too much)")
-  sent.barh(names, [row["sent_MB"] / 1e3 for row in table], color="tab:gray")
-  sent.set_xlabel("GB that one device sends a step")
-  took.barh(names, [row["ms"] or 0 for row in table], color="tab:gray")
-  took.set_xlabel("ms a step, estimated")
-  # From the layout that fits to one that cannot, all grow a hundredfold.
-  for axes in (held, sent, took):
+  table = [row for row in table if row.get("sent_MB") is not None]
+  figure.set_size_inches(8, 1.5 + 0.28 * len(table))
+  rows, best = [], {}
+  for row in table:
+    group = f"{figures.paper_name(row['model'])}, {row['topology']}"
+    if group not in best:
+      rows.append((group, None))
+      best[group] = row
+    rows.append((row["layout"], row))
+    if row["fits"] and row["ms"] <= best[group]["ms"]:
+      best[group] = row
+  panels = {
+    "GB": ("GB held by one chip", 1),
+    "sent_MB": ("GB sent by one chip a step", 1e3),
+    "ms": ("ms a step, estimated", 1),
+  }
+  for axes, (column, (meaning, unit)) in zip(
+    figure.subplots(1, 3, sharey=True), panels.items(), strict=True
+  ):
+    for y, (_, row) in enumerate(rows):
+      if row and row[column] is not None:
+        at = (row[column] / unit, y)
+        color = figures.SPARSE if row["fits"] else figures.GRAY
+        axes.plot(*at, "o", color=color)
+        figures.label(axes, figures.number(at[0]), at, color, beside=True)
     axes.set_xscale("log")
+    figures.plain(axes.xaxis, (1, 10, 100, 1000))
+    axes.margins(x=0.3)
+    axes.set_title(meaning)
+  first = figure.axes[0]
+  first.set_ylim(len(rows) - 0.5, -0.5)
+  first.set_yticks(range(len(rows)), [name for name, _ in rows])
+  for text, (_, row) in zip(first.get_yticklabels(), rows, strict=True):
+    text.set_weight("normal" if row else "bold")
+  return "Fastest layouts that fit: " + ", ".join(
+    f"{row['layout']} {figures.number(row['ms'])} ms ({group})"
+    for group, row in best.items()
+  )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 
 import matplotlib.figure
 
-from experiments import harness, training
+from experiments import figures, harness, training
 
-CONFIGS = ("moe_32", "moe_1_wide")
+CONFIGS = {"moe_32": "4 of 32 experts", "moe_1_wide": "dense twin"}
 SEEDS = (0,)
 
 
@@ -59,23 +59,31 @@ def report(name: str, seed: int, run: training.Run) -> Iterator[harness.Row]:
       }
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws the validation curves."""
   axes = figure.subplots()
-  for place, name in enumerate(CONFIGS):
-    for seed in sorted({row["seed"] for row in table}):
+  seeds = sorted({row["seed"] for row in table})
+  tests = []
+  for (name, label), color in zip(
+    CONFIGS.items(), (figures.SPARSE, figures.DENSE), strict=True
+  ):
+    mine = [row for row in table if row["config"] == name]
+    for seed in seeds:
       curve = [
         (row["step"], row["perplexity"])
-        for row in table
-        if (row["config"], row["seed"]) == (name, seed)
-        and row["split"] == "validation"
+        for row in mine
+        if (row["seed"], row["split"]) == (seed, "validation")
       ]
-      label = name if seed == 0 else None
-      axes.plot(*zip(*curve, strict=True), color=f"C{place}", label=label)
-  axes.set_xlabel("step")
+      figures.lines(axes, {label if seed == seeds[0] else "": curve}, [color])
+    tests.append([r["perplexity"] for r in mine if r["split"] == "test"])
+  axes.set_xlabel("training step")
   axes.set_ylabel("validation perplexity per word")
-  axes.set_yscale("log")
-  axes.legend(title="one line a seed")
+  axes.margins(x=0.1)
+  sparse, dense = (sum(each) / len(each) for each in tests)
+  return (
+    f"With 32 experts test perplexity is {sparse:.1f}, with the dense twin"
+    f" {dense:.1f}: {figures.than(sparse, dense)} at equal ops/timestep"
+  )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,13 @@ import matplotlib.figure
 import numpy as np
 import scipy.special
 
-from experiments import harness, training, translating, translation_capacity
+from experiments import (
+  figures,
+  harness,
+  training,
+  translating,
+  translation_capacity,
+)
 from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import losses, terminal
@@ -192,19 +198,28 @@ def contexts(
       yield float(gates[place]), context
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
   """Draws bits and load of every expert, and the numbers of those shown."""
   axes = figure.subplots()
   experts = [row for row in table if row["about"] == "expert"]
   load = [row["load"] for row in experts]
-  for column, style in (("bits", "o"), ("shuffled", "x")):
-    axes.plot(load, [row[column] for row in experts], style, label=column)
+  found, luck = ([r[name] for r in experts] for name in ("bits", "shuffled"))
+  axes.plot(load, found, "o", color=figures.SPARSE)
+  axes.plot(load, luck, "x", color=figures.GRAY)
   for row in table:
     if row.get("rank") == 1:
-      axes.annotate(row["expert"], (row["load"], row["bits"]))
-  axes.set(xlabel="load over its mean", ylabel="bits of an expert's pieces")
+      at = (row["load"], row["bits"])
+      name = f"expert {row['expert']}"
+      figures.label(axes, name, at, figures.SPARSE)
+  figures.label(axes, "by chance", (load[0], luck[0]), figures.GRAY)
+  axes.set_xlabel("load of the expert / mean load")
+  axes.set_ylabel("bits that an expert's word pieces carry")
+  axes.margins(x=0.12)
   axes.set_ylim(bottom=0)
-  axes.legend()
+  return (
+    f"Every expert has its own word pieces: {figures.span(found, '{:.1f}')}"
+    f" bits, by chance {figures.span(luck, '{:.1f}')}"
+  )
 
 
 if __name__ == "__main__":

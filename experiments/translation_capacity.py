@@ -36,7 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.figure
 
-from experiments import harness, training, translating
+from experiments import figures, harness, training, translating
 from moejax import config as config_lib
 from moejax.data.packing import Direction
 
@@ -89,17 +89,38 @@ def config_of(
   return translating.config(*MODELS[name], STEPS, folder, quick, train=train)
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws BLEU and perplexity, a line of models for each pair."""
-  for axes, column in zip(figure.subplots(1, 2), ("bleu", "test"), strict=True):
-    for pair in dict.fromkeys(row["pair"] for row in table):
-      own = [row for row in table if row["pair"] == pair]
-      names = [row["model"] for row in own]
-      axes.plot(names, [row[column] for row in own], "o-", label=pair)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.legend()
-  figure.axes[0].set_ylabel("test BLEU")
-  figure.axes[1].set_ylabel("test perplexity per word piece")
+def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+  """Draws BLEU and perplexity, a group of models for each pair."""
+  figure.set_size_inches(8, 3.6)
+  labels = {
+    "lstm": "nothing",
+    "dense": "dense layer",
+    "moe_32": "32 experts",
+    "moe_512_h": "512 in two levels",
+  }
+  colors = ("#b5b5b5", figures.DENSE, figures.SPARSE, figures.PALE_SPARSE)
+  colors = dict(zip(labels, colors, strict=True))
+  names = [f"{row['pair']}, {labels[row['model']]}" for row in table]
+  panels = {"bleu": "test BLEU", "test": "test perplexity per word piece"}
+  for axes, (column, meaning) in zip(
+    figure.subplots(1, 2, sharey=True), panels.items(), strict=True
+  ):
+    values = {meaning: [row[column] for row in table]}
+    figures.bars(axes, names, values, [colors[row["model"]] for row in table])
+    axes.set_xlabel(meaning)
+  bleu = {(row["pair"], row["model"]): row["bleu"] for row in table}
+  leads = {
+    model: " and ".join(
+      f"{bleu[pair, 'moe_32'] - score:+.1f} BLEU ({pair})"
+      for (pair, other), score in bleu.items()
+      if other == model
+    )
+    for model in ("lstm", "dense")
+  }
+  return (
+    f"32 experts against nothing in their place: {leads['lstm']}; against a"
+    f" dense layer: {leads['dense']}"
+  )
 
 
 if __name__ == "__main__":
