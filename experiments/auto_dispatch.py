@@ -5,12 +5,9 @@ a token, float32: forward, and forward+backward, by `gather` and by `ragged`, in
 turns, medians of the repeats, all cores; T tokens, E experts of a D x F and an
 F x D matrix. `of_gather` is the time of ragged over that of gather.
 
-Result: on two cores of an AMD EPYC slots are as fast or faster up to 512
-tokens: forward, where sorting and the loop over experts show most, ragged takes
-0.95 to 2.1 of gather's time (1.2 to 2.1 at 64 tokens), forward and backward 0.9
-to 1.9. At 4096 tokens it is 0.74 to 1.01 and 0.76 to 1.06. Hence
-`dispatch.fastest` takes slots for few edges, such as those of decoding
-(results/auto_dispatch.csv).
+Result: slots are as fast or faster up to 512 tokens, sorted rows at 4096 (two
+cores of an AMD EPYC, results/auto_dispatch.csv). Hence `dispatch.fastest` takes
+slots for few edges, such as those of decoding.
 """
 
 import itertools
@@ -18,7 +15,6 @@ from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
-import matplotlib.figure
 
 from experiments import figures, harness, layer_speed
 
@@ -28,39 +24,34 @@ EXPERTS = (8, 64)
 WIDTHS = ((128, 128), (256, 128), (256, 512))
 
 
-def rows(quick: bool) -> Iterator[harness.Row]:
+def rows(quick: bool) -> Iterator[figures.Row]:
   """Yields a row per shape."""
-  shapes = itertools.product(TOKENS, EXPERTS, WIDTHS)
-  for tokens, num_experts, (width, hidden) in shapes:
-    yield compare(tokens, num_experts, width, hidden, 2 if quick else 15)
+  for T, E, (D, F) in itertools.product(TOKENS, EXPERTS, WIDTHS):
+    x = jax.random.normal(jax.random.key(SEED), (1, T, D))
+    modules = {
+      name: layer_speed.layer(E, F, **layer_speed.CANDIDATES[name])
+      for name in ("gather", "ragged")
+    }
+    params = jax.jit(modules["gather"].init)(jax.random.key(1), x)["params"]
+    params = nn.unbox(params)
+    row = {"T": T, "E": E, "D": D, "F": F}
+    for part in layer_speed.PARTS:
+      programs = {
+        name: layer_speed.program(module, params, x, part)
+        for name, module in modules.items()
+      }
+      runs = {name: program.run for name, program in programs.items()}
+      times = harness.interleaved(runs, 2 if quick else 15)
+      for name, time in times.items():
+        row[f"{part}_{name}_ms"] = round(time.median, 3)
+      ratio = times["ragged"].median / times["gather"].median
+      row[f"{part}_of_gather"] = round(ratio, 2)
+    yield row
     if quick:
       return
 
 
-def compare(
-  tokens: int, num_experts: int, width: int, hidden: int, repeats: int
-) -> harness.Row:
-  """Times both ways to dispatch."""
-  x = jax.random.normal(jax.random.key(SEED), (1, tokens, width))
-  modules = {
-    name: layer_speed.layer(num_experts, hidden, **layer_speed.CANDIDATES[name])
-    for name in ("gather", "ragged")
-  }
-  params = jax.jit(modules["gather"].init)(jax.random.key(1), x)["params"]
-  row = {"T": tokens, "E": num_experts, "D": width, "F": hidden}
-  makes = {"forward": layer_speed.forward, "both": layer_speed.backward}
-  for part, make in makes.items():
-    times = harness.interleaved(
-      {n: make(m, nn.unbox(params), x).run for n, m in modules.items()}, repeats
-    )
-    for name, time in times.items():
-      row[f"{part}_{name}_ms"] = round(time.median, 3)
-    ratio = times["ragged"].median / times["gather"].median
-    row[f"{part}_of_gather"] = round(ratio, 2)
-  return row
-
-
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   """Draws the ratio over the number of tokens, a panel for each width."""
   figure.set_size_inches(8, 5)
   parts = {"forward": "forward", "both": "forward + backward"}

@@ -13,7 +13,7 @@ import functools
 import importlib
 import pathlib
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -33,7 +33,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 # others in turn, and what is not ours is pale or gray.
 SPARSE, DENSE = "#0072b2", "#d55e00"
 OTHERS = ("#009e73", "#cc79a7", "#b8860b", "#56a4d8", "#5b4a9c")
-PALE_SPARSE, PALE_DENSE, GRAY = "#a3cde6", "#f2bf9d", "#707070"
+PALE_SPARSE, PALE_DENSE = "#a3cde6", "#f2bf9d"
+GRAY, LIGHT = "#707070", "#b5b5b5"
 STYLE = {
   "axes.axisbelow": True,
   "axes.grid": True,
@@ -60,10 +61,11 @@ _AROUND = [
 ]
 
 Row = dict[str, Any]
-Draw = Callable[[matplotlib.figure.Figure, list[Row]], str]
+Figure = matplotlib.figure.Figure
+Draw = Callable[[Figure, list[Row]], str]
 
 
-def picture(draw: Draw, table: list[Row]) -> matplotlib.figure.Figure:
+def picture(draw: Draw, table: list[Row]) -> Figure:
   """Returns the figure of a table."""
   with matplotlib.rc_context(STYLE):
     # Not by pyplot: without its global state a figure is always drawn by Agg.
@@ -71,7 +73,8 @@ def picture(draw: Draw, table: list[Row]) -> matplotlib.figure.Figure:
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     finding = draw(figure, table)
     width = int(figure.get_figwidth() * 10.3)
-    figure.suptitle(textwrap.fill(finding, width), x=0.01, ha="left")
+    title = textwrap.fill(finding, width, break_on_hyphens=False)
+    figure.suptitle(title, x=0.01, ha="left")
     settle(figure)
   return figure
 
@@ -139,6 +142,17 @@ def paper_name(config: str) -> str:
   return name.replace("moe", "MoE").replace("lstm", "LSTM")
 
 
+def panels(
+  figure: Figure, height: float, meanings: Mapping[str, str], **options: Any
+) -> Iterator[tuple[matplotlib.axes.Axes, str]]:
+  """Yields axes side by side, each with its column, titled by what it means."""
+  figure.set_size_inches(8, height)
+  every = np.ravel(figure.subplots(1, len(meanings), **options))
+  for axes, (column, meaning) in zip(every, meanings.items(), strict=True):
+    axes.set_title(meaning)
+    yield axes, column
+
+
 def bars(
   axes: matplotlib.axes.Axes,
   groups: Sequence[str],
@@ -148,13 +162,8 @@ def bars(
 ) -> None:
   """Draws bars from the left with their numbers, from top to bottom.
 
-  Args:
-    axes: to draw on.
-    groups: their names.
-    series: a bar of each in every group. Where there are several, the first
-      group's bars say which is which.
-    colors: of the series; of a single series also one for each group.
-    form: of a number.
+  Every group has a bar of each series; those of the first group say which is
+  which. Colors are those of the series, of a single one also of the groups.
   """
   height = 0.82 / len(series)
   for place, (name, values) in enumerate(series.items()):
@@ -178,11 +187,10 @@ def lines(
   axes: matplotlib.axes.Axes,
   points: Mapping[str, Sequence[tuple[float, float]]],
   colors: Sequence[str],
-  **style: Any,
 ) -> None:
   """Draws a line with markers for each name, which stands at its end."""
   for (name, each), color in zip(points.items(), colors, strict=False):
-    axes.plot(*zip(*each, strict=True), color=color, **{"marker": "o"} | style)
+    axes.plot(*zip(*each, strict=True), color=color, marker="o")
     label(axes, name, each[-1], color, beside=True)
 
 
@@ -201,19 +209,19 @@ def label(
   at: tuple[float, float],
   color: str,
   beside: bool = False,
-  **style: Any,
+  xycoords: Any = "data",
 ) -> None:
   """Names a point: to the right of it, or wherever there is space around it."""
-  style = {"fontsize": 8.5} | style
   note = axes.annotate(
     text,
     at,
     _BESIDE[0],
-    textcoords="offset points",
-    color=color,
+    xycoords,
+    "offset points",
+    {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 3},
     annotation_clip=False,
-    arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkB": 3},
-    **style,
+    color=color,
+    fontsize=8.5,
   )
   note.set_gid("beside" if beside else "around")
 
@@ -226,7 +234,7 @@ def plain(axis: matplotlib.axis.Axis, ticks: Sequence[float] = ()) -> None:
   axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
-def settle(figure: matplotlib.figure.Figure) -> None:
+def settle(figure: Figure) -> None:
   """Moves labels to where they cover no text, marker or line.
 
   One is nearer to its own point than to others, or a line joins them.
@@ -265,13 +273,11 @@ def settle(figure: matplotlib.figure.Figure) -> None:
 
 def _gap(box: matplotlib.transforms.Bbox, point: np.ndarray) -> float:
   """Returns the distance of a point to a box."""
-  return float(
-    np.hypot(*np.maximum(0, [box.p0 - point, point - box.p1]).max(0))
-  )
+  return float(np.hypot(*np.max([box.p0 - point, point - box.p1, [0, 0]], 0)))
 
 
 def texts(
-  figure: matplotlib.figure.Figure,
+  figure: Figure,
 ) -> list[tuple[matplotlib.text.Text, matplotlib.transforms.Bbox]]:
   """Returns every text that a drawn figure shows, with its box in pixels."""
   found = figure.findobj(matplotlib.text.Text)

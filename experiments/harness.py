@@ -9,6 +9,7 @@ returns the figure's title, and
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
@@ -19,7 +20,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,12 +32,7 @@ from moejax import terminal
 
 
 class Milliseconds(NamedTuple):
-  """Times of one candidate.
-
-  Attributes:
-    median: of all repeats.
-    fastest: least disturbed by whatever else the machine does.
-  """
+  """The median of all repeats, and the one that was disturbed least."""
 
   median: float
   fastest: float
@@ -61,6 +57,20 @@ def interleaved(
     name: Milliseconds(statistics.median(each), min(each))
     for name, each in times.items()
   }
+
+
+@contextlib.contextmanager
+def if_installed(what: str) -> Iterator[None]:
+  """Says that there are no rows for `what` where a package of it is missing."""
+  try:
+    yield
+  except ImportError as error:
+    terminal.say(f"{error.name} is not installed: no rows for {what}")
+
+
+def rounded(digits: int = 3, **values: float) -> Row:
+  """Rounds the numbers of a row."""
+  return {name: round(float(x), digits) for name, x in values.items()}
 
 
 def main(
@@ -159,14 +169,11 @@ def columns(table: list[Row]) -> list[str]:
 
 def aligned(table: list[Row]) -> str:
   """Formats rows as text: one line each, columns right-aligned."""
-
-  def cell(value):
-    if value is None:
-      return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
   names = columns(table)
-  lines = [names, *([cell(row.get(name)) for name in names] for row in table)]
+  lines = [names]
+  for row in table:
+    cells = ["-" if row.get(name) is None else row[name] for name in names]
+    lines.append([f"{x:.4g}" if type(x) is float else str(x) for x in cells])
   widths = [max(map(len, each)) for each in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(map(str.rjust, line, widths)).rstrip() for line in lines

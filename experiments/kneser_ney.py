@@ -9,14 +9,10 @@ are all that a model keeps, of every order up to its own; `seconds` what it
 takes to count and discount them.
 
 Result: it does. The 5-gram's test perplexity is 94.29; that of MoE-32 is 79.77,
-15 % lower, that of its dense twin 82.15, 13 % lower. On validation, 94.43, the
-mixture is level with it after half of its 2400 steps (94.58 at 1200), the twin
-by step 1600. Order 4 takes 6 % off order 3, order 5 another 1 %. The paper's
-MoE-32 is 41 % lower than its 5-gram (39.7 against 67.6), eight times as wide
-and on 400 times the words. KenLM, given the same words and one entry more for
-its own <unk>, finds the same test perplexity to six digits (orders 2, 3 and 5).
-Nothing here is random. One core of an Intel Xeon, other work beside
-(results/kneser_ney.csv).
+15 % lower, that of its dense twin 82.15, 13 % lower. The paper's MoE-32 is 41 %
+lower than its 5-gram (39.7 against 67.6), eight times as wide and on 400 times
+the words. KenLM, given the same words and one entry more for its own <unk>,
+finds the same test perplexity to six digits (results/kneser_ney.csv).
 """
 
 import pathlib
@@ -25,7 +21,6 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import matplotlib.figure
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
@@ -41,7 +36,7 @@ FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])
 
 
 class Level(NamedTuple):
-  """The n-grams of one order; the place of an n-gram in the arrays is its id.
+  """The n-grams of one order; the index of an n-gram in the arrays is its id.
 
   Attributes:
     keys: id of the context, among the n-grams of the order below, times the
@@ -56,23 +51,19 @@ class Level(NamedTuple):
 
 
 class Model(NamedTuple):
-  """An interpolated model.
-
-  Attributes:
-    levels: orders 1 to n. That of single words holds the whole vocabulary.
-    vocabulary: of the words.
-  """
+  """Orders 1 to n; that of single words holds the whole vocabulary."""
 
   levels: tuple[Level, ...]
   vocabulary: Vocabulary
 
 
-def rows(quick: bool) -> Iterator[harness.Row]:
+def rows(quick: bool) -> Iterator[figures.Row]:
   """Yields a row per order and split."""
   config = training.load("sotu/moe_32")
-  if quick:
-    config.update_from_flattened_dict(training.QUICK)
-  vocabulary, tokens = read(config)
+  with training.folder("kneser_ney", quick) as scratch:
+    if quick:
+      training.shrink(config, scratch)
+    vocabulary, tokens = read(config)
   for order in ORDERS[:2] if quick else ORDERS:
     begin = time.perf_counter()
     model = train(tokens["train"], vocabulary, order)
@@ -206,7 +197,7 @@ def _stream(
   return words, words != vocabulary.start
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> str:
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   """Draws perplexity over the order, and neural models as dashed lines."""
   axes = figure.subplots()
   points = {

@@ -4,7 +4,6 @@ import importlib
 import itertools
 import shutil
 
-import matplotlib
 import matplotlib.patches
 import pytest
 
