@@ -74,8 +74,8 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         np.add.at(edges, (word, np.minimum(kind, len(ops))), 1)
         gates += [found.gate[kind == i].sum() for i in range(len(ops))]
       edges = edges[:, :-1]
-      ids = data.tokens("train").ids
-      seen = np.bincount(ids, minlength=len(edges))
+      (tokens,) = data.tokens("train")
+      seen = np.bincount(tokens.ids["target"], minlength=len(edges))
       common = np.argsort(-seen, kind="stable")[:100]
       total = edges.sum(axis=1)
       for i, kind in enumerate(ops):

@@ -44,7 +44,7 @@ def rows(quick: bool, pairs: str = "") -> Iterator[figures.Row]:
       config = translating.config(*MODELS[name], STEPS, runs, quick, **splits)
       run = training.train(config, runs / name)
       about = {"model": name} | training.report(config, run)
-      for direction in map(str, pairs_lib.directions(found, True)):
+      for direction in map(str, corpora.directions(found, True)):
         scores = {n: run.result["test"][f"{n}_{direction}"] for n in SCORES}
         yield about | {"direction": direction} | harness.rounded(2, **scores)
 

