@@ -2,30 +2,23 @@
 
 Method: the mixture of 32 experts of translation_capacity, and the same with
 strictly balanced gating: in training each expert takes the same number of
-places of a batch, k = 4 of 32 of them, in inference a place goes to every
-expert above whose learnt threshold it is, at most 8. All else is equal, but
-that load needs no loss, and thresholds learn by one of their own (weight 1e-4,
-small beside the gradients that it is clipped with). No capacity: nothing is
-dropped, `max_over_mean` tells how many slots it would take; `cv_importance` and
-it are means over the last tenth of training, over layers and batches, those of
-`test_` at inference. `words_per_second` is that of a training step of either in
-turn, on one batch, from the best checkpoints, median of nine.
+tokens of a batch, k = 4 of 32 of them, in inference a token goes to every
+expert above whose learned threshold it is, at most 8. Load needs no loss there,
+and thresholds learn by one of their own (weight 1e-4, small beside the
+gradients that it is clipped with). Nothing is dropped. `cv_importance` and
+`max_over_mean` are means over the last tenth of training, those of `test_` at
+inference; `words_per_second` is that of a training step of either in turn.
 
-Rows of a layer are of its test text: experts per place, and the parts of places
-with `none` and with `full` 8; `precision` and `recall` are those of edges by
-threshold where what the batchwise mask chooses from the same gate values is
-right, of which places without experts are `batch_none`. `best` is the precision
-of the thresholds that give every expert its number on just this text: batches
-differ, and no fixed threshold follows. Runs lie under runs/translation_capacity
-and are resumed there.
+Rows of a layer are of its test text: experts per token, and the parts of tokens
+with `none` and with `full` 8; `precision` and `recall` of the edges by
+threshold, where what the batchwise mask chooses from the same gates is right;
+`batch_none` of its tokens have no expert. `best` is the precision of the
+thresholds that give every expert its number on just this text.
 
 Result: as fast (2 to 3 % slower) and a little better: BLEU 27.9 against 27.4 to
-French, 15.9 against 15.8 to German, perplexity 1 to 2 % lower. In training no
-expert takes more than another; at inference the fullest takes 1.66 of the mean,
-one of noisy top-k 1.46 and 1.63. Thresholds choose 3.5 to 3.9 experts a place;
-91 to 95 % of that the batchwise mask chooses too, as good as any fixed
-thresholds are, and they find 82 to 89 % of what it chooses. Documentation, one
-seed (results/balanced_gating_pairs.csv).
+French, 15.9 against 15.8 to German. Thresholds choose 3.5 to 3.9 experts a
+token; 91 to 95 % of that the batchwise mask chooses too, as good as any fixed
+thresholds are. Documentation, one seed (results/balanced_gating_pairs.csv).
 """
 
 import collections
@@ -35,10 +28,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import matplotlib.figure
 import numpy as np
 
-from experiments import harness, training, translating, translation_capacity
+from experiments import (
+  figures,
+  harness,
+  training,
+  translating,
+  translation_capacity,
+)
 from moejax import config as config_lib
 from moejax import gating, losses
 from moejax.data import batches as batches_lib
@@ -51,7 +49,7 @@ QUICK = ("balanced",)
 BALANCE = ("cv_importance", "max_over_mean_count")
 
 
-def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
+def rows(quick: bool, pairs: str = "") -> Iterator[figures.Row]:
   """Yields a row per pair of languages and router, and one per layer."""
   with training.folder("translation_capacity", quick, pairs) as runs:
     files = translating.pair_files(pairs, ["fr"], runs, quick)
@@ -70,10 +68,11 @@ def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
       times = harness.interleaved(steps, 2 if quick else 9)
       for router, (config, run, workdir) in found.items():
         about = {"pair": str(direction), "router": router}
+        test = {f"test_{n}": run.result["test"][n] for n in BALANCE}
         yield about | {
           "layer": "all",
           "words_per_second": round(1e3 * words / times[router].median),
-          **balance(run),
+          **harness.rounded(**{n: run.last(n) for n in BALANCE}, **test),
           **training.report(config, run),
         }
         for row in layers(workdir, router, config.model.moe.router.k):
@@ -102,15 +101,7 @@ def prepare(
   return run, int(words["mask"].sum())
 
 
-def balance(run: training.Run) -> harness.Row:
-  """Returns the balance of a run in training and in its test."""
-  return {
-    **{name: round(run.last(name), 3) for name in BALANCE},
-    **{f"test_{name}": round(run.result["test"][name], 3) for name in BALANCE},
-  }
-
-
-def layers(workdir: pathlib.Path, router: str, k: int) -> Iterator[harness.Row]:
+def layers(workdir: pathlib.Path, router: str, k: int) -> Iterator[figures.Row]:
   """Yields what each mixture of a run does with the test text."""
   batchwise = jax.jit(functools.partial(gating.balanced, k=k))
   tables = collections.defaultdict(list)
@@ -135,32 +126,38 @@ def layers(workdir: pathlib.Path, router: str, k: int) -> Iterator[harness.Row]:
         "recall": (chosen & wanted).sum() / wanted.sum(),
         "best": (fitted & wanted).sum() / fitted.sum(),
       }
-    numbers = {name: round(float(value), 3) for name, value in row.items()}
-    yield {"layer": layer} | numbers
+    yield {"layer": layer} | harness.rounded(**row)
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   """Draws balance in training and at inference, and how masks agree."""
   load, masks = figure.subplots(1, 2)
-  routers = [row for row in table if row["layer"] == "all"]
-  names = ("max_over_mean_count", "test_max_over_mean_count")
-  width = 0.8 / len(routers)
-  for place, row in enumerate(routers):
-    at = np.arange(2) + width * place
-    label = f"{row['pair']} {row['router']}"
-    load.bar(at, [row[name] for name in names], 0.95 * width, label=label)
-  load.set_xticks(np.arange(2) + 0.4 - width / 2, ("training", "inference"))
-  load.set_ylabel("max/mean places of an expert")
-  load.set_ylim(0, 2.4)
-  load.legend(fontsize=8)
-  own = [row for row in table if "precision" in row]
-  labels = [f"{row['pair']} {row['layer']}" for row in own]
-  for name, style in (("precision", "o"), ("recall", "s"), ("best", "_")):
-    masks.plot(labels, [row[name] for row in own], style, label=name)
-  masks.tick_params(axis="x", labelrotation=20, labelsize=7)
-  masks.set_ylim(0, 1)
-  masks.set_ylabel("thresholds against the batchwise mask")
-  masks.legend()
+  whole = [row for row in table if row["layer"] == "all"]
+  columns = {
+    "training": "max_over_mean_count",
+    "inference": "test_max_over_mean_count",
+  }
+  names = [f"{r['pair']}\n{r['router'].replace('_', ' ')}" for r in whole]
+  series = {name: [r[key] for r in whole] for name, key in columns.items()}
+  figures.bars(load, names, series, figures.OTHERS, "{:.2f}".format)
+  load.set_xlabel("busiest expert's tokens / mean")
+  own = [row for row in table if row.get("precision") is not None]
+  names = [f"{r['pair']}\n{r['layer'].replace('_', ', layer ')}" for r in own]
+  series = {
+    "precision": [row["precision"] for row in own],
+    "best possible": [row["best"] for row in own],
+    "recall": [row["recall"] for row in own],
+  }
+  figures.bars(masks, names, series, figures.OTHERS[2:], "{:.2f}".format)
+  masks.set_xlabel("agreement with the batchwise mask")
+  strict = [row for row in whole if row["router"] == "balanced"]
+  return (
+    "With strict balance the busiest expert takes"
+    f" {figures.span([row[columns['training']] for row in strict])} times the"
+    " mean in training, by thresholds"
+    f" {figures.span([row[columns['inference']] for row in strict])} at"
+    " inference"
+  )
 
 
 if __name__ == "__main__":

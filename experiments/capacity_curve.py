@@ -2,47 +2,31 @@
 
 Method: the rows of configs/lm1b of about 8 M ops/timestep (Fig. 2, left) with
 an eighth of every width, which makes that about 0.13 M: the same steps on the
-same batches of 16,384 words (seed 0), optimiser and sampled softmax those of
+same batches of 16,384 words (seed 0), optimizer and sampled softmax those of
 configs/sotu/moe_32.py. Flat mixtures drop nothing; `dropped` is what those of
 two levels did and `cv_load` the balance, means over the last tenth of training.
-Perplexity per word, `</S>` counted, by the full softmax; the test is that of
-the checkpoint of lowest validation perplexity. Beside them the interpolated
-Kneser-Ney 5-gram of the same words. `paper` is Table 7's. Runs lie under
-runs/curves and are resumed there. The text is the presidents' messages, or that
-of --text, of which words seen 20 times are known.
+Perplexity per word, `</S>` counted, by the full softmax. Beside them stands the
+interpolated Kneser-Ney 5-gram of the same words. `paper` is Table 7's. The text
+is the presidents' messages, or that of --text, of which words seen 20 times are
+known.
 
 Result: it does, if batches are large and training is long. On 12 M words of
-technical documentation and 2400 steps (39 M words) the test perplexity is 53.3
-with 4 experts and for the dense twin (52.0 for four LSTMs), 50.3 with 32, 48.9
-with 256 (49.8 in two levels): 8 % from 4 to 256. After 4800 it is 47.0, 44.0
-and 41.8 (results/capacity_curve_text_models_steps.csv): 11 %, where the paper,
-at 100 times the words, has 21 %. The lead still grows: of the training loss of
-MoE-256 over that of MoE-4 there is nothing until step 600, then 0.036 nats at
-1200, 0.067 at 1800, 0.085 at 2400, 0.103 at 3600, 0.124 at 4800; MoE-32 leads
-from step 300, by 0.038 at 1200 and 0.062 at 4800. MoE-1024-h is behind all
-others (62.5): of 0.109 nats behind MoE-4 at step 600 0.082 are its dropout, the
-paper's 0.2 in place of 0.1 (MoE-4 with 0.2 loses as much), which a model an
-eighth as wide cannot spare; the rest, and what comes later (0.147 at 2400), may
-be its 64 words an expert and batch. With batches of 4096 words
-(results/capacity_curve.csv, made when that was the default; --batch_size=64
-now) it was the reverse: 57.0 with 4, 55.3 with 32, 59.2 with 256, 59.1 with 256
-and 67.4 with 1024 in two levels. An expert of MoE-256 then sees 64 words of a
-batch, now 256, the paper's 4700; steps of Adam are as long however noisy the
-gradient, so that noise is what few words make of them: updates of the experts a
-quarter as long took 0.02 nats off MoE-256 at step 800 there, its whole gap to
-the twin, and weaker balance losses (0.01) nothing. On this text, which repeats
-itself, the 5-gram (37.2) is far ahead of all of them, on the presidents'
-messages behind (94.3 against 79.8). Two dense models were not run with the
-larger batches. One seed, one core of an AMD EPYC each
+technical documentation and 2400 steps the test perplexity is 53.3 with 4
+experts, 50.3 with 32, 48.9 with 256: 8 % lower. After 4800 steps it is 11 %
+(results/capacity_curve_text_models_steps.csv), in the paper, at 100 times the
+words, 21 %. MoE-1024-h is behind all others (62.5): three quarters of that is
+its dropout, the paper's 0.2 in place of 0.1, the rest may be its 64 words an
+expert and batch. With batches of 4096 words (--batch_size=64,
+results/capacity_curve.csv) an expert of MoE-256 sees 64 words of a batch, and
+256 experts (59.2) are behind 4 (57.0). On this text, which repeats itself, the
+5-gram (37.2) is far ahead of all. One seed, one core of an AMD EPYC each
 (results/capacity_curve_text_models.csv).
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib.figure
-
-from experiments import harness, kneser_ney, training
+from experiments import figures, harness, kneser_ney, training
 from moejax import config as config_lib
 
 SEED = 0
@@ -61,11 +45,25 @@ PAPER = {
   "moe_256_h": 36.0,
   "moe_1024_h": 34.6,
 }
-QUICK = ("moe_1_wide", "moe_256_h")
+NAMES = {
+  "four_lstm_512": "four LSTMs",
+  "lstm_2048_512": "wide LSTM",
+  "moe_1_wide": "dense, wide",
+  "moe_1_deep": "dense, deep",
+  "moe_4": "4 experts",
+  "moe_32": "32 experts",
+  "moe_256": "256 experts",
+  "moe_256_h": "256 experts, two levels",
+  "moe_1024_h": "1,024 experts, two levels",
+}
+QUICK = ("moe_256_h",)
 TEXT = "comma-separated files (.txt, .gz, .xz) in place of the messages"
-MODELS = f"comma-separated, of {', '.join(PAPER)}, in place of all"
-ROWS = f"of 64 words, of a batch, in place of {BATCH_SIZE}"
-UPDATES = f"of the parameters, in place of {STEPS}"
+OPTIONS = {
+  "text": TEXT,
+  "models": f"comma-separated, of {', '.join(PAPER)}, in place of all",
+  "batch_size": f"of 64 words, of a batch, in place of {BATCH_SIZE}",
+  "steps": f"of the parameters, in place of {STEPS}",
+}
 
 
 def rows(
@@ -74,7 +72,7 @@ def rows(
   models: str = "",
   batch_size: str = "",
   steps: str = "",
-) -> Iterator[harness.Row]:
+) -> Iterator[figures.Row]:
   """Yields a row per model.
 
   Raises:
@@ -82,17 +80,22 @@ def rows(
   """
   length = (int(batch_size or BATCH_SIZE), int(steps or STEPS))
   names = models.split(",") if models else QUICK if quick else tuple(PAPER)
-  for name in names:
-    if name not in PAPER:
-      raise SystemExit(
-        f"there is no model {name!r}; take of {', '.join(PAPER)}"
-      )
+  if unknown := set(names) - set(PAPER):
+    known = ", ".join(PAPER)
+    raise SystemExit(f"there is no model {unknown.pop()!r}; take of {known}")
   for name in names:
     yield row(name, 8, text, quick, *length) | {"paper": PAPER[name]}
-  # Of a config it reads the text alone, and that is the same in all.
-  counted = kneser_ney.perplexities(scaled("moe_32", 8, text))
-  counted = {split: round(value, 2) for split, value in counted.items()}
-  yield {"model": "kneser_ney_5", **counted, "paper": 67.6}
+  with training.folder("curves", quick, text) as runs:
+    # Of a config it reads the text alone, and that is the same in all.
+    config = scaled("moe_32", 8, text)
+    if quick:
+      training.shrink(config, runs)
+    counted = kneser_ney.perplexities(config)
+  yield {
+    "model": "kneser_ney_5",
+    **harness.rounded(2, **counted),
+    "paper": 67.6,
+  }
 
 
 def row(
@@ -102,27 +105,21 @@ def row(
   quick: bool,
   batch_size: int = BATCH_SIZE,
   steps: int = STEPS,
-) -> harness.Row:
+) -> figures.Row:
   """Trains a row of configs/lm1b; returns what it costs and how good it is.
 
-  Args:
-    name: of the file.
-    smaller: what its widths are divided by.
-    text: files to read, comma-separated; "" is the presidents' messages.
-    quick: whether to make it smaller still.
-    batch_size: rows of a batch.
-    steps: that it is trained for.
+  Its widths are divided by `smaller`. `text` are comma-separated files to read;
+  "" is the presidents' messages.
   """
   config = scaled(name, smaller, text, batch_size, steps)
-  if quick:
-    config.update_from_flattened_dict(training.QUICK)
-    # A group on each of eight devices, should there be as many.
-    training.regroup(config, training.tokens_of_batch(config) // 8)
   with training.folder("curves", quick, text) as runs:
-    run = training.train(
-      config, runs / f"{name}_{smaller}_{batch_size}_{steps}"
-    )
-  return {"model": name, **training.report(config, run)}
+    if quick:
+      training.shrink(config, runs)
+    workdir = runs / f"{name}_{smaller}_{batch_size}_{steps}"
+    return {
+      "model": name,
+      **training.report(config, training.train(config, workdir)),
+    }
 
 
 def scaled(
@@ -133,27 +130,21 @@ def scaled(
   steps: int = STEPS,
 ) -> config_lib.Config:
   """Returns a row of configs/lm1b for a laptop; arguments as of `row`."""
-  config = training.load("sotu/moe_32")
+  config = training.load("sotu/moe_32", {"seed": SEED})
 
-  def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: change(key, value) for key, value in fields.items()}
-
-  def change(key: str, value: Any) -> Any:
+  def shrunk(key: str, value: Any) -> Any:
     if isinstance(value, dict):
-      return shrunk(value)
+      return {key: shrunk(key, each) for key, each in value.items()}
     if key == "hidden" and isinstance(value, tuple):
       return tuple(width // smaller for width in value)
     return value // smaller if key in ("width", "hidden") else value
 
-  model = shrunk(training.load(f"lm1b/{name}").model.to_dict())
+  model = shrunk("", training.load(f"lm1b/{name}").model.to_dict())
   model |= {"num_samples": config.model.num_samples, "vocab_multiple": 1}
-  with config.unlocked():
-    del config.model
-    config.model = model
+  training.replace(config, model=model)
   config.data.batch_size = batch_size
-  training.regroup(config, training.tokens_of_batch(config))
+  training.regroup(config, batch_size * config.data.row_length)
   config.train.update({"steps": steps, "eval_every": STEPS // 2})
-  config.seed = SEED
   # 2e-2 is the better of two rates at width 64, 1e-2 at 128.
   config.optimizer.peak *= 64 / config.model.width
   if text:
@@ -161,38 +152,33 @@ def scaled(
   return config
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   """Draws test perplexity over parameters."""
   axes = figure.subplots()
+  flat = {}
   for row in table:
-    if "parameters" not in row:
-      axes.axhline(row["test"], color="grey", ls=":", label=row["model"])
-      axes.legend()
-    else:
-      sparse = row["cv_load"] is not None
-      axes.plot(row["parameters"], row["test"], "C0o" if sparse else "C1s")
-      axes.annotate(
-        row["model"],
-        (row["parameters"], row["test"]),
-        textcoords="offset points",
-        # A dense model's beneath it: it lies where MoE-4 does.
-        xytext=(5, 5 if sparse else -12),
-        fontsize=7,
-      )
+    if row.get("parameters") is None:
+      figures.level(axes, "5-gram,\nKneser-Ney", row["test"])
+      continue
+    sparse = row.get("cv_load") is not None
+    color = figures.SPARSE if sparse else figures.DENSE
+    at = (row["parameters"] / 1e6, row["test"])
+    axes.plot(*at, marker="o" if sparse else "s", color=color)
+    figures.label(axes, NAMES[row["model"]], at, color)
+    if sparse and not row["model"].endswith("_h"):
+      flat[NAMES[row["model"]]] = row["test"]
   axes.set_xscale("log")
-  axes.margins(x=0.15)
-  axes.set_xlabel("parameters outside embedding and softmax")
+  axes.margins(x=0.2, y=0.12)
+  figures.plain(axes.xaxis, (0.1, 0.3, 1, 3, 10))
+  axes.set_xlabel("million parameters outside embedding and softmax")
   axes.set_ylabel("test perplexity per word")
+  falls = list(flat.values()) == sorted(flat.values(), reverse=True)
+  return (
+    "At equal ops/timestep test perplexity"
+    f" {'falls' if falls else 'does not always fall'} as experts are added: "
+    + ", ".join(f"{value:.1f} with {name}" for name, value in flat.items())
+  )
 
 
 if __name__ == "__main__":
-  harness.main(
-    "capacity_curve",
-    rows,
-    draw,
-    SEED,
-    text=TEXT,
-    models=MODELS,
-    batch_size=ROWS,
-    steps=UPDATES,
-  )
+  harness.main("capacity_curve", rows, draw, SEED, **OPTIONS)

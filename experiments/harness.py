@@ -1,13 +1,15 @@
 """What every experiment shares: the command line, the table, the files.
 
 An experiment is one file: a docstring (Question, Method, Result), a generator
-`rows(quick)` of dicts, a function that draws them, and
+`rows(quick)` of dicts, a function `draw(figure, table)` that draws them and
+returns the figure's title, and
 
   if __name__ == "__main__":
     harness.main("its_name", rows, draw)
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
@@ -18,27 +20,19 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib.figure
 from absl import logging
 
+from experiments import figures
+from experiments.figures import RESULTS, Row
 from moejax import terminal
-
-RESULTS = pathlib.Path(__file__).parent / "results"
-
-Row = dict[str, Any]
 
 
 class Milliseconds(NamedTuple):
-  """Times of one candidate.
-
-  Attributes:
-    median: of all repeats.
-    fastest: least disturbed by whatever else the machine does.
-  """
+  """The median of all repeats, and the one that was disturbed least."""
 
   median: float
   fastest: float
@@ -65,10 +59,24 @@ def interleaved(
   }
 
 
+@contextlib.contextmanager
+def if_installed(what: str) -> Iterator[None]:
+  """Says that there are no rows for `what` where a package of it is missing."""
+  try:
+    yield
+  except ImportError as error:
+    terminal.say(f"{error.name} is not installed: no rows for {what}")
+
+
+def rounded(digits: int = 3, **values: float) -> Row:
+  """Rounds the numbers of a row."""
+  return {name: round(float(x), digits) for name, x in values.items()}
+
+
 def main(
   name: str,
   rows: Callable[..., Iterable[Row]],
-  draw: Callable[[matplotlib.figure.Figure, list[Row]], None],
+  draw: figures.Draw,
   seed: int = 0,
   argv: Sequence[str] | None = None,
   **options: str,
@@ -76,20 +84,18 @@ def main(
   """Runs an experiment: prints its table and writes `<name>.csv/.json/.png`.
 
   A quick run writes only where --out says, so that it never replaces the
-  results of a full one.
+  results of a full one. The time and the machine that it notes are those of the
+  last call; where runs were resumed, the rows say how long each took.
 
   Args:
     name: the experiment's module, and the stem of its files.
     rows: given whether to be quick, and the options by name, yields the rows
       of the table.
-    draw: draws the rows on an empty figure.
+    draw: draws the table, see `figures`.
     seed: recorded with the results.
     argv: the arguments; those of the command line by default.
     **options: further ones that take a text, and what they are. One that is
       given becomes part of the files' stem: its results are others.
-
-  The time and the machine that it notes are those of the last call; where runs
-  were resumed, the rows say how long each took.
 
   Returns:
     The rows.
@@ -97,11 +103,8 @@ def main(
   argv = sys.argv[1:] if argv is None else argv
   parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
   parser.add_argument("--quick", action="store_true", help="small and rough")
-  parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    help=f"folder for the files (full runs: {RESULTS.parent.name}/results)",
-  )
+  folder = "folder for the files (full runs: experiments/results)"
+  parser.add_argument("--out", type=pathlib.Path, help=folder)
   for option, meaning in options.items():
     parser.add_argument(f"--{option}", default="", help=meaning)
   args = parser.parse_args(argv)
@@ -129,29 +132,16 @@ def main(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "seconds": round(seconds, 1),
   }
-  stem = "_".join([name, *(option for option in given if given[option])])
-  write(out / stem, table, about, draw)
-  return table
-
-
-def write(
-  stem: pathlib.Path,
-  table: list[Row],
-  about: Row,
-  draw: Callable[[matplotlib.figure.Figure, list[Row]], None],
-) -> None:
-  """Writes the table, what made it, and its figure."""
-  stem.parent.mkdir(parents=True, exist_ok=True)
+  out.mkdir(parents=True, exist_ok=True)
+  stem = out / "_".join([name, *(option for option in given if given[option])])
   with stem.with_suffix(".csv").open("w", newline="") as file:
     writer = csv.DictWriter(file, columns(table), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
   stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
-  # Not by pyplot: without its global state a figure is always drawn by Agg.
-  figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-  draw(figure, table)
-  figure.savefig(stem.with_suffix(".png"), dpi=120)
+  figures.write(stem, draw)
   terminal.say(f"wrote {stem}.csv, .json and .png")
+  return table
 
 
 def machine() -> Row:
@@ -179,14 +169,11 @@ def columns(table: list[Row]) -> list[str]:
 
 def aligned(table: list[Row]) -> str:
   """Formats rows as text: one line each, columns right-aligned."""
-
-  def cell(value):
-    if value is None:
-      return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
   names = columns(table)
-  lines = [names, *([cell(row.get(name)) for name in names] for row in table)]
+  lines = [names]
+  for row in table:
+    cells = ["-" if row.get(name) is None else row[name] for name in names]
+    lines.append([f"{x:.4g}" if type(x) is float else str(x) for x in cells])
   widths = [max(map(len, each)) for each in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(map(str.rjust, line, widths)).rstrip() for line in lines

@@ -15,21 +15,15 @@ block of hidden width 2 * F, left out where it is not installed.
 
 "growth" is the same at D=256, F=128 for E from 4 to 4096. "tpu" rows are
 compiled ahead of time for one v5e chip in bfloat16 (needs libtpu, no TPU):
-compiled over analytic FLOPs and bytes accessed. What a kernel costs is what its
-authors declare; tiles that two experts share are computed twice.
+compiled over analytic FLOPs and bytes accessed.
 
-Result: two cores of an AMD EPYC, jax 0.10.2, forward and backward: the best of
-ours takes 1.11 (E=4), 1.20 (E=32), 1.30 (E=128), 1.49 (E=256) of the dense
-block (a day before 1.13, 1.16, 1.33, 1.49); E=256 costs 1.34 times E=4. The
-products run at the dense block's rate (86 GFLOP/s a core at 128 rows in a loop,
-77 in one of 16,384); what grows is the traffic of the weights, read twice and
-their gradient zeroed and written once: half a gigabyte of each at E=128, one at
-E=256. So it is the machine's memory that decides: on an Intel Xeon which moved
-8 to 10 GB/s it was 1.08, 1.25, 1.66, 2.01, and 1.83 from E=4 to E=256. Expected
-before: the products. Found by timing every move alone: a sum over the K rows of
-a token by one read [K, S, D] took 60 ms, by K reads 1 ms. Compiled for a TPU,
-gather does 1.003 to 1.005 times those of its capacity, ragged 1.004 to 1.008
-times the analytic ones.
+Result: two cores of an AMD EPYC, forward and backward: the best of ours takes
+1.11 (E=4), 1.20 (E=32), 1.30 (E=128), 1.49 (E=256) of the dense block. The
+products run at the dense block's rate; what grows is the traffic of the
+weights, read twice and their gradient zeroed and written once: one gigabyte of
+each at E=256. Compiled for a TPU, gather does 1.003 to 1.005 times the FLOPs of
+its capacity, ragged 1.004 to 1.008 times the analytic ones
+(results/layer_speed.csv).
 """
 
 import functools
@@ -40,15 +34,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
-import numpy as np
 
-from experiments import harness
-from moejax import experts, moe, router, terminal
+from experiments import figures, harness, training
+from moejax import experts, moe, router
 from moejax.training import session as session_lib
 
 SEED = 0
 K = 4
+PARTS = ("forward", "both")
 CANDIDATES = {
   "einsum": {"dispatch": "einsum", "group_size": 512, "capacity_factor": 1.25},
   "gather": {"dispatch": "gather", "capacity_factor": 1.25},
@@ -59,20 +52,20 @@ TPU = "v5e:2x2"
 PEER_GROUP = 512
 
 
-def rows(quick: bool) -> Iterator[harness.Row]:
+def rows(quick: bool) -> Iterator[figures.Row]:
   """Yields the rows of the three tables."""
-  sizes = {"tokens": 16, "width": 8, "hidden": 16} if quick else {}
-  repeats = 2 if quick else 7
-  for num_experts in (8,) if quick else (4, 32, 128, 256):
-    yield from speed("speed", num_experts, repeats, **sizes)
-    yield from peer(num_experts, repeats, **sizes)
-  if not quick:
-    sizes = {"width": 256, "hidden": 128}
-  for num_experts in (4,) if quick else (4, 16, 64, 256, 1024, 4096):
-    names = ("dropless",) if quick else ("gather", "ragged", "dropless")
-    yield from speed("growth", num_experts, repeats, names=names, **sizes)
-  for num_experts in () if quick else (32, 128):
-    yield from tpu(num_experts)
+  T, D, F, repeats = (16, 8, 16, 2) if quick else (4096, 512, 1024, 7)
+  with training.roughly_compiled(quick):
+    for E in (8,) if quick else (4, 32, 128, 256):
+      yield from speed("speed", E, T, D, F, repeats, tuple(CANDIDATES))
+      with harness.if_installed("mixture-of-experts of torch"):
+        yield from peer(E, T, D, F, repeats)
+    for E in (4,) if quick else (4, 16, 64, 256, 1024, 4096):
+      names = ("dropless",) if quick else ("gather", "ragged", "dropless")
+      yield from speed("growth", E, T, D // 2, F // 8, repeats, names)
+  for E in () if quick else (32, 128):
+    with harness.if_installed("a TPU"):
+      yield from tpu(E, T, D, F)
 
 
 def layer(num_experts: int, hidden: int, **options: Any) -> moe.MoE:
@@ -84,60 +77,61 @@ def layer(num_experts: int, hidden: int, **options: Any) -> moe.MoE:
   )
 
 
-def analytic(tokens: int, width: int, hidden: int, num_experts: int) -> int:
+def analytic(E: int, T: int, D: int, F: int) -> int:
   """Returns the FLOPs of router and chosen experts, forward."""
-  return 2 * tokens * (K * 2 * width * hidden + width * num_experts)
+  return 2 * T * (K * 2 * D * F + D * E)
 
 
 def speed(
   table: str,
-  num_experts: int,
+  E: int,
+  T: int,
+  D: int,
+  F: int,
   repeats: int,
-  tokens: int = 4096,
-  width: int = 512,
-  hidden: int = 1024,
-  names: tuple[str, ...] = tuple(CANDIDATES),
-) -> Iterator[harness.Row]:
+  names: tuple[str, ...],
+) -> Iterator[figures.Row]:
   """Yields a row for the dense block and for each way to dispatch."""
-  x = jax.random.normal(jax.random.key(SEED), (1, tokens, width))
-  modules = {"dense": moe.OneExpert(experts.FeedForward(1, K * hidden))}
+  x = jax.random.normal(jax.random.key(SEED), (1, T, D))
+  modules = {"dense": moe.OneExpert(experts.FeedForward(1, K * F))}
   for name in names:
     options = dict(CANDIDATES[name])
-    if options.get("group_size", 0) > tokens:
-      options["group_size"] = tokens
-    modules[name] = layer(num_experts, hidden, **options)
-  shared = {}
-  programs, backs = {}, {}
+    if "group_size" in options:
+      options["group_size"] = min(T, options["group_size"])
+    modules[name] = layer(E, F, **options)
+  programs, params = {part: {} for part in PARTS}, {}
   for name, module in modules.items():
     # Weights of one shape are the same for all, and in memory once.
     kind = type(module)
-    if kind not in shared:
+    if kind not in params:
       init = jax.jit(module.init)
-      shared[kind] = nn.unbox(init(jax.random.key(1), x)["params"])
-    programs[name] = forward(module, shared[kind], x)
-    backs[name] = backward(module, shared[kind], x)
-  times = harness.interleaved({n: p.run for n, p in programs.items()}, repeats)
-  both = harness.interleaved({n: p.run for n, p in backs.items()}, repeats)
-  flops = analytic(tokens, width, hidden, num_experts)
-  for name, program in backs.items():
-    yield {
-      "table": table,
-      "E": num_experts,
-      "D": width,
-      "F": hidden,
-      "k": K,
-      "dispatch": name,
-      "forward_ms": round(times[name].median, 1),
-      "forward_of_dense": ratio(times, name),
-      "both_ms": round(both[name].median, 1),
-      "both_of_dense": ratio(both, name),
-      "GB": round(program.peak_bytes / 1e9, 2),
-      "flops": round(program.flops / (3 * flops), 3),
-    }
+      params[kind] = nn.unbox(init(jax.random.key(1), x)["params"])
+    for part in PARTS:
+      programs[part][name] = program(module, params[kind], x, part)
+  runs = {
+    part: {name: each.run for name, each in own.items()}
+    for part, own in programs.items()
+  }
+  for name, row in measured(runs, repeats).items():
+    about = {"table": table, "E": E, "D": D, "F": F, "k": K, "dispatch": name}
+    both = programs["both"][name]
+    memory = {"GB": round(both.peak_bytes / 1e9, 2)}
+    flops = {"flops": round(both.flops / (3 * analytic(E, T, D, F)), 3)}
+    yield about | row | memory | flops
 
 
-def ratio(times: dict[str, harness.Milliseconds], name: str) -> float:
-  return round(times[name].median / times["dense"].median, 2)
+def measured(
+  runs: dict[str, dict[str, Callable[[], Any]]], repeats: int
+) -> dict[str, figures.Row]:
+  """Times what runs the parts, also over the time of "dense"."""
+  rows = {name: {} for name in runs["both"]}
+  for part in PARTS:
+    times = harness.interleaved(runs[part], repeats)
+    for name, row in rows.items():
+      ratio = times[name].median / times["dense"].median
+      row[f"{part}_ms"] = round(times[name].median, 1)
+      row[f"{part}_of_dense"] = round(ratio, 2)
+  return rows
 
 
 class Program:
@@ -157,25 +151,17 @@ class Program:
     return self._donated
 
 
-def forward(module: nn.Module, params: Any, x: jax.Array) -> Program:
-  """Compiles the layer."""
+def program(module: nn.Module, params: Any, x: jax.Array, part: str) -> Program:
+  """Compiles the layer, or "both" it and its gradient by weights and input."""
 
   def run(params, x, before):
     del before
-    return module.apply({"params": params}, x, train=True)
-
-  return Program(run, params, x, donated=jnp.zeros_like(x))
-
-
-def backward(module: nn.Module, params: Any, x: jax.Array) -> Program:
-  """Compiles the gradient by weights and input."""
-
-  def run(params, x, before):
-    del before
+    if part == "forward":
+      return module.apply({"params": params}, x, train=True)
     return jax.grad(functools.partial(loss, module), (0, 1))(params, x)
 
-  zeros = jax.tree.map(jnp.zeros_like, (params, x))
-  return Program(run, params, x, donated=zeros)
+  result = x if part == "forward" else (params, x)
+  return Program(run, params, x, donated=jax.tree.map(jnp.zeros_like, result))
 
 
 def loss(module: nn.Module, params: Any, x: jax.Array) -> jax.Array:
@@ -184,62 +170,32 @@ def loss(module: nn.Module, params: Any, x: jax.Array) -> jax.Array:
   return jnp.square(y.astype(jnp.float32)).mean()
 
 
-def peer(
-  num_experts: int,
-  repeats: int,
-  tokens: int = 4096,
-  width: int = 512,
-  hidden: int = 1024,
-) -> Iterator[harness.Row]:
+def peer(E: int, T: int, D: int, F: int, repeats: int) -> Iterator[figures.Row]:
   """Yields a row for the PyTorch package and one for a dense torch block."""
-  try:
-    import torch
+  import torch
 
-    module = peer_layer(num_experts, width, hidden)
-  except ImportError:
-    terminal.say(
-      "torch or mixture-of-experts is not installed: no rows for the peer"
-    )
-    return
-  dense = peer_dense(width, 2 * hidden)
-  group = min(tokens, PEER_GROUP)
-  x = torch.randn(tokens // group, group, width)
+  mixture = peer_layer(E, D, F)
+  group = min(T, PEER_GROUP)
+  x = torch.randn(T // group, group, D)
 
-  def candidate(run, parameters):
-    def forward_only():
+  dense = peer_dense(D, 2 * F)
+  calls = {"dense": (dense, dense)}
+  calls["mixture-of-experts"] = (mixture, lambda x: mixture(x)[0])
+  runs = {part: {} for part in PARTS}
+  for name, (module, call) in calls.items():
+
+    def forward(call=call):
       with torch.no_grad():
-        run(x)
+        call(x)
 
-    def both():
-      for parameter in parameters:
-        parameter.grad = None
-      run(x.requires_grad_()).square().mean().backward()
+    def both(module=module, call=call):
+      module.zero_grad()
+      call(x.requires_grad_()).square().mean().backward()
 
-    return forward_only, both
-
-  runs = {
-    "dense": candidate(dense, list(dense.parameters())),
-    "mixture-of-experts": candidate(
-      lambda x: module(x)[0], list(module.parameters())
-    ),
-  }
-  times, both = (
-    harness.interleaved({n: run[i] for n, run in runs.items()}, repeats)
-    for i in range(2)
-  )
-  for name in runs:
-    yield {
-      "table": "torch",
-      "E": num_experts,
-      "D": width,
-      "F": hidden,
-      "k": 2,
-      "dispatch": name,
-      "forward_ms": round(times[name].median, 1),
-      "forward_of_dense": ratio(times, name),
-      "both_ms": round(both[name].median, 1),
-      "both_of_dense": ratio(both, name),
-    }
+    runs["forward"][name], runs["both"][name] = forward, both
+  for name, row in measured(runs, repeats).items():
+    about = {"table": "torch", "E": E, "D": D, "F": F, "k": 2}
+    yield about | {"dispatch": name} | row
 
 
 def peer_layer(num_experts: int, width: int, hidden: int) -> Any:
@@ -276,73 +232,74 @@ def peer_dense(width: int, hidden: int) -> Any:
   )
 
 
-def tpu(
-  num_experts: int, tokens: int = 4096, width: int = 512, hidden: int = 1024
-) -> Iterator[harness.Row]:
+def tpu(E: int, T: int, D: int, F: int) -> Iterator[figures.Row]:
   """Yields what a TPU's compiler makes of each way to dispatch."""
-  try:
-    import libtpu  # noqa: F401
-  except ImportError:
-    terminal.say("libtpu is not installed: no rows compiled for a TPU")
-    return
+  import libtpu  # noqa: F401
+
   # It asks the cloud what machine this is, and waits long for no answer.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   from jax.experimental import topologies
 
   device = topologies.get_topology_desc(TPU, "tpu").devices[0]
-  place = jax.sharding.SingleDeviceSharding(device)
-  flops = analytic(tokens, width, hidden, num_experts)
+  sharding = jax.sharding.SingleDeviceSharding(device)
 
-  def there(a):
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+  def on_device(a):
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
+  x = on_device(jax.ShapeDtypeStruct((1, T, D), jnp.bfloat16))
   for name, options in CANDIDATES.items():
-    module = layer(num_experts, hidden, **options)
-    x = there(jax.ShapeDtypeStruct((1, tokens, width), jnp.bfloat16))
+    module = layer(E, F, **options)
     init = functools.partial(module.init, jax.random.key(1))
     shapes = jax.eval_shape(init, x)["params"]
-    params = jax.tree.map(there, nn.unbox(shapes))
+    params = jax.tree.map(on_device, nn.unbox(shapes))
     run = functools.partial(loss, module)
-    row = {"table": f"tpu {TPU}", "E": num_experts, "D": width, "F": hidden}
-    row |= {"k": K, "dispatch": name}
-    for part, fn, times in (
-      ("forward", run, 1),
-      ("both", jax.grad(run, (0, 1)), 3),
-    ):
+    row = {"table": f"tpu {TPU}", "E": E, "D": D, "F": F, "k": K}
+    row["dispatch"] = name
+    for part, times in zip(PARTS, (1, 3), strict=True):
+      fn = run if part == "forward" else jax.grad(run, (0, 1))
       compiled = jax.jit(fn).lower(params, x).compile()
       cost = compiled.cost_analysis()
-      row[f"{part}_flops"] = round(cost["flops"] / (times * flops), 3)
+      flops = cost["flops"] / (times * analytic(E, T, D, F))
+      row[f"{part}_flops"] = round(flops, 3)
       row[f"{part}_GB_moved"] = round(cost["bytes accessed"] / 1e9, 2)
       row["GB"] = round(session_lib.bytes_needed(compiled) / 1e9, 2)
     yield row
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws the ratios to the dense block, and how cost grows with E."""
-  left, right = figure.subplots(1, 2)
-  speeds = [r for r in table if r["table"] in ("speed", "torch")]
-  sizes = sorted({row["E"] for row in speeds})
-  names = list(dict.fromkeys(row["dispatch"] for row in speeds))
-  names.remove("dense")
-  for place, name in enumerate(names):
-    ratios = {
-      r["E"]: r["both_of_dense"] for r in speeds if r["dispatch"] == name
-    }
-    at = np.arange(len(sizes)) + (place - (len(names) - 1) / 2) / 6
-    left.bar(at, [ratios[size] for size in sizes], 0.15, label=name)
-  left.axhline(1, color="black", linewidth=0.8)
-  left.set_xticks(range(len(sizes)), [f"E={size}" for size in sizes])
-  left.set_ylabel("forward + backward, of a dense block's time")
-  left.legend(fontsize=7)
-  growth = [row for row in table if row["table"] == "growth"]
-  for name in dict.fromkeys(row["dispatch"] for row in growth):
-    line = [(r["E"], r["both_ms"]) for r in growth if r["dispatch"] == name]
-    right.plot(*zip(*line, strict=True), marker="o", label=name)
-  right.set_xscale("log", base=2)
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
+  """Draws the ratios to the dense block, and how time grows with E."""
+  colors = dict(zip(CANDIDATES, figures.OTHERS[1:], strict=False))
+  colors |= {"dropless": figures.SPARSE, "dense": figures.DENSE}
+  colors["mixture-of-experts"] = figures.GRAY
+  meanings = {
+    "both_of_dense": "forward + backward, time / dense block of equal work",
+    "both_ms": "forward + backward, ms, smaller experts",
+  }
+  best = {}
+  for axes, column in figures.panels(figure, 4, meanings):
+    points = {}
+    for row in table:
+      name, ratio = row["dispatch"], row.get("both_of_dense")
+      growth = row["table"] == "growth"
+      if growth == (column == "both_ms") and ratio and (growth or ratio != 1):
+        points.setdefault(name, []).append((row["E"], row[column]))
+      if row["table"] == "speed" and name != "dense":
+        best[row["E"]] = min(ratio, best.get(row["E"], ratio))
+    figures.lines(axes, points, [colors[name] for name in points])
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("experts")
+    ticks = sorted({E for each in points.values() for E, _ in each})
+    figures.plain(axes.xaxis, ticks if len(ticks) < 5 else ticks[::2])
+  left, right = figure.axes
+  figures.level(left, "dense", 1, figures.DENSE)
+  left.set_ylim(bottom=0)
   right.set_yscale("log")
-  right.set_xlabel("experts, at 4 of them a token")
-  right.set_ylabel("forward + backward, ms")
-  right.legend(fontsize=7)
+  figures.plain(right.yaxis, (50, 100, 200, 500, 1000))
+  few, many = min(best), max(best)
+  return (
+    f"The fastest dispatch takes {best[few]:.2f} times the dense block's time"
+    f" with {few} experts, {best[many]:.2f} times with {many}"
+  )
 
 
 if __name__ == "__main__":

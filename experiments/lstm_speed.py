@@ -7,15 +7,10 @@ scan that JAX differentiates; "moejax" is `models.layers.lstm`; "torch" is
 turns in one process; ms is the median of the repeats, fastest_ms the least
 disturbed one, from which the ratios come.
 
-Result: of torch's time, flax took 1.57 and moejax 1.15 at L=32, D=128; 2.04 and
-1.23 at L=64, D=128; 1.43 and 1.02 at L=32, D=512 (two cores of an AMD EPYC,
-results/lstm_speed.csv). Expected was that adding up the weight gradient step by
-step costs most; hoisting it alone brought 5 to 15 %. The rest came from the
-backward loop: local derivatives taken in the forward pass, buffers written in
-place, and its product in the form that XLA copies less for, which counts where
-rows are few for the width (61 against 99 GFLOP/s a core at 32 rows of 512
-units). At D=128 what is left is the product inside the loop, too small to keep
-two cores busy.
+Result: of torch's time, flax takes 1.57 and moejax 1.15 at L=32, D=128; 2.04
+and 1.23 at L=64, D=128; 1.43 and 1.02 at L=32, D=512 (two cores of an AMD EPYC,
+results/lstm_speed.csv). At D=128 what is left is the product inside the loop,
+too small to keep two cores busy.
 """
 
 import os
@@ -24,28 +19,30 @@ from collections.abc import Callable, Iterator
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 
-from experiments import harness
-from moejax import terminal
+from experiments import figures, harness
 from moejax.models import layers
 
 SEED = 0
 
 
-def rows(quick: bool) -> Iterator[harness.Row]:
+def rows(quick: bool) -> Iterator[figures.Row]:
   """Yields one row per implementation and size."""
   batch, repeats = (4, 2) if quick else (64, 20)
   sizes = [(8, 16)] if quick else [(32, 128), (64, 128), (32, 512)]
   for length, width in sizes:
     rng = np.random.default_rng(SEED)
     x = rng.normal(size=(batch, length, width)).astype(np.float32)
-    candidates = {"flax": flax_lstm(x), "moejax": moejax_lstm(x)}
-    try:
+    start = jnp.zeros(x.shape[:2], bool).at[:, 0].set(True)
+    candidates = {}
+    # Flax adds its biases by rank promotion, which our tests forbid.
+    with jax.numpy_rank_promotion("allow"):
+      module = nn.RNN(nn.OptimizedLSTMCell(width, parent=None))
+      candidates["flax"] = compiled(module, x)
+    candidates["moejax"] = compiled(layers.LSTM(width), x, start)
+    with harness.if_installed("torch's LSTM"):
       candidates["torch"] = torch_lstm(x)
-    except ImportError:
-      terminal.say("torch is not installed: no row for it, no ratio to it")
     times = harness.interleaved(candidates, repeats)
     before, theirs = times["flax"], times.get("torch")
     for name, ours in times.items():
@@ -58,20 +55,6 @@ def rows(quick: bool) -> Iterator[harness.Row]:
         "of_torch": theirs and round(ours.fastest / theirs.fastest, 2),
         "speedup": round(before.fastest / ours.fastest, 2),
       }
-
-
-def flax_lstm(x: np.ndarray) -> Callable[[], object]:
-  """Returns the run before: everything in the scan, differentiated by JAX."""
-  module = nn.RNN(nn.OptimizedLSTMCell(x.shape[-1], parent=None))
-  # Flax adds its biases by rank promotion, which our tests forbid.
-  with jax.numpy_rank_promotion("allow"):
-    return compiled(module, x)
-
-
-def moejax_lstm(x: np.ndarray) -> Callable[[], object]:
-  """Returns the run after: `models.layers.lstm`."""
-  start = jnp.zeros(x.shape[:2], bool).at[:, 0].set(True)
-  return compiled(layers.LSTM(x.shape[-1]), x, start)
 
 
 def compiled(
@@ -89,11 +72,7 @@ def compiled(
 
 
 def torch_lstm(x: np.ndarray) -> Callable[[], object]:
-  """Returns the same run by torch.
-
-  Raises:
-    ImportError: torch is not installed.
-  """
+  """Returns the same run by torch; raises ImportError where it is missing."""
   import torch
 
   torch.set_num_threads(os.cpu_count() or 1)
@@ -108,19 +87,29 @@ def torch_lstm(x: np.ndarray) -> Callable[[], object]:
   return run
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws the fastest times as bars, one group per size."""
-  sizes = list(dict.fromkeys((row["length"], row["width"]) for row in table))
-  names = list(dict.fromkeys(row["lstm"] for row in table))
-  axes = figure.subplots()
-  for place, name in enumerate(names):
-    times = [row["fastest_ms"] for row in table if row["lstm"] == name]
-    at = np.arange(len(sizes)) + (place - (len(names) - 1) / 2) / 4
-    axes.bar_label(axes.bar(at, times, 0.24, label=name), fontsize=7)
-  axes.set_xticks(range(len(sizes)), [f"L={n}, D=H={d}" for n, d in sizes])
-  axes.set_yscale("log")
-  axes.set_ylabel("forward + backward, ms")
-  axes.legend()
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
+  """Draws the fastest times, a panel for each size."""
+  colors = {"flax": figures.OTHERS[0], "moejax": figures.SPARSE}
+  sizes = dict.fromkeys((row["length"], row["width"]) for row in table)
+  meanings = {size: "{} steps of {} units".format(*size) for size in sizes}
+  options = {"sharey": True, "squeeze": False}
+  for axes, size in figures.panels(figure, 2.6, meanings, **options):
+    mine = [row for row in table if (row["length"], row["width"]) == size]
+    names = [row["lstm"] for row in mine]
+    times = {"time": [row["fastest_ms"] for row in mine]}
+    own = [colors.get(name, figures.LIGHT) for name in names]
+    figures.bars(axes, names, times, own)
+    axes.set_xlabel("ms, forward + backward")
+  times = {(r["lstm"], r["length"], r["width"]): r["fastest_ms"] for r in table}
+  other = "torch" if "torch" in names else "flax"
+  ratios = [
+    [times[(name, *size)] / times[(other, *size)] for size in sizes]
+    for name in ("moejax", "flax")
+  ]
+  return (
+    f"Our LSTM takes {figures.span(ratios[0])} of {other}'s time, flax's"
+    f" {figures.span(ratios[1])}"
+  )
 
 
 if __name__ == "__main__":

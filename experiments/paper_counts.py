@@ -3,14 +3,11 @@
 Method: `moejax.planning.cost` counts every config of configs/lm1b and
 configs/news that is a row of Table 7 or 8: parameters without embedding and
 softmax, and ops/timestep, in millions to one digit as the tables print them.
-What both tables have is a row of each; what Table 7 has twice (LSTM-2048-512,
-quoted and run again) is one. Table 1 repeats four of the rows with fewer
-digits. The totals, in billions, stand beside: those of Table 8 depend on a
-vocabulary that the paper does not give (100,000 here).
-
-The rows of translation (Tables 2 to 5) give ops/timestep in whole millions and
-only totals. The ops are reached with the softmax counted, and neither gates nor
-attention, of one word of the source and one of the target.
+The totals, in billions, stand beside: those of Table 8 depend on a vocabulary
+that the paper does not give (100,000 here). The rows of translation (Tables 2
+to 5) give ops/timestep in whole millions and only totals. The ops are reached
+with the softmax counted, and neither gates nor attention, of one word of the
+source and one of the target.
 
 Result: 45 of the 46 cells agree. The other is ops/timestep of MoE-256:
 8,650,752, which is 8.7 where the table prints 8.6, as if 8.65 were cut off. The
@@ -20,17 +17,13 @@ the table has 6.0, as it has for MoE-143M with its 57 million more. All 6 cells
 of translation agree, with 32,768 wordpieces.
 """
 
-import pathlib
-import runpy
 from collections.abc import Iterator
 
-import matplotlib.figure
+import numpy as np
 
-from experiments import harness
+from experiments import figures, harness, training
 from moejax import terminal
 from moejax.planning import cost
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 # config -> parameters and ops/timestep in millions, total in billions, as
 # printed in Table 7 (lm1b) and Table 8 (news).
@@ -69,106 +62,80 @@ TRANSLATION = {
 }
 
 
-def rows(quick: bool) -> Iterator[harness.Row]:
+def rows(quick: bool) -> Iterator[figures.Row]:
   """Yields a row per model; it is no work to count them all."""
   del quick
-  yield from _language_models()
-  yield from _translation_models()
+  for table in (PAPER, TRANSLATION):
+    differ, cells = [], 2 * len(table)
+    for name, paper in table.items():
+      config = training.load(name)
+      count = cost.count(config, config.data.vocab_size)
+      ops, digits = count.ops, 1
+      if table is TRANSLATION:
+        ops += count.softmax - count.gates - count.attention
+        digits, paper = 0, ("", *paper)
+      ours = (
+        f"{count.parameters / 1e6:.1f}",
+        f"{ops / 1e6:.{digits}f}",
+        f"{count.total / 1e9:.1f}",
+      )
+      # What a table prints to the last digit: of language models not totals,
+      # which depend on a vocabulary that the paper does not give.
+      compared = {"parameters": 0, "ops": 1}
+      if table is TRANSLATION:
+        compared = {"ops": 1, "total": 2}
+      unlike = [cell for cell, i in compared.items() if ours[i] != paper[i]]
+      for cell in unlike:
+        i = compared[cell]
+        differ.append(f"{name}: {cell} {ours[i]} for {paper[i]}")
+      yield {
+        "config": name,
+        "parameters": count.parameters,
+        "ours_M": ours[0],
+        "paper_M": paper[0],
+        "ops": ops,
+        "ours_ops_M": ours[1],
+        "paper_ops_M": paper[1],
+        "total": count.total,
+        "ours_B": ours[2],
+        "paper_B": paper[2],
+        "unlike": " ".join(unlike),
+      }
+    terminal.say(
+      f"{cells - len(differ)} of {cells} cells are the paper's"
+      + "".join(f"; {each}" for each in differ)
+    )
 
 
-def _count(name: str) -> cost.Count:
-  config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
-  return cost.count(config, config.data.vocab_size)
-
-
-def _language_models() -> Iterator[harness.Row]:
-  differ = []
-  for name, (parameters, ops, total) in PAPER.items():
-    count = _count(name)
-    cells = {
-      "parameters": (f"{count.parameters / 1e6:.1f}", parameters),
-      "ops": (f"{count.ops / 1e6:.1f}", ops),
-    }
-    unlike = [cell for cell, (ours, paper) in cells.items() if ours != paper]
-    differ += [f"{name}: {cell} {' for '.join(cells[cell])}" for cell in unlike]
-    yield {
-      "config": name,
-      "parameters": count.parameters,
-      "ours_M": cells["parameters"][0],
-      "paper_M": parameters,
-      "ops": count.ops,
-      "ours_ops_M": cells["ops"][0],
-      "paper_ops_M": ops,
-      "total": count.total,
-      "ours_B": f"{count.total / 1e9:.1f}",
-      "paper_B": total,
-      "unlike": " ".join(unlike),
-    }
-  cells = 2 * len(PAPER)
-  terminal.say(
-    f"{cells - len(differ)} of {cells} cells of parameters and ops/timestep are"
-    f" the paper's; not {', '.join(differ)}"
-  )
-
-
-def _translation_models() -> Iterator[harness.Row]:
-  differ = []
-  for name, (ops, total) in TRANSLATION.items():
-    count = _count(name)
-    with_softmax = count.ops - count.gates - count.attention + count.softmax
-    cells = {
-      "ops": (f"{with_softmax / 1e6:.0f}", ops),
-      "total": (f"{count.total / 1e9:.1f}", total),
-    }
-    unlike = [cell for cell, (ours, paper) in cells.items() if ours != paper]
-    differ += [f"{name}: {cell} {' for '.join(cells[cell])}" for cell in unlike]
-    yield {
-      "config": name,
-      "parameters": count.parameters,
-      "ours_M": f"{count.parameters / 1e6:.1f}",
-      "paper_M": "",
-      "ops": with_softmax,
-      "ours_ops_M": cells["ops"][0],
-      "paper_ops_M": ops,
-      "total": count.total,
-      "ours_B": cells["total"][0],
-      "paper_B": total,
-      "unlike": " ".join(unlike),
-    }
-  cells = 2 * len(TRANSLATION)
-  terminal.say(
-    f"{cells - len(differ)} of {cells} cells of ops/timestep and totals of"
-    f" translation are the paper's{'; not ' if differ else ''}"
-    f"{', '.join(differ)}"
-  )
-
-
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   """Draws those of language models: rings are ours, crosses the paper's."""
   axes = figure.subplots()
-  for color, folder in enumerate(("lm1b", "news")):
-    mine = [row for row in table if row["config"].startswith(folder)]
-    axes.scatter(
-      [row["parameters"] for row in mine],
-      [row["ops"] for row in mine],
-      s=80,
-      facecolors="none",
-      edgecolors=f"C{color}",
-      label=f"configs/{folder}",
-    )
-    axes.scatter(
-      [1e6 * float(row["paper_M"]) for row in mine],
-      [1e6 * float(row["paper_ops_M"]) for row in mine],
-      s=20,
-      marker="x",
-      color=f"C{color}",
-      label=f"Table {7 + color}",
-    )
+  models = [row for row in table if row["config"] in PAPER]
+  seen = []
+  for row in models:
+    sparse = "moe_1_" not in row["config"] and "lstm" not in row["config"]
+    color = figures.SPARSE if sparse else figures.DENSE
+    at = (row["parameters"] / 1e6, row["ops"] / 1e6)
+    paper = (row["paper_M"], row["paper_ops_M"])
+    axes.plot(*at, "o", mfc="none", color=color, markersize=9)
+    axes.plot(*paper, "x", color=color)
+    # Many lie on each other: the first is named.
+    if not any(abs(np.log(at) - np.log(other)).max() < 0.1 for other in seen):
+      figures.label(axes, figures.paper_name(row["config"]), at, color)
+      seen.append(at)
   axes.set_xscale("log")
   axes.set_yscale("log")
-  axes.set_xlabel("parameters without embedding and softmax")
-  axes.set_ylabel("ops/timestep")
-  axes.legend()
+  axes.margins(x=0.12, y=0.12)
+  figures.plain(axes.xaxis, (1, 10, 100, 1000, 10_000, 100_000))
+  figures.plain(axes.yaxis, (3, 10, 30, 100))
+  axes.set_xlabel("million parameters without embedding and softmax")
+  axes.set_ylabel("million ops/timestep")
+  cells = 2 * len(models)
+  unlike = sum(len((row["unlike"] or "").split()) for row in models)
+  return (
+    f"{cells - unlike} of {cells} counts of parameters and ops/timestep are"
+    " those of the paper: rings are ours, crosses the paper's"
+  )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Question: what do the experts of a translator specialise in (Table 9)?
+"""Question: what do the experts of a translator specialize in (Table 9)?
 
 Method: a finished run, that of translation_capacity with 32 experts or another
 --workdir, of which the encoder's first mixture is looked at, or the first of a
@@ -12,33 +12,31 @@ the mean `load` or more. The row `piece` is the mean over edges: the information
 that the choice of an expert carries about the piece. `previous` is what it
 carries about the piece before, where the piece itself is known; only places of
 the same piece change there. `most` is what could be: the entropy of the choice,
-less that among the experts of one place. Experts do not specialise if bits are
+less that among the experts of one place. Experts do not specialize if bits are
 as many as shuffled.
 
-Result: of translation_capacity's English to French (32 experts, 4 a place) the
+Result: of translation_capacity's English to French (32 experts, 4 a token) the
 choice of an expert carries 2.22 bits about the piece, of 2.99 that it could, by
-luck 0.46; and 0.58 about the piece before, by luck 0.39. No expert is without:
-1.62 to 3.02 bits, at 0.83 to 1.34 of the mean load, fewest where it is highest.
-One reads ends of sentences with a full stop, another those of headings without;
-one plurals (breaks, macros, headers), one what menus are called after "choose"
-(Tools, Edit, LibreOffice), one "range" and "date" (results/specialization.csv).
-
-Of translate_tiny (--workdir=runs/translate, 16 experts, 2 a place) it is 2.33
-bits of 2.99, by luck 0.49; and 0.54 about the piece before, by luck 0.35. 1.88
-to 2.78 bits an expert, at 0.85 to 1.40 of the mean load. One reads what is
-measured (temperature, energy), one files and codes, one "and", one "{1}." that
-ends a sentence, two the ends of labels (results/specialization_workdir.csv).
-One run of each.
+luck 0.46; and 0.58 about the piece before, by luck 0.39. Every expert does, by
+1.62 to 3.02 bits. One reads ends of sentences with a full stop, one plurals
+(breaks, macros, headers), one "range" and "date" (results/specialization.csv).
+Of translate_tiny (--workdir=runs/translate, 16 experts, 2 a token) it is 2.33
+bits of 2.99, by luck 0.49 (results/specialization_workdir.csv).
 """
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import matplotlib.figure
 import numpy as np
 import scipy.special
 
-from experiments import harness, training, translating, translation_capacity
+from experiments import (
+  figures,
+  harness,
+  training,
+  translating,
+  translation_capacity,
+)
 from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import losses, terminal
@@ -52,12 +50,12 @@ WORKDIR = "a finished run in place of translation_capacity's"
 
 
 class Places(NamedTuple):
-  """The places of a text, sentence after sentence.
+  """The word pieces of a text, sentence after sentence.
 
   Attributes:
-    ids: of the piece at each place.
-    begin: the place where its sentence begins.
-    gates: of every expert, 0 where it does not read the place.
+    ids: of each.
+    begin: the number of the piece that its sentence begins with.
+    gates: of every expert, 0 where it does not read the piece.
   """
 
   ids: np.ndarray
@@ -65,7 +63,7 @@ class Places(NamedTuple):
   gates: np.ndarray
 
 
-def rows(quick: bool, workdir: str = "") -> Iterator[harness.Row]:
+def rows(quick: bool, workdir: str = "") -> Iterator[figures.Row]:
   """Yields what the experts know, and contexts of the most special ones."""
   with training.folder("translation_capacity", quick) as runs:
     run = files_lib.path(workdir) if workdir else runs / "en-fr_moe_32"
@@ -113,9 +111,9 @@ def read(workdir: files_lib.Path) -> Places:
   return Places(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def knowledge(places: Places) -> Iterator[harness.Row]:
+def knowledge(places: Places) -> Iterator[figures.Row]:
   """Yields what the choice of an expert tells, and what each expert does."""
-  draw = np.random.default_rng(SEED)
+  rng = np.random.default_rng(SEED)
   ids, gates = places.ids.astype(np.int64), places.gates
   # 0 at the first, where nothing is before.
   first = np.arange(ids.size) == places.begin
@@ -124,29 +122,29 @@ def knowledge(places: Places) -> Iterator[harness.Row]:
 
   def among_same() -> np.ndarray:
     mixed = apart.copy()
-    order = np.lexsort((draw.random(ids.size), ids))
+    order = np.lexsort((rng.random(ids.size), ids))
     mixed[np.argsort(ids, kind="stable")] += before[order]
     return mixed
 
   def by_luck(shuffle: Callable[[], np.ndarray]) -> np.ndarray:
     return np.mean([information(shuffle(), gates)[1] for _ in range(10)], 0)
 
-  def row(about: str, **values: float) -> harness.Row:
-    rounded = {name: round(float(x), 3) for name, x in values.items()}
-    return {"about": about} | rounded
-
   share, bits = information(ids, gates)
-  luck = by_luck(lambda: draw.permutation(ids))
+  luck = by_luck(lambda: rng.permutation(ids))
   choices = np.count_nonzero(gates, axis=1)
   own = scipy.special.xlogy(choices, choices).sum() / choices.sum()
   most = (scipy.special.entr(share).sum() - own) / np.log(2)
-  yield row("piece", bits=share @ bits, shuffled=share @ luck, most=most)
+  yield {"about": "piece"} | harness.rounded(
+    bits=share @ bits, shuffled=share @ luck, most=most
+  )
   _, both = information(apart + before, gates)
-  more, by_chance = share @ (both - bits), share @ (by_luck(among_same) - bits)
-  yield row("previous", bits=more, shuffled=by_chance)
+  by_chance = share @ (by_luck(among_same) - bits)
+  yield {"about": "previous"} | harness.rounded(
+    bits=share @ (both - bits), shuffled=by_chance
+  )
   for expert, load in enumerate(share * share.size):
-    about = row("expert", bits=bits[expert], shuffled=luck[expert], load=load)
-    yield about | {"expert": expert}
+    row = {"bits": bits[expert], "shuffled": luck[expert], "load": load}
+    yield {"about": "expert", **harness.rounded(**row), "expert": expert}
 
 
 def information(
@@ -169,8 +167,8 @@ def contexts(
   """Yields the largest gates of an expert, and where, no context twice."""
 
   def spell(ids: np.ndarray) -> str:
-    spelt = vocabulary.decode(ids.tolist())
-    return spelt if isinstance(spelt, str) else " ".join(spelt)
+    spelled = vocabulary.decode(ids.tolist())
+    return spelled if isinstance(spelled, str) else " ".join(spelled)
 
   seen: set[str] = set()
   gates = places.gates[:, expert]
@@ -192,19 +190,28 @@ def contexts(
       yield float(gates[place]), context
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   """Draws bits and load of every expert, and the numbers of those shown."""
   axes = figure.subplots()
   experts = [row for row in table if row["about"] == "expert"]
   load = [row["load"] for row in experts]
-  for column, style in (("bits", "o"), ("shuffled", "x")):
-    axes.plot(load, [row[column] for row in experts], style, label=column)
+  found, luck = ([r[name] for r in experts] for name in ("bits", "shuffled"))
+  axes.plot(load, found, "o", color=figures.SPARSE)
+  axes.plot(load, luck, "x", color=figures.GRAY)
   for row in table:
     if row.get("rank") == 1:
-      axes.annotate(row["expert"], (row["load"], row["bits"]))
-  axes.set(xlabel="load over its mean", ylabel="bits of an expert's pieces")
+      at = (row["load"], row["bits"])
+      name = f"expert {row['expert']}"
+      figures.label(axes, name, at, figures.SPARSE)
+  figures.label(axes, "by chance", (load[0], luck[0]), figures.GRAY)
+  axes.set_xlabel("load of the expert / mean load")
+  axes.set_ylabel("bits that an expert's word pieces carry")
+  axes.margins(x=0.12)
   axes.set_ylim(bottom=0)
-  axes.legend()
+  return (
+    f"Every expert has its own word pieces: {figures.span(found, '{:.1f}')}"
+    f" bits, by chance {figures.span(luck, '{:.1f}')}"
+  )
 
 
 if __name__ == "__main__":

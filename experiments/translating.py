@@ -12,8 +12,8 @@ from moejax.data.packing import Direction
 
 QUICK = {
   "data.vocab_size": 300,
-  "data.row_length": 16,
-  "data.source_length": 16,
+  "data.row_length": 12,
+  "data.source_length": 12,
   "data.batch_size": 8,
   "model.width": 16,
   "model.attention.width": 8,
@@ -26,27 +26,31 @@ SEED = 0
 # Of an expert of translation.
 HIDDEN = 128
 
+Files = Mapping[Direction, Sequence[str]]
+
 
 def pair_files(
   given: str, languages: Sequence[str], folder: pathlib.Path, quick: bool
-) -> dict[Direction, list[str]]:
-  """Returns the files of each direction.
+) -> Files:
+  """Returns the files of each direction, from English to the languages.
 
-  Args:
-    given: what --pairs is; if "", they are those of package_pairs.
-    languages: to translate into from English.
-    folder: of the runs, where a quick one gets a few invented sentences.
-    quick: whether it is one.
+  They are `given` by --pairs, or else those of package_pairs; a quick run gets
+  sentences in its folder whose translation is spelled backwards.
 
   Raises:
     SystemExit: package_pairs has not written them.
   """
-  if quick:
-    given = ",".join(_invent(folder, name) for name in languages[:2])
-  if given:
+  if given and not quick:
     return corpora.named_files(given)
-  made = training.ROOT / "runs"
-  paths = {name: made / f"en_{name}.tsv" for name in languages}
+  names = languages[:2] if quick else languages
+  parent = folder if quick else training.ROOT / "runs"
+  paths = {name: parent / f"en_{name}.tsv" for name in names}
+  if quick:
+    words = ("red", "blue", "two", "car", "house", "of")
+    lines = [" ".join(each) for each in itertools.product(words, repeat=3)]
+    for name, path in paths.items():
+      text = "".join(f"{line}\t{name} {line[::-1]}\n" for line in lines)
+      path.write_text(text)
   if missing := [str(path) for path in paths.values() if not path.exists()]:
     raise SystemExit(
       f"there is no {', '.join(missing)}; make it by `python -m"
@@ -56,16 +60,7 @@ def pair_files(
   return {Direction("en", name): [str(path)] for name, path in paths.items()}
 
 
-def _invent(folder: pathlib.Path, language: str) -> str:
-  """Writes sentences whose translation is spelt backwards."""
-  words = ("red", "blue", "two", "car", "house", "of")
-  lines = map(" ".join, itertools.product(words, repeat=3))
-  path = folder / f"{language}.tsv"
-  path.write_text("".join(f"{x}\t{language} {x[::-1]}\n" for x in lines))
-  return f"en-{language}={path}"
-
-
-def named(files: Mapping[Direction, Sequence[str]]) -> str:
+def named(files: Files) -> str:
   """Names files as the fields of config.data do."""
   return ",".join(
     f"{direction}={path}" for direction in files for path in files[direction]
@@ -85,10 +80,7 @@ def flat(num_experts: int, k: int) -> dict[str, Any]:
 
 
 def one_expert(k: int) -> dict[str, Any]:
-  """Returns the section of the dense twin of a mixture with k experts a place.
-
-  It takes the same ops/timestep but for the router's.
-  """
+  """Returns the dense twin of a mixture with k experts a token."""
   return {"kind": "feed_forward", "hidden": k * HIDDEN}
 
 
@@ -102,20 +94,19 @@ def config(
 ) -> config_lib.Config:
   """Returns configs/translate_tiny.py with a layer in place of its mixtures.
 
-  Batches are twice as large, and the vocabulary. All tokens of a batch are one
-  group of the mixture.
+  Batches and the vocabulary are twice as large. All tokens of a batch are one
+  group of the mixture. The rate rises in the first eighth of the steps, and
+  falls after half of them. A quick run prepares its corpus in the folder.
 
   Args:
     layer: its name; "" leaves LSTMs alone.
     section: of the layer.
-    steps: of training; the rate rises in the first eighth, and falls after half
-      of them.
-    folder: of the runs, where a quick one prepares its corpus.
+    steps: of training.
+    folder: of the runs.
     quick: whether to make it as small as can be.
     **data: further fields of config.data.
   """
-  config = training.load("translate_tiny")
-  config.seed = SEED
+  config = training.load("translate_tiny", {"seed": SEED})
   config.data.update({"batch_size": 64, "vocab_size": 8000, **data})
   for side in ("encoder", "decoder"):
     names = ("lstm", "moe") if quick else config.model[side]
@@ -123,15 +114,15 @@ def config(
     config.model[side] = tuple(filter(None, layers))
   with config.unlocked():
     del config.model["moe"]
-    if layer:
-      config.model[layer] = dict(section)
-  config.optimizer.warmup_steps = steps // 8
-  config.optimizer.hold_steps = steps * 3 // 8
+  if layer:
+    training.replace(config.model, **{layer: dict(section)})
+  config.optimizer.update({"warmup_steps": steps // 8})
+  config.optimizer.update({"hold_steps": steps * 3 // 8})
   config.train.update({"steps": steps, "eval_every": steps // 4})
   if quick:
     config.update_from_flattened_dict(QUICK)
     config.data.data_dir = str(folder)
-  tokens = training.tokens_of_batch(config)
+  tokens = config.data.batch_size * config.data.row_length
   # A quick run may find eight devices, each of which wants a group.
   training.regroup(config, tokens // 8 if quick else tokens)
   return config

@@ -4,41 +4,29 @@ Method: configs/translate_tiny.py (width 128) with four things where its
 mixtures are: nothing, as in the paper; a dense layer of hidden width 512; 4 of
 32 experts of hidden width 128; 2 of 32 experts of each of 2 of 16 groups, 512
 in all. The last three take the same ops/timestep but for their routers. The
-same steps on the same batches of 4096 places for word pieces (seed 0), gating
-noisy top-k, balance losses 0.01, dropout 0.2. The flat mixture drops nothing;
-`dropped` is what that of two levels did and `cv_load` the balance, means over
-the last tenth of training. Perplexity is that of a word piece, `</s>` counted,
-so only models of one pair of languages compare. BLEU and chrF are sacrebleu's,
-of a beam of 8. Blocks of 100 lines are held out, 1 in 20 for validation and 1
-in 20 for the test, which is that of the checkpoint of lowest validation
-perplexity. The text is what package_pairs makes of packages, or that of
---pairs, one pair of languages after the other. Runs lie under
-runs/translation_capacity and are resumed there.
+same steps on the same batches of 4096 word pieces (seed 0), gating noisy top-k,
+balance losses 0.01, dropout 0.2. The flat mixture drops nothing; `dropped` is
+what that of two levels did and `cv_load` the balance, means over the last tenth
+of training. Perplexity is that of a word piece, `</s>` counted, so only models
+of one pair of languages compare. BLEU and chrF are sacrebleu's, of a beam of 8.
+Blocks of 100 lines are held out, 1 in 20 for validation and 1 in 20 for the
+test. The text is what package_pairs makes of packages, or that of --pairs, one
+pair of languages after the other.
 
 Result: 32 experts lead the model with nothing there by 6.3 BLEU to French and
 4.8 to German, as the paper's lead theirs, which has fewer ops too. Beside the
 dense twin they are 1.7 behind to French and 0.4 ahead to German, and 512
 experts 3.7 and 1.3 behind. Experts learn later, each from a part of the text:
-to French the training loss of 32 is above the twin's until step 1000 and below
-it after, that of 512 0.19 above at step 200 and 0.06 at the end. Trained on to
-step 2400, test perplexity and BLEU were 7.55 and 36.5 (dense), 7.55 and 36.1
-(32), 7.65 and 35.1 (512): the distance goes with steps, a lead was not reached.
-Documentation, one seed (results/translation_capacity_pairs.csv).
-
-A peak rate of 1e-2 looks better for long (after 300 steps of English-French,
-with the dense layer, validation perplexity 24.4 against 45.2) and is not:
-translate_tiny had 23.5 against 35.5 after 400 of its 1600 steps, but 16.4
-against 14.9 after 800 and 12.7 against 8.3 at the end.
+trained on to step 2400, test perplexity and BLEU to French are 7.55 and 36.5
+(dense), 7.55 and 36.1 (32), 7.65 and 35.1 (512). Documentation, one seed
+(results/translation_capacity_pairs.csv).
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
-import matplotlib.figure
-
-from experiments import harness, training, translating
+from experiments import figures, harness, training, translating
 from moejax import config as config_lib
-from moejax.data.packing import Direction
 
 STEPS = 1200
 MOE_512_H = {
@@ -66,40 +54,53 @@ MODELS = {
 QUICK = ("moe_32",)
 
 
-def rows(quick: bool, pairs: str = "") -> Iterator[harness.Row]:
+def rows(quick: bool, pairs: str = "") -> Iterator[figures.Row]:
   """Yields a row per pair of languages and model."""
   with training.folder("translation_capacity", quick, pairs) as runs:
     files = translating.pair_files(pairs, ["fr"], runs, quick)
-    for direction, paths in files.items():
+    for direction in files:
       for name in QUICK if quick else MODELS:
-        config = config_of(name, {direction: paths}, runs, quick)
+        config = config_of(name, {direction: files[direction]}, runs, quick)
         run = training.train(config, runs / f"{direction}_{name}")
         about = {"pair": str(direction), "model": name}
         yield about | training.report(config, run)
 
 
 def config_of(
-  name: str,
-  files: Mapping[Direction, Sequence[str]],
-  folder: pathlib.Path,
-  quick: bool,
+  name: str, files: translating.Files, folder: pathlib.Path, quick: bool
 ) -> config_lib.Config:
   """Returns the config of a model that learns from files."""
   train = translating.named(files)
   return translating.config(*MODELS[name], STEPS, folder, quick, train=train)
 
 
-def draw(figure: matplotlib.figure.Figure, table: list[harness.Row]) -> None:
-  """Draws BLEU and perplexity, a line of models for each pair."""
-  for axes, column in zip(figure.subplots(1, 2), ("bleu", "test"), strict=True):
-    for pair in dict.fromkeys(row["pair"] for row in table):
-      own = [row for row in table if row["pair"] == pair]
-      names = [row["model"] for row in own]
-      axes.plot(names, [row[column] for row in own], "o-", label=pair)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.legend()
-  figure.axes[0].set_ylabel("test BLEU")
-  figure.axes[1].set_ylabel("test perplexity per word piece")
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
+  """Draws BLEU and perplexity, a group of models for each pair."""
+  labels = {
+    "lstm": ("nothing", figures.LIGHT),
+    "dense": ("dense layer", figures.DENSE),
+    "moe_32": ("32 experts", figures.SPARSE),
+    "moe_512_h": ("512 in two levels", figures.PALE_SPARSE),
+  }
+  names = [f"{row['pair']}, {labels[row['model']][0]}" for row in table]
+  colors = [labels[row["model"]][1] for row in table]
+  meanings = {"bleu": "test BLEU", "test": "test perplexity per word piece"}
+  for axes, column in figures.panels(figure, 3.6, meanings, sharey=True):
+    values = {column: [row[column] for row in table]}
+    figures.bars(axes, names, values, colors)
+  bleu = {(row["pair"], row["model"]): row["bleu"] for row in table}
+  leads = {
+    model: " and ".join(
+      f"{bleu[pair, 'moe_32'] - score:+.1f} BLEU ({pair})"
+      for (pair, other), score in bleu.items()
+      if other == model
+    )
+    for model in labels
+  }
+  return (
+    f"32 experts against nothing in their place: {leads['lstm']}; against a"
+    f" dense layer: {leads['dense']}"
+  )
 
 
 if __name__ == "__main__":

@@ -161,13 +161,6 @@ def test_by_hand():
   assert found == pytest.approx(expected ** (-1 / 3))
 
 
-def test_sentences_do_not_reach_into_each_other():
-  some = habits()[:5]
-  apart = [probabilities(4, [sentence])[0] for sentence in some]
-  together = probabilities(4, some)
-  np.testing.assert_array_equal(np.hstack(together), np.hstack(apart))
-
-
 def test_discounts():
   counts = np.repeat([0, 1, 2, 3, 4, 9], [5, 4, 3, 2, 1, 8])
   expected = [0, 0.4, 1.2, 2.2]  # Y = 4 / 10
@@ -196,17 +189,8 @@ def test_refuses_order_0():
 def test_reads_any_config(corpus, tmp_path):
   from ml_collections import ConfigDict
 
-  config = ConfigDict(
-    {
-      "data": {
-        "kind": "text",
-        "train": str(corpus),
-        "data_dir": str(tmp_path),
-        "row_length": 16,
-        "batch_size": 8,
-      }
-    }
-  )
+  data = {"kind": "text", "train": str(corpus), "data_dir": str(tmp_path)}
+  config = ConfigDict({"data": data | {"row_length": 16, "batch_size": 8}})
   found = kneser_ney.perplexities(config, 3)
   assert set(found) == {"validation", "test"}
   assert found != kneser_ney.perplexities(config, 1)
