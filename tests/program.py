@@ -173,7 +173,7 @@ def assert_close(got, want, rtol=2e-4):
         np.testing.assert_allclose(value, other[name], rtol, 1e-5, err_msg=name)
 
 
-def kept(workdir):
+def saved_steps(workdir):
   """The steps of the checkpoints of a run."""
   folder = workdir / run.CHECKPOINTS
   return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())

@@ -3,12 +3,13 @@
 import collections
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -207,30 +208,25 @@ class Checkpoints:
         lightweight_initialize=True,
       ),
     )
-    known, self._damaged, self._perplexity = self._damaged, set(), {}
-    for step in self._manager.all_steps():
-      perplexity, wrong = None, ""
+    steps = {*self._manager.all_steps()}
+    self._damaged &= steps
+    self._perplexity = {}
+    for step in sorted(steps - self._damaged):
       try:
         with _all_or_none():
-          perplexity = self._measured(step)
+          self._perplexity[step] = self._measured(step)
       except FileNotFoundError:
         # Training goes on and deletes it; or the folder is called 09.
-        if self._read_only or not (self._directory / str(step)).is_dir():
-          continue
-        raise
+        if not self._read_only and (self._directory / str(step)).is_dir():
+          raise
       except ValueError as error:
-        wrong = str(error)
-      self._perplexity[step] = perplexity
-      if wrong:
-        self._leave_out(step, "" if step in known else wrong)
+        self._leave_out(step, str(error))
 
   def _measured(self, step: int) -> float | None:
     """Reads the perplexity of a step, where it was measured."""
     folder = self._directory / str(step)
-    sums_file, sums = _read_sums(folder)
-    if _PERPLEXITY not in sums:
+    if not _verify(folder, lambda name: name == _PERPLEXITY):
       return None
-    _verify(folder, [_PERPLEXITY], sums_file, sums)
     metrics = files_lib.read_json(folder / _PERPLEXITY)
     # Older versions wrote no step.
     _check_step(metrics.get("step", step), step)
@@ -266,18 +262,15 @@ class Checkpoints:
     """Looks again, where training goes on and may delete what is being read."""
     if not self._read_only:
       return False
-    before = self._perplexity, self._damaged
+    before = {*self._perplexity, *self._damaged}
     self._manager.close()
     self._open()
-    if {*self._perplexity, *self._damaged} != {*before[0], *before[1]}:
-      return True
-    self._perplexity, self._damaged = before
-    return False
+    return before != {*self._perplexity, *self._damaged}
 
   def _leave_out(self, step: int, why: str) -> None:
-    del self._perplexity[step]
+    self._perplexity.pop(step, None)
     self._damaged.add(step)
-    if why and processes.first():
+    if processes.first():
       terminal.warn(
         f"the checkpoint of step {step} cannot be read ({self._named(why)});"
         " leaving it out."
@@ -286,11 +279,10 @@ class Checkpoints:
   def _restore(self, step: int, target: TrainState) -> Restored:
     # Every process reads a share of the files; all come to the same answer, as
     # a restore that fails on some would keep the others waiting.
+    turn = itertools.cycle(range(jax.process_count()))
     with _all_or_none():
       folder = self._directory / str(step)
-      sums_file, sums = _read_sums(folder)
-      share = sorted(sums)[jax.process_index() :: jax.process_count()]
-      _verify(folder, share, sums_file, sums)
+      _verify(folder, lambda name: next(turn) == jax.process_index())
     try:
       items = self._manager.restore(
         step,
@@ -459,28 +451,6 @@ def _files(folder: files_lib.Path) -> list[str]:
   return found
 
 
-def _read_sums(folder: files_lib.Path) -> tuple[str, dict[str, str]]:
-  """Reads the file of digests, and the digest of every file by its name.
-
-  Raises:
-    ValueError: they are not of the files that lie there, one for each.
-  """
-  files = _files(folder)
-  sums_file = next((name for name in _HASHES if name in files), None)
-  if sums_file is None:
-    raise ValueError(f"it has no {' nor '.join(_HASHES)}")
-  text = files_lib.read(folder / sums_file).decode()
-  lines = [line.partition("  ") for line in text.splitlines()]
-  sums = {name: digest for digest, _, name in lines}
-  odd = {*files}.symmetric_difference(sums) - _UNSIGNED
-  if odd or len(sums) < len(lines):
-    raise ValueError(
-      f"{sums_file} has not one line for each file"
-      + (f", as for {min(odd)}" if odd else "")
-    )
-  return sums_file, sums
-
-
 def _digests(
   folder: files_lib.Path, names: Sequence[str], sums_file: str
 ) -> Iterator[tuple[str, str]]:
@@ -496,12 +466,30 @@ def _digests(
     yield name, digest
 
 
-def _verify(
-  folder: files_lib.Path,
-  names: Sequence[str],
-  sums_file: str,
-  sums: Mapping[str, str],
-) -> None:
+def _verify(folder: files_lib.Path, wanted: Callable[[str], bool]) -> list[str]:
+  """Compares files with their digests, in the order of their names.
+
+  Returns:
+    The names of those that were wanted.
+
+  Raises:
+    ValueError: a file is not what was written, or they are not those that were.
+  """
+  files = _files(folder)
+  sums_file = next((name for name in _HASHES if name in files), None)
+  if sums_file is None:
+    raise ValueError(f"it has no {' nor '.join(_HASHES)}")
+  text = files_lib.read(folder / sums_file).decode()
+  lines = [line.partition("  ") for line in text.splitlines()]
+  sums = {name: digest for digest, _, name in lines}
+  odd = {*files}.symmetric_difference(sums) - _UNSIGNED
+  if odd or len(sums) < len(lines):
+    raise ValueError(
+      f"{sums_file} has not one line for each file"
+      + (f", as for {min(odd)}" if odd else "")
+    )
+  names = [name for name in sorted(sums) if wanted(name)]
   for name, digest in _digests(folder, names, sums_file):
     if digest != sums[name]:
       raise ValueError(f"{name} is not as written, by {sums_file}")
+  return names

@@ -1,4 +1,4 @@
-"""Runs in a bucket: what is held, kept and refused there, and a whole life."""
+"""Runs in a bucket: what it holds and refuses, and a whole life."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from moejax.training import state
 from moejax.training.checkpoint import Checkpoints
 
 # Seconds of a lease: long enough for a busy machine to renew it.
-LEASE = 2.0
+LEASE = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -289,8 +289,8 @@ def test_a_run_killed_while_it_saves_goes_on(
   served.refuses = kill
   process.communicate()
   assert process.returncode == -signal.SIGKILL
-  kept = served.names(f"{folder.name}/checkpoints/")
-  assert "6/MD5SUMS" in kept and "6/commit_success.txt" not in kept
+  names = served.names(f"{folder.name}/checkpoints/")
+  assert "6/MD5SUMS" in names and "6/commit_success.txt" not in names
   assert f"{folder.name}/lock" in served.objects
   served.refuses = lambda method, name: False
 

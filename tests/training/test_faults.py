@@ -47,7 +47,7 @@ def test_fault_killed_in_every_part_of_its_life(start, whole, tmp_path):
     process = start(workdir, fault=program.fault(function, call, until=until))
     (output,) = program.end(process)
     assert process.returncode == -signal.SIGKILL, output
-    saved = program.kept(workdir)
+    saved = program.saved_steps(workdir)
     # A save may end while the kill is on its way.
     assert saved[: len(left)] == left, (function, saved)
   program.damage(program.largest_file(workdir / run.CHECKPOINTS / "12"))
@@ -77,7 +77,7 @@ def test_fault_full_disk(environment, small_flags, whole, tmp_path):
   (message,) = said
   assert "step 12 could not be saved" in message and "Make room" in message
   assert f"the last one in {folder} is of step 9" in message
-  assert program.kept(workdir) == [9]
+  assert program.saved_steps(workdir) == [9]
 
 
 # Not by the data: word ids cannot be NaN.
@@ -107,7 +107,7 @@ def test_fault_not_a_number(environment, small_flags, whole, tmp_path):
   broken = program.run_code(environment, NAN_AT_STEP_11, small_flags, workdir)
   assert broken.returncode == 1, broken.stderr
   assert "loss became nan at step 11; checkpoint 9 was saved" in broken.stderr
-  assert program.kept(workdir) == [9]
+  assert program.saved_steps(workdir) == [9]
 
 
 def test_fault_full_disk_while_preparing(environment, small_flags, tmp_path):

@@ -43,7 +43,7 @@ def test_multiprocess_fault_one_ends_all_and_they_resume(
   assert [process.returncode for process in processes] == [143, 143], outputs
   assert "stopping after this step" in outputs[1]
   step = int(outputs[0].split("stopped at step ")[1].split()[0])
-  assert program.kept(workdir) == [step] and step < 6
+  assert program.saved_steps(workdir) == [step] and step < 6
 
   for victim in (0, 1):
     die = program.fault(VOTE, 3)
@@ -53,7 +53,7 @@ def test_multiprocess_fault_one_ends_all_and_they_resume(
     assert processes[1 - victim].returncode > 0
     assert re.search("moejax: process . of 2 .*start all of them again", output)
 
-  newest = program.kept(workdir)[-1]
+  newest = program.saved_steps(workdir)[-1]
   assert newest < 12
   program.damage(program.largest_file(workdir / run.CHECKPOINTS / str(newest)))
   other = "--config.layout=replicated"
@@ -106,7 +106,7 @@ def test_multiprocess_ends_in_a_sentence_where_one_does_not_come(
 ):
   code = (
     "from moejax import main\nfrom moejax.training import meeting\n"
-    "meeting.PATIENCE, meeting.WORD = 1, 0.1\nmain.console()"
+    "meeting.PATIENCE, meeting.WORD = 3, 0.1\nmain.console()"
   )
   flags = [
     f"--coordinator_address={program.free_address()}",
