@@ -10,15 +10,12 @@ import subprocess
 import sys
 import threading
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import program
 import pytest
 import storage
+from states import assert_is, fill, target
 
 from moejax import bucket, files, main
-from moejax.training import state
 from moejax.training.checkpoint import Checkpoints
 
 # Seconds of a lease: long enough for a busy machine to renew it.
@@ -193,33 +190,10 @@ def test_what_another_has_written_meanwhile_stays(served, folder):
 # -- checkpoints --------------------------------------------------------------
 
 
-def make(step):
-  """A state that is split over the devices."""
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-  w = jax.device_put(jnp.arange(16.0) * step, split)
-  return state.TrainState(jnp.int32(step), {"w": w}, ())
-
-
-def latest(checkpoints):
-  """Restores the newest; returns its step, once all of it is as it was."""
-  target = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
-    make(0),
-  )
-  found = checkpoints.latest(target)
-  step = found.progress["at"]
-  jax.tree.map(np.testing.assert_array_equal, found.state, make(step))
-  return step
-
-
 @pytest.fixture
 def filled(folder):
   """A folder with checkpoints of the steps 1 and 2."""
-  checkpoints = Checkpoints(folder)
-  for step in (1, 2):
-    checkpoints.save(make(step), step, {"at": step}, float(step))
-  checkpoints.close()
+  fill(folder, [(1, 1.0), (2, 2.0)]).close()
   return folder
 
 
@@ -236,7 +210,7 @@ def test_a_damaged_checkpoint_is_set_aside(served, filled, lost, capfd):
     del served.objects[name]
   else:
     served.put(name, served.read(name)[::-1])
-  assert latest(Checkpoints(filled)) == 1
+  assert_is(Checkpoints(filled).latest(target()), 1)
   assert "checkpoint of step 2 cannot be read" in capfd.readouterr().err
   tops = {name.partition("/")[0] for name in served.names(f"{filled.name}/")}
   assert "2" not in tops and any(t.startswith("damaged-2-") for t in tops)
@@ -246,7 +220,7 @@ def test_a_bucket_that_does_not_answer_is_no_damage(served, filled):
   name, before = largest(served, filled, 2), dict(served.objects)
   served.refuses = lambda method, asked: asked == name
   with pytest.raises(OSError, match=f"gs://{storage.NAME}/.*cannot be re"):
-    latest(Checkpoints(filled))
+    Checkpoints(filled).latest(target())
   assert served.objects.keys() == before.keys()
 
 
@@ -266,8 +240,9 @@ def test_a_checkpoint_moves_to_a_disk(served, filled, tmp_path, damaged):
   if damaged:
     name = largest(served, filled, 2).removeprefix(f"{filled.name}/")
     (tmp_path / name).write_bytes(b"")
-  assert latest(Checkpoints(filled)) == 2
-  assert latest(Checkpoints(tmp_path)) == (1 if damaged else 2)
+  assert_is(Checkpoints(filled).latest(target()), 2)
+  found = Checkpoints(tmp_path).latest(target())
+  assert_is(found, 1 if damaged else 2)
 
 
 # -- a whole life -------------------------------------------------------------

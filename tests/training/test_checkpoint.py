@@ -8,51 +8,13 @@ import resource
 import shutil
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import program
 import pytest
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from states import assert_is, fill, make, on, save, target
 
-from moejax.training import checkpoint, state
+from moejax.training import checkpoint
 from moejax.training.checkpoint import Checkpoints
-
-
-def on(devices):
-  mesh = Mesh(np.array(jax.devices()[:devices]), ("x",))
-  return NamedSharding(mesh, PartitionSpec("x"))
-
-
-def make(step, devices=8):
-  def put(array):
-    return jax.device_put(array, on(devices))
-
-  return state.TrainState(
-    jnp.int32(step),
-    {"w": put(jnp.arange(16.0) * step)},
-    ({"m": put(jnp.arange(8.0) - step)},),
-  )
-
-
-def target(devices=8):
-  return jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
-    make(0, devices),
-  )
-
-
-def save(checkpoints, step, perplexity=None):
-  checkpoints.save(make(step), step, {"data": {"at": step}}, perplexity)
-
-
-def fill(directory, steps, keep=2):
-  """Saves steps of (step, perplexity)."""
-  checkpoints = Checkpoints(directory, keep)
-  for step, perplexity in steps:
-    save(checkpoints, step, perplexity)
-  checkpoints.close()
-  return Checkpoints(directory, keep)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +33,6 @@ def three(saved, tmp_path):
 
 def names(folder):
   return sorted(path.name for path in folder.iterdir())
-
-
-def assert_is(restored, step):
-  assert restored.progress == {"data": {"at": step}}
-  jax.tree.map(np.testing.assert_array_equal, restored.state, make(step))
 
 
 def halve(file):
