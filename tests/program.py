@@ -206,5 +206,7 @@ def plain_environment(cache):
     "XLA_FLAGS": "",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    # One process may read what another is just writing; it then compiles.
+    "PYTHONWARNINGS": "ignore:Error reading persistent",
     "PYTHONPATH": str(root),
   }
