@@ -14,6 +14,7 @@ from moejax.training import meeting
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch):
+  monkeypatch.setattr(meeting, "PATIENCE", 60.0)
   monkeypatch.setattr(meeting, "WORD", 0.05)
   monkeypatch.setattr(meeting, "_SIGN", 0.02)
 

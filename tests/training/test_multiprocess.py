@@ -50,7 +50,7 @@ def test_multiprocess_fault_one_ends_all_and_they_resume(
     processes = start_several(workdir, 2, 4, faults={victim: die})
     output = program.end(processes)[1 - victim]
     assert processes[victim].returncode == -signal.SIGKILL
-    assert processes[1 - victim].returncode > 0
+    assert processes[1 - victim].returncode != 0
     assert re.search("moejax: process . of 2 .*start all of them again", output)
 
   newest = program.saved_steps(workdir)[-1]
