@@ -15,15 +15,15 @@ from moejax.training import run
 CHECKPOINTS = "moejax.training.checkpoint:Checkpoints"
 VOTE = "moejax.training.processes vote"
 # One after the other in the life of one run: a function, which of its calls,
-# what must be there then, and the checkpoints that are left.
+# what must be there then, and the newest checkpoint that is left.
 KILLS = [
-  ("moejax.files write_whole", 1, "-", []),  # before there is a run
-  (VOTE, 2, "-", []),  # in the second step
-  (f"{CHECKPOINTS} _sign", 1, "-", []),  # in the midst of the first save
-  (f"{CHECKPOINTS} save", 1, "checkpoints/3", [3]),  # at the end of a save
-  (VOTE, 3, "-", [3]),  # in a step after it resumed
-  (f"{CHECKPOINTS} save", 2, "checkpoints/*tmp*", [3]),
-  (f"{CHECKPOINTS} best", 1, "-", [9, 12]),  # before the test
+  ("moejax.files write_whole", 1, "-", 0),  # before there is a run
+  (VOTE, 2, "-", 0),  # in the second step
+  (f"{CHECKPOINTS} _sign", 1, "-", 0),  # in the midst of the first save
+  (f"{CHECKPOINTS} save", 1, "checkpoints/3", 3),  # at the end of a save
+  (VOTE, 3, "-", 3),  # in a step after it resumed
+  (f"{CHECKPOINTS} save", 2, "checkpoints/*tmp*", 3),
+  (f"{CHECKPOINTS} best", 1, "-", 12),  # before the test
 ]
 
 
@@ -43,13 +43,13 @@ def resumed(whole, tmp_path):
 def test_fault_killed_in_every_part_of_its_life(start, whole, tmp_path):
   """And the last checkpoint is damaged at the end."""
   workdir = tmp_path / "run"
-  for function, call, until, left in KILLS:
+  for function, call, until, newest in KILLS:
     process = start(workdir, fault=program.fault(function, call, until=until))
     (output,) = program.end(process)
     assert process.returncode == -signal.SIGKILL, output
-    saved = program.saved_steps(workdir)
-    # A save may end while the kill is on its way.
-    assert saved[: len(left)] == left, (function, saved)
+    saved = [0, *program.saved_steps(workdir)]
+    # A save may end before the signal comes.
+    assert newest <= saved[-1] <= 4 * newest, (function, saved)
   program.damage(program.largest_file(workdir / run.CHECKPOINTS / "12"))
   (output,) = program.end_well(start(workdir))
   assert "checkpoint of step 12 cannot be read" in output
