@@ -12,8 +12,7 @@ train: .venv/installed
 	  --workdir="$(WORKDIR)"
 
 test: .venv/installed-test
-	$(BIN) -m pytest -n auto --dist=loadfile --no-loadscope-reorder \
-	  --durations=40
+	$(BIN) -m pytest -n auto --dist=worksteal --durations=40
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -35,7 +35,7 @@ _ODD = re.compile(r"[#?*\[\]\x00-\x1f\x7f]|(?:^|/)\.\.(?:/|$)")
 
 
 def path(text: str) -> epath.Path:
-  """Returns the place in a bucket that gs://BUCKET/FOLDER names.
+  """Returns the path that gs://BUCKET/FOLDER names.
 
   Raises:
     ValueError: it cannot be one.
@@ -57,91 +57,81 @@ def path(text: str) -> epath.Path:
       f"{text} is reached by the package gcsfs, which is not installed; pip"
       " install gcsfs."
     )
-  _set_up()
-  return epath.Path(text)
-
-
-def _set_up() -> None:
-  """Makes the libraries that reach buckets do it alike wherever we run."""
   import fsspec
 
-  # epath would go by TensorFlow where that is installed.
+  # Else epath goes by TensorFlow where that is installed.
   os.environ["EPATH_USE_TF"] = "false"
   # Other processes write there too.
   settings = fsspec.config.conf.setdefault("gcs", {})
   settings.setdefault("use_listings_cache", False)
-  for name in ("fsspec", "gcsfs"):  # They log the errors that they raise.
-    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+  for library in ("fsspec", "gcsfs"):  # They log the errors that they raise.
+    logging.getLogger(library).setLevel(logging.CRITICAL + 1)
+  return epath.Path(text)
 
 
-def is_in(place: pathlib.PurePath) -> bool:
+def is_in(path: pathlib.PurePath) -> bool:
   """Whether a path leads into a bucket."""
-  return os.fspath(place).startswith(SCHEME)
+  return os.fspath(path).startswith(SCHEME)
 
 
-def exists(place: epath.Path) -> bool:
-  """Returns whether there is an object, or are some below.
+class Unreachable(OSError):
+  """A bucket does not answer, or not as it is asked."""
 
-  Raises:
-    Unreachable: the bucket is.
+  def __init__(self, path: epath.Path, error: Exception):
+    first_line = (str(error).splitlines() or [""])[0]
+    super().__init__(
+      f"{path} cannot be reached ({type(error).__name__}: {first_line:.300});"
+      " see that the bucket exists, that this machine may use it (`gcloud auth"
+      " application-default login`, or a service account), and the network."
+    )
+
+
+@contextlib.contextmanager
+def reaching(path: pathlib.PurePath) -> Iterator[None]:
+  """Raises FileNotFoundError or Unreachable for what the libraries raise.
+
+  What the system raises of a path on a disk stays as it is.
   """
-  with reaching(place):
-    return place.exists()
-
-
-def read(place: epath.Path) -> bytes:
-  """Reads an object.
-
-  Raises:
-    FileNotFoundError: there is none.
-    Unreachable: the bucket is.
-  """
-  with reaching(place):
-    return place.read_bytes()
-
-
-def write(place: epath.Path, content: bytes) -> None:
-  """Writes an object; what was there before stays until all of it is.
-
-  Raises:
-    OSError: there is no such bucket, or it is unreachable.
-  """
-  with reaching(place):
-    place.write_bytes(content)
+  try:
+    yield
+  except Exception as error:  # Of many libraries and kinds.
+    if not is_in(path):
+      raise
+    if isinstance(error, FileNotFoundError):
+      raise FileNotFoundError(f"{path}: no such object, or bucket") from None
+    raise Unreachable(path, error) from error
 
 
 class _Object:
   """An object that is changed only from what it was, by its generation."""
 
-  def __init__(self, place: epath.Path):
+  def __init__(self, path: epath.Path):
     import tensorstore
 
-    bucket, _, self._name = os.fspath(place).removeprefix(SCHEME).partition("/")
+    bucket, _, self._name = os.fspath(path).removeprefix(SCHEME).partition("/")
     retries = {"max_retries": 4, "initial_delay": "1s", "max_delay": "8s"}
-    self.place = place
+    self.path = path
     self._store = tensorstore.KvStore.open(
       {"driver": "gcs", "bucket": bucket, "gcs_request_retries": retries}
     ).result()
 
   def read(self) -> tuple[bytes | None, bytes]:
     """Returns the content, None where there is none, and the generation."""
-    with reaching(self.place):
+    with reaching(self.path):
       found = self._store.read(self._name).result()
     content = None if found.state == "missing" else found.value
     return content, found.stamp.generation
 
   def write(self, content: bytes | None, generation: bytes) -> bytes:
-    """Writes, or removes; returns the new generation.
+    """Writes, or removes, where the generation is still the given one.
 
-    Where there is another generation than given it does nothing, and returns
-    none.
+    Returns:
+      The new generation; nothing where the object was another one.
     """
-    with reaching(self.place):
-      stamp = self._store.write(
-        self._name, content, if_equal=generation
-      ).result()
-    if stamp.generation:
-      return stamp.generation
+    with reaching(self.path):
+      written = self._store.write(self._name, content, if_equal=generation)
+      if stamp := written.result().generation:
+        return stamp
     # A request that was sent again may have met its own first try.
     found, generation = self.read()
     return generation if found == content else b""
@@ -151,35 +141,24 @@ class Growing(io.BytesIO):
   """Stands for a file that grows: an object, written anew as a whole.
 
   It is written by `sync` and at the end, and only where nobody else has written
-  it since.
-
-  Args:
-    place: of the object.
-    keep: begin with the content that is there.
-
-  Raises:
-    Unreachable: the bucket is.
+  it since. `keep` begins with the content that is there.
   """
 
-  def __init__(self, place: epath.Path, keep: bool):
+  def __init__(self, path: epath.Path, keep: bool):
     super().__init__()
-    self._object = _Object(place)
+    self._object = _Object(path)
     content, self._generation = self._object.read()
     self._written = self.write(content or b"") if keep else 0
 
   def sync(self) -> None:
-    """Writes the object, if anything has been added.
-
-    Raises:
-      OSError: another process has, or the bucket is unreachable.
-    """
+    """Writes the object, if anything has been added."""
     if self._written == self.tell():
       return
     self._written = self.tell()
     generation = self._object.write(self.getvalue(), self._generation)
     if not generation:
       raise OSError(
-        f"{self._object.place} was written by another process; it is left as"
+        f"{self._object.path} was written by another process; it is left as"
         " that wrote it."
       )
     self._generation = generation
@@ -196,11 +175,8 @@ class Growing(io.BytesIO):
 def digests(folder: epath.Path) -> dict[str, str]:
   """Returns the MD5 that the bucket keeps of each object below a folder.
 
-  One request for a thousand objects, whose content is not read. Of one that was
-  put together of others there is none; it is "".
-
-  Raises:
-    Unreachable: the bucket is.
+  One request for a thousand objects, whose content is not read. An object that
+  was composed of others has none; it is "".
   """
   import fsspec
 
@@ -214,29 +190,6 @@ def digests(folder: epath.Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def reaching(place: epath.Path) -> Iterator[None]:
-  """Turns what the libraries raise into one sentence that names the place."""
-  try:
-    yield
-  except FileNotFoundError:
-    raise FileNotFoundError(f"{place}: no such object, or bucket") from None
-  except Exception as error:  # Of many libraries and kinds.
-    raise Unreachable(place, error) from error
-
-
-class Unreachable(OSError):
-  """A bucket does not answer, or not as it is asked."""
-
-  def __init__(self, place: epath.Path, error: Exception):
-    first_line = (str(error).splitlines() or [""])[0]
-    super().__init__(
-      f"{place} cannot be reached ({type(error).__name__}: {first_line:.300});"
-      " see that the bucket exists, that this machine may use it (`gcloud auth"
-      " application-default login`, or a service account), and the network."
-    )
-
-
-@contextlib.contextmanager
 def alone(
   lock: epath.Path, lease: float = _LEASE
 ) -> Iterator[Callable[[], None]]:
@@ -244,7 +197,7 @@ def alone(
 
   A thread renews it. Where it is not renewed for a whole lease, its owner is
   taken for dead, and whoever waited for that makes the object its own; at once
-  where the owner ran on this machine and is gone. Making, renewing and taking
+  where the owner ran on this machine and has ended. Making, renewing and taking
   over depend on the object's generation, so that of several only one succeeds,
   and no clock is compared with that of another machine.
 
@@ -261,96 +214,91 @@ def alone(
 
   Raises:
     BlockingIOError: another process holds it.
-    Unreachable: the bucket is.
   """
-  held = _Held(lock, lease)
-  stop = threading.Event()
+  me = {
+    "host": socket.gethostname(),
+    "pid": os.getpid(),
+    "machine": _machine(),
+    "began": _began(os.getpid()),
+    "token": secrets.token_hex(8),
+  }
+  found = _Object(lock)
+  # When it was last renewed, or that was tried, by a clock that goes on while
+  # the machine sleeps; and the generation, nothing once it is another's.
+  tried, generation = time.time(), b""
+  one_at_a_time, stop = threading.Lock(), threading.Event()
 
-  def renew():
+  def write(before: bytes) -> bytes:
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return found.write(json.dumps(me | {"renewed": now}).encode(), before)
+
+  def renew() -> None:
+    nonlocal tried, generation
+    with one_at_a_time:
+      tried = time.time()
+      # A bucket out of reach is no one else's; to save there fails by itself.
+      with contextlib.suppress(Unreachable):
+        generation = generation and write(generation)
+
+  def keep_renewing() -> None:
     while not stop.wait(lease / _RENEWED):
-      held.renew()
+      renew()
 
-  thread = threading.Thread(target=renew, daemon=True)
+  def check() -> None:
+    # The thread does not run on a machine that sleeps.
+    if abs(time.time() - tried) > lease / 2:
+      renew()
+    if not generation:
+      raise OSError(
+        f"{lock} was removed, or taken over by another process while this one"
+        " gave no sign of life; this one ends here."
+      )
+
+  generation = write(_free(found, lease))
+  if not generation:
+    raise _taken(found)
+  thread = threading.Thread(target=keep_renewing, daemon=True)
   thread.start()
   try:
-    yield held.check
+    yield check
   finally:
     stop.set()
     thread.join()
-    held.release()
+    if generation:
+      with contextlib.suppress(Unreachable):
+        found.write(None, generation)
 
 
-class _Held:
-  """A lock that is this process's own, until it turns out to be another's."""
-
-  def __init__(self, lock: epath.Path, lease: float):
-    self._lock, self._lease = lock, lease
-    self._object = _Object(lock)
-    self._one_at_a_time = threading.Lock()
-    self._lost = False
-    self._me = {
-      "host": socket.gethostname(),
-      "pid": os.getpid(),
-      "machine": _machine(),
-      "began": _began(os.getpid()),
-      "token": secrets.token_hex(8),
-    }
-    self._tried = time.time()
-    self._generation = self._take()
-
-  def _take(self) -> bytes:
-    content, before = self._object.read()
-    if content is not None and not _is_gone(_owner(content)):
-      terminal.warn(
-        f"{self._lock} is held by {_described(content)}; looking for"
-        f" {self._lease:.0f} seconds whether that is alive"
-      )
-      end, generation = time.monotonic() + self._lease, before
-      while time.monotonic() < end and generation == before:
-        time.sleep(self._lease / _ASKED)
-        content, generation = self._object.read()
-      if content is not None and generation != before:
-        raise self._taken(content)
-      before = generation
-    if generation := self._write(before):
+def _free(lock: _Object, lease: float) -> bytes:
+  """Returns the generation of a lock without an owner; waits for a lease."""
+  content, before = lock.read()
+  owner = _owner(content)
+  # A process of this machine that runs no longer, or began at another time.
+  ended = _machine() and owner.get("machine") == _machine()
+  ended = ended and _began(owner.get("pid")) != owner.get("began")
+  if content is None or ended:
+    return before
+  terminal.warn(
+    f"{lock.path} is held by process {owner.get('pid')} on {owner.get('host')};"
+    f" looking for {lease:.0f} seconds whether that is alive"
+  )
+  end = time.monotonic() + lease
+  while time.monotonic() < end:
+    time.sleep(lease / _ASKED)
+    content, generation = lock.read()
+    if content is None:
       return generation
-    raise self._taken(self._object.read()[0])
+    if generation != before:
+      raise _taken(lock)
+  return before
 
-  def _taken(self, content: bytes | None) -> BlockingIOError:
-    return BlockingIOError(
-      f"another process, {_described(content)}, trains in {self._lock.parent};"
-      " wait for it, or give another --workdir."
-    )
 
-  def _write(self, generation: bytes) -> bytes:
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    content = json.dumps(self._me | {"renewed": now}).encode()
-    return self._object.write(content, generation)
-
-  def renew(self) -> None:
-    with self._one_at_a_time:
-      self._tried = time.time()
-      if self._lost:
-        return
-      # A bucket out of reach is no one else's; to save there fails by itself.
-      with contextlib.suppress(Unreachable):
-        self._generation = self._write(self._generation)
-        self._lost = not self._generation
-
-  def check(self) -> None:
-    # The thread does not run on a machine that sleeps.
-    if abs(time.time() - self._tried) > self._lease / 2:
-      self.renew()
-    if self._lost:
-      raise OSError(
-        f"{self._lock} was removed, or taken over by another process while this"
-        " one gave no sign of life; this one ends here."
-      )
-
-  def release(self) -> None:
-    if not self._lost:
-      with contextlib.suppress(Unreachable):
-        self._object.write(None, self._generation)
+def _taken(lock: _Object) -> BlockingIOError:
+  owner = _owner(lock.read()[0])
+  return BlockingIOError(
+    f"another process, process {owner.get('pid')} on {owner.get('host')},"
+    f" trains in {lock.path.parent}; wait for it, or give another --workdir."
+  )
 
 
 def _owner(content: bytes | None) -> dict[str, Any]:
@@ -361,26 +309,8 @@ def _owner(content: bytes | None) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def _described(content: bytes | None) -> str:
-  owner = _owner(content)
-  return f"process {owner.get('pid')} on {owner.get('host')}"
-
-
-def _is_gone(owner: dict[str, Any]) -> bool:
-  """Whether a lock's owner ran on this machine, and does no longer."""
-  here = _machine()
-  return bool(
-    here
-    and owner.get("machine") == here
-    and _began(owner.get("pid")) != owner.get("began")
-  )
-
-
 def _machine() -> str:
-  """Names what numbers processes: a start of a machine, or a container on it.
-
-  Nothing where that cannot be known.
-  """
+  """Names a start of a machine, or a container on it; nothing if unknown."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -390,11 +320,9 @@ def _machine() -> str:
 
 def _began(pid: Any) -> str:
   """Returns when a process began, in ticks; nothing where it does not run."""
-  if not isinstance(pid, int):
-    return ""
   try:
-    about = pathlib.Path(f"/proc/{pid}/stat").read_text()
-  except OSError:
+    about = pathlib.Path(f"/proc/{int(pid)}/stat").read_text()
+  except (OSError, TypeError, ValueError):
     return ""
   state, *fields = about.rpartition(")")[2].split()
   return "" if state in "ZX" else fields[18]

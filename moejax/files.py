@@ -17,7 +17,7 @@ import re
 import secrets
 import stat
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -29,20 +29,14 @@ Path = pathlib.Path | epath.Path
 
 # Ends the name of what is being written; a kill may leave it.
 _DRAFT = ".draft"
-_KINDS: dict[Callable[[int], bool], str] = {
-  stat.S_ISLNK: "a link",
-  stat.S_ISDIR: "a folder",
-  stat.S_ISREG: "a file",
-  stat.S_ISFIFO: "a pipe",
-  stat.S_ISSOCK: "a socket",
-}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/(?!/))", re.IGNORECASE)
 
 
 def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
   """Opens a regular file, or makes it where `mode` does.
 
-  In a bucket it is the content that is opened, and written by `sync` and at the
-  end.
+  An object of a bucket is written by `sync` and at the end.
 
   Args:
     path: of the file.
@@ -50,14 +44,14 @@ def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
       through none; "xb" makes it.
 
   Raises:
-    OSError: names the path, which is none, a link, a folder, a pipe or a
-      device.
+    OSError: names the path, and what it is in place of a file.
   """
   writes = mode != "rb"
   if bucket.is_in(path):
     if writes:
       return bucket.Growing(path, keep=mode != "xb")
-    return io.BytesIO(bucket.read(path))
+    with bucket.reaching(path):
+      return io.BytesIO(path.read_bytes())
 
   def opener(name: str, flags: int) -> int:
     # To open a pipe may wait forever, and to open a device may set it going.
@@ -88,10 +82,9 @@ def path(text: str) -> Path:
 
   Raises:
     ValueError: it means none; says what to write.
-    ImportError: as `bucket.path`.
   """
   scheme = bucket.SCHEME
-  if text[: len(scheme)].lower() == scheme:
+  if text.lower().startswith(scheme):
     return bucket.path(scheme + text[len(scheme) :])
   on_disk = _FILE_URL.match(text)
   plain = urllib.parse.unquote(text[on_disk.end() :]) if on_disk else text
@@ -116,52 +109,30 @@ def path(text: str) -> Path:
 
 
 def local(text: str) -> pathlib.Path:
-  """Returns the path on a disk that a user's text means, of all but a run.
-
-  Raises:
-    ValueError: as `path`, or it leads into a bucket.
-  """
-  if text[: len(bucket.SCHEME)].lower() == bucket.SCHEME:
+  """Returns the path of something other than a run: as `path`, on a disk."""
+  if text.lower().startswith(bucket.SCHEME):
     raise ValueError(
       f"{text} lies in a bucket, where a run can live (--workdir), but text,"
-      " configs, plans and prepared copies cannot; give a place on a disk (to"
+      " configs, plans and prepared copies cannot; give a path on a disk (to"
       f" copy it there: gcloud storage cp -r {text} FOLDER)."
     )
   return path(text)
 
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-_FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/(?!/))", re.IGNORECASE)
-
-
 def exists(path: Path) -> bool:
-  """Returns whether something is there.
-
-  Raises:
-    OSError: that cannot be known.
-  """
-  return bucket.exists(path) if bucket.is_in(path) else path.exists()
+  """Returns whether something is there; raises OSError if it cannot know."""
+  with bucket.reaching(path):
+    return path.exists()
 
 
 def read(path: Path) -> bytes:
-  """Reads a regular file, or an object of a bucket.
-
-  Raises:
-    OSError: as `open_regular`.
-  """
-  if bucket.is_in(path):
-    return bucket.read(path)
+  """Reads a file, as `open_regular`."""
   with open_regular(path) as file:
     return file.read()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """Reads a file of one JSON object.
-
-  Raises:
-    OSError: as `open_regular`.
-    ValueError: it holds none; names the path and says what is wrong.
-  """
+  """Reads a file of one JSON object; raises ValueError if it holds none."""
   content = read(path)
   try:
     found = json.loads(content.decode())
@@ -174,17 +145,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-  """Writes bytes, or text in UTF-8, to a draft, then puts it in its place.
+  """Writes bytes, or text in UTF-8, to a draft, then renames it to the path.
 
-  What was there before, a link too, is gone then. An object of a bucket needs
-  no draft.
-
-  Raises:
-    OSError: names the path.
+  It replaces what was there, a link too. An object of a bucket needs no draft.
   """
   content = content.encode() if isinstance(content, str) else content
   if bucket.is_in(path):
-    bucket.write(path, content)
+    with bucket.reaching(path):
+      path.write_bytes(content)
     return
   # Two that write at once must not share a draft.
   draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_DRAFT}")
@@ -206,16 +174,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def locked(
   path: pathlib.Path, wait: bool = True, shared: bool = False
 ) -> Iterator[None]:
-  """Holds a file's lock; the end of the process lets go of it in any case.
+  """Holds a file's lock; the end of the process releases it in any case.
 
   Args:
     path: of the file, which is made, and its folder; it is never written to.
-    wait: for another process that holds it.
-    shared: with all others who share it, while nobody holds it alone.
+    wait: for another process that holds it, else raise BlockingIOError.
+    shared: with others who share it.
 
   Raises:
-    BlockingIOError: another one holds it.
-    OSError: names the path; as `open_regular`, or the file system has no locks.
+    OSError: as `open_regular`, or the file system has no locks.
   """
   how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
   how |= 0 if wait else fcntl.LOCK_NB
@@ -245,14 +212,13 @@ def locked(
 
 def remove_drafts(folder: Path) -> None:
   """Removes what a kill left, where nobody else writes whole files now."""
-  if bucket.is_in(folder):
-    return
-  for draft in folder.glob(f"*.{'[0-9a-f]' * 8}{_DRAFT}"):
-    draft.unlink()
+  if not bucket.is_in(folder):
+    for draft in folder.glob(f"*.{'[0-9a-f]' * 8}{_DRAFT}"):
+      draft.unlink()
 
 
 def sync(file: BinaryIO | io.BytesIO) -> None:
-  """Puts on the disk what is written: to be called before it gets its name."""
+  """Writes to the disk: to be called before a file is renamed to its path."""
   file.flush()
   if isinstance(file, bucket.Growing):
     file.sync()
@@ -261,7 +227,7 @@ def sync(file: BinaryIO | io.BytesIO) -> None:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-  """Puts the names in a folder on the disk, where the file system can."""
+  """Writes the names in a folder to the disk, where the file system can."""
   number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
   try:
     os.fsync(number)
@@ -273,25 +239,18 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def refuse_odd_in(folder: Path, written: bool) -> None:
-  """Refuses a folder, for libraries that open what they find in it.
+  """Raises OSError where a folder holds a pipe, a device or the like.
 
-  Args:
-    folder: may be missing. Anything in it must be a folder or a regular file;
-      a bucket has nothing else.
-    written: whether it is written to: then it and all in it must be no links.
-
-  Raises:
-    OSError: names what is odd.
+  For libraries that open what they find in it. It may be missing. Where it is
+  written to, links are odd too.
   """
   if bucket.is_in(folder):
     return
   look = os.lstat if written else os.stat
   try:
-    found = look(folder)
+    _refuse_odd(folder, look(folder), "folder")
   except FileNotFoundError:
     return
-  if not stat.S_ISDIR(found.st_mode):
-    raise _odd(folder, found, "folder")
   seen = set()
   for name, folders, others in os.walk(folder, followlinks=not written):
     for entry in (pathlib.Path(name, each) for each in (*folders, *others)):
@@ -301,19 +260,19 @@ def refuse_odd_in(folder: Path, written: bool) -> None:
         if not stat.S_ISDIR(found.st_mode):
           _refuse_odd(entry, found)
         elif (found.st_dev, found.st_ino) in seen:
-          # A link around, which has no end.
+          # A link to a folder above it has no end.
           folders.remove(entry.name)
         seen.add((found.st_dev, found.st_ino))
 
 
-def _refuse_odd(path: pathlib.Path, found: os.stat_result) -> None:
-  if not stat.S_ISREG(found.st_mode):
-    raise _odd(path, found, "regular file")
-
-
-def _odd(path: pathlib.Path, found: os.stat_result, wanted: str) -> OSError:
-  kinds = (what for is_so, what in _KINDS.items() if is_so(found.st_mode))
-  return OSError(
-    f"{path} is {next(kinds, 'a device')} where a {wanted} is wanted; give"
-    " another path, or put one there."
-  )
+def _refuse_odd(
+  path: pathlib.Path, found: os.stat_result, wanted: str = "regular file"
+) -> None:
+  kinds = {stat.S_IFREG: "regular file", stat.S_IFDIR: "folder"}
+  kinds |= {stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+  kind = kinds.get(stat.S_IFMT(found.st_mode), "device")
+  if kind != wanted:
+    raise OSError(
+      f"{path} is a {kind} where a {wanted} is wanted; give another path, or"
+      " put one there."
+    )

@@ -38,24 +38,19 @@ def check() -> None:
         f"only {soft:,} bytes of memory may be reserved, though not all of it"
         f" is used; allow {needed:,} or more, by ulimit -{option} unlimited."
       )
-  _check_threads(4 * cores + 16)
-
-
-def _check_threads(count: int) -> None:
-  """Starts as many at once as XLA may, to see whether that is allowed."""
-  done = threading.Event()
-  threads = [threading.Thread(target=done.wait) for _ in range(count)]
+  # As many at once as XLA may start.
+  count, done, started = 4 * cores + 16, threading.Event(), []
   try:
-    for started, thread in enumerate(threads):
-      try:
-        thread.start()
-      except RuntimeError as error:
-        raise OSError(
-          f"only {started} threads can be started where {count} or more are"
-          " needed; allow more processes, by ulimit -u or in the container."
-        ) from error
+    for _ in range(count):
+      thread = threading.Thread(target=done.wait)
+      thread.start()
+      started.append(thread)
+  except RuntimeError as error:
+    raise OSError(
+      f"only {len(started)} threads can be started where {count} or more are"
+      " needed; allow more processes, by ulimit -u or in the container."
+    ) from error
   finally:
     done.set()
-    for thread in threads:
-      if thread.ident:
-        thread.join()
+    for thread in started:
+      thread.join()

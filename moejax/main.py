@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
       workdir,
     )
   except KeyboardInterrupt:
-    terminal.hurry()
+    terminal.stop_waiting()
     terminal.warn("moejax: interrupted")
     return 128 + signal.SIGINT
 

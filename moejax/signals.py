@@ -40,7 +40,7 @@ class _Request:
     # Of several at once Ctrl-C was the first: make and timeout pass it on.
     if not self.number or number == signal.SIGINT:
       self.number, self._since = int(number), now
-    terminal.hurry()
+    terminal.stop_waiting()
     return False
 
   def announce(self) -> None:
@@ -56,7 +56,7 @@ class _Request:
     return self.number
 
 
-# Of who trains, if anybody does.
+# Of the training that runs, if one does.
 _requests: list[_Request] = []
 _guarded = False
 
@@ -69,22 +69,22 @@ def guard() -> None:
   global _guarded
   _guarded = True
   reader, writer = os.pipe()
+
+  def watch() -> None:
+    while True:
+      for number in os.read(reader, 1):
+        request = _requests[-1] if _requests else None
+        if not request or request.take(number):
+          terminal.stop_waiting()
+          terminal.warn("moejax: interrupted")
+          # Not by an exception: who is called by C++ cannot pass it on.
+          os._exit(128 + number)
+        request.announce()
+
   os.set_blocking(writer, False)
-  threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+  threading.Thread(target=watch, daemon=True).start()
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   signal.signal(signal.SIGINT, _handle)
-
-
-def _watch(reader: int) -> None:
-  while True:
-    for number in os.read(reader, 1):
-      request = _requests[-1] if _requests else None
-      if not request or request.take(number):
-        terminal.hurry()
-        terminal.warn("moejax: interrupted")
-        # Not by an exception: who is called by C++ cannot pass it on.
-        os._exit(128 + number)
-      request.announce()
 
 
 def _handle(number: int, frame: object) -> None:
@@ -97,12 +97,9 @@ def _handle(number: int, frame: object) -> None:
 def asked(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
   """Turns SIGTERM, SIGHUP and Ctrl-C into a question to ask between two steps.
 
-  The question's answer is the number of the signal that came, or 0. What came
-  too late for an answer ends the process afterwards. A second Ctrl-C ends it
-  at once.
-
-  Args:
-    say: prints, in any thread.
+  The answer is the number of the signal that came, or 0. What came too late
+  for an answer ends the process afterwards. A second Ctrl-C ends it at once.
+  `say` prints, in any thread.
   """
   request = _Request(say)
   # Python lets only the main thread set handlers; elsewhere nothing stops it.

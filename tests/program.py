@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -15,15 +16,53 @@ from moejax import workdir as workdir_lib
 from moejax.training import metrics, run
 
 FROM_CLOCK = {"words_per_second"}
-# Longer than any run here takes, on a busy machine.
-PATIENCE = 300
+# Seconds, longer than any run here takes on a busy machine.
+PATIENCE = 900
 
 
-def start(environment, flags, workdir, *more):
+# The program moejax, which sends itself a signal as it calls a function.
+FAULTY = """
+import os, pathlib, pkgutil, sys, threading
+from moejax import __main__
+owner, name, call, number, until = sys.argv.pop(1).split()
+owner, calls = pkgutil.resolve_name(owner), []
+function = getattr(owner, name)
+workdir = pathlib.Path(sys.argv[-1].partition("=")[2])
+
+def strike():
+  while until != "-" and not list(workdir.glob(until)):
+    pass
+  os.kill(os.getpid(), int(number))
+
+def faulty(*args, **options):
+  calls.append(1)
+  if len(calls) == int(call):
+    strike() if until == "-" else threading.Thread(target=strike).start()
+  return function(*args, **options)
+
+setattr(owner, name, faulty)
+__main__.run()
+"""
+
+
+def fault(function, call, number=signal.SIGKILL, until="-"):
+  """For `start`: sends a signal as a function is called.
+
+  Args:
+    function: as "moejax.training.processes vote".
+    call: the first, second, ... one.
+    number: of the signal.
+    until: waits, after the call, until a file of this pattern is in the
+      workdir.
+  """
+  return f"{function} {call} {int(number)} {until}"
+
+
+def start(environment, flags, workdir, *more, fault=None):
   """Starts `moejax train`; its output is to be read by `communicate`."""
-  command = [sys.executable, "-m", "moejax", "train", *flags, *more]
+  program = ["-c", FAULTY, fault] if fault else ["-m", "moejax"]
   return subprocess.Popen(
-    [*command, f"--workdir={workdir}"],
+    [sys.executable, *program, "train", *flags, *more, f"--workdir={workdir}"],
     env=environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -32,7 +71,7 @@ def start(environment, flags, workdir, *more):
 
 
 def start_several(
-  environment, flags, workdir, count, devices, *more, each=None
+  environment, flags, workdir, count, devices, *more, faults=None
 ):
   """Starts a run of `count` processes with `devices` fake devices each.
 
@@ -40,14 +79,22 @@ def start_several(
     environment, flags, workdir, more: as for `start`.
     count: processes.
     devices: of each.
-    each: further flags of each.
+    faults: of some, by their numbers.
   """
   address = free_address()
   many = environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
   several = (f"--coordinator_address={address}", f"--num_processes={count}")
   return [
-    start(many, flags, workdir, *more, *several, *own, f"--process_id={number}")
-    for number, own in enumerate(each or [[]] * count)
+    start(
+      many,
+      flags,
+      workdir,
+      *more,
+      *several,
+      f"--process_id={number}",
+      fault=(faults or {}).get(number),
+    )
+    for number in range(count)
   ]
 
 
@@ -58,15 +105,16 @@ def free_address():
     return f"localhost:{free.getsockname()[1]}"
 
 
-def run_code(environment, code, flags, workdir):
-  """Runs code that calls `moejax train` after changing it; returns the end."""
-  command = [sys.executable, "-c", code, "train", *flags]
+def run_code(environment, code, flags, workdir=None, preexec=None):
+  """Runs code with the flags of `moejax train`; returns how it ended."""
+  flags = [*flags, f"--workdir={workdir}"] if workdir else flags
   return subprocess.run(
-    [*command, f"--workdir={workdir}"],
+    [sys.executable, "-c", code, "train", *flags],
     env=environment,
     capture_output=True,
     text=True,
     timeout=PATIENCE,
+    preexec_fn=preexec,
   )
 
 
@@ -125,10 +173,10 @@ def assert_close(got, want, rtol=2e-4):
         np.testing.assert_allclose(value, other[name], rtol, 1e-5, err_msg=name)
 
 
-def kept(workdir):
+def saved_steps(workdir):
   """The steps of the checkpoints of a run."""
   folder = workdir / run.CHECKPOINTS
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
 
 
 def forget_the_end(workdir):
@@ -145,6 +193,12 @@ def largest_file(folder: pathlib.Path) -> pathlib.Path:
   return max(files, key=lambda file: file.stat().st_size)
 
 
+def damage(path):
+  """Flips a bit of a file."""
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def plain_environment(cache):
   """What a user's shell has, and a compilation cache to save time."""
   root = pathlib.Path(__file__).parents[1]
@@ -152,5 +206,7 @@ def plain_environment(cache):
     "XLA_FLAGS": "",
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    # One process may read what another is just writing; it then compiles.
+    "PYTHONWARNINGS": "ignore:Error reading persistent",
     "PYTHONPATH": str(root),
   }

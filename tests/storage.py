@@ -15,8 +15,6 @@ import threading
 import time
 import urllib.parse
 
-import google_crc32c
-
 NAME = "bucket"
 _PATH = re.compile(
   r"(/download|/upload)?/storage/v1/b/(?P<bucket>[^/]+)(/o(/(?P<name>.+))?)?"
@@ -161,22 +159,15 @@ class Bucket:
 
   def _about(self, name):
     content, generation = self.objects[name]
-    link = f"{self.address}/download/storage/v1/b/{NAME}/o/"
     return {
       "name": name,
       "bucket": NAME,
       "generation": str(generation),
       "size": str(len(content)),
-      "crc32c": _base64(google_crc32c.Checksum(content).digest()),
-      "md5Hash": _base64(hashlib.md5(content).digest()),
+      "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
       "updated": "2026-01-01T00:00:00.000Z",
       "timeCreated": "2026-01-01T00:00:00.000Z",
-      "mediaLink": f"{link}{urllib.parse.quote(name, safe='')}?alt=media",
     }
-
-
-def _base64(code):
-  return base64.b64encode(code).decode()
 
 
 def _error(status, message):

@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import pathlib
+import pwd
 import stat
 import subprocess
 import sys
@@ -17,43 +19,32 @@ def odd(folder, kind):
   """Makes something odd, and the file that a link would lead to."""
   path, target = folder / "odd", folder / "precious"
   target.write_text("precious")
-  if kind == "link":
-    path.symlink_to(target)
-  elif kind == "dangling":
-    path.symlink_to(folder / "nowhere")
-  elif kind == "pipe":
-    os.mkfifo(path)
-  elif kind == "folder":
-    path.mkdir()
-  elif kind == "device":
-    try:
-      os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
-    except PermissionError:
-      pytest.skip("only root makes devices")
+  try:
+    {
+      "link": lambda: path.symlink_to(target),
+      "dangling": lambda: path.symlink_to(folder / "nowhere"),
+      "pipe": lambda: os.mkfifo(path),
+      "folder": path.mkdir,
+      "device": lambda: os.mknod(path, stat.S_IFCHR, os.makedev(1, 5)),
+    }[kind]()
+  except PermissionError:
+    pytest.skip("only root makes devices")
   return path, target
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-@pytest.mark.parametrize("mode", ["rb", "ab", "r+b", "a+b", "xb"])
+MODES = ["rb", "ab", "r+b", "a+b", "xb"]
+ODD = itertools.product(["pipe", "folder", "device"], MODES)
+LINKS = itertools.product(["link", "dangling"], MODES[1:])
+
+
+@pytest.mark.parametrize("kind, mode", [*ODD, *LINKS])
 def test_only_regular_files_are_opened(kind, mode, tmp_path):
-  path, _ = odd(tmp_path, kind)
-  with pytest.raises(OSError, match=f"{path} is a {kind} where a regular"):
-    files.open_regular(path, mode)
-
-
-@pytest.mark.parametrize("kind", ["link", "dangling"])
-@pytest.mark.parametrize("mode", ["ab", "r+b", "a+b", "xb"])
-def test_nothing_is_opened_for_writing_through_a_link(kind, mode, tmp_path):
   path, target = odd(tmp_path, kind)
-  with pytest.raises(OSError, match=f"{path} is a link where a regular"):
+  kind = kind.replace("dangling", "link")
+  with pytest.raises(OSError, match=f"{path} is a {kind} where a regular"):
     files.open_regular(path, mode)
   assert target.read_text() == "precious"
   assert not (tmp_path / "nowhere").exists()
-
-
-def test_a_link_to_a_file_is_read(tmp_path):
-  path, _ = odd(tmp_path, "link")
-  assert files.read(path) == b"precious"
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "device"])
@@ -65,42 +56,30 @@ def test_what_is_written_whole_replaces_what_was_there(kind, tmp_path):
   assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_failed_write_leaves_the_old_content_and_names_the_file(
+def test_a_write_is_on_the_disk_before_its_name_or_leaves_the_old(
   monkeypatch, tmp_path
 ):
-  path = tmp_path / "file"
-  files.write_whole(path, "old")
+  path, done = tmp_path / "file", []
+  path.write_text("old")
+  replace = pathlib.Path.replace
 
-  def full(number):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  def fsync(number):
+    done.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+    if len(done) == 1:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  with monkeypatch.context() as patch:
-    patch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=f"No space left.*{path}'"):
-      files.write_whole(path, "new")
-  assert path.read_text() == "old"
-  assert list(tmp_path.iterdir()) == [path]
-
-
-def test_content_is_on_the_disk_before_its_name_and_the_name_after(
-  monkeypatch, tmp_path
-):
-  done = []
-  fsync, replace = os.fsync, pathlib.Path.replace
-
-  def seen_fsync(number):
-    kind = "folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file"
-    done.append(kind)
-    fsync(number)
-
-  def seen_replace(self, target):
+  def rename(self, target):
     done.append("rename")
     return replace(self, target)
 
-  monkeypatch.setattr(os, "fsync", seen_fsync)
-  monkeypatch.setattr(pathlib.Path, "replace", seen_replace)
-  files.write_whole(tmp_path / "file", "new")
-  assert done == ["file", "rename", "folder"]
+  monkeypatch.setattr(os, "fsync", fsync)
+  monkeypatch.setattr(pathlib.Path, "replace", rename)
+  with pytest.raises(OSError, match=f"No space left.*{path}'"):
+    files.write_whole(path, "new")
+  assert path.read_text() == "old"
+  assert list(tmp_path.iterdir()) == [path]
+  files.write_whole(path, "new")
+  assert done == ["file", "file", "rename", "folder"]
 
 
 def test_drafts_of_a_kill_are_removed_and_nothing_else(tmp_path):
@@ -120,14 +99,11 @@ def test_drafts_of_a_kill_are_removed_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
   "content, message",
   [
-    (b"", "is empty"),
     (b" \n", "is empty"),
     (b'{"a": ', "is no JSON"),
     (b"[1]", "holds list, not an object"),
     (b"NaN", "holds float"),
     (b"\xff", "is no JSON"),
-    (b"\0\0", "is no JSON"),
-    (b"[" * 10**5, "is no JSON"),
     (b'{"a":' * 10**5, "is no JSON"),
     (b'{"a": ' + b"9" * 9999 + b"}", "is no JSON"),
   ],
@@ -141,28 +117,22 @@ def test_odd_json_is_told_with_its_file(content, message, tmp_path):
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "device"])
 def test_odd_things_in_folders(kind, tmp_path):
-  inner = tmp_path / "outer" / "inner"
-  inner.mkdir(parents=True)
-  path, _ = odd(inner, kind)
-  for written in (True, False):
-    if kind == "link" and not written:
-      files.refuse_odd_in(tmp_path / "outer", written)
-      continue
+  outer = tmp_path / "outer"
+  (outer / "inner").mkdir(parents=True)
+  path, _ = odd(outer / "inner", kind)
+  # A link that goes around has an end.
+  (outer / "inner" / "around").symlink_to(outer)
+  with pytest.raises(OSError, match=r"(odd|around) is a .* where a regular"):
+    files.refuse_odd_in(outer, True)
+  if kind == "link":
+    files.refuse_odd_in(outer, False)
+    assert files.read(path) == b"precious"
+  else:
     with pytest.raises(OSError, match=f"{path} is a {kind}"):
-      files.refuse_odd_in(tmp_path / "outer", written)
-  (tmp_path / "link").symlink_to(tmp_path / "outer")
+      files.refuse_odd_in(outer, False)
+  (tmp_path / "link").symlink_to(outer)
   with pytest.raises(OSError, match="link is a link where a folder"):
     files.refuse_odd_in(tmp_path / "link", True)
-
-
-def test_links_that_go_around_have_an_end(tmp_path):
-  (tmp_path / "a" / "b").mkdir(parents=True)
-  (tmp_path / "a" / "b" / "c").symlink_to(tmp_path / "a")
-  files.refuse_odd_in(tmp_path, False)
-  os.mkfifo(tmp_path / "pipe")
-  (tmp_path / "a" / "b" / "d").symlink_to(tmp_path / "pipe")
-  with pytest.raises(OSError, match="d is a pipe where a regular file"):
-    files.refuse_odd_in(tmp_path / "a", False)
 
 
 ENTERS = """
@@ -184,22 +154,86 @@ def test_a_lock_that_is_removed_and_made_anew_is_one(tmp_path):
   assert [process.wait() for process in several] == [0, 0, 0]
 
 
-def test_a_lock_that_is_held_is_refused_or_waited_for(tmp_path):
+def test_a_lock_that_is_held_is_refused_or_shared(tmp_path):
   path = tmp_path / "lock"
+  others = {"path": path, "wait": False}
   refused = pytest.raises(BlockingIOError)
-  with files.locked(path), refused, files.locked(path, wait=False):
-    pass
-  with files.locked(path, wait=False):
+  with files.locked(path):
+    for shared in (False, True):
+      with refused, files.locked(**others, shared=shared):
+        pass
+  with files.locked(path, shared=True):
+    with files.locked(**others, shared=True):
+      pass
+    with refused, files.locked(**others):
+      pass
+  with files.locked(**others):
     pass
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_named(number, monkeypatch, tmp_path):
+def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
   def flock(*args):
-    raise OSError(number, os.strerror(number))
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
   monkeypatch.setattr(fcntl, "flock", flock)
   refused = pytest.raises(OSError, match="lock'")
   with refused as caught, files.locked(tmp_path / "lock"):
     pass
-  assert caught.value.errno == number
+  assert caught.value.errno == errno.ENOLCK
+
+
+# -- what a user writes for a path --------------------------------------------
+
+HOME = pathlib.Path("/home/me")
+
+
+@pytest.mark.parametrize(
+  "text, meant",
+  [
+    ("~", HOME),
+    ("~/runs/x", HOME / "runs/x"),
+    ("~root/x", pathlib.Path(pwd.getpwnam("root").pw_dir) / "x"),
+    ("./~/runs", pathlib.Path("~/runs")),
+    ("runs/x~", pathlib.Path("runs/x~")),
+    ("file:///srv/a%20b", pathlib.Path("/srv/a b")),
+    ("FILE://localhost/srv/x", pathlib.Path("/srv/x")),
+    ("file:/srv/x#1", pathlib.Path("/srv/x#1")),
+    ("file:///~/x", pathlib.Path("/~/x")),
+    ("a:b", pathlib.Path("a:b")),
+    ("./gs:/b", pathlib.Path("gs:/b")),
+    ("/srv/gs://b", pathlib.Path("/srv/gs:/b")),
+    ("", pathlib.Path("")),
+  ],
+)
+def test_a_path_is_the_one_that_is_meant(monkeypatch, text, meant):
+  monkeypatch.setenv("HOME", str(HOME))
+  assert files.path(text) == meant
+  assert files.local(text) == meant
+
+
+@pytest.mark.parametrize(
+  "text, said",
+  [
+    ("~nobody-of-this-name/x", "home folder that this machine does not know"),
+    ("s3://bucket/x", r"no place that .* gs://BUCKET/FOLDER"),
+    ("gs:/bucket/x", r"no place that .* \./gs:"),
+    ("file://host/x", "no place that"),
+    ("file://~/x", "no place that"),
+    ("file:///a%00b", "NUL"),
+    ("a\0b", "NUL"),
+  ],
+)
+def test_what_is_no_path_is_refused(text, said):
+  with pytest.raises(ValueError, match=said):
+    files.path(text)
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/x.txt", "GS://bucket/x.txt"])
+def test_what_is_read_on_a_disk_alone_is_refused_in_a_bucket(text):
+  with pytest.raises(ValueError, match="in a bucket, where a run can live"):
+    files.local(text)
+
+
+def test_a_bucket_is_one_however_its_scheme_is_written():
+  for text in ("gs://bucket/x/", "GS://bucket//x"):
+    assert str(files.path(text)) == "gs://bucket/x"

@@ -98,30 +98,27 @@ def test_elsewhere_a_second_ctrl_c_is_an_interruption(monkeypatch):
 
 
 def test_what_comes_too_late_for_an_answer_is_not_lost():
-  before = signal.getsignal(signal.SIGTERM)
   came = []
-  signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+  before = signal.signal(signal.SIGTERM, lambda *about: came.append(about[0]))
   try:
-    with signals.asked(lambda text: None) as stopped:
-      assert stopped() == 0
-      signal.raise_signal(signal.SIGTERM)
-    assert came == [signal.SIGTERM]
-    with signals.asked(lambda text: None) as stopped:
-      signal.raise_signal(signal.SIGTERM)
-      assert stopped()
+    for read in (False, True):
+      with signals.asked(lambda text: None) as stopped:
+        assert stopped() == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert not read or stopped()
     assert came == [signal.SIGTERM]
   finally:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_the_end_of_the_terminal_asks_too_but_under_nohup():
-  with signals.asked(lambda text: None) as stopped:
-    signal.raise_signal(signal.SIGHUP)
-    assert stopped() == signal.SIGHUP
-  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("nohup", [False, True])
+def test_the_end_of_the_terminal_asks_too_but_under_nohup(nohup):
+  before = signal.getsignal(signal.SIGHUP)
   try:
+    if nohup:
+      signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with signals.asked(lambda text: None) as stopped:
       signal.raise_signal(signal.SIGHUP)
-      assert stopped() == 0
+      assert stopped() == (0 if nohup else signal.SIGHUP)
   finally:
     signal.signal(signal.SIGHUP, before)

@@ -28,8 +28,7 @@ def test_text_of_users_is_escaped(monkeypatch, print_line):
 @pytest.mark.parametrize(
   "text, shown",
   [
-    ("a\nb\tc", "a\\nb\\tc"),
-    ("été\u2028\x1b]0;x\x07", "été\u2028\x1b]0;x\x07"),
+    ("a\nb\tc\u2028", "a\\nb\\tc\u2028"),
     ("x" * 2_000_000, "x" * 1000 + "... (2,000,000 characters)"),
   ],
 )
@@ -37,7 +36,7 @@ def test_text_of_users_stays_one_line(text, shown):
   assert terminal.one_line(text) == shown
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
 def test_nothing_fails_in_an_encoding(monkeypatch, encoding):
   stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
   monkeypatch.setattr(sys, "stdout", stream)
@@ -62,10 +61,22 @@ def start(code, **streams):
   return subprocess.Popen(command, cwd=ROOT, **streams)
 
 
-def test_a_reader_that_stops_holds_nothing_up():
-  """What it did not read waits for it; what warns does not wait behind it."""
+@pytest.fixture
+def pipe():
+  """The ends of a pipe that is soon full."""
   reader, writer = os.pipe()
   fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+  return reader, writer
+
+
+def read(reader):
+  with os.fdopen(reader) as content:
+    return content.read()
+
+
+def test_a_reader_that_stops_holds_nothing_up(pipe):
+  """What it did not read waits for it; what warns does not wait behind it."""
+  reader, writer = pipe
   code = (
     "for i in range(1000): terminal.say(f'line {i}')\nterminal.warn('went on')"
   )
@@ -73,23 +84,38 @@ def test_a_reader_that_stops_holds_nothing_up():
   os.close(writer)
   assert process.stderr.readline() == b"went on\n"
   assert process.poll() is None
-  with os.fdopen(reader) as lines:
-    assert lines.read() == "".join(f"line {i}\n" for i in range(1000))
+  assert read(reader) == "".join(f"line {i}\n" for i in range(1000))
   assert process.wait() == 0
   process.stderr.close()
 
 
-def test_in_haste_the_end_waits_for_no_reader():
-  reader, writer = os.pipe()
-  fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-  code = "for i in range(1000): terminal.say(f'line {i}')\nterminal.hurry()"
+def test_a_bar_is_left_out_while_its_reader_is_late(pipe):
+  reader, writer = pipe
+  code = (
+    "live = terminal.Live()\n"
+    "for i in range(10_000): live.write('a bar that draws over itself\\r')\n"
+    "terminal.say('went on')"
+  )
+  process = start(code, stdout=subprocess.PIPE, stderr=writer)
+  os.close(writer)
+  assert process.stdout.readline() == b"went on\n"
+  assert len(read(reader)) < 10_000
+  assert process.wait() == 0
+  process.stdout.close()
+
+
+def test_the_end_waits_for_no_reader_where_it_must_not(pipe):
+  reader, writer = pipe
+  code = (
+    "for i in range(1000): terminal.say(f'line {i}')\nterminal.stop_waiting()"
+  )
   assert start(code, stdout=writer).wait() == 0
   for end in (reader, writer):
     os.close(end)
 
 
-def test_a_reader_that_goes_away_is_missed_by_nobody():
-  reader, writer = os.pipe()
+def test_a_reader_that_ends_is_no_error(pipe):
+  reader, writer = pipe
   os.close(reader)
   code = "terminal.say('line')\nterminal.hand_over(b'content')"
   process = start(code, stdout=writer, stderr=subprocess.PIPE)
@@ -98,31 +124,14 @@ def test_a_reader_that_goes_away_is_missed_by_nobody():
   assert process.returncode == 0
 
 
-def test_a_stream_that_does_not_block_is_written_whole():
+def test_a_stream_that_does_not_block_is_written_whole(pipe):
   """A shell or another program that shares it may have made it so."""
-  reader, writer = os.pipe()
+  reader, writer = pipe
   os.set_blocking(writer, False)
-  code = "terminal.hand_over(b'x' * 200_000)"
-  process = start(code, stdout=writer)
+  process = start("terminal.hand_over(b'x' * 200_000)", stdout=writer)
   os.close(writer)
-  with os.fdopen(reader) as content:
-    assert len(content.read()) == 200_000
+  assert len(read(reader)) == 200_000
   assert process.wait() == 0
-
-
-def test_a_bar_is_left_out_where_its_reader_is_late():
-  reader, writer = os.pipe()
-  fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-  code = (
-    "live = terminal.Live()\n"
-    "for i in range(10_000): live.write('a bar that draws over itself\\r')\n"
-    "terminal.hurry()\nterminal.say('went on')"
-  )
-  process = start(code, stdout=subprocess.PIPE, stderr=writer)
-  os.close(writer)
-  assert process.communicate()[0] == b"went on\n"
-  with os.fdopen(reader) as drawn:
-    assert len(drawn.read()) < 10_000
 
 
 def command_line(shell):

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import hashlib
-import json
+import itertools
 import math
 import os
 import pathlib
@@ -51,28 +51,17 @@ class Restored(NamedTuple):
   perplexity: float | None
 
 
-class _Sums(NamedTuple):
-  """The digest of every file of a checkpoint, by its name."""
-
-  file: str
-  digests: dict[str, str]
-
-
 class Checkpoints:
-  """Saves in the background; finds what can be read again.
+  """Saves in the background; restores the newest or the best that is sound.
 
   With several processes all call every method; the directory is one that all
   of them see.
 
   Args:
-    directory: where they lie, one folder a step.
+    directory: has one folder a step.
     keep: how many of the last to keep, besides the one with the lowest
       validation perplexity.
     read_only: changes nothing in the directory, for a run that may be alive.
-
-  Raises:
-    OSError: the directory cannot be read.
-    ValueError: its path is none that Orbax takes.
   """
 
   def __init__(
@@ -106,7 +95,7 @@ class Checkpoints:
     """Begins to save; returns once the state may be changed.
 
     Args:
-      state: parameters, optimiser state and step.
+      state: what is saved.
       step: the same step, known to the host.
       progress: plain values, such as the position in the data.
       perplexity: of the validation set, where it was measured at this step.
@@ -119,7 +108,7 @@ class Checkpoints:
       "progress": ocp.args.JsonSave(progress),
     }
     if perplexity is not None:
-      # The step too: folders, or their files, may have changed places.
+      # The step too: folders, or their files, may have been exchanged.
       metrics = {"perplexity": perplexity, "step": step}
       items["metrics"] = ocp.args.JsonSave(metrics)
     self.wait()
@@ -131,42 +120,40 @@ class Checkpoints:
       self._manager.save(step, args=args, force=True)
 
   def check(self) -> None:
-    """Looks whether what is being saved has failed; does not wait.
-
-    Raises:
-      OSError: it could not be written.
-    """
+    """Raises OSError where what is being saved has failed; does not wait."""
     with self._reporting():
       self._manager.check_for_errors()
 
   def latest(self, target: TrainState) -> Restored | None:
     """Restores the newest checkpoint that can be read; None without any.
 
-    One that cannot, cut short by a crash or a full disk, is reported, set aside
-    as damaged-STEP-... and passed over for the one before.
+    A damaged one, cut short by a crash or a full disk, is reported and renamed
+    to damaged-STEP-..., and the one before is taken.
 
     Args:
       target: as of `state.abstract_state`, to restore into.
 
     Raises:
       OSError: a file cannot be read, which does not say that it is damaged.
-      ValueError: there are checkpoints, but none can be read.
+      ValueError: there are checkpoints, but all are damaged.
     """
     restored = self._first_sound(target, lambda step: -step)
     if self._damaged and not self._read_only:
-      folders = [self._directory / str(step) for step in self._damaged]
-      processes.first_does(lambda: _set_aside(folders))
+
+      def set_aside() -> None:
+        for step in self._damaged:
+          name = f"damaged-{step}-{time.time_ns()}"
+          (self._directory / str(step)).rename(self._directory / name)
+
+      processes.first_does(set_aside)
       self._manager.close()
       self._open()
     return restored
 
   def best(self, target: TrainState) -> Restored | None:
-    """Restores the checkpoint of lowest validation perplexity.
+    """Restores the checkpoint of lowest validation perplexity, as `latest`.
 
-    Where it is damaged, the next best; the newest of those that were not
-    validated where there is no other; None without any.
-
-    Args, raises: as `latest`.
+    Where it is damaged, the next best; the newest where none was validated.
     """
     self.wait()
     return self._first_sound(target, self._by_perplexity)
@@ -176,11 +163,7 @@ class Checkpoints:
     return max([0, *self._perplexity, *self._damaged])
 
   def wait(self) -> None:
-    """Waits until what was saved is on the disk.
-
-    Raises:
-      OSError: it could not be written.
-    """
+    """Waits until what was saved is on the disk; raises OSError as `check`."""
     with self._reporting():
       self._manager.wait_until_finished()
 
@@ -193,15 +176,13 @@ class Checkpoints:
       self._opened.close()
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
-    """Tells Orbax which to keep, by its protocol of preservation policies.
-
-    The last ones, the best, and all that nobody knows to be sound.
-    """
+    """Tells Orbax to keep the last ones, the best, and all that is damaged."""
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
     sound = [step for step in steps if step in self._perplexity]
-    kept = {*sound[-self._keep :], min(sound, key=self._by_perplexity)}
-    return [step in kept or step not in self._perplexity for step in steps]
+    best = min(sound, key=self._by_perplexity)
+    needed = {best, *sound[-self._keep :]}
+    return [step in needed or step not in self._perplexity for step in steps]
 
   def _by_perplexity(self, step: int) -> tuple[float, int]:
     """Orders steps; of equally good ones the newest comes first."""
@@ -227,37 +208,26 @@ class Checkpoints:
         lightweight_initialize=True,
       ),
     )
-    known, self._damaged, self._perplexity = self._damaged, set(), {}
-    for step in self._manager.all_steps():
-      perplexity, wrong = None, ""
+    steps = {*self._manager.all_steps()}
+    self._damaged &= steps
+    self._perplexity = {}
+    for step in sorted(steps - self._damaged):
       try:
         with _all_or_none():
-          perplexity = self._measured(step)
+          self._perplexity[step] = self._measured(step)
       except FileNotFoundError:
         # Training goes on and deletes it; or the folder is called 09.
-        if self._read_only or not (self._directory / str(step)).is_dir():
-          continue
-        raise
+        if not self._read_only and (self._directory / str(step)).is_dir():
+          raise
       except ValueError as error:
-        wrong = str(error)
-      self._perplexity[step] = perplexity
-      if wrong:
-        self._leave_out(step, "" if step in known else wrong)
+        self._leave_out(step, str(error))
 
   def _measured(self, step: int) -> float | None:
-    """Reads the perplexity of a step, where it was measured.
-
-    Raises:
-      ValueError: it is not what was written.
-    """
+    """Reads the perplexity of a step, where it was measured."""
     folder = self._directory / str(step)
-    sums = _read_sums(folder)
-    if _PERPLEXITY not in sums.digests:
+    if not _verify(folder, lambda name: name == _PERPLEXITY):
       return None
-    content = files_lib.read(folder / _PERPLEXITY)
-    if _HASHES[sums.file](content).hexdigest() != sums.digests[_PERPLEXITY]:
-      raise ValueError(f"{_PERPLEXITY} is not as written, by {sums.file}")
-    metrics = json.loads(content)
+    metrics = files_lib.read_json(folder / _PERPLEXITY)
     # Older versions wrote no step.
     _check_step(metrics.get("step", step), step)
     return float(metrics["perplexity"])
@@ -273,8 +243,8 @@ class Checkpoints:
       try:
         return self._restore(step, target)
       except _NOT_DAMAGE as error:
-        gone = isinstance(error, FileNotFoundError | bucket.Unreachable)
-        if not gone or not self._has_changed():
+        missing = isinstance(error, FileNotFoundError | bucket.Unreachable)
+        if not missing or not self._has_changed():
           raise
       except Exception as error:  # Orbax raises many kinds on damage.
         if not self._has_changed():
@@ -292,25 +262,27 @@ class Checkpoints:
     """Looks again, where training goes on and may delete what is being read."""
     if not self._read_only:
       return False
-    before = self._perplexity, self._damaged
+    before = {*self._perplexity, *self._damaged}
     self._manager.close()
     self._open()
-    if {*self._perplexity, *self._damaged} != {*before[0], *before[1]}:
-      return True
-    self._perplexity, self._damaged = before
-    return False
+    return before != {*self._perplexity, *self._damaged}
 
   def _leave_out(self, step: int, why: str) -> None:
-    del self._perplexity[step]
+    self._perplexity.pop(step, None)
     self._damaged.add(step)
-    if why and processes.first():
+    if processes.first():
       terminal.warn(
         f"the checkpoint of step {step} cannot be read ({self._named(why)});"
         " leaving it out."
       )
 
   def _restore(self, step: int, target: TrainState) -> Restored:
-    self._check_sums(step)
+    # Every process reads a share of the files; all come to the same answer, as
+    # a restore that fails on some would keep the others waiting.
+    turn = itertools.cycle(range(jax.process_count()))
+    with _all_or_none():
+      folder = self._directory / str(step)
+      _verify(folder, lambda name: next(turn) == jax.process_index())
     try:
       items = self._manager.restore(
         step,
@@ -327,20 +299,6 @@ class Checkpoints:
     state = TrainState(*items.state)
     _check_step(int(state.step), step)
     return Restored(state, items.progress, self._perplexity[step])
-
-  def _check_sums(self, step: int) -> None:
-    """Refuses a checkpoint whose files are not what was written.
-
-    Every process reads a share of them; all come to the same answer, as a
-    restore that fails on some would keep the others waiting.
-    """
-    folder = self._directory / str(step)
-    with _all_or_none():
-      sums = _read_sums(folder)
-      names = sorted(sums.digests)[jax.process_index() :: jax.process_count()]
-      for name, digest in _digests(folder, names, sums.file):
-        if digest != sums.digests[name]:
-          raise ValueError(f"{name} is not as written, by {sums.file}")
 
   def _sign(self) -> None:
     """Writes the digests, just before a checkpoint gets its final name.
@@ -371,13 +329,13 @@ class Checkpoints:
       yield
     except Exception as error:  # Orbax raises many kinds.
       self._broken = True
-      steps = sorted(self._manager.all_steps())
-      kept = [step for step in steps if step != self._saving]
+      steps = {*self._manager.all_steps()} - {self._saving}
+      last = f"of step {max(steps)}" if steps else "none"
       said = self._named(str(error).strip())
       raise OSError(
         f"the checkpoint of step {self._saving} could not be saved"
-        f" ({type(error).__name__}: {said:.300}); the last one"
-        f" in {self._directory} is {f'of step {kept[-1]}' if kept else 'none'}."
+        f" ({type(error).__name__}: {said:.300}); the last one in"
+        f" {self._directory} is {last}."
         " Make room, if there is none, or allow larger files (ulimit -f), and"
         " start again: the same command goes on from there."
       ) from error
@@ -390,10 +348,8 @@ class Checkpoints:
 @contextlib.contextmanager
 def _plain_path(directory: files_lib.Path) -> Iterator[files_lib.Path]:
   """Yields a path to a folder that Orbax takes for what it is."""
-  if bucket.is_in(directory):  # What can be one there is plain.
-    yield directory
-    return
-  if _PLAIN.fullmatch(str(directory)) or not directory.is_dir():
+  plain = bucket.is_in(directory) or _PLAIN.fullmatch(str(directory))
+  if plain or not directory.is_dir():
     yield directory
     return
   descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -415,8 +371,7 @@ def _all_or_none() -> Iterator[None]:
   """Fails on all processes where one fails: none waits for it.
 
   Raises:
-    FileNotFoundError: a file is gone.
-    OSError: one cannot be read, on some process.
+    OSError: a file cannot be read, on some process.
     ValueError: one is damaged, by some process.
   """
   caught = None
@@ -446,16 +401,9 @@ def _check_step(found: int, step: int) -> None:
 def _check_complete(
   folder: files_lib.Path, shapes: Sequence[tuple[int, ...]]
 ) -> None:
-  """Refuses a saved state from which arrays could not be restored.
+  """Raises OSError where not all of the saved arrays could be restored.
 
   Orbax calls it done where it has not found what its processes wrote.
-
-  Args:
-    folder: with the state.
-    shapes: of the arrays that were saved.
-
-  Raises:
-    OSError: an array, or a part of one, is not there.
   """
   tree = ocp.StandardCheckpointHandler().metadata(folder)
   arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "storage")]
@@ -487,70 +435,61 @@ def _files(folder: files_lib.Path) -> list[str]:
 
   Without those that begin with a dot, which file systems and file managers
   leave.
-
-  Raises:
-    OSError: it cannot be read.
   """
-
   if bucket.is_in(folder):
     if found := list(bucket.digests(folder)):
       return found
-    raise FileNotFoundError(f"{folder} is gone")
+    raise FileNotFoundError(f"{folder} is missing")
 
   def fail(error: OSError) -> None:
     raise error
 
   found = []
   for root, _, names in os.walk(folder, onerror=fail, followlinks=True):
-    for name in names:
-      path = pathlib.Path(root, name)
-      if path.is_file() and not name.startswith("."):
-        found.append(path.relative_to(folder).as_posix())
+    paths = [pathlib.Path(root, n) for n in names if not n.startswith(".")]
+    found += [p.relative_to(folder).as_posix() for p in paths if p.is_file()]
   return found
-
-
-def _read_sums(folder: files_lib.Path) -> _Sums:
-  """Reads the digest of every file of a checkpoint.
-
-  Raises:
-    OSError: they cannot be read.
-    ValueError: they are not of the files that lie there, one for each.
-  """
-  files = _files(folder)
-  file = next((name for name in _HASHES if name in files), None)
-  if file is None:
-    raise ValueError(f"it has no {' nor '.join(_HASHES)}")
-  text = files_lib.read(folder / file).decode()
-  lines = [line.partition("  ") for line in text.splitlines()]
-  sums = {name: digest for digest, _, name in lines}
-  odd = {*files}.symmetric_difference(sums) - _UNSIGNED
-  if odd or len(sums) < len(lines):
-    raise ValueError(
-      f"{file} has not one line for each file"
-      + (f", as for {min(odd)}" if odd else "")
-    )
-  return _Sums(file, sums)
 
 
 def _digests(
   folder: files_lib.Path, names: Sequence[str], sums_file: str
 ) -> Iterator[tuple[str, str]]:
-  """Yields the digest of each file, as a file of sums has it.
-
-  Raises:
-    OSError: one cannot be read.
-  """
-  kept = {}
+  """Yields names and digests, as a file of digests has them."""
+  known = {}
   if sums_file == _MD5_FILE and bucket.is_in(folder):
-    kept = bucket.digests(folder)
+    known = bucket.digests(folder)
   for name in names:
-    digest = kept.get(name)
+    digest = known.get(name)
     if not digest:
       with (folder / name).open("rb") as opened:
         digest = hashlib.file_digest(opened, _HASHES[sums_file]).hexdigest()
     yield name, digest
 
 
-def _set_aside(paths: Sequence[files_lib.Path]) -> None:
-  for path in paths:
-    path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+def _verify(folder: files_lib.Path, wanted: Callable[[str], bool]) -> list[str]:
+  """Compares files with their digests, in the order of their names.
+
+  Returns:
+    The names of those that were wanted.
+
+  Raises:
+    ValueError: a file is not what was written, or they are not those that were.
+  """
+  files = _files(folder)
+  sums_file = next((name for name in _HASHES if name in files), None)
+  if sums_file is None:
+    raise ValueError(f"it has no {' nor '.join(_HASHES)}")
+  text = files_lib.read(folder / sums_file).decode()
+  lines = [line.partition("  ") for line in text.splitlines()]
+  sums = {name: digest for digest, _, name in lines}
+  odd = {*files}.symmetric_difference(sums) - _UNSIGNED
+  if odd or len(sums) < len(lines):
+    raise ValueError(
+      f"{sums_file} has not one line for each file"
+      + (f", as for {min(odd)}" if odd else "")
+    )
+  names = [name for name in sorted(sums) if wanted(name)]
+  for name, digest in _digests(folder, names, sums_file):
+    if digest != sums[name]:
+      raise ValueError(f"{name} is not as written, by {sums_file}")
+  return names

@@ -1,30 +1,29 @@
 """Where several processes meet before JAX connects them.
 
 JAX waits for all in silence; where one does not come, or two have one id, it
-aborts the others past all handlers of Python. So they meet here first: all come
-to the address of process 0, say which they are, and hear whom they wait for.
+aborts the others past all handlers of Python. So all first connect to the
+address of process 0, say which they are, and hear for whom it waits.
 
 A message is a line of JSON. Process 0 sends _GREETING, hears {"process": id,
 "of": count, "host": name}, and then sends {"missing": ids} time and again. The
-last it sends is {"all": true}, or {"refused": why}.
+last message is {"all": true}, or {"refused": why}.
 """
 
+import asyncio
 import contextlib
 import errno
-import io
 import json
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from moejax import terminal
 
 # Seconds after which a process gives up.
 PATIENCE = 300.0
-# Seconds between two words about whom it waits for.
+# Seconds between two lines about the processes that are missing.
 WORD = 10.0
 # Seconds between two messages, and after which one is missed.
 _SIGN, _SILENCE = 0.5, 10.0
@@ -36,209 +35,178 @@ _LONGEST, _NAMED = 100_000, 8
 def meet(
   address: str, number: int, count: int, say: Callable[[str], None]
 ) -> None:
-  """Waits until all processes have come.
+  """Waits until all processes are there.
 
   Args:
     address: host:port of process 0.
     number: of this process.
     count: of all.
-    say: is told, every few seconds, whom this one waits for.
+    say: is told, every few seconds, which processes are missing.
 
   Raises:
-    ConnectionError: they did not come, or do not fit each other, or the address
+    ConnectionError: some did not come or do not fit each other, or the address
       is another program's; says which, and what to do.
   """
-  deadline = time.monotonic() + PATIENCE
-  with contextlib.ExitStack() as stack:
-    if number == 0:
-      stack.enter_context(_Host(address, count, deadline, say).listening())
-    # Process 0 too: it must find itself at the address.
-    _come(address, number, count, deadline, say)
+
+  async def run() -> None:
+    begun = time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
+      if number == 0:
+        host = _host(address, count, begun, say)
+        await stack.enter_async_context(host)
+      # Process 0 too: it must find itself at the address.
+      await _connect(address, number, count, begun, say)
+
+  asyncio.run(run())
 
 
-class _Host:
-  """Process 0, as those see it who come."""
+@contextlib.asynccontextmanager
+async def _host(
+  address: str, count: int, begun: float, say: Callable[[str], None]
+) -> AsyncIterator[None]:
+  """Answers all who connect to process 0; at the end all of them are told."""
+  present: dict[int, str] = {}  # The machine of each process that is there.
+  complete = False
+  guests = set()
 
-  def __init__(
-    self,
-    address: str,
-    count: int,
-    deadline: float,
-    say: Callable[[str], None],
-  ):
-    self._address, self._count, self._deadline = address, count, deadline
-    self._say = say
-    self._lock = threading.Lock()
-    # Of those who are here: id -> name of its machine.
-    self._here: dict[int, str] = {}
-    self._complete = False
-    self._ended = threading.Event()
-
-  @contextlib.contextmanager
-  def listening(self) -> Iterator[None]:
-    """Attends to all who come, until it ends; then all are told."""
-    guests: list[threading.Thread] = []
-
-    def accept() -> None:
-      # Until the listener is shut down.
-      with contextlib.suppress(OSError):
-        while True:
-          guest, _ = listener.accept()
-          attend = threading.Thread(
-            target=self._attend, args=(guest,), daemon=True
-          )
-          attend.start()
-          guests.append(attend)
-
-    with self._listener() as listener:
-      accepting = threading.Thread(target=accept, daemon=True)
-      accepting.start()
-      try:
-        yield
-      finally:
-        self._ended.set()
-        listener.shutdown(socket.SHUT_RDWR)
-        accepting.join()
-        for attend in guests:
-          attend.join(_SILENCE)
-
-  def _listener(self) -> socket.socket:
-    # Where JAX listens afterwards.
-    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-    host, port = _split(bound) if bound else ("", _split(self._address)[1])
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    try:
-      return socket.create_server(
-        (host, port), family=family, backlog=128, dualstack_ipv6=both
-      )
-    except OSError as error:
-      why = os.strerror(error.errno) if error.errno else str(error)
-      raise ConnectionError(
-        f"process 0 cannot listen on port {port}, of --coordinator_address="
-        f"{self._address} ({why}): another program does, or another"
-        " process with --process_id=0; give each process its own id, and all"
-        " of them a free port of the first one's machine."
-      ) from None
-
-  def _attend(self, guest: socket.socket) -> None:
-    """Tells one that has come whom all wait for, until that is nobody."""
+  async def attend(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+  ) -> None:
+    guests.add(asyncio.current_task())
+    # Whoever sends something else is no process of ours.
     odd = OSError, ValueError, LookupError, TypeError
-    guest.settimeout(_SILENCE)
-    with (
-      guest,
-      contextlib.suppress(*odd),
-      guest.makefile("rwb") as stream,
-    ):
-      _send(stream, _GREETING)
-      message = _receive(stream)
-      number, count, machine = (message[n] for n in ("process", "of", "host"))
-      refusal = self._admit(number, count, terminal.one_line(machine))
+    with contextlib.suppress(*odd), contextlib.closing(writer):
+      await _send(writer, _GREETING)
+      message = await _receive(reader)
+      number, machine = message["process"], terminal.one_line(message["host"])
+      refusal = ""
+      if message["of"] != count:
+        refusal = (
+          f"process {number}, on {machine}, was started with --num_processes="
+          f"{message['of']}, but process 0 with {count}; give all the same."
+        )
+      elif number in present:
+        refusal = (
+          f"two processes were started with --process_id={number}, on"
+          f" {present[number]} and on {machine}; give each its own."
+        )
       if refusal:
-        self._say(f"a process was sent away: {refusal}")
-        _send(stream, {"refused": refusal})
+        say(f"a process was refused: {refusal}")
+        await _send(writer, {"refused": refusal})
         return
+      present[number] = machine
       try:
-        while missing := self._missing():
-          if time.monotonic() > self._deadline:
-            who = f"{_named(missing)} of {self._count}"
-            apart = _apart(f"{who} did not come to {self._address}")
-            _send(stream, {"refused": apart})
-            return
-          if self._ended.is_set():
-            return
-          _send(stream, {"missing": missing})
-          self._ended.wait(_SIGN)
-        _send(stream, {"all": True})
+        await wait_with(reader, writer)
       except OSError:
         # It has left; started again, it may come again.
-        with self._lock:
-          del self._here[number]
+        del present[number]
 
-  def _admit(self, number: int, count: int, machine: str) -> str:
-    """Notes who has come; returns why it cannot stay, or nothing."""
-    if count != self._count:
-      return (
-        f"process {number}, on {machine}, was started with --num_processes="
-        f"{count}, but process 0 with {self._count}; give all the same."
-      )
-    with self._lock:
-      if number in self._here:
-        return (
-          f"two processes were started with --process_id={number}, on"
-          f" {self._here[number]} and on {machine}; give each its own."
-        )
-      self._here[number] = machine
-    return ""
+  async def wait_with(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+  ) -> None:
+    nonlocal complete
+    while True:
+      missing = [n for n in range(count) if n not in present]
+      # For good: some may be told, and have left, before others are told.
+      complete = complete or not missing
+      if complete:
+        await _send(writer, {"all": True})
+        return
+      if time.monotonic() > begun + PATIENCE:
+        who = f"{_named(missing)} of {count}"
+        apart = _apart(f"{who} did not come to {address}")
+        await _send(writer, {"refused": apart})
+        return
+      await _send(writer, {"missing": missing})
+      # It sends no more: what can be read is its end.
+      with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(reader.read(), _SIGN)
+        raise ConnectionResetError
 
-  def _missing(self) -> list[int]:
-    with self._lock:
-      missing = [n for n in range(self._count) if n not in self._here]
-      # For good: some may be told, and gone, before others are.
-      self._complete |= not missing
-      return [] if self._complete else missing
+  # Where JAX listens afterwards.
+  bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+  name, port = _split(bound) if bound else ("", _split(address)[1])
+  both = not name and socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if both or ":" in name else socket.AF_INET
+  try:
+    listener = socket.create_server(
+      (name, port), family=family, backlog=128, dualstack_ipv6=both
+    )
+  except OSError as error:
+    why = os.strerror(error.errno) if error.errno else str(error)
+    raise ConnectionError(
+      f"process 0 cannot listen on port {port}, of --coordinator_address="
+      f"{address} ({why}): another program does, or another process with"
+      " --process_id=0; give each process its own id, and all of them a free"
+      " port of the first one's machine."
+    ) from None
+  server = await asyncio.start_server(attend, sock=listener, limit=_LONGEST)
+  try:
+    yield
+  finally:
+    server.close()
+    if guests:
+      await asyncio.wait(guests, timeout=_SILENCE)
 
 
-def _come(
+async def _connect(
   address: str,
   number: int,
   count: int,
-  deadline: float,
+  begun: float,
   say: Callable[[str], None],
 ) -> None:
-  """Comes to process 0, again and again, and stays until all are there."""
-  me = {"process": number, "of": count, "host": socket.gethostname()}
+  """Connects to process 0, again and again, and stays until all are there."""
   word = time.monotonic() + WORD
+
+  def remind(text: str) -> None:
+    nonlocal word
+    if time.monotonic() > word:
+      say(text)
+      word = time.monotonic() + WORD
+
   while True:
     itself = "" if number else ", which is this one,"
     waits = f"process 0{itself} does not answer at {address}"
     try:
-      with (
-        socket.create_connection(_split(address), _SILENCE) as host,
-        host.makefile("rwb") as stream,
-      ):
-        if host.getsockname() == host.getpeername():
+      link = await asyncio.to_thread(
+        socket.create_connection, _split(address), _SILENCE
+      )
+      reader, writer = await asyncio.open_connection(sock=link, limit=_LONGEST)
+      with contextlib.closing(writer):
+        if link.getsockname() == link.getpeername():
           # A free port, by chance that of this very connection.
           raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody there")
-        _greeted(stream, address)
-        _send(stream, me)
-        while True:
-          message = _receive(stream)
-          if message.get("all"):
-            return
+        greeting = None
+        with contextlib.suppress(TimeoutError, ValueError):
+          greeting = await _receive(reader)
+        if greeting != _GREETING:
+          raise _RefusedError(
+            f"what answers at --coordinator_address={address} does not wait for"
+            " processes of a run: it is another program, or a run that has"
+            " begun; give all a free port of the first one's machine."
+          )
+        me = {"process": number, "of": count, "host": socket.gethostname()}
+        await _send(writer, me)
+        while not (message := await _receive(reader)).get("all"):
           if "refused" in message:
-            raise _Refused(terminal.one_line(message["refused"]))
-          missing = message["missing"]
-          waits = f"waiting for {_named(missing)} of {count} at {address}"
-          if time.monotonic() > word:
-            say(waits)
-            word = time.monotonic() + WORD
-    except _Refused:
+            raise _RefusedError(terminal.one_line(message["refused"]))
+          missing = _named(message["missing"])
+          waits = f"waiting for {missing} of {count} at {address}"
+          remind(waits)
+        return
+    except _RefusedError:
       raise
     except (OSError, ValueError, LookupError) as error:
-      why = f"{waits} ({getattr(error, 'strerror', None) or error})"
-    if time.monotonic() > deadline:
-      raise ConnectionError(_apart(why))
-    if time.monotonic() > word:
-      say(why)
-      word = time.monotonic() + WORD
-    time.sleep(_SIGN)
+      waits = f"{waits} ({getattr(error, 'strerror', None) or error})"
+    if time.monotonic() > begun + PATIENCE:
+      raise ConnectionError(_apart(waits))
+    remind(waits)
+    await asyncio.sleep(_SIGN)
 
 
-class _Refused(ConnectionError):
+class _RefusedError(ConnectionError):
   """What no further attempt would change."""
-
-
-def _greeted(stream: io.BufferedIOBase, address: str) -> None:
-  """Refuses who is no moejax that waits for others."""
-  with contextlib.suppress(TimeoutError, ValueError):
-    if _receive(stream) == _GREETING:
-      return
-  raise _Refused(
-    f"what answers at --coordinator_address={address} does not wait for"
-    " processes of a run: it is another program, or a run that has begun; give"
-    " all a free port of the first one's machine."
-  )
 
 
 def _apart(why: str) -> str:
@@ -252,9 +220,9 @@ def _apart(why: str) -> str:
 def _named(numbers: Sequence[int]) -> str:
   if len(numbers) == 1:
     return f"process {numbers[0]}"
+  more = len(numbers) - _NAMED
   named = ", ".join(str(number) for number in numbers[:_NAMED])
-  more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-  return f"processes {named}{more}"
+  return f"processes {named}" + (f" and {more} more" if more > 0 else "")
 
 
 def _split(address: str) -> tuple[str, int]:
@@ -262,16 +230,16 @@ def _split(address: str) -> tuple[str, int]:
   return host.strip("[]"), int(port)
 
 
-def _send(stream: io.BufferedIOBase, message: dict[str, Any]) -> None:
-  stream.write(json.dumps(message).encode() + b"\n")
-  stream.flush()
+async def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
+  writer.write(json.dumps(message).encode() + b"\n")
+  await asyncio.wait_for(writer.drain(), _SILENCE)
 
 
-def _receive(stream: io.BufferedIOBase) -> dict[str, Any]:
+async def _receive(reader: asyncio.StreamReader) -> dict[str, Any]:
   """Raises OSError or ValueError where none comes."""
-  line = stream.readline(_LONGEST)
+  line = await asyncio.wait_for(reader.readline(), _SILENCE)
   if not line:
-    raise ConnectionResetError(errno.ECONNRESET, "it went away")
+    raise ConnectionResetError(errno.ECONNRESET, "it ended")
   message = json.loads(line)
   if not isinstance(message, dict):
     raise ValueError("no message")

@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they meet, agree and part.
+"""Several processes that train one model: how they start, agree and end.
 
 Every process runs the same program on its own devices and reads its own rows;
 arrays are global. Only the first one talks and writes the small files of a run;
@@ -31,7 +31,7 @@ _Made = TypeVar("_Made")
 # broken connection tells sooner.
 _SILENCE = 30
 # JAX aborts a process that has lost its coordinator, past all handlers of
-# Python. Then this little program, beside it, has the last word.
+# Python. Then this little program, beside it, prints the last line it was told.
 _WATCH = """
 import signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -46,7 +46,7 @@ LOCK_FILE = "lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # Seconds that a process which fails waits for others that fail like it.
 _FAILS_ALIKE = 10
-# The most that the first process tells the others, in bytes.
+# The most that a process tells the others, in bytes.
 _MESSAGE = 2000
 
 
@@ -55,46 +55,59 @@ def join(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Meets the other processes, where there are any.
+  """Connects with the other processes, where there are any.
 
   What is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID; under SLURM and on a TPU pod JAX finds all three by itself.
-  Without any of that, this process is alone. To be called before any other use
-  of JAX.
-
-  Args:
-    coordinator_address: host:port of the first process.
-    num_processes: how many there are.
-    process_id: which one this is, from 0.
+  Without any of that there is one process. To be called before any other use of
+  JAX.
 
   Raises:
     ValueError: some of the three are missing, or do not fit each other.
     ConnectionError: the others did not come.
   """
-  given = _cluster(coordinator_address, num_processes, process_id)
-  if not given and not _started_by_scheduler() and not _on_tpu():
+  given = _cluster(
+    coordinator_address=coordinator_address,
+    num_processes=num_processes,
+    process_id=process_id,
+  )
+  scheduled = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+  on_tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+  if not (given or scheduled or on_tpu):
     return
+
+  def waiting(text: str) -> None:
+    terminal.warn(f"moejax: {text}")
+
   if given:
     address, count, number = given.values()
-    meeting.meet(address, number, count, _waiting)
+    meeting.meet(address, number, count, waiting)
   atexit.register(_dismiss)
   _last_word(
     f"the processes did not meet within {meeting.PATIENCE:.0f} seconds; start"
     " all of them within that time, with one address that each can reach."
   )
+  connected = threading.Event()
+
+  def remind() -> None:  # JAX waits in silence.
+    while not connected.wait(meeting.WORD):
+      waiting("waiting for the other processes")
+
+  threading.Thread(target=remind, daemon=True).start()
   try:
-    with _still_waiting():
-      jax.distributed.initialize(
-        **given,
-        local_device_ids=_own_devices(os.environ),
-        initialization_timeout=int(meeting.PATIENCE),
-        heartbeat_timeout_seconds=_SILENCE,
-        shutdown_timeout_seconds=_SILENCE,
-      )
+    jax.distributed.initialize(
+      **given,
+      local_device_ids=_own_devices(os.environ),
+      initialization_timeout=int(meeting.PATIENCE),
+      heartbeat_timeout_seconds=_SILENCE,
+      shutdown_timeout_seconds=_SILENCE,
+    )
   except ValueError:
-    # A lone TPU machine may know nothing of a cluster.
-    if given or _started_by_scheduler():
+    # A single TPU machine may know nothing of a cluster.
+    if given or scheduled:
       raise
+  finally:
+    connected.set()
   if not several():
     _dismiss()
     return
@@ -108,28 +121,56 @@ def join(
   )
 
 
-def _waiting(text: str) -> None:
-  terminal.warn(f"moejax: {text}")
+def _cluster(**given: Any) -> dict[str, Any]:
+  """Completes the arguments of `join`, all or none, from the environment."""
+  for name in given:
+    text = os.environ.get(f"JAX_{name.upper()}")
+    if given[name] is None and text is not None:
+      try:
+        given[name] = text if name == "coordinator_address" else int(text)
+      except ValueError:
+        raise ValueError(
+          f"JAX_{name.upper()} is {text!r}; give a whole number."
+        ) from None
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) == len(given):
+    return {}
+  if missing:
+    raise ValueError(
+      f"--{missing[0]} is missing: to train by several processes give all of"
+      f" {', '.join('--' + name for name in given)} (or JAX_"
+      f"{missing[0].upper()} and so on); give none to train by one."
+    )
+  address, count, number = given.values()
+  _, _, port = address.rpartition(":")
+  if ":" not in address or not (port.isdecimal() and 0 < int(port) < 2**16):
+    raise ValueError(
+      f"--coordinator_address is {address!r}; give the first process's host and"
+      " a free port of it, as in localhost:12345."
+    )
+  if not 0 <= number < count:
+    raise ValueError(
+      f"--process_id={number}, but the {count} processes are numbered from 0 to"
+      f" {count - 1}."
+    )
+  return given
 
 
-@contextlib.contextmanager
-def _still_waiting() -> Iterator[None]:
-  """Says every few seconds that JAX, which is silent, waits for the others."""
-  met = threading.Event()
+def _own_devices(environ: Mapping[str, str]) -> list[int] | None:
+  """Returns [], all that this process sees, where SLURM made them its own.
 
-  def say() -> None:
-    while not met.wait(meeting.WORD):
-      _waiting("waiting for the other processes")
-
-  threading.Thread(target=say, daemon=True).start()
-  try:
-    yield
-  finally:
-    met.set()
+  None leaves it to JAX, which under SLURM gives every process one GPU of those
+  that it sees: right where the processes of a machine see the same.
+  """
+  if environ.get("JAX_LOCAL_DEVICE_IDS"):
+    return None
+  tasks = environ.get("SLURM_STEP_NUM_TASKS")
+  one_a_node = tasks and tasks == environ.get("SLURM_STEP_NUM_NODES")
+  return [] if one_a_node or "SLURM_GPUS_PER_TASK" in environ else None
 
 
 def _last_word(text: str) -> None:
-  """Leaves with the watcher what to say should JAX abort this process."""
+  """Tells the watcher what to print should JAX abort this process."""
   if not _WATCHERS:
     command = [sys.executable, "-c", _WATCH]
     _WATCHERS.append(subprocess.Popen(command, stdin=subprocess.PIPE))
@@ -150,7 +191,7 @@ def leave(status: int) -> NoReturn:
   Not by sys.exit, at which JAX waits for them, and they may wait for this one.
   What to do next has been said.
   """
-  terminal.hurry()
+  terminal.stop_waiting()
   with contextlib.suppress(OSError):
     terminal.finish()
   _dismiss()
@@ -163,96 +204,21 @@ def fail_together() -> None:
   A wrong config is found by each on its own. The first one to leave would end
   the others, above all process 0, before they have said what is wrong.
   """
-  # Imported late: without a cluster nobody needs it.
+  # Imported late: only several processes need it.
   from orbax.checkpoint import multihost
 
   _dismiss()
-  try:
-    meet = multihost.get_barrier_sync_fn()
-    meet(key="moejax fails", timeout_ms=1000 * _FAILS_ALIKE)
+  # Where the others work on, they notice that this one leaves.
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    barrier = multihost.get_barrier_sync_fn()
+    barrier(key="moejax fails", timeout_ms=1000 * _FAILS_ALIKE)
     part()
-  except jax.errors.JaxRuntimeError:
-    # The others work on. They notice that this one leaves.
-    pass
 
 
 def part() -> None:
   """Waits until all processes are done; after it each may `leave`."""
   if several():
     jax.distributed.shutdown()
-
-
-def _cluster(
-  coordinator_address: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-) -> dict[str, Any]:
-  """Returns the arguments of `join`, out of the environment if need be.
-
-  They are checked against each other; without any of them there are none.
-  """
-  given = {
-    "coordinator_address": coordinator_address
-    or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-    "num_processes": _number("JAX_NUM_PROCESSES", num_processes),
-    "process_id": _number("JAX_PROCESS_ID", process_id),
-  }
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) == len(given):
-    return {}
-  if missing:
-    raise ValueError(
-      f"--{missing[0]} is missing: to train by several processes give all of"
-      f" {', '.join('--' + name for name in given)} (or JAX_"
-      f"{missing[0].upper()} and so on); give none to train by one."
-    )
-  address = given["coordinator_address"]
-  _, _, port = address.rpartition(":")
-  if ":" not in address or not (port.isdecimal() and 0 < int(port) < 2**16):
-    raise ValueError(
-      f"--coordinator_address is {address!r}; give the first process's host and"
-      " a free port of it, as in localhost:12345."
-    )
-  if not 0 <= given["process_id"] < given["num_processes"]:
-    raise ValueError(
-      f"--process_id={given['process_id']}, but the"
-      f" {given['num_processes']} processes are numbered from 0 to"
-      f" {given['num_processes'] - 1}."
-    )
-  return given
-
-
-def _number(name: str, given: int | None) -> int | None:
-  text = os.environ.get(name)
-  if given is not None or text is None:
-    return given
-  try:
-    return int(text)
-  except ValueError:
-    raise ValueError(f"{name} is {text!r}; give a whole number.") from None
-
-
-def _started_by_scheduler() -> bool:
-  return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-
-
-def _own_devices(environ: Mapping[str, str]) -> list[int] | None:
-  """Returns [], all that this process sees, where SLURM made them its own.
-
-  None leaves it to JAX, which under SLURM gives every process one GPU of those
-  that it sees: right where the processes of a machine see the same.
-  """
-  if environ.get("JAX_LOCAL_DEVICE_IDS"):
-    return None
-  tasks, nodes = (
-    environ.get(f"SLURM_STEP_NUM_{name}") for name in ("TASKS", "NODES")
-  )
-  alone_there = tasks is not None and tasks == nodes
-  return [] if alone_there or "SLURM_GPUS_PER_TASK" in environ else None
-
-
-def _on_tpu() -> bool:
-  return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def several() -> bool:
@@ -265,33 +231,49 @@ def first() -> bool:
   return jax.process_index() == 0
 
 
-def first_does(action: Callable[[], None]) -> None:
-  """Runs `action` on the first process while the others wait.
+def how_many() -> str:
+  """Says how many processes there are, where it is more than one."""
+  return f" of {jax.process_count()} processes" if several() else ""
 
-  Raises:
-    OSError, ValueError: what it raised; on all processes.
-  """
+
+def _tell_all(text: str) -> list[str]:
+  """Returns the text of each process, cut to `_MESSAGE` bytes."""
+  if not several():
+    return [text]
+  code = text.encode(errors="backslashreplace")[:_MESSAGE]
+  code = np.frombuffer(code.ljust(_MESSAGE, b"\0"), np.uint8)
+  codes = multihost_utils.process_allgather(code)
+  return [bytes(c).rstrip(b"\0").decode(errors="ignore") for c in codes]
+
+
+def any_of_us(here: bool) -> bool:
+  """Says whether it is so on any process; all must ask."""
+  return any(_tell_all("so" if here else ""))
+
+
+def check_same(text: str, what: str) -> None:
+  """Raises ValueError on all processes where a text is not the same on all."""
+  digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+  if len(set(_tell_all(digest))) > 1:
+    raise ValueError(
+      f"the {what} is not the same on all {jax.process_count()} processes;"
+      " start them by the same command, but for --process_id."
+    )
+
+
+def first_does(action: Callable[[], None]) -> None:
+  """Runs `action` on the first process; what it raises, all raise."""
   error, text = None, ""
   if first():
     try:
       action()
     except (OSError, ValueError) as caught:
       error, text = caught, str(caught) or type(caught).__name__
-  if several():
-    text = _told_by_first(text)
+  text = _tell_all(text)[0]
   if error:
     raise error
   if text:
     raise ValueError(f"the first process said: {text}")
-
-
-def _told_by_first(text: str) -> str:
-  message = np.zeros(_MESSAGE, np.uint8)
-  encoded = text.encode(errors="backslashreplace")
-  code = np.frombuffer(encoded[:_MESSAGE], np.uint8)
-  message[: code.size] = code
-  message = multihost_utils.broadcast_one_to_all(message)
-  return bytes(message).rstrip(b"\0").decode(errors="ignore")
 
 
 def first_then_others(make: Callable[[], _Made]) -> _Made:
@@ -302,22 +284,6 @@ def first_then_others(make: Callable[[], _Made]) -> _Made:
   made = []
   first_does(lambda: made.append(make()))
   return made[0] if first() else make()
-
-
-def check_same(text: str, what: str) -> None:
-  """Refuses processes that were not started alike.
-
-  Raises:
-    ValueError: on all of them, naming `what` differs.
-  """
-  if not several():
-    return
-  own = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-  if any_of_us(_told_by_first(own) != own):
-    raise ValueError(
-      f"the {what} is not the same on all {jax.process_count()} processes;"
-      " start them by the same command, but for --process_id."
-    )
 
 
 def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
@@ -334,41 +300,27 @@ def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def votes(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
   """Returns the shape, type and sharding of what `vote` makes."""
-  where = sharding.device_sharding(mesh)
-  return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=where)
-
-
-def how_many() -> str:
-  """Says how many processes there are, where it is more than one."""
-  count = jax.process_count()
-  return f" of {count} processes" if count > 1 else ""
-
-
-def any_of_us(here: bool) -> bool:
-  """Says whether it is so on any process; all must ask."""
-  if not several():
-    return here
-  return bool(multihost_utils.process_allgather(np.asarray(here)).any())
+  one_a_device = sharding.device_sharding(mesh)
+  return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=one_a_device)
 
 
 @contextlib.contextmanager
 def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
   """Ends this process, at once, where another one is lost.
 
-  Waiting for it, in whatever would be tidied up, could take forever.
-
-  Args:
-    goes_on_from: says, for the message, where a new start goes on.
+  Waiting for it, in whatever would be tidied up, could take forever. The
+  message says what a new start `goes_on_from`.
   """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if not several():
       raise
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
     terminal.warn(
       f"moejax: process {jax.process_index()} of {jax.process_count()} lost"
-      f" another one ({_first_line(error)}); start all of them again: they go"
-      f" on from {goes_on_from()}.",
+      f" another one ({first_line:.200}); start all of them again: they go on"
+      f" from {goes_on_from()}.",
     )
     leave(1)
 
@@ -377,7 +329,7 @@ def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
 def alone_in(workdir: files.Path) -> Iterator[Callable[[], None]]:
   """Keeps a second training out of a workdir; lets go when the process ends.
 
-  A workdir that it makes is gone again if nothing else comes to lie there.
+  A workdir that it makes is removed if nothing else comes to lie there.
 
   Yields:
     A function that raises OSError where another trains there all the same, as
@@ -410,12 +362,7 @@ def alone_in(workdir: files.Path) -> Iterator[Callable[[], None]]:
     try:
       yield lambda: None
     finally:
-      if made:
-        with contextlib.suppress(OSError):
-          if list(workdir.iterdir()) == [lock]:
-            lock.unlink()
-            workdir.rmdir()
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0][:200]
+      with contextlib.suppress(OSError):
+        if made and list(workdir.iterdir()) == [lock]:
+          lock.unlink()
+          workdir.rmdir()

@@ -12,8 +12,9 @@ def _standard(standard_promotion):
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-  return program.plain_environment(tmp_path_factory.mktemp("compiled"))
+def environment(shared):
+  """What processes get; they share their compiled programs."""
+  return program.plain_environment(shared("compiled", lambda folder: None))
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +30,12 @@ def start_several(environment, small_flags):
 
 
 @pytest.fixture(scope="session")
-def whole(start, tmp_path_factory):
+def whole(start, shared):
   """A run that nothing disturbed: its workdir and what it printed."""
-  workdir = tmp_path_factory.mktemp("whole") / "run"
-  (output,) = program.end_well(start(workdir))
-  return workdir, output
+
+  def train(folder):
+    (output,) = program.end_well(start(folder / "run"))
+    (folder / "output.txt").write_text(output)
+
+  folder = shared("whole", train)
+  return folder / "run", (folder / "output.txt").read_text()

@@ -1,171 +1,122 @@
 """Whatever dies, and whenever: the resumed curve is the undisturbed one."""
 
 import functools
-import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 
 import program
 import pytest
 
 from moejax.training import run
 
-KILLS = 20
-LONG = ("--config.train.steps=120", "--config.train.checkpoint_every=2")
+CHECKPOINTS = "moejax.training.checkpoint:Checkpoints"
+VOTE = "moejax.training.processes vote"
+# One after the other in the life of one run: a function, which of its calls,
+# what must be there then, and the newest checkpoint that is left.
+KILLS = [
+  ("moejax.files write_whole", 1, "-", 0),  # before there is a run
+  (VOTE, 2, "-", 0),  # in the second step
+  (f"{CHECKPOINTS} _sign", 1, "-", 0),  # in the midst of the first save
+  (f"{CHECKPOINTS} save", 1, "checkpoints/3", 3),  # at the end of a save
+  (VOTE, 3, "-", 3),  # in a step after it resumed
+  (f"{CHECKPOINTS} save", 2, "checkpoints/*tmp*", 3),
+  (f"{CHECKPOINTS} best", 1, "-", 12),  # before the test
+]
 
 
-@pytest.fixture(scope="module")
-def long_run(start, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("long") / "run"
-  program.end_well(start(workdir, *LONG))
+def limited(limit, amount):
+  """Sets a limit of the system for a process that starts."""
+  return functools.partial(resource.setrlimit, limit, (amount, amount))
+
+
+def resumed(whole, tmp_path):
+  """A copy of a finished run that stands at step 9 of 12."""
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  shutil.rmtree(workdir / run.CHECKPOINTS / "12")
+  program.forget_the_end(workdir)
   return workdir
 
 
-def finish(start, workdir, undisturbed, *flags):
-  """Runs the same command again, to the end."""
-  (output,) = program.end_well(start(workdir, *flags))
-  assert program.curve(workdir) == program.curve(undisturbed)
-  return output
-
-
-def wait_for_draft(process, workdir):
-  """Waits until a checkpoint is being written."""
-  folder = workdir / run.CHECKPOINTS
-  while process.poll() is None:
-    if list(folder.glob("*.orbax-checkpoint-tmp*")):
-      return True
-  return False
-
-
-def test_fault_killed_at_random_moments(start, long_run, tmp_path):
-  """Within a step, within a save, while starting: all in one run's life."""
-  chance = random.Random(0)
+def test_fault_killed_in_every_part_of_its_life(start, whole, tmp_path):
+  """And the last checkpoint is damaged at the end."""
   workdir = tmp_path / "run"
-  steps = sorted(chance.sample(range(1, 115), KILLS))
-  saves = 0
-  for number, step in enumerate(steps):
-    process = start(workdir, *LONG)
-    if number % 10 == 4:
-      time.sleep(chance.uniform(0, 6))
-    else:
-      program.wait_for_step(process, workdir, step)
-      if number % 2:
-        saves += wait_for_draft(process, workdir)
-      time.sleep(chance.uniform(0, 0.03))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-  assert saves >= KILLS // 4
-  finish(start, workdir, long_run, *LONG)
-
-
-def flip_a_bit(file, chance):
-  content = bytearray(file.read_bytes())
-  content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-  file.write_bytes(content)
-
-
-def cut_in_half(file, chance):
-  del chance
-  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half])
-def test_fault_damaged_checkpoint_is_passed_over(
-  start, whole, tmp_path, damage
-):
-  workdir = shutil.copytree(whole[0], tmp_path / "run")
-  newest = workdir / run.CHECKPOINTS / "12"
-  damage(program.largest_file(newest), random.Random(1))
-  program.forget_the_end(workdir)
-  output = finish(start, workdir, whole[0])
+  for function, call, until, newest in KILLS:
+    process = start(workdir, fault=program.fault(function, call, until=until))
+    (output,) = program.end(process)
+    assert process.returncode == -signal.SIGKILL, output
+    saved = [0, *program.saved_steps(workdir)]
+    # A save may end before the signal comes.
+    assert newest <= saved[-1] <= 4 * newest, (function, saved)
+  program.damage(program.largest_file(workdir / run.CHECKPOINTS / "12"))
+  (output,) = program.end_well(start(workdir))
   assert "checkpoint of step 12 cannot be read" in output
-  assert "at step 9 of 12" in output
+  assert f"resuming {workdir} at step 9 of 12" in output
+  assert program.curve(workdir) == program.curve(whole[0])
 
 
-def test_fault_full_disk(start, environment, small_flags, whole, tmp_path):
+def test_fault_full_disk(environment, small_flags, whole, tmp_path):
   """A limit on the size of a file stands in for the end of the disk."""
-  workdir = tmp_path / "run"
-  process = start(workdir)
-  program.wait_for_step(process, workdir, 4)
-  process.send_signal(signal.SIGTERM)
-  program.end(process)
-  before = program.kept(workdir)
-  folder = workdir / run.CHECKPOINTS / str(before[-1])
+  workdir = resumed(whole, tmp_path)
+  folder = workdir / run.CHECKPOINTS
   # How Orbax splits the arrays into files varies; this one is in every save.
-  limit = (folder / "state" / "_METADATA").stat().st_size - 1
-  command = [sys.executable, "-m", "moejax", "train", *small_flags]
-  full = subprocess.run(
-    [*command, f"--workdir={workdir}"],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=program.PATIENCE,
-    preexec_fn=functools.partial(
-      resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)
-    ),
+  size = (folder / "9" / "state" / "_METADATA").stat().st_size - 1
+  full = program.run_code(
+    environment,
+    "from moejax import main; main.console()",
+    small_flags,
+    workdir,
+    limited(resource.RLIMIT_FSIZE, size),
   )
   assert full.returncode == 1, full.stderr
   # And no word of what the threads of libraries have met.
   assert "Traceback" not in full.stderr
   said = [ln for ln in full.stderr.splitlines() if ln.startswith("moejax: ")]
   (message,) = said
-  assert "could not be saved" in message and "Make room" in message
-  assert f"the last one in {workdir / run.CHECKPOINTS} is of step" in message
-  assert program.kept(workdir) == before
-  finish(start, workdir, whole[0])
+  assert "step 12 could not be saved" in message and "Make room" in message
+  assert f"the last one in {folder} is of step 9" in message
+  assert program.saved_steps(workdir) == [9]
 
 
 # Not by the data: word ids cannot be NaN.
-NAN_AT_STEP_8 = textwrap.dedent("""
-  import jax
+NAN_AT_STEP_11 = textwrap.dedent("""
   from moejax import main
-  from moejax.training import step
-  place, calls = step.train_step, []
+  from moejax.training import session
+  compiled = session.compiled
 
-  def broken(state, batch, **options):
-    state, metrics = place(state, batch, **options)
-    bad = state.step == 8
-    params = jax.tree.map(
-      lambda w: jax.numpy.where(bad, jax.numpy.nan, w), state.params
-    )
-    loss = jax.numpy.where(bad, jax.numpy.nan, metrics["loss"])
-    return state._replace(params=params), metrics | {"loss": loss}
+  def broken(*about):
+    step_fn = compiled(*about)
 
-  step.train_step = broken
+    def step(*args):
+      state, metrics = step_fn(*args)
+      if int(state.step) == 11:
+        metrics["loss"] *= float("nan")
+      return state, metrics
+
+    return step
+
+  session.compiled = broken
   main.console()
 """)
 
 
-def test_fault_not_a_number(start, environment, small_flags, whole, tmp_path):
-  workdir = tmp_path / "run"
-  broken = program.run_code(environment, NAN_AT_STEP_8, small_flags, workdir)
+def test_fault_not_a_number(environment, small_flags, whole, tmp_path):
+  workdir = resumed(whole, tmp_path)
+  broken = program.run_code(environment, NAN_AT_STEP_11, small_flags, workdir)
   assert broken.returncode == 1, broken.stderr
-  assert "loss became nan at step 8; checkpoint 6 was saved" in broken.stderr
-  assert program.kept(workdir)[-1] == 6
-  finish(start, workdir, whole[0])
+  assert "loss became nan at step 11; checkpoint 9 was saved" in broken.stderr
+  assert program.saved_steps(workdir) == [9]
 
 
-def test_fault_full_disk_while_preparing(
-  environment, small_flags, start, whole, tmp_path
-):
-  own = f"--config.data.data_dir={tmp_path / 'prepared'}"
-  command = [sys.executable, "-m", "moejax", "train", *small_flags, own]
-  full = subprocess.run(
-    [*command, f"--workdir={tmp_path / 'run'}"],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=program.PATIENCE,
-    preexec_fn=functools.partial(
-      resource.setrlimit, resource.RLIMIT_FSIZE, (10000, 10000)
-    ),
+def test_fault_full_disk_while_preparing(environment, small_flags, tmp_path):
+  full = program.run_code(
+    environment,
+    "from moejax import main; main.console()",
+    [*small_flags, f"--config.data.data_dir={tmp_path / 'prepared'}"],
+    tmp_path / "run",
+    limited(resource.RLIMIT_FSIZE, 10000),
   )
   assert full.returncode == 1
   preparing, message = full.stderr.splitlines()
@@ -176,24 +127,28 @@ def test_fault_full_disk_while_preparing(
 
 
 @pytest.mark.parametrize(
-  "limit, amount, said",
+  "code, limit, amount, said",
   [
-    (resource.RLIMIT_NOFILE, 24, "only 24 files .* by ulimit -n 4096"),
-    (resource.RLIMIT_AS, 2**30, "only 1,073,741,824 bytes .* ulimit -v unl"),
+    (
+      "from moejax import main; main.console()",
+      resource.RLIMIT_NOFILE,
+      24,
+      "moejax: only 24 files .* by ulimit -n 4096",
+    ),
+    (
+      "from moejax import limits; limits.check()",
+      resource.RLIMIT_AS,
+      2**30,
+      "OSError: only 1,073,741,824 bytes .* ulimit -v unl",
+    ),
   ],
 )
 def test_fault_limits_that_libraries_cannot_live_with(
-  environment, small_flags, tmp_path, limit, amount, said
+  environment, small_flags, tmp_path, code, limit, amount, said
 ):
-  command = [sys.executable, "-m", "moejax", "train", *small_flags]
-  done = subprocess.run(
-    [*command, f"--workdir={tmp_path}"],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=program.PATIENCE,
-    preexec_fn=functools.partial(resource.setrlimit, limit, (amount, amount)),
+  done = program.run_code(
+    environment, code, small_flags, tmp_path, limited(limit, amount)
   )
   assert done.returncode == 1
-  (message,) = done.stderr.splitlines()
-  assert re.match(f"moejax: {said}", message)
+  assert re.match(said, done.stderr.splitlines()[-1])
+  assert ("Traceback" in done.stderr) == ("main" not in code)

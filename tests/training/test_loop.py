@@ -248,7 +248,7 @@ def test_a_terminal_that_is_stuck_or_gone_stops_no_run(
   process.send_signal(signal.SIGHUP)
   assert process.wait(program.PATIENCE) == 128 + signal.SIGHUP
   os.close(out)
-  saved = program.kept(workdir)[-1]
+  saved = program.saved_steps(workdir)[-1]
   assert 4 <= saved < 12
   again = finish(start, workdir, whole)
   assert f"run\\x1b世 at step {saved} of 12" in again

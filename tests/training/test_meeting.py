@@ -1,8 +1,10 @@
 """All come, or all hear in a sentence who did not."""
 
+import contextlib
 import re
 import socket
 import threading
+import time
 
 import program
 import pytest
@@ -11,11 +13,22 @@ from moejax.training import meeting
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-  monkeypatch.setattr(meeting, "PATIENCE", 1.0)
-  monkeypatch.setattr(meeting, "WORD", 0.1)
+def _often(monkeypatch):
+  monkeypatch.setattr(meeting, "PATIENCE", 60.0)
+  monkeypatch.setattr(meeting, "WORD", 0.05)
   monkeypatch.setattr(meeting, "_SIGN", 0.02)
-  monkeypatch.setattr(meeting, "_SILENCE", 0.5)
+
+
+@pytest.fixture
+def give_up(monkeypatch):
+  """give_up(text, *processes): they give up, once they have said a text."""
+
+  def give_up(text, *processes):
+    while not all(text in process.said for process in processes):
+      time.sleep(0.01)
+    monkeypatch.setattr(meeting, "PATIENCE", 0.0)
+
+  return give_up
 
 
 class Process(threading.Thread):
@@ -41,69 +54,68 @@ def end(*processes):
   return [process.error for process in processes]
 
 
+def visit(address):
+  """Connects to process 0, as soon as it listens."""
+  host, _, port = address.rpartition(":")
+  while True:
+    with contextlib.suppress(ConnectionRefusedError):
+      return socket.create_connection((host, int(port)))
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_all_meet_whoever_comes_first(order):
   address = program.free_address()
   assert end(*(Process(address, number, 3) for number in order)) == [""] * 3
 
 
-def test_who_does_not_come_is_named_to_all():
+def test_who_does_not_come_is_named_to_all(give_up):
   address = program.free_address()
   processes = [Process(address, number, 4) for number in (0, 2)]
+  give_up(f"waiting for processes 1, 3 of 4 at {address}", *processes)
   for error in end(*processes):
     assert "did not meet: processes 1, 3 of 4 did not come to local" in error
-    assert re.search(r"start all of them within 1 seconds, .*--process", error)
-  for process in processes:
-    assert f"waiting for processes 1, 3 of 4 at {address}" in process.said
+    assert re.search(r"start all of them within 0 seconds, .*--process", error)
 
 
-def test_a_first_process_that_does_not_come_is_named():
+def test_a_first_process_that_does_not_come_is_named(give_up):
   address = program.free_address()
   process = Process(address, 1, 2)
-  (error,) = end(process)
   why = f"process 0 does not answer at {address} (Connection refused)"
-  assert f"did not meet: {why}; start all" in error
-  assert why in process.said
+  give_up(why, process)
+  assert f"did not meet: {why}; start all" in end(process)[0]
 
 
-def test_a_second_one_of_an_id_is_sent_away(monkeypatch):
+def test_a_second_one_of_an_id_is_refused():
   """The others go on waiting for the one that it should be."""
-  monkeypatch.setattr(meeting, "PATIENCE", 60.0)
   address = program.free_address()
   first, one, other = (Process(address, number, 3) for number in (0, 1, 1))
   while first.is_alive() and one.is_alive() and other.is_alive():
     one.join(0.01)
-  sent_away, stays = (one, other) if one.error else (other, one)
+  refused, stays = (one, other) if one.error else (other, one)
   message = "two processes were started with --process_id=1, on "
-  assert message in sent_away.error
+  assert message in refused.error
   assert any(message in said for said in first.said)
   last = Process(address, 2, 3)
   assert end(first, stays, last) == [""] * 3
 
 
-def test_one_that_expects_others_is_sent_away():
+def test_one_that_expects_others_is_refused(give_up):
   address = program.free_address()
   first, other = Process(address, 0, 2), Process(address, 1, 3)
-  error, refused = end(first, other)
-  assert "was started with --num_processes=3, but process 0 with 2" in refused
-  assert "process 1 of 2 did not come" in error
+  (error,) = end(other)
+  assert "was started with --num_processes=3, but process 0 with 2" in error
+  give_up(f"waiting for process 1 of 2 at {address}", first)
+  assert "process 1 of 2 did not come" in end(first)[0]
 
 
-def test_one_that_left_may_come_again(monkeypatch):
-  monkeypatch.setattr(meeting, "PATIENCE", 60.0)
+def test_one_that_left_may_come_again():
   address = program.free_address()
   first = Process(address, 0, 3)
-  host, _, port = address.rpartition(":")
-  while True:
-    try:
-      left = socket.create_connection((host, int(port)))
-      break
-    except ConnectionRefusedError:
-      pass
-  left.sendall(b'{"process": 1, "of": 3, "host": "there"}\n')
-  # The greeting, and whom it waits for.
-  assert b"missing" in b"".join(left.recv(1000) for _ in range(2))
-  left.close()
+  with visit(address) as left:
+    left.sendall(b'{"process": 1, "of": 3, "host": "there"}\n')
+    said = b""
+    while b"missing" not in said:
+      said += left.recv(1000)
   again = Process(address, 1, 3)
   while again.is_alive() and not again.said:
     again.join(0.01)
@@ -113,10 +125,9 @@ def test_one_that_left_may_come_again(monkeypatch):
   assert end(first, again, last) == [""] * 3
 
 
-@pytest.mark.parametrize(
-  "content", [b"SSH-2.0\r\n", b"", b"\0\0\x12\4", b"[]\n"]
-)
-def test_another_program_at_the_address_is_told(content):
+@pytest.mark.parametrize("content", [b"SSH-2.0\r\n", b"\0\0\x12\4", b"[]\n"])
+def test_another_program_at_the_address_is_told(monkeypatch, content):
+  monkeypatch.setattr(meeting, "_SILENCE", 0.5)
   with socket.create_server(("localhost", 0)) as server:
 
     def answer():
@@ -142,27 +153,19 @@ def test_a_port_that_is_taken_is_told():
   assert "(Address already in use)" in error
 
 
-def test_what_is_no_message_disturbs_nobody(monkeypatch):
-  monkeypatch.setattr(meeting, "PATIENCE", 60.0)
+def test_what_is_no_message_disturbs_nobody():
   address = program.free_address()
   first = Process(address, 0, 2)
-  host, _, port = address.rpartition(":")
-  contents = [
+  for content in (
     b"GET / HTTP/1.1\r\n",
     b"[]\n",
     b'{"process": {}, "of": 2, "host": "x"}\n',
     b'{"process": 1, "of": 2}\n',
     b"\xff\n",
-  ]
-  for content in contents:
-    while True:
-      try:
-        guest = socket.create_connection((host, int(port)))
-        break
-      except ConnectionRefusedError:
-        pass
-    with guest:
+  ):
+    with visit(address) as guest:
       guest.sendall(content)
-      while guest.recv(1000):
-        pass
+      with contextlib.suppress(ConnectionResetError):
+        while guest.recv(1000):
+          pass
   assert end(first, Process(address, 1, 2)) == ["", ""]
