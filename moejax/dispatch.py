@@ -23,15 +23,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
 from moejax import moves, sharding
-from moejax import seats as seats_lib
+from moejax import slots as slots_lib
 from moejax.moves import ExpertFn
 from moejax.ragged import ragged
 from moejax.routing import Assignment
-from moejax.seats import Capacity
+from moejax.slots import Capacity
 
 # Where the slots of each expert and group lie on their way: where their tokens
 # are; with one of the devices that share the expert; with all of these.
-_WAY = ((None, "group"), ("expert", "group_sent"), ("expert", "group_away"))
+_WAY = (
+  (None, "group"),
+  ("expert", "group_dispatched"),
+  ("expert", "group_replicated"),
+)
 
 _BY_SLOTS = {
   # GShard's moves: one-hot masks of G*N*S entries turn both into matrix
@@ -83,9 +87,9 @@ def depart(
   """
   moves.check_rows(x)
   G, S, _ = x.shape
-  blocks = seats_lib.blocks_of(capacity, num_experts, S)
+  blocks = slots_lib.blocks_of(capacity, num_experts, S)
   send, combine = _BY_SLOTS[name]
-  seats = jax.vmap(lambda e: seats_lib.seat(e, blocks))(assignment.expert)
+  seats = jax.vmap(lambda e: slots_lib.seat(e, blocks))(assignment.expert)
   ends = np.cumsum([num * slots for num, slots in blocks])[:-1]
 
   def away(of_slot):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import kernels, sharding
-from moejax.seats import num_below
+from moejax.slots import num_below
 
 # A group's rows go together in the least of these sizes that holds them, in
 # eighths of the mean group. Shapes are static, so each size is a loop.

@@ -15,10 +15,10 @@ from moejax import experts as experts_lib
 from moejax import named, sharding
 from moejax import router as router_lib
 from moejax import routing as routing_lib
-from moejax import seats as seats_lib
+from moejax import slots as slots_lib
 from moejax.experts import Each, Mixed
 from moejax.routing import Routing
-from moejax.seats import Block, Capacity
+from moejax.slots import Block, Capacity
 
 # What a caller may give: arrays of JAX or NumPy.
 ArrayLike = Array | np.ndarray
@@ -367,7 +367,7 @@ def _capacity(
 
   def slots(relative: float) -> int | None:
     scaled = None if factor is None else factor * relative
-    return seats_lib.capacity(edges, tokens, num_experts, scaled)
+    return slots_lib.capacity(edges, tokens, num_experts, scaled)
 
   if not isinstance(experts, Mixed):
     return slots(1.0)
@@ -444,7 +444,9 @@ def _side_by_side(
   P, G, C = slots.shape[:3]
   slots = slots.reshape(P, G // together, together * C, *slots.shape[3:])
   rest = (None,) * (slots.ndim - 2)
-  return sharding.constrain(slots, sharding.expert_axis(P), "group_away", *rest)
+  return sharding.constrain(
+    slots, sharding.expert_axis(P), "group_replicated", *rest
+  )
 
 
 def _flatten(

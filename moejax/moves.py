@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.routing import Assignment
-from moejax.seats import Seats
+from moejax.slots import Seats
 
 # (weights, rows, real) -> rows. Rows in slots are [E, N, D], and `real` [E, N]
 # says which slots are taken; blocks of experts give a tuple of both. Rows

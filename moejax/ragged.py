@@ -27,10 +27,10 @@ from jaxtyping import Array, Float, Int, Num
 
 from moejax import moves, sharding
 from moejax import routing as routing_lib
-from moejax import seats as seats_lib
+from moejax import slots as slots_lib
 from moejax.moves import ExpertFn
 from moejax.routing import Assignment
-from moejax.seats import Block, Capacity, Seats
+from moejax.slots import Block, Capacity, Seats
 
 # Of the mesh, one or several.
 Axis = str | tuple[str, ...]
@@ -57,11 +57,11 @@ def ragged(
   axis = None
   if sharding.is_known("group", x) and not sharding.is_local(x):
     axis = _split_over(weights, num_experts)
-  blocks = seats_lib.blocks_of(capacity, num_experts, x.shape[1])
+  blocks = slots_lib.blocks_of(capacity, num_experts, x.shape[1])
 
   def on_device(weights, x, assignment, here):
     if capacity is not None:
-      assignment = seats_lib.drop(assignment, blocks)
+      assignment = slots_lib.drop(assignment, blocks)
     run = functools.partial(expert_fn, weights)
     if axis is None:
       num_edges = assignment.expert.size
@@ -120,7 +120,7 @@ def _in_line(
   """
   G, S, D = x.shape
   one = routing_lib.flatten_groups(assignment, S)
-  line = seats_lib.line_up(one.expert, num_experts)
+  line = slots_lib.line_up(one.expert, num_experts)
   rank = jnp.arange(room, dtype=jnp.int32)
   seats = Seats(
     jnp.where(one.expert < num_experts, line.place, room),

@@ -56,8 +56,8 @@ RULES = {
   # Of tokens that have been sent to one of their expert's devices, and of those
   # that each of its devices has a copy of. By default what is left of "group"
   # without the axes of "expert", and without those of "mlp".
-  "group_sent": ("data", "model"),
-  "group_away": ("data",),
+  "group_dispatched": ("data", "model"),
+  "group_replicated": ("data",),
   # Of rows that meet a table of words: what is left of "batch" without "vocab".
   "batch_at_vocab": ("data", "model", "expert"),
   "expert": "expert",
@@ -68,7 +68,7 @@ RULES = {
   "hidden": None,
   "vocab": None,
   # No axis of its own: the largest axis that divides, of every parameter.
-  "at_rest": None,
+  "param_shards": None,
 }
 
 
@@ -81,7 +81,7 @@ def rules(**changes: Over) -> tuple[tuple[str, Over], ...]:
   left = changes.get("group", table["batch"])
   meet = [a for a in _axes(table["batch"]) if a not in _axes(table["vocab"])]
   follow = {"group": left, "batch_at_vocab": tuple(meet) or None}
-  for name, to in (("group_sent", "expert"), ("group_away", "mlp")):
+  for name, to in (("group_dispatched", "expert"), ("group_replicated", "mlp")):
     left = tuple(axis for axis in _axes(left) if axis not in _axes(table[to]))
     follow[name] = left or None
   return tuple((table | follow | changes).items())
@@ -104,8 +104,8 @@ LAYOUTS = {
     # Two devices share an expert: each has half of its hidden units.
     Layout("expert_model", (1, -1, 2), rules()),
     # Data parallelism with one copy of the parameters, which lie split over all
-    # devices, their optimiser state with them (see `gathered`).
-    Layout("fsdp", (-1, 1, 1), rules(at_rest="data")),
+    # devices, their optimiser state with them (see `zero3`).
+    Layout("fsdp", (-1, 1, 1), rules(param_shards="data")),
   )
 }
 
@@ -161,13 +161,13 @@ def abstract_mesh(layout: Layout, count: int) -> jax.sharding.AbstractMesh:
 
 def _check_gathers_whole(layout: Layout, mesh: AnyMesh) -> None:
   table = RULES | dict(layout.rules)
-  if not table["at_rest"]:
+  if not table["param_shards"]:
     return
   for axis in ("expert", "embed", "mlp", "hidden", "vocab"):
     parts = num_parts(table[axis], mesh)
     if parts > 1:
       raise ValueError(
-        f"layout {layout.name!r} splits parameters over {table['at_rest']!r}"
+        f"layout {layout.name!r} splits parameters over {table['param_shards']!r}"
         f" at rest, which are gathered whole for use, and {axis!r} over {parts}"
         " devices in use; choose one of the two."
       )
@@ -259,7 +259,7 @@ def _spec(
 _SET_BY = {
   "batch": "choose batch_size, and microbatches, so that the rows are",
   "group": "choose group_size, and the batch, so that the number of groups is",
-  "group_away": (
+  "group_replicated": (
     "choose a smaller groups_together, so that the groups it leaves are"
   ),
   "expert": "choose num_experts, of each kind of experts,",
@@ -627,7 +627,7 @@ def _as_compiled(
 
 
 # What is said anew within an expert.
-_OF_GROUPS = ("group", "group_sent", "expert")
+_OF_GROUPS = ("group", "group_dispatched", "expert")
 
 # How groups lie by the types of the user's arrays, where no rule says it.
 _KNOWN = contextvars.ContextVar("known", default={})  # noqa: B039
@@ -688,8 +688,12 @@ def over_experts(fn: _Fn, num_experts: int) -> _Fn:
       metadata_params={nn.PARTITION_NAME: axis},
       spmd_axis_name=split_over(axis) if axis else None,
     )
-    if away := {n: over for n, over in rules.items() if n == "group_away"}:
-      away = dict.fromkeys(("group", "group_sent"), away["group_away"])
+    if away := {
+      n: over for n, over in rules.items() if n == "group_replicated"
+    }:
+      away = dict.fromkeys(
+        ("group", "group_dispatched"), away["group_replicated"]
+      )
       away["expert"] = None
     inside = {
       n: over for n, over in rules.items() if n not in _OF_GROUPS
@@ -753,7 +757,7 @@ def with_axes(
 _CASTS = ("convert_element_type", "reshape", "transpose")
 
 
-def gathered(fn: Callable[..., Any]) -> Callable[..., Any]:
+def zero3(fn: Callable[..., Any]) -> Callable[..., Any]:
   """Lets fn(params, ...) take parameters as they lie at rest.
 
   Where a layout splits them at rest ("fsdp") each is gathered where `fn` uses
@@ -763,8 +767,8 @@ def gathered(fn: Callable[..., Any]) -> Callable[..., Any]:
   they are used, and this is `fn` itself.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  at_rest = dict(nn.get_logical_axis_rules()).get("at_rest")
-  if mesh.empty or num_parts(at_rest, mesh) == 1:
+  param_shards = dict(nn.get_logical_axis_rules()).get("param_shards")
+  if mesh.empty or num_parts(param_shards, mesh) == 1:
     return fn
 
   def keep(primitive, *_, **params):
@@ -784,7 +788,7 @@ def gathered(fn: Callable[..., Any]) -> Callable[..., Any]:
   def from_parts(params, *args):
     # Else XLA gathers all of them before a loop over microbatches.
     params, args = jax.lax.optimization_barrier((params, args))
-    parts = asked(params, lambda shape: _at_rest(shape, at_rest, mesh))
+    parts = asked(params, lambda shape: _at_rest(shape, param_shards, mesh))
     return jax.checkpoint(run, policy=keep)(parts, *args)
 
   return from_parts
@@ -822,13 +826,13 @@ def shardings(boxed_tree: Any, layout: Layout, mesh: AnyMesh) -> Any:
   def is_boxed(leaf):
     return isinstance(leaf, nn.LogicallyPartitioned)
 
-  at_rest = dict(layout.rules).get("at_rest")
-  if num_parts(at_rest, mesh) > 1:
+  param_shards = dict(layout.rules).get("param_shards")
+  if num_parts(param_shards, mesh) > 1:
 
     def split(leaf):
       leaf = leaf.value if is_boxed(leaf) else leaf
       return jax.sharding.NamedSharding(
-        mesh, _at_rest(leaf.shape, at_rest, mesh)
+        mesh, _at_rest(leaf.shape, param_shards, mesh)
       )
 
     return jax.tree.map(split, boxed_tree, is_leaf=is_boxed)

@@ -13,7 +13,7 @@ from assignments import KINDS, E, G, K, S, choices, each, edges
 from hypothesis import strategies as st
 
 from moejax import dispatch, experts, routing, sharding
-from moejax.seats import Block
+from moejax.slots import Block
 
 D, F = 3, 6
 FEED_FORWARD = experts.FeedForward(E, F)

@@ -102,7 +102,7 @@ def forward(name, params, x):
 
 
 def step(name, params, x):
-  run = sharding.gathered(functools.partial(forward, name))
+  run = sharding.zero3(functools.partial(forward, name))
   return jax.value_and_grad(run, (0, 1), has_aux=True)(params, x)
 
 

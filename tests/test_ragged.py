@@ -10,7 +10,7 @@ import pytest
 
 from moejax import dispatch, experts, moe, router, routing, sharding
 from moejax.planning import collectives
-from moejax.seats import Block
+from moejax.slots import Block
 
 # Two groups a device, two experts a device where 4 devices share them.
 G, S, D, E, F, K, A = 16, 3, 4, 8, 6, 2, 7

@@ -82,7 +82,9 @@ def test_experts_that_do_not_divide_name_both_numbers(on, devices, two_levels):
 def test_groups_that_are_together_do_not_leave_their_replica():
   module = layer(True).clone(groups_together=B // 2)
   init_on_mesh("data_expert", module)
-  message = "'group_away'.* 1 entries.* 2 devices; .* smaller groups_together"
+  message = (
+    "'group_replicated'.* 1 entries.* 2 devices; .* smaller groups_together"
+  )
   with pytest.raises(ValueError, match=message):
     init_on_mesh("data_expert", module.clone(groups_together=B))
 
@@ -110,7 +112,9 @@ def test_batch_lies_over_every_device(layout):
 
 
 def test_what_rests_in_parts_is_used_whole():
-  layout = sharding.Layout("both", (2, 4, 1), sharding.rules(at_rest="data"))
+  layout = sharding.Layout(
+    "both", (2, 4, 1), sharding.rules(param_shards="data")
+  )
   message = r"'both' splits parameters over 'data' .* 'expert' over 4 devices"
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(layout)
@@ -130,12 +134,14 @@ def test_what_does_not_divide_rests_whole():
 def test_rules_follow_the_experts():
   assert dict(sharding.rules()) == sharding.RULES
   away = dict(sharding.rules(batch="data", expert=("data", "expert")))
-  assert away["group"] == "data" and away["group_away"] is None
+  assert away["group"] == "data" and away["group_replicated"] is None
   table = dict(sharding.rules(mlp=None))
-  assert table["group_away"] == table["group_sent"] == ("data", "model")
-  assert dict(sharding.rules(group_away="data", expert=None))["group_away"] == (
-    "data"
+  assert (
+    table["group_replicated"] == table["group_dispatched"] == ("data", "model")
   )
+  assert dict(sharding.rules(group_replicated="data", expert=None))[
+    "group_replicated"
+  ] == ("data")
 
 
 def test_batch_must_divide():

@@ -11,9 +11,9 @@ import reference
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moejax import seats
+from moejax import slots
 from moejax.routing import Assignment
-from moejax.seats import Block
+from moejax.slots import Block
 
 G, S, K, E, A = 2, 3, 2, 4, 11
 BLOCKS = (Block(1, 3), Block(2, 1), Block(1, 2))
@@ -23,7 +23,7 @@ EXPERTS = arrays("int32", (A,), elements=st.integers(0, E))
 
 @functools.partial(jax.jit, static_argnums=1)
 def line_up(expert, num_experts):
-  line = seats.line_up(expert, num_experts)
+  line = slots.line_up(expert, num_experts)
   return line, line.position(expert)
 
 
@@ -61,7 +61,7 @@ def test_one_number_for_expert_and_edge_never_overflows(num_experts):
 
 @jax.jit
 def seat(expert):
-  return seats.seat(expert, BLOCKS)
+  return slots.seat(expert, BLOCKS)
 
 
 @hypothesis.given(expert=EXPERTS)
@@ -91,7 +91,7 @@ def test_drop_turns_away_who_gets_no_seat():
   expert = random.integers(0, E + 1, (G, A)).astype("int32")
   gate = jnp.asarray(random.random((G, A)), jnp.float32)
   assignment = Assignment(jnp.asarray(expert), gate, jnp.asarray(expert))
-  got = seats.drop(assignment, BLOCKS)
+  got = slots.drop(assignment, BLOCKS)
   assert got.gate is gate and got.token is assignment.token
   for g in range(G):
     edges = [(0, int(e), 0.0) for e in expert[g]]
@@ -112,7 +112,7 @@ def test_drop_turns_away_who_gets_no_seat():
   ],
 )
 def test_a_capacity_is_that_of_blocks_of_experts(capacity, want):
-  assert seats.blocks_of(capacity, E, S) == want
+  assert slots.blocks_of(capacity, E, S) == want
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_capacity_is_that_of_blocks_of_experts(capacity, want):
 )
 def test_bad_capacities_name_both_numbers(capacity, message):
   with pytest.raises(ValueError, match=message):
-    seats.blocks_of(capacity, E, S)
+    slots.blocks_of(capacity, E, S)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_bad_capacities_name_both_numbers(capacity, message):
   ],
 )
 def test_capacity(edges, tokens, num_experts, factor, minimum, want):
-  got = seats.capacity(edges, tokens, num_experts, factor, minimum)
+  got = slots.capacity(edges, tokens, num_experts, factor, minimum)
   assert got == want
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.25, float("nan"), float("inf")])
 def test_capacity_must_be_positive(factor):
   with pytest.raises(ValueError, match=rf"{factor}.*\b8 experts"):
-    seats.capacity(128, 64, 8, factor)
+    slots.capacity(128, 64, 8, factor)
 
 
 def test_capacity_has_a_minimum_of_four():
-  assert seats.capacity(16, 16, 16, 1.0) == 4
+  assert slots.capacity(16, 16, 16, 1.0) == 4

@@ -1,4 +1,4 @@
-"""Seats: which edge of a group gets which of its expert's slots.
+"""Slots: which edge of a group gets which of its expert's slots.
 
 First come, first served: an expert takes its first `capacity` edges.
 """
