@@ -1,28 +1,25 @@
-"""Slots: which edge of a group gets which of its expert's slots.
+"""Slots: which edge gets which, and moving rows to slots and back.
 
-First come, first served: an expert takes its first `capacity` edges.
+An expert takes its first `capacity` edges of each group. Rows move by index,
+where no array is larger than the slots, or by products with masks.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.routing import Assignment
 
+# (weights, rows, mask) or (weights, rows, group_sizes=...) -> rows, see
+# experts.py; of several kinds of experts in slots, a tuple of each.
+ExpertFn = Callable[..., Any]
 
-class Block(NamedTuple):
-  """Experts that follow each other and have the same number of slots."""
-
-  num_experts: int
-  capacity: int
-
-
-# Of every expert alike; of blocks of experts in turn; None seats every edge.
-Capacity = int | Sequence[Block] | None
+# A move must not round: a matrix unit would take float32 rows as bfloat16.
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 def capacity(
@@ -38,11 +35,11 @@ def capacity(
     edges: assignments per group (K * S where tokens choose).
     tokens: tokens per group; no expert needs more slots than that.
     num_experts: E.
-    factor: slots over the mean load edges / E; None, as the result, seats every
-      edge.
+    factor: slots over the mean load edges / E; None drops no edge, and the
+      capacity is None too.
     minimum: least capacity, so that tiny groups do not drop by bad luck: where
-      experts get 0.6 edges in the mean, 1 slot turns away a quarter of them,
-      4 slots less than one in a thousand. What it costs, larger groups save.
+      experts get 0.6 edges in the mean, 1 slot drops a quarter of them, 4 slots
+      less than one in a thousand. What it costs, larger groups save.
 
   Raises:
     ValueError: the factor is not positive.
@@ -59,53 +56,68 @@ def capacity(
   return min(tokens, max(minimum, slots))
 
 
-class Seats(NamedTuple):
-  """Where each edge sits and who sits in each slot.
+def check(x: Array, num_experts: int, capacity: int | None) -> None:
+  """Refuses rows that gates cannot weigh, and experts without a slot.
+
+  Raises:
+    ValueError: the rows are not floats, or the capacity is below 1.
+  """
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f"the rows are {x.dtype}, which gates between 0 and 1 cannot weigh; give"
+      " them as float32 or bfloat16, as the layers do with whole numbers."
+    )
+  if capacity is not None and capacity < 1:
+    raise ValueError(
+      f"capacity {capacity} leaves the {num_experts} experts no slot; give at"
+      " least 1, or None to drop no edge."
+    )
+
+
+# -- who gets a slot ----------------------------------------------------------
+
+
+class SortedEdges(NamedTuple):
+  """The edges of one group, sorted by expert; unused ones come last.
 
   Attributes:
-    slot: the slot of each edge; N for edges without one.
-    edge: the edge in each slot; A in empty ones.
+    order: the edges, those of an expert in their old order.
+    start: where each expert's edges begin, and where the unused ones do.
+    rank: where each edge stands in `order`.
+  """
+
+  order: Int[Array, "A"]
+  start: Int[Array, "bounds"]
+  rank: Int[Array, "A"]
+
+
+class Slots(NamedTuple):
+  """Which slot each edge has, and which edge each slot has.
+
+  Attributes:
+    slot: of each edge; N for edges without one.
+    edge: in each slot; A in empty ones.
   """
 
   slot: Int[Array, "*G A"]
   edge: Int[Array, "*G N"]
 
 
-class Line(NamedTuple):
-  """The edges of one group, sorted by expert; unused ones stand last.
-
-  Attributes:
-    order: the edges in line, those of an expert in their old order.
-    start: where each expert's edges begin in it, and where the unused do.
-    place: each edge's place in it.
-  """
-
-  order: Int[Array, "A"]
-  start: Int[Array, "bounds"]
-  place: Int[Array, "A"]
-
-  def position(self, expert: Int[Array, "A"]) -> Int[Array, "A"]:
-    """Returns how many edges of its expert stand before each edge."""
-    return self.place - self.start[expert]
-
-
-def line_up(expert: Int[Array, "A"], num_experts: int) -> Line:
+def sort_by_expert(expert: Int[Array, "A"], num_experts: int) -> SortedEdges:
   """Sorts the edges of one group by expert; E, an unused edge, comes last."""
   num_edges = expert.size
-  rank = jnp.arange(num_edges, dtype=jnp.int32)
+  index = jnp.arange(num_edges, dtype=jnp.int32)
+  bounds = jnp.arange(num_experts + 1, dtype=jnp.int32)
   # One number for expert and edge sorts five times faster than a pair.
-  stride = num_edges if (num_experts + 1) * num_edges < 2**31 else 0
-  if stride:
-    keys = jnp.sort(expert * stride + rank)
-    order = keys % stride
-    bounds = jnp.arange(num_experts + 1, dtype=jnp.int32) * stride
-    start = num_below(keys, bounds)
+  if 0 < (num_experts + 1) * num_edges < 2**31:
+    keys = jnp.sort(expert * num_edges + index)
+    order = keys % num_edges
+    start = num_below(keys, bounds * num_edges)
   else:
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
-    bounds = jnp.arange(num_experts + 1, dtype=jnp.int32)
     start = num_below(expert[order], bounds)
-  place = jnp.zeros_like(rank).at[order].set(rank, unique_indices=True)
-  return Line(order, start, place)
+  rank = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
+  return SortedEdges(order, start, rank)
 
 
 def num_below(
@@ -124,71 +136,173 @@ def num_below(
   return found
 
 
-def blocks_of(
-  capacity: Capacity, num_experts: int, tokens: int
-) -> tuple[Block, ...]:
-  """Returns the blocks that a capacity stands for; None is a slot per token.
+def assign_slots(
+  expert: Int[Array, "A"], num_experts: int, capacity: int
+) -> Slots:
+  """Gives the edges of one group the slots of their experts, in order.
 
-  Raises:
-    ValueError: a block without slots, or blocks of more or fewer than
-      num_experts.
+  Slot c of expert e is slot e * C + c of N = E * C.
   """
-  if capacity is None:
-    capacity = tokens
-  if isinstance(capacity, int):
-    capacity = (Block(num_experts, capacity),)
-  for block in capacity:
-    if block.capacity < 1:
-      raise ValueError(
-        f"capacity {block.capacity} leaves the {block.num_experts} experts no"
-        " slot; give at least 1, or None to seat every edge."
-      )
-  total = sum(block.num_experts for block in capacity)
-  if total != num_experts:
-    raise ValueError(
-      f"the capacities are those of {total} experts, but there are"
-      f" {num_experts}; give every expert one."
-    )
-  return tuple(capacity)
-
-
-def _capacity_of(blocks: Sequence[Block]) -> Int[Array, "bounds"]:
-  """Slots of each expert, and of none: 0."""
-  blocks = *blocks, Block(1, 0)
-  # No array from outside: `sharding.manual` may trace without any.
-  return jnp.concatenate([jnp.full(*block, jnp.int32) for block in blocks])
-
-
-def seat(expert: Int[Array, "A"], blocks: Sequence[Block]) -> Seats:
-  """Seats the edges of one group in slots, first come, first served."""
-  num_experts = sum(block.num_experts for block in blocks)
-  line = line_up(expert, num_experts)
-  capacity_of = _capacity_of(blocks)
-  first_slot = jnp.cumsum(capacity_of) - capacity_of
-  position = line.position(expert)
+  edges = sort_by_expert(expert, num_experts)
+  position = edges.rank - edges.start[expert]
+  has_slot = (position < capacity) & (expert < num_experts)
   slot = jnp.where(
-    position < capacity_of[expert],
-    first_slot[expert] + position,
-    first_slot[-1],
+    has_slot, expert * capacity + position, num_experts * capacity
   )
-  edges, first = [], 0
-  for num_experts, slots in blocks:
-    start = line.start[first : first + num_experts + 1, None]
-    seat = start[:-1] + jnp.arange(slots, dtype=jnp.int32)[None]
-    taken = seat < start[1:]
-    edge = jnp.where(taken, line.order[jnp.where(taken, seat, 0)], expert.size)
-    edges.append(edge.reshape(-1))
-    first += num_experts
-  return Seats(slot, jnp.concatenate(edges))
+  begin, end = edges.start[:-1, None], edges.start[1:, None]
+  rank = begin + jnp.arange(capacity, dtype=jnp.int32)[None]
+  taken = rank < end
+  edge = jnp.where(taken, edges.order[jnp.where(taken, rank, 0)], expert.size)
+  return Slots(slot, edge.reshape(-1))
 
 
-def drop(assignment: Assignment, blocks: Sequence[Block]) -> Assignment:
-  """Makes the edges that find their expert full unused."""
-  capacity_of = _capacity_of(blocks)
-  num_experts = capacity_of.size - 1
+def drop(assignment: Assignment, num_experts: int, capacity: int) -> Assignment:
+  """Makes the edges beyond their expert's capacity unused."""
 
-  def one_group(expert):
-    position = line_up(expert, num_experts).position(expert)
-    return jnp.where(position < capacity_of[expert], expert, num_experts)
+  def of_group(expert):
+    edges = sort_by_expert(expert, num_experts)
+    position = edges.rank - edges.start[expert]
+    return jnp.where(position < capacity, expert, num_experts)
 
-  return assignment._replace(expert=jax.vmap(one_group)(assignment.expert))
+  return assignment._replace(expert=jax.vmap(of_group)(assignment.expert))
+
+
+# -- by index -----------------------------------------------------------------
+
+
+def take(rows: Float[Array, "N ..."], index: Int[Array, "..."]) -> Array:
+  """Rows by index; zeros where it is out of range."""
+  return rows.at[index].get(mode="fill", fill_value=0)
+
+
+def _token_of_slot(slots: Slots, num_tokens: int) -> Int[Array, "N"]:
+  empty = slots.edge == slots.slot.size
+  return jnp.where(empty, num_tokens, slots.edge % num_tokens)
+
+
+# Where tokens choose, row s of x feeds the K slots slot[k * S + s], and each
+# slot holds at most one row. Both moves and both gradients are then reads by
+# index; autodiff would write one of each pair as a scatter-add, slow on a CPU
+# and in no fixed order on a GPU. A token's K rows are read one choice after the
+# other: on a CPU that takes a tenth of the time of one read and a sum over it.
+
+
+@jax.custom_vjp
+def _copy(x: Float[Array, "S D"], slots: Slots) -> Float[Array, "N D"]:
+  """Copies each token into the slots of its edges."""
+  return take(x, _token_of_slot(slots, x.shape[0]))
+
+
+def _copy_backward(saved, gradient):
+  slots, num_tokens = saved
+  of_choice = slots.slot.reshape(-1, num_tokens)
+  return sum(take(gradient, slot) for slot in of_choice), None
+
+
+_copy.defvjp(
+  lambda x, slots: (_copy(x, slots), (slots, x.shape[0])), _copy_backward
+)
+
+
+@jax.custom_vjp
+def _sum(
+  rows: Float[Array, "N O"], gate: Float[Array, "K S"], slots: Slots
+) -> Float[Array, "S O"]:
+  """Sums each token's rows, weighted by its gates."""
+  of_choice = slots.slot.reshape(gate.shape)
+  return sum(
+    one[:, None] * take(rows, slot)
+    for one, slot in zip(gate, of_choice, strict=True)
+  )
+
+
+def _sum_backward(saved, gradient):
+  rows, gate, slots = saved
+  of_choice = slots.slot.reshape(gate.shape)
+  to_gate = [(take(rows, slot) * gradient).sum(axis=-1) for slot in of_choice]
+  gate_of_slot = take(gate.reshape(-1), slots.edge)
+  token = _token_of_slot(slots, gate.shape[1])
+  to_rows = take(gradient, token) * gate_of_slot[:, None]
+  return to_rows, jnp.stack(to_gate), None
+
+
+_sum.defvjp(lambda *args: (_sum(*args), args), _sum_backward)
+
+
+def dispatch_gather(
+  x: Float[Array, "S D"], slots: Slots, assignment: Assignment
+) -> Float[Array, "N D"]:
+  """Returns the token's row in every slot, zeros in empty ones."""
+  if assignment.token is None:
+    return _copy(x, slots)
+  empty = jnp.full(1, x.shape[0], assignment.token.dtype)
+  return take(x, jnp.append(assignment.token, empty)[slots.edge])
+
+
+def combine_gather(
+  rows: Float[Array, "N O"],
+  slots: Slots,
+  assignment: Assignment,
+  num_tokens: int,
+) -> Float[Array, "S O"]:
+  """Adds up each token's rows, weighed by their gates (eq. 1).
+
+  A token without a slot gives zeros.
+  """
+  gate = assignment.gate.astype(rows.dtype)
+  if assignment.token is None:
+    return _sum(rows, gate.reshape(-1, num_tokens), slots)
+  of_edge = take(rows, slots.slot) * gate[:, None]
+  y = jnp.zeros((num_tokens, rows.shape[1]), rows.dtype)
+  return y.at[assignment.token].add(of_edge, mode="drop")
+
+
+# -- by products with masks ---------------------------------------------------
+
+
+def dispatch_einsum(
+  x: Float[Array, "S D"], slots: Slots, assignment: Assignment
+) -> Float[Array, "N D"]:
+  """Returns what `dispatch_gather` does, by a product with a mask [N, S]."""
+  token, _ = _tokens_and_gates(slots, assignment, x.shape[0])
+  return _product(jax.nn.one_hot(token, x.shape[0], dtype=x.dtype), x)
+
+
+def combine_einsum(
+  rows: Float[Array, "N O"],
+  slots: Slots,
+  assignment: Assignment,
+  num_tokens: int,
+) -> Float[Array, "S O"]:
+  """Returns what `combine_gather` does, by a product with a mask [N, S]."""
+  token, gate = _tokens_and_gates(slots, assignment, num_tokens)
+  mask = jax.nn.one_hot(token, num_tokens, dtype=bool)
+  # By choice, as a gate that is NaN times 0 would be.
+  weights = jnp.where(mask, gate.astype(rows.dtype)[:, None], 0)
+  return _product(weights.T, rows)
+
+
+def _tokens_and_gates(
+  slots: Slots, assignment: Assignment, num_tokens: int
+) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
+  token = assignment.token
+  if token is None:
+    token = jnp.arange(assignment.expert.size, dtype=jnp.int32) % num_tokens
+  empty = slots.edge == assignment.expert.size
+  edge = jnp.where(empty, 0, slots.edge)
+  return jnp.where(empty, num_tokens, token[edge]), assignment.gate[edge]
+
+
+def _product(
+  weights: Float[Array, "to from"], rows: Float[Array, "from D"]
+) -> Float[Array, "to D"]:
+  """Multiplies a mask by rows; a row that is not finite reaches its own places.
+
+  In the product itself 0 * NaN would be NaN everywhere. Where such a row
+  arrives all is NaN, and no gradient comes back from there.
+  """
+  finite = jnp.isfinite(rows).all(axis=1)
+  clean = jnp.where(finite[:, None], rows, 0)
+  y = jnp.einsum("NS,SD->ND", weights, clean, precision=_EXACT)
+  spoilt = ((weights != 0) & ~finite[None]).any(axis=1)
+  return jnp.where(spoilt[:, None], jnp.nan, y)

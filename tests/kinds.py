@@ -52,11 +52,10 @@ def two_kinds(num_experts):
 
 
 def make_mixed(num_experts):
-  """Mixed experts; the narrow ones have room for twice as many."""
+  """Mixed experts."""
   pairs = two_kinds(num_experts)
   return experts.Mixed(
-    tuple(experts.FeedForward(n, width) for n, width in pairs),
-    (1.0, 2.0)[: len(pairs)],
+    tuple(experts.FeedForward(n, width) for n, width in pairs)
   )
 
 
@@ -140,9 +139,9 @@ class Alone(nn.Module):
 
   experts: nn.Module
 
-  def __call__(self, rows, real=None, train=False):
+  def __call__(self, rows, mask=None, train=False, **sizes):
     weights = self.experts(jax.tree.leaves(rows)[0].shape[-1])
-    return self.experts.run(weights, rows, real, train)
+    return self.experts.run(weights, rows, mask, train, **sizes)
 
 
 @functools.cache

@@ -318,7 +318,7 @@ class TestContract:
     y, routing, slopes = layers.run(layer, at)
     at = kinds.in_float64(at)
     decide = layers.decided(name, at, routing)
-    out, slots = layers.OUT, layers.SLOTS.get(kind, 4)
+    out, slots = layers.OUT, layers.SLOTS
 
     def loops(at):
       expert = kinds.case(kind).loops(at["experts"], layers.E)
@@ -331,7 +331,7 @@ class TestContract:
 
     np.testing.assert_allclose(y, loops(at), rtol=1e-4, atol=1e-4)
     counts = np.array([decision.count for decision in decide(at)])
-    dropped = np.maximum(counts - np.array(slots), 0)
+    dropped = np.maximum(counts - slots, 0)
     np.testing.assert_array_equal(routing.dropped, dropped)
     assert dropped.sum() > 0 and (
       kind == "feed_forward" or dropped[:, -1].all()

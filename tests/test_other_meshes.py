@@ -40,7 +40,7 @@ LAYERS = {
     moe.MoE(router.TopK(2, k=1), feed_forward(2)),
     group_size=S,
   ),
-  "one expert": moe.OneExpert(experts.FeedForward(1, F)),
+  "one expert": moe.MoE(router.Single(), experts.FeedForward(1, F)),
 }
 
 

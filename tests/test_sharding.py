@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import dispatch, experts, moe, router, sharding
+from moejax import dispatch, experts, moe, partition, router, sharding
 
 B, L, D, E = 8, 16, 5, 8
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
@@ -96,7 +96,7 @@ def test_off_the_mesh_nothing_is_asked_for():
   def fn(x):
     return x
 
-  assert sharding.manual(fn, (("group",),), ("group",))(x) is x
+  assert partition.manual(fn, (("group",),), ("group",))(x) is x
 
 
 @ALL
