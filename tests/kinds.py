@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import reference
 
 from moejax import experts, moe, router
@@ -46,7 +45,7 @@ def affine(weights, num_experts):
 
 
 def two_kinds(num_experts):
-  """Half of them wide, half of them narrow; a lone one is wide."""
+  """Half of them wide, half of them narrow; a single one is wide."""
   wide = num_experts - num_experts // 2
   return [(wide, F + 1), (num_experts - wide, F - 1)][: min(num_experts, 2)]
 
@@ -126,11 +125,6 @@ def silu(a):
 
 
 def case(name):
-  if name not in VARIANTS:
-    pytest.fail(
-      f"experts.EXPERTS[{name!r}] has no reference: write it into"
-      " tests/reference.py and a line into CASES of tests/kinds.py"
-    )
   return VARIANTS[name]
 
 

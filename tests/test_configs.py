@@ -450,7 +450,7 @@ def mixed(*entries):
 
 def test_a_list_of_experts_is_a_mixed_layer():
   config = mixed(
-    {"kind": "feed_forward", "num_experts": 4, "hidden": 16, "capacity": 2.0},
+    {"kind": "feed_forward", "num_experts": 4, "hidden": 16},
     {
       "kind": "feed_forward",
       "num_experts": 2,
@@ -462,8 +462,6 @@ def test_a_list_of_experts_is_a_mixed_layer():
   experts = parameters(config)["layers_1"]["experts"]
   assert experts["kinds_0"]["w_in"].shape == (4, 32, 16)
   assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)
-  layer = config_lib.model(config, VOCABULARY).layers[1]
-  assert layer.experts.capacities == (2.0, 1.0, 1.0)
 
 
 def test_a_list_of_experts_must_add_up():

@@ -1,5 +1,6 @@
-"""The whole layer against eq. 1, its groups, capacity, padding and errors."""
+"""The whole layer against eq. 1: groups, capacity, padding, options, errors."""
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-import reference_losses
 
-from moejax import dispatch, experts, gating, losses, moe, router
+from moejax import dispatch, experts, gating, losses, moe, router, sharding
 
 B, L, D, E, F, K = 2, 8, 3, 4, 5, 2
 S = 8
 TOKENS = B * L
 KEY = jax.random.key(3)
+IDS = jnp.arange(TOKENS, dtype=jnp.int32).reshape(B, L)
+BY_ALL = pytest.mark.parametrize("name", dispatch.DISPATCH)
 
 
 def layer(**options):
@@ -108,7 +110,7 @@ MASK = jnp.asarray(np.arange(TOKENS).reshape(B, L) % 5 > 0)
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@BY_ALL
 def test_is_the_mixture_of_eq_1(name, train, masked):
   module = layer(dispatch=name, eval_capacity_factor=None)
   mask = MASK if masked else None
@@ -128,47 +130,7 @@ def test_is_the_mixture_of_eq_1(name, train, masked):
     assert (np.asarray(y)[~np.asarray(mask)] == 0).all()
 
 
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
-def test_gradient_of_the_whole_layer(name):
-  """Task and balance losses, to every weight and to x, drops included."""
-  module = layer(dispatch=name, capacity_factor=0.5)
-  out = np.random.default_rng(8).normal(size=(B, L, D))
-
-  @jax.jit
-  def score(at):
-    variables = {"params": {k: at[k] for k in ("router", "experts")}}
-    y, state = module.apply(
-      variables, at["x"], train=True, rngs={"router": KEY}, mutable=["routing"]
-    )
-    aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})
-    return (y * jnp.asarray(out, y.dtype)).sum() + aux
-
-  at = {**params(), "x": inputs()}
-  _, routing = apply(module, params(), inputs(), True)
-  assert np.asarray(routing.dropped).sum() > 0
-  noise = recover_noise(in_float64(at), routing)
-
-  def reference_score(flat):
-    at = jax.tree.unflatten(tree, list(flat.values()))
-    y, found = expected(at, noise, capacity=4)
-    importance = sum(d.importance for d in found)
-    load = sum(d.load for d in found)
-    return (
-      (y * out).sum()
-      + 0.3 * reference_losses.cv_squared(importance)
-      + 0.7 * reference_losses.cv_squared(load)
-    )
-
-  leaves, tree = jax.tree.flatten(in_float64(at))
-  flat = {str(i): leaf for i, leaf in enumerate(leaves)}
-  np.testing.assert_allclose(score(at), reference_score(flat), rtol=1e-4)
-  want = reference.gradient(reference_score, flat)
-  got = jax.tree.leaves(jax.grad(score)(at))
-  for ours, theirs in zip(got, want.values(), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@BY_ALL
 def test_training_and_evaluation_have_their_own_capacity(name):
   module = moe.MoE(
     router.TopK(E, K),
@@ -191,7 +153,7 @@ def test_training_and_evaluation_have_their_own_capacity(name):
     assert dropped.sum() > 0
     np.testing.assert_array_equal(routing.dropped, dropped[None])
     np.testing.assert_array_equal(routing.count, want.count[None])
-    seats = reference.seated(want.edges, slots)
+    seats = reference.has_slot(want.edges, slots)
     assert seats.count(False) == dropped.sum()
     expert = reference.feed_forward(in_float64(at["experts"]))
     rows = in_float64(x).reshape(TOKENS, D)
@@ -201,13 +163,6 @@ def test_training_and_evaluation_have_their_own_capacity(name):
       rtol=1e-4,
       atol=1e-4,
     )
-
-
-def test_defaults_are_bounded_and_roomier_in_evaluation():
-  module = moe.MoE(router.TopK(E, K), experts.FeedForward(E, F))
-  assert module.capacity_factor == 1.25
-  assert module.eval_capacity_factor == 2.0
-  assert module.group_size is None
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -237,18 +192,6 @@ def test_groups_may_cross_rows():
     assert routing.logits.shape[0] == TOKENS // (group_size or TOKENS)
 
 
-def test_padding_takes_no_seat():
-  """What stands in masked places changes nothing elsewhere."""
-  module = layer(capacity_factor=0.5, eval_capacity_factor=0.5)
-  other = jnp.where(MASK[..., None], inputs(), 9)
-  for train in (False, True):
-    y, routing = apply(module, params(2.0), inputs(), train, MASK)
-    same, also = apply(module, params(2.0), other, train, MASK)
-    np.testing.assert_array_equal(y, same)
-    np.testing.assert_array_equal(routing.load, also.load)
-    np.testing.assert_array_equal(routing.dropped, also.dropped)
-
-
 def test_routing_is_sown_only_when_asked_for():
   y = layer().apply({"params": params()}, inputs())
   want, routing = apply(layer(), params(), inputs())
@@ -257,13 +200,6 @@ def test_routing_is_sown_only_when_asked_for():
     inputs().reshape(-1, S, D) @ params()["router"]["gate"]["kernel"], K
   )
   np.testing.assert_allclose(routing.importance, gates.importance, atol=1e-5)
-
-
-def test_variables_of_init_may_be_passed_on_whole():
-  """The obvious first lines must not find each layer twice."""
-  variables = layer().init({"params": KEY}, inputs())
-  _, state = layer().apply(variables, inputs(), mutable=["routing"])
-  assert len(losses.routings(state)) == 1
 
 
 def test_bfloat16_in_bfloat16_out():
@@ -275,66 +211,7 @@ def test_bfloat16_in_bfloat16_out():
   np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.05 * scale)
 
 
-def test_one_expert_is_a_mixture_of_one():
-  one = moe.OneExpert(experts.FeedForward(1, F))
-  whole = moe.MoE(
-    router.NoisyTopK(1, 1), experts.FeedForward(1, F), group_size=S
-  )
-  variables = nn.unbox(one.init({"params": KEY}, inputs()))
-  assert list(variables["params"]) == ["experts"]
-  gates = {name: {"kernel": jnp.ones((D, 1))} for name in ("gate", "noise")}
-  for train in (False, True):
-    y, routing = apply(
-      whole, {"router": gates, **variables["params"]}, inputs(), train
-    )
-    got = one.apply(variables, inputs(), train=train)
-    np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-6)
-    # No balance to lose, no token to drop.
-    assert losses.importance(routing) == 0 and losses.load(routing) == 0
-    assert np.asarray(routing.dropped).sum() == 0
-  _, state = one.apply(variables, inputs(), mutable=["routing"])
-  assert losses.routings(state) == []
-
-
-@pytest.mark.parametrize(
-  "module, message",
-  [
-    (layer(group_size=5), r"group size 5 .* 16 tokens"),
-    (layer(group_size=32), r"group size 32 .* 16 tokens"),
-    (layer(group_size=0), "group size 0 "),
-    (layer(group_size=-4), "group size -4 "),
-    (layer(dispatch="teleport"), r"'teleport'.*einsum.*gather"),
-    (
-      moe.MoE(router.NoisyTopK(E, K), experts.FeedForward(E + 2, F)),
-      rf"\b{E} experts.*\b{E + 2}\b",
-    ),
-    (layer(eval_capacity_factor=0.0), r"0\.0 .* 4 experts"),
-    (
-      moe.MoE(router.NoisyTopK(E, E + 1), experts.FeedForward(E, F)),
-      rf"k = {E + 1}\b.*\b{E} experts",
-    ),
-    (
-      moe.MoE(
-        router.TopK(1, 1),
-        experts.Mixed((experts.Linear(1),), (1.0, 0.5)),
-        eval_capacity_factor=None,
-      ),
-      "capacities of 2 kinds .* but 1 kinds",
-    ),
-  ],
-)
-def test_bad_sizes_name_both_numbers(module, message):
-  with pytest.raises(ValueError, match=message):
-    module.init({"params": KEY}, inputs())
-
-
-@pytest.mark.parametrize("size", [None, S])
-def test_a_batch_without_a_token_is_refused(size):
-  with pytest.raises(ValueError, match=r"\(0, 8, 3\), without a token"):
-    layer(group_size=size).init({"params": KEY}, inputs()[:0])
-
-
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@BY_ALL
 def test_nan_in_padding_stays_there(name):
   mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
   x = jnp.where(mask[..., None], inputs(), jnp.nan)
@@ -350,29 +227,107 @@ def test_nan_in_padding_stays_there(name):
   assert (y[~mask] == 0).all() and (grads[1][~mask] == 0).all()
 
 
-def test_one_expert_gives_zero_at_padding():
-  module = moe.OneExpert(experts.FeedForward(1, F))
-  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
-  y, _ = module.init_with_output(KEY, inputs(), mask=mask)
-  whole, _ = module.init_with_output(KEY, inputs())
-  assert (y[~mask] == 0).all()
-  np.testing.assert_array_equal(y[mask], whole[mask])
+# -- what is refused -----------------------------------------------------------
 
 
-def test_nan_in_padding_of_one_expert_stays_there():
-  module = moe.OneExpert(experts.FeedForward(1, F))
-  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
-  variables = nn.unbox(module.init(KEY, inputs()))
+@pytest.mark.parametrize(
+  "module, message",
+  [
+    (layer(group_size=5), r"group size 5 .* 16 tokens"),
+    (layer(group_size=32), r"group size 32 .* 16 tokens"),
+    (layer(group_size=0), "group size 0 "),
+    (layer(dispatch="teleport"), r"'teleport'.*einsum.*gather"),
+    (
+      moe.MoE(router.NoisyTopK(E, K), experts.FeedForward(E + 2, F)),
+      rf"\b{E} experts.*\b{E + 2}\b",
+    ),
+    (
+      moe.MoE(router.Single(), experts.FeedForward(2, F)),
+      r"\b1 experts.*\b2\b",
+    ),
+    (layer(eval_capacity_factor=0.0), r"0\.0 .* 4 experts"),
+    (
+      moe.MoE(router.NoisyTopK(E, E + 1), experts.FeedForward(E, F)),
+      rf"k = {E + 1}\b.*\b{E} experts",
+    ),
+  ],
+)
+def test_bad_sizes_name_both_numbers(module, message):
+  with pytest.raises(ValueError, match=message):
+    module.init({"params": KEY}, inputs())
+
+
+@pytest.mark.parametrize(
+  "x, options, message",
+  [
+    (inputs()[:0], {}, r"\(0, 8, 3\), without a token"),
+    (inputs().astype(jnp.complex64), {}, "complex64, which no router reads"),
+    (
+      inputs(),
+      {"mask": jnp.ones((L, B), bool)},
+      rf"mask is \({L}, {B}\).*\({B}, {L}\)",
+    ),
+    (
+      inputs(),
+      {"ids": jnp.ones((L, B), jnp.int32)},
+      rf"ids is \({L}, {B}\).*\({B}, {L}\)",
+    ),
+  ],
+)
+def test_bad_inputs_are_named(x, options, message):
+  with pytest.raises(ValueError, match=message):
+    layer().init(KEY, x, **options)
+
+
+# -- a single expert -----------------------------------------------------------
+
+SINGLE = moe.MoE(router.Single(), experts.FeedForward(1, F))
+RAGGED_MASK = jnp.arange(L)[None] < jnp.array([[L], [1]])
+
+
+def test_a_single_expert_is_a_mixture_of_one():
+  """With its parameters alone, and nothing to report."""
+  whole = moe.MoE(
+    router.NoisyTopK(1, 1), experts.FeedForward(1, F), group_size=S
+  )
+  variables = nn.unbox(SINGLE.init({"params": KEY}, inputs()))
+  assert list(variables["params"]) == ["experts"]
+  gates = {name: {"kernel": jnp.ones((D, 1))} for name in ("gate", "noise")}
+  for train in (False, True):
+    y, routing = apply(
+      whole, {"router": gates, **variables["params"]}, inputs(), train
+    )
+    got = SINGLE.apply(variables, inputs(), train=train)
+    np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-6)
+    # No balance to lose, no token to drop.
+    assert losses.importance(routing) == 0 and losses.load(routing) == 0
+    assert np.asarray(routing.dropped).sum() == 0
+  _, state = SINGLE.apply(variables, inputs(), mutable=["routing"])
+  assert losses.balance(state) == {}
+  numbers = np.arange(B * L * D).reshape(B, L, D)
+  np.testing.assert_array_equal(
+    SINGLE.apply(variables, numbers),
+    SINGLE.apply(variables, numbers.astype(np.float32)),
+  )
+
+
+def test_padding_of_a_single_expert_gives_zero():
+  """In values and gradients, though it be NaN."""
+  variables = nn.unbox(SINGLE.init(KEY, inputs()))
 
   @jax.jit
-  @functools.partial(jax.grad, argnums=(0, 1))
-  def slopes(variables, x):
-    return jnp.square(module.apply(variables, x, mask=mask)).sum()
+  @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+  def run(variables, x):
+    y = SINGLE.apply(variables, x, mask=RAGGED_MASK)
+    return jnp.square(y).sum(), y
 
-  want = slopes(variables, inputs())
-  got = slopes(variables, jnp.where(mask[..., None], inputs(), jnp.nan))
+  want = run(variables, inputs())
+  got = run(variables, jnp.where(RAGGED_MASK[..., None], inputs(), jnp.nan))
   jax.tree.map(np.testing.assert_array_equal, got, want)
-  assert (got[1][~mask] == 0).all()
+  (_, y), (_, to_x) = got
+  assert (y[~RAGGED_MASK] == 0).all() and (to_x[~RAGGED_MASK] == 0).all()
+  whole = SINGLE.apply(variables, inputs())
+  np.testing.assert_allclose(y[RAGGED_MASK], whole[RAGGED_MASK], rtol=1e-6)
 
 
 class Masked(nn.Module):
@@ -382,16 +337,341 @@ class Masked(nn.Module):
     return rows + mask.sum().astype(rows.dtype)
 
 
-def test_one_expert_is_told_what_is_padding():
-  module = moe.OneExpert(experts.Each(1, Masked()))
-  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
-  y = module.apply({}, inputs(), mask=mask)
-  np.testing.assert_array_equal(y[mask], (inputs() + (L + 1))[mask])
+def test_a_single_expert_is_told_what_is_padding():
+  module = moe.MoE(router.Single(), experts.Each(1, Masked()))
+  y = module.apply({}, inputs(), mask=RAGGED_MASK)
+  want = (inputs() + (L + 1))[RAGGED_MASK]
+  np.testing.assert_array_equal(y[RAGGED_MASK], want)
 
 
-@pytest.mark.parametrize("name", ["mask", "ids"])
-def test_mask_or_ids_of_another_shape_are_refused(name):
-  values = {"mask": jnp.ones((L, B), bool), "ids": jnp.ones((L, B), jnp.int32)}
-  message = rf"{name} is \({L}, {B}\).*\({B}, {L}\)"
-  with pytest.raises(ValueError, match=message):
-    layer().init(KEY, inputs(), **{name: values[name]})
+# -- where parameters lie ------------------------------------------------------
+
+
+def both():
+  return (
+    moe.MoE(router.TopK(E, K), experts.Each(E, nn.Dense(D)), name="mixture"),
+    moe.HierarchicalMoE(
+      router.TopK(2, 1),
+      moe.MoE(
+        router.TopK(2, 1),
+        experts.Mixed((experts.Linear(1), experts.FeedForward(1, F))),
+      ),
+      name="two_levels",
+    ),
+  )
+
+
+class Inline(nn.Module):
+  """Makes the layers, and what they are made of, where they are used."""
+
+  @nn.compact
+  def __call__(self, x):
+    for layer in both():
+      x = layer(x)
+    return x
+
+
+class InSetup(nn.Module):
+  """Makes them in `setup`, routers and experts apart."""
+
+  def setup(self):
+    gate, dense = router.TopK(E, K), nn.Dense(D)
+    each = experts.Each(E, dense)
+    self.mixture = moe.MoE(gate, each)
+    self.two_levels = both()[1].clone(name=None)
+
+  def __call__(self, x):
+    return self.two_levels(self.mixture(x))
+
+
+class Given(nn.Module):
+  """Is given the layers."""
+
+  mixture: nn.Module
+  two_levels: nn.Module
+
+  def __call__(self, x):
+    return self.two_levels(self.mixture(x))
+
+
+def test_parameters_lie_in_the_scope_of_their_layer():
+  """However it is made: alone, inline, in `setup`, from outside."""
+  first, second = both()
+
+  def tree(module):
+    made = jax.eval_shape(module.init, KEY, inputs())["params"]
+    return jax.tree.map(lambda leaf: leaf.shape, nn.unbox(made))
+
+  want = {"mixture": tree(first), "two_levels": tree(second)}
+  assert set(want["mixture"]) == {"router", "experts"}
+  assert set(want["two_levels"]["secondary"]["experts"]) == {
+    "kinds_0",
+    "kinds_1",
+  }
+  made = {
+    "inline": Inline(),
+    "remat": nn.remat(Inline)(),
+    "setup": InSetup(),
+    "given": Given(*(layer.clone(name=None) for layer in both())),
+  }
+  assert {name: tree(module) for name, module in made.items()} == dict.fromkeys(
+    made, want
+  )
+
+
+# -- options -------------------------------------------------------------------
+
+
+def plain(gate=None, kind=None, **options):
+  options = {"group_size": S, "capacity_factor": None} | options
+  gate = gate or router.TopK(E, K)
+  return moe.MoE(gate, kind or experts.FeedForward(E, F), **options)
+
+
+def positive():
+  return jnp.abs(jax.random.normal(jax.random.key(1), (B, L, D)))
+
+
+def draw(module):
+  """Random params; tokens are drawn to the first expert."""
+  shapes = jax.eval_shape(lambda: module.init(KEY, positive(), ids=IDS))
+  leaves, tree = jax.tree.flatten(nn.unbox(shapes["params"]))
+  random = np.random.default_rng(5)
+  drawn = tree.unflatten(
+    [jnp.asarray(random.normal(size=w.shape), w.dtype) for w in leaves]
+  )
+  if "router" in drawn:
+    kernel = drawn["router"]["gate"]["kernel"]
+    drawn["router"]["gate"]["kernel"] = kernel.at[:, 0].add(2)
+  return drawn
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train(module, params, x, mask=None, ids=None):
+  """Returns y and the routing, as in training."""
+  y, state = module.apply(
+    {"params": params}, x, train=True, mask=mask, ids=ids, mutable=["routing"]
+  )
+  (routing,) = losses.routings(state)
+  return y, routing
+
+
+def plain_decisions(params):
+  """The reference's, for each group."""
+  rows = in_float64(positive()).reshape(-1, S, D)
+  logits = rows @ in_float64(params["router"]["gate"]["kernel"])
+  masks = np.asarray(MASK).reshape(-1, S)
+  return [reference.top_k(logits[g], K, masks[g]) for g in range(len(logits))]
+
+
+@BY_ALL
+def test_ids_say_where_tokens_go(name):
+  module = plain(router.Hash(E, K), dispatch=name)
+  params = draw(module)
+  y, routing = train(module, params, positive(), MASK, IDS)
+  expert = reference.feed_forward(in_float64(params["experts"]))
+  rows = in_float64(positive()).reshape(-1, S, D)
+  for g, (ids, mask) in enumerate(
+    zip(IDS.reshape(-1, S), MASK.reshape(-1, S), strict=True)
+  ):
+    want = reference.hash_ids(np.asarray(ids), E, K, np.asarray(mask))
+    np.testing.assert_array_equal(routing.count[g], want.count)
+    np.testing.assert_allclose(
+      y.reshape(-1, S, D)[g],
+      reference.dispatch(rows[g], want.edges, expert),
+      rtol=1e-4,
+      atol=1e-5,
+    )
+
+
+EACH = experts.Each(2, nn.Dense(D))
+PLAIN = experts.FeedForward(2, F)
+
+
+@pytest.mark.parametrize(
+  "kind, layout, want",
+  [
+    (experts.FeedForward(E, F), None, "ragged"),
+    (experts.Mixed((PLAIN, experts.Linear(2))), None, "ragged"),
+    # These need slots, even as one kind of many.
+    (experts.Each(E, nn.Dense(D)), None, "gather"),
+    (experts.Mixed((PLAIN, EACH)), None, "gather"),
+    (experts.Mixed((PLAIN, experts.Mixed((EACH,)))), None, "gather"),
+    # So does a mixture that is an expert itself.
+    (experts.Each(E, plain(group_size=None)), None, "gather"),
+    # Each device has all experts, or its own; nothing bounds their slots.
+    (experts.FeedForward(E, F), "replicated", "ragged"),
+    (experts.FeedForward(E, F), "expert", "ragged"),
+  ],
+)
+def test_auto_sends_rows_as_experts_can_take_them(
+  monkeypatch, kind, layout, want
+):
+  chosen = []
+  for name, send in dispatch.DISPATCH.items():
+
+    def spy(*args, name=name, send=send):
+      chosen.append(name)
+      return send(*args)
+
+    monkeypatch.setitem(dispatch.DISPATCH, name, spy)
+  module = plain(kind=kind, eval_capacity_factor=None)
+  on_mesh = contextlib.nullcontext()
+  if layout:
+    layout = sharding.LAYOUTS[layout]
+    mesh = sharding.make_mesh(layout, jax.devices()[:2])
+    on_mesh = sharding.use(layout, mesh)
+  with on_mesh:
+    jax.eval_shape(lambda: module.init(KEY, positive()))
+  assert set(chosen) == {want}
+
+
+@BY_ALL
+def test_recomputing_keeps_no_hidden_layer_and_changes_nothing(name):
+  bounded = {"capacity_factor": 0.5, "dispatch": name}
+  params = draw(plain())
+
+  def run(recompute, params, x):
+    module = plain(recompute=recompute, **bounded)
+    y, _ = module.apply(
+      {"params": params}, x, train=True, mask=MASK, mutable=["routing"]
+    )
+    return jnp.square(y).sum()
+
+  def kept(recompute):
+    """Shapes of what the backward pass is given."""
+    fn = functools.partial(run, recompute)
+    saved = jax.eval_shape(
+      lambda: jax.tree.leaves(jax.vjp(fn, params, positive())[1])
+    )
+    return [leaf.shape for leaf in saved]
+
+  def hidden(shapes):
+    return [s for s in shapes if s[-1:] == (F,) and s != (E, D, F)]
+
+  assert hidden(kept(False)) and not hidden(kept(True))
+  slopes = jax.jit(
+    lambda *args: [
+      jax.value_and_grad(functools.partial(run, recompute), (0, 1))(*args)
+      for recompute in (False, True)
+    ]
+  )
+  kept_all, again = slopes(params, positive())
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, again, kept_all)
+
+
+def test_dropped_first_are_those_of_first_choices():
+  module = plain(capacity_factor=0.5)
+  params = draw(module)
+  _, routing = train(module, params, positive(), MASK)
+  dropped = np.asarray(routing.dropped)
+  first = np.zeros_like(dropped)
+  for g, want in enumerate(plain_decisions(params)):
+    # The first choices of all tokens come before all second ones.
+    tokens = len({s for s, _, _ in want.edges})
+    seats = reference.has_slot(want.edges, 4)
+    for (_, e, _), seated in list(zip(want.edges, seats, strict=True))[:tokens]:
+      first[g, e] += not seated
+  np.testing.assert_array_equal(routing.dropped_first, first)
+  assert 0 < first.sum() < dropped.sum()
+
+
+@BY_ALL
+def test_any_leading_axes(name):
+  module = plain(capacity_factor=0.5, dispatch=name)
+  params = draw(module)
+
+  @jax.jit
+  def run(x):
+    def one(shape):
+      x_, mask = x.reshape(*shape, D), MASK.reshape(shape)
+      y, state = module.apply(
+        {"params": params}, x_, train=True, mask=mask, mutable=["routing"]
+      )
+      assert y.shape == (*shape, D)
+      return y.reshape(-1, D), losses.routings(state)
+
+    return [one(shape) for shape in ((B, L), (B * L,), (4, 2, 2))]
+
+  want, *others = run(positive())
+  for got in others:
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# -- what comes in ------------------------------------------------------------
+
+
+def of_numbers(dispatcher):
+  """Returns a layer that drops nothing, its variables, and whole numbers."""
+  layer = moe.MoE(
+    router.TopK(4, k=2),
+    experts.FeedForward(4, 8),
+    eval_capacity_factor=None,
+    dispatch=dispatcher,
+  )
+  x = np.random.default_rng(0).integers(0, 5, (2, 8, 4))
+  return layer, layer.init(jax.random.key(0), jnp.ones(x.shape)), x
+
+
+@pytest.mark.parametrize("dispatcher", dispatch.DISPATCH)
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float64, bool])
+def test_numbers_are_promoted_as_a_dense_layer_does(dispatcher, dtype):
+  layer, variables, x = of_numbers(dispatcher)
+  wanted = layer.apply(variables, jnp.asarray(x.astype(dtype), jnp.float32))
+  found = layer.apply(variables, x.astype(dtype))
+  assert found.dtype == jnp.float32 and np.abs(found).max() > 0.1
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_large_batch_of_numpy_runs_eagerly():
+  """Above the edges from which "auto" sorts rows."""
+  layer = of_numbers("auto")[0].clone(group_size=64)
+  x = np.ones((48, 64, 4), np.float32)
+  mask = np.arange(64)[None] < np.arange(48)[:, None]
+  variables = layer.init(jax.random.key(0), x)
+  y = layer.apply(variables, x, mask=mask)
+  assert (np.abs(y).max(-1) > 0).sum() == mask.sum()
+
+
+@pytest.mark.parametrize("dispatcher", dispatch.DISPATCH)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_token_that_is_not_finite_spoils_no_other(dispatcher, value):
+  layer, variables, x = of_numbers(dispatcher)
+  x = jnp.asarray(x, jnp.float32)
+  spoilt = x.at[0, 3, 1].set(value)
+  sound = np.isfinite(spoilt).all(axis=-1, keepdims=True)
+
+  def total(x):
+    y = layer.apply(variables, x)
+    return jnp.where(sound, y, 0).sum(), y
+
+  (_, wanted), slope = jax.value_and_grad(total, has_aux=True)(x)
+  (_, y), slope_spoilt = jax.value_and_grad(total, has_aux=True)(spoilt)
+  assert not np.isfinite(y[0, 3]).any()
+  for found, right in ((y, wanted), (slope_spoilt, slope)):
+    np.testing.assert_allclose(
+      np.where(sound, found, 0), np.where(sound, right, 0), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dispatcher", dispatch.DISPATCH)
+def test_derivatives_forward_are_those_of_einsum(dispatcher):
+  layer, variables, x = of_numbers(dispatcher)
+  x = jnp.asarray(x, jnp.float32)
+
+  def total(x):
+    return (layer.apply(variables, x) ** 2).sum()
+
+  direction = jnp.ones_like(x)
+  if dispatcher != "einsum":
+    with pytest.raises(TypeError, match="no derivative forward .*='einsum'"):
+      jax.jvp(total, (x,), (direction,))
+    return
+  slope = (jax.grad(total)(x) * direction).sum()
+  np.testing.assert_allclose(
+    jax.jvp(total, (x,), (direction,))[1], slope, rtol=1e-5
+  )
+  # Forward over reverse, as of Hessians.
+  bent = jax.jvp(jax.grad(total), (x,), (direction,))[1]
+  assert np.isfinite(bent).all() and np.abs(bent).max() > 0

@@ -72,13 +72,6 @@ def test_a_decision_sums_up_its_edges():
   )
 
 
-def test_edges_may_name_their_tokens():
-  expert = jnp.asarray([[1, 0, E]], jnp.int32)
-  token = jnp.asarray([[2, 2, 0]], jnp.int32)
-  assignment = Assignment(expert, jnp.ones((1, 3)), token)
-  np.testing.assert_array_equal(assignment.tokens(S), token)
-
-
 def test_per_expert_sums_edges_and_skips_unused_ones():
   expert = jnp.asarray([[0, 3, 0, E], [E, E, 1, 1]], jnp.int32)
   value = jnp.asarray([[1.0, 2, 4, 8], [16, 32, 64, 128]])
@@ -208,8 +201,7 @@ def test_joined_groups_stay_where_they_lie():
   assert not moved(routing.stack_microbatches, stacked, None, "group")
 
 
-@pytest.mark.parametrize("number", [4, 8])
-def test_groups_that_are_together_stay_where_they_lie(number):
+def test_groups_that_are_together_stay_where_they_lie(number=4):
   """Their losses cost sums."""
   decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
 

@@ -1,4 +1,4 @@
-"""Seats: who stands where in line, who gets a slot, who is turned away."""
+"""Slots: how edges are sorted, which get a slot, which are dropped."""
 
 import functools
 
@@ -13,55 +13,31 @@ from hypothesis.extra.numpy import arrays
 
 from moejax import slots
 from moejax.routing import Assignment
-from moejax.slots import Block
 
-G, S, K, E, A = 2, 3, 2, 4, 11
-BLOCKS = (Block(1, 3), Block(2, 1), Block(1, 2))
-CAPACITY = [3, 1, 1, 2]
+G, E, A, C = 2, 4, 11, 2
 EXPERTS = arrays("int32", (A,), elements=st.integers(0, E))
+sort_by_expert = jax.jit(slots.sort_by_expert, static_argnums=1)
+assign_slots = jax.jit(slots.assign_slots, static_argnums=(1, 2))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def line_up(expert, num_experts):
-  line = slots.line_up(expert, num_experts)
-  return line, line.position(expert)
-
-
-def is_lined_up(expert, num_experts):
-  """Whether the line is a stable sort."""
-  line, position = line_up(jnp.asarray(expert), num_experts)
+def is_sorted(expert, num_experts):
+  """Whether the sort is stable."""
+  edges = sort_by_expert(jnp.asarray(expert), num_experts)
   order = np.argsort(expert, kind="stable")
-  np.testing.assert_array_equal(line.order, order)
-  np.testing.assert_array_equal(line.place, np.argsort(order))
+  np.testing.assert_array_equal(edges.order, order)
+  np.testing.assert_array_equal(edges.rank, np.argsort(order))
   start = np.searchsorted(expert[order], np.arange(num_experts + 1))
-  np.testing.assert_array_equal(line.start, start)
-  np.testing.assert_array_equal(position, np.argsort(order) - start[expert])
-  for array in (*line, position):
-    assert array.dtype == jnp.int32
-
-
-@hypothesis.given(expert=EXPERTS)
-@hypothesis.example(expert=np.full(A, E, "int32"))
-def test_edges_of_an_expert_line_up_in_their_order(expert):
-  is_lined_up(expert, E)
-  _, position = line_up(jnp.asarray(expert), E)
-  before = [(expert[:a] == expert[a]).sum() for a in range(A)]
-  np.testing.assert_array_equal(position, before)
+  np.testing.assert_array_equal(edges.start, start)
+  assert {array.dtype for array in edges} == {jnp.dtype("int32")}
 
 
 @pytest.mark.parametrize("num_experts", [2**14 - 2, 2**14 - 1, 2**14])
 def test_one_number_for_expert_and_edge_never_overflows(num_experts):
   """Just below 2**31 such numbers, at it, and beyond."""
-  edges = 2**17
   random = np.random.default_rng(0)
-  expert = random.integers(0, num_experts + 1, edges).astype("int32")
+  expert = random.integers(0, num_experts + 1, 2**17).astype("int32")
   expert[[0, -1]] = num_experts
-  is_lined_up(expert, num_experts)
-
-
-@jax.jit
-def seat(expert):
-  return slots.seat(expert, BLOCKS)
+  is_sorted(expert, num_experts)
 
 
 @hypothesis.given(expert=EXPERTS)
@@ -69,65 +45,32 @@ def seat(expert):
 @hypothesis.example(expert=np.full(A, 1, "int32"))
 def test_first_come_first_served(expert):
   """Experts have their slots one after the other, filled from the first."""
-  edges = [(0, int(e), 0.0) for e in expert]
-  slots = [[] for _ in range(E + 1)]
-  for a, has_seat in enumerate(reference.seated(edges, [*CAPACITY, 0])):
-    if has_seat:
-      slots[expert[a]].append(a)
-  edge = [
-    a
-    for taken, capacity in zip(slots, CAPACITY, strict=False)
-    for a in taken + [A] * (capacity - len(taken))
-  ]
-  got = seat(jnp.asarray(expert))
+  is_sorted(expert, E)
+  of_expert = [[] for _ in range(E + 1)]
+  has_slot = reference.has_slot([(0, int(e), 0.0) for e in expert], C)
+  for a in np.flatnonzero(has_slot & (expert < E)):
+    of_expert[expert[a]].append(int(a))
+  edge = [a for taken in of_expert[:E] for a in (taken + C * [A])[:C]]
+  got = assign_slots(jnp.asarray(expert), E, C)
   np.testing.assert_array_equal(got.edge, edge)
-  slot = [edge.index(a) if a in edge else len(edge) for a in range(A)]
+  slot = [edge.index(a) if a in edge else E * C for a in range(A)]
   np.testing.assert_array_equal(got.slot, slot)
   assert got.edge.dtype == got.slot.dtype == jnp.int32
 
 
-def test_drop_turns_away_who_gets_no_seat():
+def test_edges_without_a_slot_are_dropped():
   random = np.random.default_rng(1)
   expert = random.integers(0, E + 1, (G, A)).astype("int32")
   gate = jnp.asarray(random.random((G, A)), jnp.float32)
   assignment = Assignment(jnp.asarray(expert), gate, jnp.asarray(expert))
-  got = slots.drop(assignment, BLOCKS)
+  got = slots.drop(assignment, E, C)
   assert got.gate is gate and got.token is assignment.token
   for g in range(G):
-    edges = [(0, int(e), 0.0) for e in expert[g]]
-    has_seat = reference.seated(edges, [*CAPACITY, 0])
-    assert not all(has_seat)
+    has_slot = reference.has_slot([(0, int(e), 0.0) for e in expert[g]], C)
+    assert not all(has_slot)
     np.testing.assert_array_equal(
-      got.expert[g], np.where(has_seat, expert[g], E)
+      got.expert[g], np.where(has_slot, expert[g], E)
     )
-
-
-@pytest.mark.parametrize(
-  "capacity, want",
-  [
-    (3, (Block(E, 3),)),
-    (None, (Block(E, S),)),
-    (BLOCKS, BLOCKS),
-    (list(BLOCKS), BLOCKS),
-  ],
-)
-def test_a_capacity_is_that_of_blocks_of_experts(capacity, want):
-  assert slots.blocks_of(capacity, E, S) == want
-
-
-@pytest.mark.parametrize(
-  "capacity, message",
-  [
-    (0, rf"capacity 0 .* {E} experts"),
-    (-2, rf"capacity -2 .* {E} experts"),
-    ((Block(3, 1), Block(1, 0)), r"capacity 0 .* 1 experts"),
-    ((Block(3, 1), Block(2, 1)), rf"\b5 experts.*\b{E}\b"),
-    ((Block(2, 1),), rf"\b2 experts.*\b{E}\b"),
-  ],
-)
-def test_bad_capacities_name_both_numbers(capacity, message):
-  with pytest.raises(ValueError, match=message):
-    slots.blocks_of(capacity, E, S)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +79,7 @@ def test_bad_capacities_name_both_numbers(capacity, message):
     (128, 64, 8, 1.0, 4, 16),
     (128, 64, 8, 1.25, 4, 20),
     (128, 64, 7, 1.0, 4, 19),  # 18.3: rounded up
-    (128, 64, 64, 1.0, 4, 4),  # the mean is 2, the minimum is 4
+    (128, 64, 64, 1.0, None, 4),  # the mean is 2, the minimum is 4
     (128, 64, 64, 1.0, 1, 2),
     (12, 3, 2, 1.0, 4, 3),  # no expert can get more than every token
     (128, 64, 8, 100.0, 4, 64),
@@ -145,15 +88,12 @@ def test_bad_capacities_name_both_numbers(capacity, message):
   ],
 )
 def test_capacity(edges, tokens, num_experts, factor, minimum, want):
-  got = slots.capacity(edges, tokens, num_experts, factor, minimum)
-  assert got == want
+  options = {} if minimum is None else {"minimum": minimum}
+  capacity = functools.partial(slots.capacity, **options)
+  assert capacity(edges, tokens, num_experts, factor) == want
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.25, float("nan"), float("inf")])
 def test_capacity_must_be_positive(factor):
   with pytest.raises(ValueError, match=rf"{factor}.*\b8 experts"):
     slots.capacity(128, 64, 8, factor)
-
-
-def test_capacity_has_a_minimum_of_four():
-  assert slots.capacity(16, 16, 16, 1.0) == 4
