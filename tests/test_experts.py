@@ -192,21 +192,6 @@ def test_a_mixture_as_expert_routes_what_is_in_its_slots(train):
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
 
 
-class Doubled(nn.Module):
-  """Asks whether it is trained, and for nothing else."""
-
-  @nn.compact
-  def __call__(self, rows, train):
-    return rows * (2 if train else 1)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_each_passes_on_whether_it_is_trained(train):
-  rows = inputs(E, N, D)
-  got = run(experts.Each(E, Doubled()), {}, rows, None, train)
-  np.testing.assert_array_equal(got, rows * (2 if train else 1))
-
-
 @pytest.mark.parametrize("sort", [False, True])
 def test_kinds_may_be_mixed_themselves(sort):
   """Any kinds, and the numbers of experts add up."""

@@ -276,24 +276,6 @@ def test_ties_go_to_the_lowest_tokens(name):
   np.testing.assert_array_equal(got.assignment.token[0], [1] * E + [2] * E)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_thresholds_between_the_mth_and_the_next_are_balanced(masked):
-  """What eq. 20 teaches: then both masks are one."""
-  tokens = 20
-  logits, std, mask = draw(24, masked, (1, tokens, E))
-  want = case("balanced").run(logits, std, mask, K)
-  real = tokens if mask is None else int(mask.sum())
-  x = np.asarray(jax.nn.softmax(logits))[0]
-  x = x if mask is None else x[np.asarray(mask)[0]]
-  ranked, m = np.sort(x, axis=0)[::-1], picks(real, E, K)
-  between = jnp.asarray((ranked[m - 1] + ranked[m]) / 2)
-  got = gating.threshold(logits, between, E, mask)
-  np.testing.assert_array_equal(got.count, np.full((1, E), m))
-  np.testing.assert_allclose(
-    dense(got.assignment, tokens), dense(want.assignment, tokens), atol=1e-6
-  )
-
-
 def chi_squared(counts):
   """Of the hypothesis that all are equally likely."""
   mean = counts.mean()
@@ -340,23 +322,6 @@ def test_bias_steers_the_choice_and_not_the_gate():
 
 
 # -- noise and chance ----------------------------------------------------------
-
-
-def test_load_of_every_expert_has_gradient_through_the_threshold():
-  # Moving another expert's logit moves the threshold that this one must beat.
-  logits, noise_std, _ = draw(3)
-
-  @jax.jit
-  @jax.jacobian
-  def slopes(logits):
-    return gating.noisy_top_k(logits, noise_std, K, KEY).load[0]
-
-  for e, slope in enumerate(np.asarray(slopes(logits))[:, 0]):
-    assert (slope[:, e] > 0).any()
-    others = np.delete(slope, e, axis=1)
-    assert (others < 0).any()
-    # What raises one expert's chance lowers no other threshold: they balance.
-    np.testing.assert_allclose(slope.sum(axis=1), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -419,23 +384,6 @@ def test_gradient_is_finite_however_small_the_noise(noise_std):
   logits, _, _ = draw(6)
   slopes = load_slopes(logits, jnp.full_like(logits, noise_std))
   assert np.isfinite(np.asarray(slopes)).all()
-
-
-def test_all_experts_leave_no_room_for_noise():
-  logits, noise_std, mask = draw(8, masked=True)
-
-  @jax.jit
-  @functools.partial(jax.grad, has_aux=True)
-  def run(logits):
-    got = gating.noisy_top_k(logits, noise_std, E, KEY, mask)
-    return got.load.sum(), got
-
-  slope, got = run(logits)
-  np.testing.assert_array_equal(
-    got.load, np.repeat(np.asarray(mask).sum(1)[:, None], E, axis=1)
-  )
-  np.testing.assert_array_equal(got.logits, logits)
-  assert (np.asarray(slope) == 0).all()
 
 
 def drawn(sample, groups, shape):

@@ -112,16 +112,6 @@ def test_matches_the_loops(sizes):
   agree(sizes, got, loops(rows, matrices, sizes, out), rows)
 
 
-def test_the_examples_reach_every_branch():
-  """Each size of a product, and the loop for what exceeds the largest."""
-  tiles = grouped.part_sizes(N, E)
-  assert len(tiles) > 4
-  taken = [size for sizes in EXAMPLES for size in sizes]
-  for below, tile in zip([0, *tiles], tiles, strict=False):
-    assert any(below < size <= tile for size in taken)
-  assert any(size > tiles[-1] for size in taken)
-
-
 @pytest.mark.parametrize(
   "sizes, num_rows",
   [([0, 1, 0, 0, 1], 2), ([5], 5), ([0], 3), ([300, 0], 300), ([0, 0, 0], 0)],

@@ -12,7 +12,6 @@ import pytest
 from moejax import experts, losses, moe, router, sharding
 
 P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
-MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 7 > 0)
 IDS = jnp.arange(G * S, dtype=jnp.int32).reshape(G, S)
 KEY = jax.random.key(3)
 

@@ -207,21 +207,6 @@ def test_training_noise_follows_the_key():
   assert (np.asarray(first.logits) != np.asarray(second.logits)).all()
 
 
-def test_training_leaves_out_second_choices_by_the_key():
-  module = make("gshard_top_2")
-  params = random_params(module)
-  first = apply(module, params, inputs(), train=True, noise=1)
-  same(first, apply(module, params, inputs(), train=True, noise=1))
-  every = apply(module, params, inputs())
-  assert every.count.sum() == 2 * G * S
-  counts = [
-    apply(module, params, inputs(), train=True, noise=seed).count
-    for seed in range(1, 5)
-  ]
-  assert all((count <= every.count).all() for count in counts)
-  assert len({np.asarray(count).tobytes() for count in counts}) > 1
-
-
 @pytest.mark.parametrize("epsilon", [1e-2, 0.5])
 def test_noise_std_is_softplus_of_w_noise_plus_epsilon(epsilon):
   assert router.NoisyTopK(E, K).noise_epsilon == 1e-2
@@ -267,25 +252,6 @@ def test_logits_are_multiplied_at_the_highest_precision():
   assert all("HIGHEST, HIGHEST" in line for line in products)
 
 
-def test_both_matrices_learn_from_zero():
-  """Through the gates, and through the load (app. A)."""
-  module = make("noisy_top_k")
-  params = jax.tree.map(jnp.zeros_like, random_params(module))
-
-  def load(params):
-    got = apply(module, params, inputs(), train=True, noise=1)
-    return (got.load * jnp.arange(E, dtype=jnp.float32)[None]).sum()
-
-  def gates(params):
-    got = apply(module, params, inputs(), train=True, noise=1)
-    return (got.assignment.gate**2).sum()
-
-  for score in (load, gates):
-    slopes = jax.jit(jax.grad(score))(params)
-    for name in ("gate", "noise"):
-      assert (np.abs(slopes[name]["kernel"]) > 1e-4).any()
-
-
 def test_hash_needs_ids():
   module = make("hash")
   with pytest.raises(ValueError, match=f"over {E} experts.*pass ids="):
@@ -301,15 +267,6 @@ def test_balanced_bounds_the_experts_of_a_token(k, max_k, want):
   params["log_thresholds"] = jnp.full(E, -100.0)
   got = apply(module, params, inputs())
   np.testing.assert_array_equal(got.count.sum(-1), [want * S] * G)
-
-
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("max_k", [None, E])
-@pytest.mark.parametrize("k", [0, E + 1])
-def test_balanced_checks_k_before_it_is_trained(k, max_k, train):
-  module = router.Balanced(E, k, max_k)
-  with pytest.raises(ValueError, match=rf"^k = {k}\b.*\b{E} experts"):
-    module.init(jax.random.key(0), inputs(), train=train)
 
 
 def learn(module, loss, rate):

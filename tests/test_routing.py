@@ -57,29 +57,6 @@ def test_first_picks_come_before_second_picks():
     )
 
 
-def test_a_decision_sums_up_its_edges():
-  assignment = Assignment(
-    jnp.asarray([[0, 3, 0, E]], jnp.int32), jnp.asarray([[0.5, 1, 0.25, 0]])
-  )
-  logits, mask = jnp.ones((1, 2, E)), jnp.asarray([[True, False]])
-  got = routing.make_routing(assignment, logits, mask)
-  np.testing.assert_array_equal(got.importance, [[0.75, 0, 0, 1]])
-  np.testing.assert_array_equal(got.count, [[2, 0, 0, 1]])
-  np.testing.assert_array_equal(got.load, got.count)
-  assert got.assignment is assignment and got.logits is logits
-  assert (
-    got.mask is mask and routing.make_routing(assignment, logits).mask is None
-  )
-
-
-def test_per_expert_sums_edges_and_skips_unused_ones():
-  expert = jnp.asarray([[0, 3, 0, E], [E, E, 1, 1]], jnp.int32)
-  value = jnp.asarray([[1.0, 2, 4, 8], [16, 32, 64, 128]])
-  np.testing.assert_array_equal(
-    routing.per_expert(value, expert, E), [[5, 0, 0, 2], [0, 192, 0, 0]]
-  )
-
-
 def test_merged_groups_keep_first_choices_first():
   random = np.random.default_rng(2)
   expert = random.integers(0, E + 1, (G, K * S)).astype("int32")
