@@ -39,23 +39,25 @@ _NAMES = {
   "sharding": ("Layout", "LAYOUTS", "make_mesh"),
   "training.run": ("load",),
 }
-_HOME = {name: (home, name) for home in _NAMES for name in _NAMES[home]} | {
+_PLACES = {
+  name: (place, name) for place in _NAMES for name in _NAMES[place]
+} | {
   "auxiliary_loss": ("losses", "auxiliary"),
   "balance_metrics": ("losses", "balance"),
   "use_layout": ("sharding", "use"),
 }
 _MODULES = ("gating", "losses", "dispatch", "experts", "sharding")
 
-__all__ = sorted([*_HOME, *_MODULES, "__version__"])
+__all__ = sorted([*_PLACES, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
   if name in _MODULES:
     return importlib.import_module(f"moejax.{name}")
-  if name not in _HOME:
+  if name not in _PLACES:
     raise AttributeError(f"module 'moejax' has no attribute {name!r}")
-  home, attribute = _HOME[name]
-  return getattr(importlib.import_module(f"moejax.{home}"), attribute)
+  place, attribute = _PLACES[name]
+  return getattr(importlib.import_module(f"moejax.{place}"), attribute)
 
 
 def __dir__() -> list[str]:

@@ -28,7 +28,7 @@ from moejax.ragged import ragged
 from moejax.routing import Assignment
 from moejax.slots import ExpertFn
 
-# The axes of slots [E, G, C, ...] on their way: where their tokens are; on one
+# The axes of slots [E, G, C, ...] in turn: where their tokens are; on one
 # of the devices that share the expert; on all of these.
 _RESHARD = (
   (None, "group"),

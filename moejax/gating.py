@@ -8,7 +8,7 @@ number of experts is a ValueError.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, UInt
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax import partition, routing, sharding
 from moejax.routing import Routing
@@ -100,8 +100,8 @@ def balanced(
 
   def mark(token, used):
     # No expert takes a token twice.
-    nobody = jnp.zeros(logits.shape[1], bool)
-    return nobody.at[token].set(used, unique_indices=True)
+    none = jnp.zeros(logits.shape[1], bool)
+    return none.at[token].set(used, unique_indices=True)
 
   # Mapped: one write into the whole would fetch all groups to each device.
   taken = jax.vmap(jax.vmap(mark))(token, used)
@@ -244,9 +244,8 @@ def sigmoid(
   return _route_tokens(logits, expert, gate, mask)._replace(bias=bias)
 
 
-def _largest(
-  values: Num[Array, "G N M"], k: int
-) -> tuple[Num[Array, "G N K"], Int[Array, "G N K"]]:
+def _largest(values, k):
+  """The k largest of values [G, N, M] and where they are, [G, N, K] each."""
   if not sharding.is_known("group", values):
     # The compiler splits a sort over devices, and not a CPU's top_k.
     order = jnp.argsort(values, axis=-1, stable=True, descending=True)
@@ -263,32 +262,27 @@ def _largest(
   return tuple(map(jax.lax.optimization_barrier, largest(values)))
 
 
-def _softmax_of(
-  logits: Float[Array, "G S M"], chosen: Bool[Array, "G S M"]
-) -> Float[Array, "G S M"]:
+def _softmax_of(logits, chosen):
   """Softmax over the chosen alone (eq. 16); zeros where none is."""
   # Not -inf: where none is chosen the softmax would be NaN.
   gate = jax.nn.softmax(jnp.where(chosen, logits, -1e30))
   return jnp.where(chosen, gate, 0)
 
 
-def _draw(
-  sample, rng: PRNGKeyArray, shape: tuple[int, ...], dtype
-) -> Float[Array, "G ..."]:
+def _draw(sample, rng, shape, dtype):
+  """Draws for each group of shape [G, ...] by its own index alone."""
   keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
   return jax.vmap(lambda key: sample(key, shape[1:], dtype))(keys)
 
 
-def _mix(x: UInt[Array, "..."]) -> UInt[Array, "..."]:
+def _mix(x):
   """Spreads every bit over the whole word, one-to-one (MurmurHash3's end)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
 
 
-def _chance_above(
-  margin: Float[Array, "G S E"], noise_std: Float[Array, "G S E"]
-) -> Float[Array, "G S E"]:
+def _chance_above(margin, noise_std):
   """Phi(margin / noise_std) (eq. 9), and its limit where noise_std is 0."""
   # The gradient divides by noise_std^2, which must not underflow; the inner
   # `where` keeps 0/0 out of it as well.
@@ -297,10 +291,11 @@ def _chance_above(
   return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
 
 
-def _best_tokens(
-  logits: Float[Array, "G S E"], k: int, mask: Bool[Array, "G S"] | None
-) -> tuple[Int[Array, "G E C"], Bool[Array, "G E C"]]:
-  """Each expert's tokens with the largest X, best first, and which to use."""
+def _best_tokens(logits, k, mask):
+  """Each expert's tokens with the largest X, best first, and which to use.
+
+  Both are [G, E, C].
+  """
   S, E = logits.shape[1:]
   check_k(k, E)
 
@@ -318,28 +313,16 @@ def _best_tokens(
   return token, rank < m[:, None, None]
 
 
-def _route_experts(
-  logits: Float[Array, "G S E"],
-  gate: Float[Array, "G S E"],
-  token: Int[Array, "G E C"],
-  used: Bool[Array, "G E C"],
-  mask: Bool[Array, "G S"] | None,
-) -> Routing:
-  """Makes the decision of experts that choose."""
+def _route_experts(logits, gate, token, used, mask) -> Routing:
+  """Makes the decision of experts that choose; the gates are [G, S, E]."""
   picked = jnp.take_along_axis(gate.swapaxes(1, 2), token, axis=-1)
   return routing.make_routing(
     routing.from_expert_choice(token, picked, used), logits, mask
   )
 
 
-def _route_tokens(
-  logits: Float[Array, "G S E"],
-  expert: Int[Array, "G S K"],
-  gate: Float[Array, "G S K"],
-  mask: Bool[Array, "G S"] | None,
-  used: Bool[Array, "G S K"] | None = None,
-) -> Routing:
-  """Makes the decision of tokens that choose."""
+def _route_tokens(logits, expert, gate, mask, used=None) -> Routing:
+  """Makes the decision of tokens that choose experts [G, S, K]."""
   if used is None:
     used = jnp.ones(expert.shape, bool)
   if mask is not None:
@@ -360,9 +343,7 @@ def check_k(k: int, num_experts: int, name: str = "k") -> None:
     )
 
 
-def _check_length(
-  values: Float[Array, "_"], num_experts: int, name: str
-) -> None:
+def _check_length(values, num_experts, name):
   if values.size != num_experts:
     raise ValueError(
       f"{name} has {values.size} entries, but there are {num_experts} experts;"

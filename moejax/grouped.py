@@ -46,7 +46,7 @@ def grouped(
   rows: Float[Array, "N I"],
   group_sizes: Int[Array, "E"],
 ) -> Float[Array, "N O"]:
-  """Applies fn(weights, rows, dot) to the rows of each group, in line.
+  """Applies fn(weights, rows, dot) to the rows of each group.
 
   The backward pass keeps the products and computes all else again. A group
   without rows leaves its weights a gradient of exactly zero.

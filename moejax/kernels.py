@@ -86,5 +86,5 @@ def _rows_by_rows(interpret, rows, gradient, group_sizes):
   return jnp.where((group_sizes == 0)[:, None, None], 0, found)
 
 
-def _whole_tiles(rows: Float[Array, "N I"]) -> Float[Array, "M I"]:
+def _whole_tiles(rows):
   return jnp.pad(rows, ((0, -rows.shape[0] % _TILE_ROWS), (0, 0)))

@@ -7,12 +7,12 @@ itself, and takes that mean.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from moejax.routing import Routing
 
@@ -197,7 +197,7 @@ def auxiliary(
   """
   check(weights, scope)
   found = routings(sown)
-  # What a schedule computes is an array: nobody knows yet that it is 0.
+  # What a schedule computes is an array: its value is not known yet.
   weighed = [
     name
     for name, weight in weights.items()
@@ -356,20 +356,18 @@ def _levels(routing: Routing) -> list[Routing]:
   ]
 
 
-def _over_levels(
-  of_level: Callable[[Routing], Array], routing: Routing
-) -> Float[Array, ""]:
+def _over_levels(of_level, routing):
   return sum(of_level(level) for level in _levels(routing))
 
 
-def _real(level: Routing) -> Bool[Array, "P G S"]:
+def _real(level):
   if level.mask is None:
     return jnp.ones(level.logits.shape[:-1], bool)
   return level.mask
 
 
-def _mean(x: Float[Array, "P G S"], level: Routing) -> Float[Array, ""]:
-  """The mean over real tokens, 0 without any."""
+def _mean(x, level):
+  """The mean of x [P, G, S] over real tokens, 0 without any."""
   real = _real(level)
   tokens = jnp.maximum(real.sum().astype(x.dtype), 1)
   return jnp.where(real, x, 0).sum() / tokens

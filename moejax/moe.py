@@ -417,10 +417,11 @@ def _count_dropped(routing: Routing, capacity: int | None) -> Routing:
   )
 
 
-def _flatten(
-  primary: Routing, inner: Routing, gate: Float[Array, "P G C"]
-) -> Routing:
-  """Makes one decision over all P * Q experts of the P groups' own."""
+def _flatten(primary: Routing, inner: Routing, gate) -> Routing:
+  """Makes one decision over all P * Q experts of the P groups' own.
+
+  `gate` is the primary one of each slot, [P, G, C].
+  """
   P, G, C, Q = inner.logits.shape
 
   def importance_of(assignment, gate):

@@ -2,14 +2,14 @@
 
 Where every device has all experts, it sorts the rows of its own groups. On a
 mesh that splits experts over n devices with T tokens each, rows move in one of
-two ways:
+two forms:
 
   all-gather  Every device gets all n * T tokens, sorts the rows of its own
               experts, and the weighted sums are scattered back. Runs anywhere;
-              a device sends (n - 1) * T rows each way, whatever k is.
+              a device sends (n - 1) * T rows in each direction, whatever k is.
   all-to-all  Every row goes straight to its place among those of its expert,
-              and back; so a device sends k * T * (n - 1) / n rows each way.
-              `jax.lax.ragged_all_to_all` does not exist on a CPU.
+              and back; so a device sends k * T * (n - 1) / n rows in each
+              direction. `jax.lax.ragged_all_to_all` does not exist on a CPU.
 
 Shapes are static, so an expert's device sets memory aside for as many rows as
 could come: all n * k * T of them without a capacity. Those that did not come
@@ -17,7 +17,6 @@ are zero and are not computed (see grouped.py).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +28,6 @@ from moejax import routing as routing_lib
 from moejax import slots as slots_lib
 from moejax.routing import Assignment
 from moejax.slots import ExpertFn, Slots
-
-# Of the mesh, one or several.
-Axis = str | tuple[str, ...]
 
 
 def ragged(
@@ -89,21 +85,11 @@ def ragged(
   )
 
 
-def _run_sorted(
-  run: Callable[[Array, Array], Array],
-  x: Num[Array, "G S D"],
-  assignment: Assignment,
-  num_experts: int,
-  buffer_size: int,
-) -> Float[Array, "G S O"]:
+def _run_sorted(run, x, assignment, num_experts, buffer_size):
   """Sorts one device's rows and sums up what came back of them.
 
-  Args:
-    run: (rows, group_sizes) -> rows.
-    x: tokens.
-    assignment: the edges; those that lead to no expert here are unused.
-    num_experts: of those here.
-    buffer_size: rows to set aside, no fewer than used edges.
+  run(rows, group_sizes) gives rows back. Edges that lead to none of the
+  num_experts here are unused; buffer_size is no fewer than the used ones.
   """
   G, S, D = x.shape
   one = routing_lib.flatten_groups(assignment, S)
@@ -121,14 +107,7 @@ def _run_sorted(
   return y.reshape(G, S, -1)
 
 
-def _all_gather(
-  run: Callable[[Array, Array], Array],
-  x: Num[Array, "G S D"],
-  assignment: Assignment,
-  here: Int[Array, "mine"],
-  buffer_size: int,
-  axis: Axis,
-) -> Float[Array, "G S O"]:
+def _all_gather(run, x, assignment, here, buffer_size, axis):
   """Every device takes what is its own from the tokens of all."""
   x, assignment = jax.tree.map(
     lambda a: jax.lax.all_gather(a, axis, tiled=True), (x, assignment)
@@ -140,14 +119,7 @@ def _all_gather(
   return jax.lax.psum_scatter(y, axis, tiled=True)
 
 
-def _all_to_all(
-  run: Callable[[Array, Array], Array],
-  x: Num[Array, "G S D"],
-  assignment: Assignment,
-  here: Int[Array, "mine"],
-  buffer_size: int,
-  axis: Axis,
-) -> Float[Array, "G S O"]:
+def _all_to_all(run, x, assignment, here, buffer_size, axis):
   """Every row goes to its expert's device and back."""
   num_edges = assignment.expert.size
   num_experts = here.size * jax.lax.axis_size(axis)
@@ -178,9 +150,7 @@ class A2ASplits(NamedTuple):
   coming: Int[Array, "slices"]
 
 
-def _a2a_splits(
-  group_sizes: Int[Array, "E"], here: Int[Array, "mine"], axis: Axis
-) -> tuple[A2ASplits, A2ASplits, Int[Array, "mine"]]:
+def _a2a_splits(group_sizes, here, axis):
   """The splits to the experts and back, and the group sizes of those here.
 
   Rows lie by expert where they come from, and by expert and then by source
@@ -201,19 +171,10 @@ def _a2a_splits(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _exchange(
-  rows: Float[Array, "N D"],
-  splits: tuple[A2ASplits, A2ASplits],
-  sizes: tuple[int, int],
-  axis: Axis,
-) -> Float[Array, "M D"]:
-  """Sends rows by the first of two splits; their gradient by the second.
+def _exchange(rows, splits, sizes, axis):
+  """Sends rows [N, D] by the first of two splits, their gradient by the second.
 
-  Args:
-    rows: sorted.
-    splits: there and back.
-    sizes: rows before and after.
-    axis: the mesh axis to move over.
+  `sizes` are the rows before and after.
   """
   # Where no row arrives stays what was there before.
   zeros = jnp.zeros_like(rows, shape=(sizes[1], rows.shape[1]))

@@ -35,7 +35,7 @@ class Assignment(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """A decision, and what the balance losses need to judge it.
+  """A decision, and what the balance losses need of it.
 
   Gradient reaches the router through `assignment.gate`, `importance`, `load`,
   `logits`, `thresholds` and `bias`.

@@ -175,7 +175,7 @@ def take(rows: Float[Array, "N ..."], index: Int[Array, "..."]) -> Array:
   return rows.at[index].get(mode="fill", fill_value=0)
 
 
-def _token_of_slot(slots: Slots, num_tokens: int) -> Int[Array, "N"]:
+def _token_of_slot(slots, num_tokens):
   empty = slots.edge == slots.slot.size
   return jnp.where(empty, num_tokens, slots.edge % num_tokens)
 
@@ -188,8 +188,8 @@ def _token_of_slot(slots: Slots, num_tokens: int) -> Int[Array, "N"]:
 
 
 @jax.custom_vjp
-def _copy(x: Float[Array, "S D"], slots: Slots) -> Float[Array, "N D"]:
-  """Copies each token into the slots of its edges."""
+def _copy(x, slots):
+  """Copies each token of x [S, D] into the slots [N, D] of its edges."""
   return take(x, _token_of_slot(slots, x.shape[0]))
 
 
@@ -205,10 +205,8 @@ _copy.defvjp(
 
 
 @jax.custom_vjp
-def _sum(
-  rows: Float[Array, "N O"], gate: Float[Array, "K S"], slots: Slots
-) -> Float[Array, "S O"]:
-  """Sums each token's rows, weighted by its gates."""
+def _sum(rows, gate, slots):
+  """Sums each token's rows [N, O], weighted by its gates [K, S]."""
   of_choice = slots.slot.reshape(gate.shape)
   return sum(
     one[:, None] * take(rows, slot)
@@ -282,9 +280,8 @@ def combine_einsum(
   return _product(weights.T, rows)
 
 
-def _tokens_and_gates(
-  slots: Slots, assignment: Assignment, num_tokens: int
-) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
+def _tokens_and_gates(slots, assignment, num_tokens):
+  """The token and the gate of each slot; S marks an empty one."""
   token = assignment.token
   if token is None:
     token = jnp.arange(assignment.expert.size, dtype=jnp.int32) % num_tokens
@@ -293,9 +290,7 @@ def _tokens_and_gates(
   return jnp.where(empty, num_tokens, token[edge]), assignment.gate[edge]
 
 
-def _product(
-  weights: Float[Array, "to from"], rows: Float[Array, "from D"]
-) -> Float[Array, "to D"]:
+def _product(weights, rows):
   """Multiplies a mask by rows; a row that is not finite reaches its own places.
 
   In the product itself 0 * NaN would be NaN everywhere. Where such a row

@@ -1,4 +1,4 @@
-"""Experts: what they compute, how their weights start, whom they ask."""
+"""Experts: what they compute, how their weights start."""
 
 import functools
 
@@ -91,7 +91,7 @@ def test_matches_the_paper_in_slots(name):
 
 @SORTED
 def test_matches_the_paper_on_sorted_rows(name):
-  """One expert got nothing, and some rows are nobody's."""
+  """One expert got nothing, and some rows are of none."""
   sizes, unused = [4, 0, 3], 2
   owner = [
     ((i,), e) for i, e in enumerate(np.repeat(np.arange(E), sizes).tolist())

@@ -17,7 +17,7 @@ N, I, O, E = 96, 3, 2, 3
 
 @st.composite
 def group_sizes(draw):
-  """Any sizes that N rows allow, empty groups and rows of nobody included."""
+  """Any sizes that N rows allow, empty groups and rows of none included."""
   cuts = draw(st.lists(st.integers(0, N), min_size=E, max_size=E))
   return np.diff([0, *sorted(cuts)]).tolist()
 
@@ -117,7 +117,7 @@ def test_matches_the_loops(sizes):
   [([0, 1, 0, 0, 1], 2), ([5], 5), ([0], 3), ([300, 0], 300), ([0, 0, 0], 0)],
 )
 def test_matches_the_loops_whatever_the_shape(sizes, num_rows):
-  """Fewer rows than groups, one group, rows of nobody, many rows, none."""
+  """Fewer rows than groups, one group, rows of none, many rows, none."""
   rows, matrices, out = draw(sizes, num_rows)
   got = run(sizes, rows, matrices, out)
   agree(sizes, got, loops(rows, matrices, sizes, out), rows)

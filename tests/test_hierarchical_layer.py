@@ -103,7 +103,7 @@ def make(kind, num_experts):
 
 @pytest.mark.parametrize("kind", router.ROUTERS)
 def test_every_router_serves_at_either_level(kind, together=2):
-  """But for ids, which do not travel: they are the primary's."""
+  """But for ids, which are not dispatched: they are the primary's."""
   inner = "top_k" if kind == "hash" else kind
   options = {"groups_together": together}
   module = layer(make(kind, P), mixture(make(inner, Q)), **options)
@@ -168,15 +168,15 @@ def test_devices_judge_the_balance_without_fetching_tokens():
   x = inputs((8, S))
   weights = dict.fromkeys(("importance", "load", "switch_balance", "z"), 0.1)
 
-  def judge(params, x):
+  def report(params, x):
     _, routing = apply(module, params, x, train=True, mask=x[..., 0] > 0)
     return losses.auxiliary(routing, weights), losses.balance(routing)
 
   params = draw(module, (8, S))
-  want = jax.jit(judge)(params, x)
+  want = jax.jit(report)(params, x)
   x = jax.device_put(x, sharding.batch_sharding(layout, mesh, len(x)))
   with sharding.use(layout, mesh):
-    compiled = jax.jit(judge).lower(params, x).compile()
+    compiled = jax.jit(report).lower(params, x).compile()
   assert "all-gather" not in compiled.as_text()
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   jax.tree.map(close, compiled(params, x), want)

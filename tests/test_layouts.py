@@ -162,7 +162,7 @@ def stderr():
 
 @pytest.mark.parametrize("layout, name", CASES)
 def test_layouts_agree_with_one_device(layout, name):
-  """And XLA finds a way from each sharding to the next."""
+  """And XLA finds a path from each sharding to the next."""
   on_mesh = on_all_devices(layout, name)
   assert INVOLUNTARY not in on_mesh.warnings
   got, want = on_mesh.result, on_one_device(name)

@@ -151,8 +151,8 @@ def test_training_and_evaluation_have_their_own_capacity(name):
     assert dropped.sum() > 0
     np.testing.assert_array_equal(routing.dropped, dropped[None])
     np.testing.assert_array_equal(routing.count, want.count[None])
-    seats = reference.has_slot(want.edges, slots)
-    assert seats.count(False) == dropped.sum()
+    fits = reference.has_slot(want.edges, slots)
+    assert fits.count(False) == dropped.sum()
     expert = reference.feed_forward(in_float64(at["experts"]))
     rows = in_float64(x).reshape(TOKENS, D)
     np.testing.assert_allclose(
@@ -165,7 +165,7 @@ def test_training_and_evaluation_have_their_own_capacity(name):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_groups_are_routed_each_alone(train):
-  """Groups of consecutive tokens with seats of their own."""
+  """Groups of consecutive tokens with slots of their own."""
   options = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5}
   x = inputs()
   both, routing = apply(layer(**options), params(skew=2.0), x, train)
@@ -476,9 +476,11 @@ def test_dropped_first_are_those_of_first_choices():
   for g, want in enumerate(plain_decisions(params)):
     # The first choices of all tokens come before all second ones.
     tokens = len({s for s, _, _ in want.edges})
-    seats = reference.has_slot(want.edges, 4)
-    for (_, e, _), seated in list(zip(want.edges, seats, strict=True))[:tokens]:
-      first[g, e] += not seated
+    fits = reference.has_slot(want.edges, 4)
+    for (_, e, _), has_slot in list(zip(want.edges, fits, strict=True))[
+      :tokens
+    ]:
+      first[g, e] += not has_slot
   np.testing.assert_array_equal(routing.dropped_first, first)
   assert 0 < first.sum() < dropped.sum()
 

@@ -167,7 +167,7 @@ def test_a_stack_is_its_layers(kind, lift):
   """Without a name for the new axis, and each router gets its gradient."""
   stack = Stack(kind, {"routing": 0}, lift)
   params = start(stack)
-  # Without noise: a scan splits its key in another way.
+  # Without noise: a scan splits its key differently.
   block = Block(kind, False)
 
   def scanned(params):

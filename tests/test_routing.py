@@ -126,10 +126,10 @@ def concatenate(first, second):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_batches_that_are_joined_are_judged_as_one(case):
-  """By every loss and report, of the whole and of each group."""
+def test_batches_that_are_joined_are_as_one(case):
+  """In every loss and report, of the whole and of each group."""
 
-  def judge(decision):
+  def report(decision):
     each = {
       (name, scope): loss(decision, scope)
       for name, loss in losses.LOSSES.items()
@@ -151,7 +151,7 @@ def test_batches_that_are_joined_are_judged_as_one(case):
 
   @jax.jit
   def both():
-    return judge(routing.stack_microbatches(stacked)), judge(
+    return report(routing.stack_microbatches(stacked)), report(
       concatenate(first, second)
     )
 
@@ -182,12 +182,12 @@ def test_groups_that_are_together_stay_where_they_lie(number=4):
   """Their losses cost sums."""
   decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
 
-  def judge(decision):
+  def report(decision):
     decision = routing.merge_groups(drop(decision), number)
     values = [loss(decision) for loss in losses.LOSSES.values()]
     return values, losses.balance(decision)
 
-  assert not moved(judge, decision, "group")
+  assert not moved(report, decision, "group")
 
 
 def test_sums_of_a_bfloat16_router_do_not_end_at_256():

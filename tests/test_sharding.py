@@ -133,8 +133,8 @@ def test_what_does_not_divide_rests_whole():
 
 def test_rules_follow_the_experts():
   assert dict(sharding.rules()) == sharding.RULES
-  away = dict(sharding.rules(batch="data", expert=("data", "expert")))
-  assert away["group"] == "data" and away["group_replicated"] is None
+  split = dict(sharding.rules(batch="data", expert=("data", "expert")))
+  assert split["group"] == "data" and split["group_replicated"] is None
   table = dict(sharding.rules(mlp=None))
   assert (
     table["group_replicated"] == table["group_dispatched"] == ("data", "model")
