@@ -156,6 +156,16 @@ def draw(module, num_experts, width, seed=0) -> Any:
   )
 
 
+def random_params(module, *args, **options):
+  """Draws parameters: from zeros a router has no gradient."""
+  init = functools.partial(module.init, jax.random.key(0), *args, **options)
+  random = np.random.default_rng(5)
+  return jax.tree.map(
+    lambda w: jnp.asarray(random.normal(size=w.shape), w.dtype),
+    nn.unbox(jax.eval_shape(init))["params"],
+  )
+
+
 def in_float64(tree):
   return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 

@@ -6,6 +6,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
@@ -31,16 +32,6 @@ def mixture(gate=None, kind=None, **options):
 
 def inputs(shape=(G, S)):
   return 1 + jax.random.normal(jax.random.key(1), (*shape, D))
-
-
-def draw(module, shape=(G, S)):
-  """Random parameters."""
-  shapes = jax.eval_shape(lambda: module.init(KEY, inputs(shape)))["params"]
-  leaves, tree = jax.tree.flatten(nn.unbox(shapes))
-  random = np.random.default_rng(5)
-  return tree.unflatten(
-    [jnp.asarray(random.normal(size=w.shape), w.dtype) for w in leaves]
-  )
 
 
 def apply(module, params, x, train=False, **options):
@@ -86,7 +77,9 @@ def test_every_group_draws_its_own_noise():
   shape = groups, tokens = 4, 64
   secondary = mixture(kind=experts.Identity(Q))
   module = layer(router.TopK(P, P), secondary, group_size=tokens)
-  zeros = jax.tree.map(jnp.zeros_like, draw(module, shape))
+  zeros = jax.tree.map(
+    jnp.zeros_like, kinds.random_params(module, inputs(shape))
+  )
   run = jax.jit(functools.partial(apply, module, train=True))
   noise = run(zeros, inputs(shape))[1].logits / (math.log(2) + 1e-2)
   assert noise.shape == (P, groups, tokens, Q)
@@ -172,7 +165,7 @@ def test_devices_judge_the_balance_without_fetching_tokens():
     _, routing = apply(module, params, x, train=True, mask=x[..., 0] > 0)
     return losses.auxiliary(routing, weights), losses.balance(routing)
 
-  params = draw(module, (8, S))
+  params = kinds.random_params(module, inputs((8, S)))
   want = jax.jit(report)(params, x)
   x = jax.device_put(x, sharding.batch_sharding(layout, mesh, len(x)))
   with sharding.use(layout, mesh):

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import reference
@@ -33,12 +34,7 @@ def inputs(seed=1):
 @functools.cache
 def params(skew=0.0, gate=None):
   """Params of `layer`, all random; skew draws tokens to the first expert."""
-  shapes = jax.eval_shape(lambda: layer(gate).init(KEY, inputs())["params"])
-  leaves, tree = jax.tree.flatten(nn.unbox(shapes))
-  random = np.random.default_rng(5)
-  drawn = tree.unflatten(
-    [jnp.asarray(random.normal(size=w.shape), w.dtype) for w in leaves]
-  )
+  drawn = kinds.random_params(layer(gate), inputs())
   kernel = drawn["router"]["gate"]["kernel"]
   drawn["router"]["gate"]["kernel"] = kernel.at[:, 0].add(skew)
   return drawn
@@ -57,10 +53,6 @@ def apply(module, params, x, train=False, mask=None):
   )
   (routing,) = losses.routings(state)
   return y, routing
-
-
-def in_float64(tree):
-  return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
 def noise_std(at):
@@ -105,7 +97,7 @@ def test_is_the_mixture_of_eq_1(name, train):
   module = layer(dispatch=name, eval_capacity_factor=None)
   mask = None if train else MASK
   y, routing = apply(module, params(), inputs(), train, mask)
-  at = in_float64({**params(), "x": inputs()})
+  at = kinds.in_float64({**params(), "x": inputs()})
   noise = recover_noise(at, routing) if train else None
   want, found = expected(at, noise, None if mask is None else np.asarray(mask))
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
@@ -133,7 +125,7 @@ def test_training_and_evaluation_have_their_own_capacity(name):
   at = jax.tree.map(lambda w: w, params(skew=3.0))
   at["router"] = {"gate": at["router"]["gate"]}
   x = jnp.abs(inputs())
-  logits = in_float64(x).reshape(TOKENS, D) @ in_float64(
+  logits = kinds.in_float64(x).reshape(TOKENS, D) @ kinds.in_float64(
     at["router"]["gate"]["kernel"]
   )
   want = reference.top_k(logits, K)
@@ -145,8 +137,8 @@ def test_training_and_evaluation_have_their_own_capacity(name):
     np.testing.assert_array_equal(routing.count, want.count[None])
     fits = reference.has_slot(want.edges, slots)
     assert fits.count(False) == dropped.sum()
-    expert = reference.feed_forward(in_float64(at["experts"]))
-    rows = in_float64(x).reshape(TOKENS, D)
+    expert = reference.feed_forward(kinds.in_float64(at["experts"]))
+    rows = kinds.in_float64(x).reshape(TOKENS, D)
     np.testing.assert_allclose(
       y.reshape(TOKENS, D),
       reference.dispatch(rows, want.edges, expert, slots),
@@ -396,9 +388,7 @@ def test_recomputing_keeps_no_hidden_layer_and_changes_nothing(name):
   def kept(recompute):
     """Shapes of what the backward pass is given."""
     fn = functools.partial(run, recompute)
-    saved = jax.eval_shape(
-      lambda: jax.tree.leaves(jax.vjp(fn, at, X)[1])
-    )
+    saved = jax.eval_shape(lambda: jax.tree.leaves(jax.vjp(fn, at, X)[1]))
     return [leaf.shape for leaf in saved]
 
   def hidden(shapes):
@@ -421,7 +411,7 @@ def test_dropped_first_are_those_of_first_choices():
   _, routing = apply(layer(TOP_K, capacity_factor=0.5), at, X, True, MASK)
   dropped = np.asarray(routing.dropped)
   first = np.zeros_like(dropped)
-  at = in_float64({**at, "x": X})
+  at = kinds.in_float64({**at, "x": X})
   for g, want in enumerate(decisions(at, None, np.asarray(MASK))):
     # The first choices of all tokens come before all second ones.
     tokens = len({s for s, _, _ in want.edges})
