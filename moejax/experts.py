@@ -27,14 +27,17 @@ Weights = Mapping[str, Any]
 _INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
-def own(module: Any, name: str, fits: bool, wanted: str) -> Any:
+def own(
+  layer: nn.Module, module: Any, name: str, fits: bool, wanted: str
+) -> Any:
   """Returns a module that a layer was given, as the layer's own.
 
   A module that is made within `nn.compact` or `setup` belongs to the module
   around; its weights are to lie in the scope of the layer.
 
   Args:
-    module: what was given.
+    layer: is being made.
+    module: what it was given.
     name: of the layer's attribute.
     fits: whether it can do what it is for, if it is a module.
     wanted: says what to give.
@@ -49,19 +52,21 @@ def own(module: Any, name: str, fits: bool, wanted: str) -> Any:
     elif isinstance(module, bool | int | float | str | None):
       shown = repr(module)
     raise ValueError(f"{name} is {shown}; give {wanted}.")
-  # A scope in place of a parent is that of a lifted layer itself.
-  if isinstance(module.parent, nn.Module):
-    return module.clone(parent=None, name=None)
+  # A layer that flax clones has it already, by itself or by a scope.
+  parent = module.parent
+  cloned = isinstance(parent, type(layer)) or isinstance(layer, type(parent))
+  if isinstance(parent, nn.Module) and not cloned:
+    return module.copy(parent=None)
   return module
 
 
-def own_experts(module: Any, name: str) -> Any:
+def own_experts(layer: nn.Module, module: Any, name: str) -> Any:
   """Returns experts that a layer was given, as `own`."""
   wanted = (
     "a module of moejax.experts, as FeedForward(num_experts=8, hidden=64), or"
     " Each(num_experts=8, expert=M) of any linen module M"
   )
-  return own(module, name, hasattr(module, "run"), wanted)
+  return own(layer, module, name, hasattr(module, "run"), wanted)
 
 
 def _matrices(
@@ -202,7 +207,7 @@ class Each(Experts):
 
   def __post_init__(self) -> None:
     wanted = "a linen module, such as nn.Dense(64)"
-    self.expert = own(self.expert, "expert", True, wanted)
+    self.expert = own(self, self.expert, "expert", True, wanted)
     super().__post_init__()
 
   @nn.compact
@@ -241,7 +246,8 @@ class Mixed(Experts):
 
   def __post_init__(self) -> None:
     self.kinds = tuple(
-      own_experts(kind, f"kinds[{i}]") for i, kind in enumerate(self.kinds)
+      own_experts(self, kind, f"kinds[{i}]")
+      for i, kind in enumerate(self.kinds)
     )
     super().__post_init__()
 

@@ -202,8 +202,8 @@ class MoE(_Layer):
   recompute: bool = False
 
   def __post_init__(self) -> None:
-    self.router = _own_router(self.router, "router")
-    self.experts = experts_lib.own_experts(self.experts, "experts")
+    self.router = _own_router(self, self.router, "router")
+    self.experts = experts_lib.own_experts(self, self.experts, "experts")
     super().__post_init__()
 
   def mix(
@@ -319,8 +319,9 @@ class HierarchicalMoE(_Layer):
   dispatch: str = "gather"
 
   def __post_init__(self) -> None:
-    self.primary = _own_router(self.primary, "primary")
+    self.primary = _own_router(self, self.primary, "primary")
     self.secondary = experts_lib.own(
+      self,
       self.secondary,
       "secondary",
       isinstance(self.secondary, MoE),
@@ -386,10 +387,10 @@ class HierarchicalMoE(_Layer):
     return y, _flatten(routing_lib.merge_groups(routing, together), inner, gate)
 
 
-def _own_router(module: Any, name: str) -> Any:
+def _own_router(layer: nn.Module, module: Any, name: str) -> Any:
   fits = hasattr(module, "num_experts") and not hasattr(module, "run")
   wanted = "a module of moejax.router, as NoisyTopK(num_experts=8, k=2)"
-  return experts_lib.own(module, name, fits, wanted)
+  return experts_lib.own(layer, module, name, fits, wanted)
 
 
 def _need_slots(experts: nn.Module) -> bool:
