@@ -178,7 +178,7 @@ class MoE(_Layer):
 
   The parameters lie in one scope named after the layer, {"router": ...,
   "experts": ...}, wherever the router and the experts are made: outside, in
-  `setup`, or within `nn.compact`. Two layers share none.
+  `setup`, or within `nn.compact`. Give every layer a router of its own.
 
   Attributes:
     router: x [G S D] -> Routing.

@@ -370,7 +370,7 @@ def test_auto_gives_slots_to_experts_that_need_them():
     experts.Mixed((linear, each)),
     experts.Mixed((linear, experts.Mixed((each,)))),
     # A mixture that is an expert itself.
-    experts.Each(E, layer(TOP_K, group_size=None)),
+    experts.Each(E, layer(group_size=None)),
   ):
     module = layer(TOP_K, kind, eval_capacity_factor=None)
     jax.eval_shape(lambda module=module: module.init(KEY, inputs()))
