@@ -1,10 +1,13 @@
 """Packaging of moejax; everything about tools is in pyproject.toml."""
 
 import pathlib
+import re
 
 import setuptools
 
-README = pathlib.Path(__file__).parent / "README.md"
+ROOT = pathlib.Path(__file__).parent
+README = ROOT / "README.md"
+INIT = (ROOT / "moejax" / "__init__.py").read_text(encoding="utf-8")
 
 TEST = [
   "beartype",
@@ -22,12 +25,13 @@ TEST = [
 
 setuptools.setup(
   name="moejax",
-  version="0.1.0",
+  version=re.search(r'__version__ = "(.+)"', INIT)[1],
   description="Sparsely-gated mixtures of experts in JAX and Flax.",
   long_description=README.read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["moejax", "moejax.*"]),
+  package_data={"moejax": ["py.typed"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py",

@@ -93,7 +93,7 @@ def speed(
 ) -> Iterator[figures.Row]:
   """Yields a row for the dense block and for each way to dispatch."""
   x = jax.random.normal(jax.random.key(SEED), (1, T, D))
-  modules = {"dense": moe.OneExpert(experts.FeedForward(1, K * F))}
+  modules = {"dense": moe.MoE(router.Single(), experts.FeedForward(1, K * F))}
   for name in names:
     options = dict(CANDIDATES[name])
     if "group_size" in options:
@@ -102,7 +102,7 @@ def speed(
   programs, params = {part: {} for part in PARTS}, {}
   for name, module in modules.items():
     # Weights of one shape are the same for all, and in memory once.
-    kind = type(module)
+    kind = type(module.router)
     if kind not in params:
       init = jax.jit(module.init)
       params[kind] = nn.unbox(init(jax.random.key(1), x)["params"])

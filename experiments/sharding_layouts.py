@@ -176,7 +176,7 @@ def compiled(
 
   with sharding.use(layout, mesh):
     step = jax.jit(
-      jax.value_and_grad(sharding.gathered(loss), (0, 1)),
+      jax.value_and_grad(sharding.zero3(loss), (0, 1)),
       out_shardings=(None, (shardings, batch)),
     )
     program = step.lower(params, x).compile()

@@ -1,6 +1,7 @@
 """Sparsely-gated mixtures of experts in JAX.
 
-Dimension key, in shape annotations and einsum strings alike:
+`import moejax` loads nothing by itself, not even jax; a name is loaded when it
+is used. Dimension key, in shape annotations and einsum strings alike:
 
   B  batch                     E  experts
   L  length                    K  experts per token
@@ -11,3 +12,53 @@ Dimension key, in shape annotations and einsum strings alike:
   V  vocabulary                H  LSTM width
   P  sampled classes           M  source length
 """
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# By the module that has them; the last three have a shorter name there.
+_NAMES = {
+  "moe": ("MoE", "HierarchicalMoE"),
+  "router": (
+    "Router",
+    "Softmax",
+    "TopK",
+    "NoisyTopK",
+    "Balanced",
+    "Switch",
+    "GShardTop2",
+    "ExpertChoice",
+    "Hash",
+    "Sigmoid",
+  ),
+  "experts": ("FeedForward", "Linear", "Identity", "Each", "Mixed"),
+  "routing": ("Routing", "Assignment"),
+  "losses": ("routings",),
+  "sharding": ("Layout", "LAYOUTS", "make_mesh"),
+  "training.run": ("load",),
+}
+_PLACES = {
+  name: (place, name) for place in _NAMES for name in _NAMES[place]
+} | {
+  "auxiliary_loss": ("losses", "auxiliary"),
+  "balance_metrics": ("losses", "balance"),
+  "use_layout": ("sharding", "use"),
+}
+_MODULES = ("gating", "losses", "dispatch", "experts", "sharding")
+
+__all__ = sorted([*_PLACES, *_MODULES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+  if name in _MODULES:
+    return importlib.import_module(f"moejax.{name}")
+  if name not in _PLACES:
+    raise AttributeError(f"module 'moejax' has no attribute {name!r}")
+  place, attribute = _PLACES[name]
+  return getattr(importlib.import_module(f"moejax.{place}"), attribute)
+
+
+def __dir__() -> list[str]:
+  return __all__

@@ -1,11 +1,11 @@
-"""Dispatch: send tokens to their experts, run them, bring the outputs home.
+"""Dispatch: send tokens to their experts, run them, combine the outputs.
 
 Functions with one signature and one meaning,
 
-  y[token] += gate * expert(x[token])    for every edge that wins a slot,
+  y[token] += gate * expert(x[token])    for every edge that has a slot,
 
 where an expert takes its first `capacity` edges of each group. They differ in
-how rows travel, never in what is computed. Two exceptions:
+how rows move, never in what is computed. Two exceptions:
 
 * A token with an infinity makes its own y infinite or NaN; by "einsum" NaN. As
   everywhere in arithmetic it also spoils the gradient of its experts' weights.
@@ -14,109 +14,108 @@ how rows travel, never in what is computed. Two exceptions:
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
-from moejax import moves, sharding
-from moejax import seats as seats_lib
-from moejax.moves import ExpertFn
+from moejax import sharding
+from moejax import slots as slots_lib
 from moejax.ragged import ragged
 from moejax.routing import Assignment
-from moejax.seats import Capacity
+from moejax.slots import ExpertFn
 
-# Where the slots of each expert and group lie on their way: where their tokens
-# are; with one of the devices that share the expert; with all of these.
-_WAY = ((None, "group"), ("expert", "group_sent"), ("expert", "group_away"))
+# The axes of slots [E, G, C, ...] in turn: where their tokens are; on one
+# of the devices that share the expert; on all of these.
+_RESHARD = (
+  (None, "group"),
+  ("expert", "group_dispatched"),
+  ("expert", "group_replicated"),
+)
 
 _BY_SLOTS = {
   # GShard's moves: one-hot masks of G*N*S entries turn both into matrix
   # products. They cost S/F of the experts' own work, so keep groups small; a
   # matrix unit may still like it better than reading by index.
-  "einsum": (moves.send_by_product, moves.combine_by_product),
+  "einsum": (slots_lib.dispatch_einsum, slots_lib.combine_einsum),
   # Rows move by index: no array is larger than the slots themselves.
-  "gather": (moves.send_by_index, moves.combine_by_index),
+  "gather": (slots_lib.dispatch_gather, slots_lib.combine_gather),
 }
 
 
-class Trip(NamedTuple):
-  """Tokens that have travelled to their experts, and the way back.
+class Dispatched(NamedTuple):
+  """Tokens in the slots of their experts; each list has an array per kind.
 
   Attributes:
-    rows: the filled slots of each block of experts, [E, G, C, D] each.
-    real: which slots are taken, [E, G, C] each.
-    gate: the gate of the edge in each slot, [E, G, C] each.
-    home: takes the experts' outputs, [E, G, C, O] each, back to [G, S, O].
+    rows: [E, G, C, D]; zeros in empty slots.
+    mask: which slots are taken, [E, G, C].
+    gate: of the edge in each slot, [E, G, C].
+    combine: takes the experts' outputs, [E, G, C, O] each, back to [G, S, O].
   """
 
   rows: list[Float[Array, "E G C D"]]
-  real: list[Bool[Array, "E G C"]]
+  mask: list[Bool[Array, "E G C"]]
   gate: list[Float[Array, "E G C"]]
-  home: Callable[[Sequence[Array]], Array]
+  combine: Callable[[Sequence[Array]], Array]
 
 
-def depart(
+def dispatch(
   name: str,
   x: Num[Array, "G S D"],
   assignment: Assignment,
-  num_experts: int,
-  capacity: Capacity = None,
-) -> Trip:
+  num_experts: int | tuple[int, ...],
+  capacity: int | None = None,
+) -> Dispatched:
   """Fills slots and carries them to their experts.
 
-  On a mesh that splits experts the way there is one all-to-all, and the way
-  home another.
+  On a mesh that splits experts dispatch is one all-to-all, and combine another.
 
   Args:
     name: "einsum" or "gather".
     x: tokens.
     assignment: the edges.
-    num_experts: E.
-    capacity: slots per expert and group.
+    num_experts: E, or that of each kind in turn: each is split by itself.
+    capacity: slots per expert and group; None is one for every token.
 
   Raises:
     ValueError: a capacity below 1, or rows of whole numbers.
   """
-  moves.check_rows(x)
+  kinds = (num_experts,) if isinstance(num_experts, int) else num_experts
+  total, ends = sum(kinds), list(itertools.accumulate(kinds))[:-1]
+  slots_lib.check(x, total, capacity)
   G, S, _ = x.shape
-  blocks = seats_lib.blocks_of(capacity, num_experts, S)
-  send, combine = _BY_SLOTS[name]
-  seats = jax.vmap(lambda e: seats_lib.seat(e, blocks))(assignment.expert)
-  ends = np.cumsum([num * slots for num, slots in blocks])[:-1]
+  C = S if capacity is None else capacity
+  move, combine = _BY_SLOTS[name]
+  slots = jax.vmap(lambda e: slots_lib.assign_slots(e, total, C))(
+    assignment.expert
+  )
 
-  def away(of_slot):
-    parts = []
-    for part, block in zip(
-      jnp.split(of_slot, ends, axis=1), blocks, strict=True
-    ):
-      part = part.reshape(G, *block, *of_slot.shape[2:]).swapaxes(0, 1)
-      parts.append(_travel(part, _WAY))
-    return parts
+  def to_experts(of_slot):
+    by_expert = of_slot.reshape(G, total, C, *of_slot.shape[2:]).swapaxes(0, 1)
+    return [_reshard(part, _RESHARD) for part in jnp.split(by_expert, ends)]
 
-  def home(parts):
-    back = []
-    for part in parts:
-      part = _travel(part, reversed(_WAY))
-      back.append(part.swapaxes(0, 1).reshape(G, -1, part.shape[-1]))
-    rows = jnp.concatenate(back, axis=1)
-    return jax.vmap(lambda *args: combine(*args, S))(rows, seats, assignment)
+  def back(parts):
+    rows = [_reshard(part, _RESHARD[::-1]).swapaxes(0, 1) for part in parts]
+    rows = jnp.concatenate(rows, axis=1).reshape(G, total * C, -1)
+    return jax.vmap(lambda *args: combine(*args, S))(rows, slots, assignment)
 
-  gate = jax.vmap(moves.take)(assignment.gate, seats.edge)
-  return Trip(
-    away(jax.vmap(send)(x, seats, assignment)),
-    away(seats.edge < assignment.expert.shape[1]),
-    away(gate),
-    home,
+  gate = jax.vmap(slots_lib.take)(assignment.gate, slots.edge)
+  return Dispatched(
+    to_experts(jax.vmap(move)(x, slots, assignment)),
+    to_experts(slots.edge < assignment.expert.shape[1]),
+    to_experts(gate),
+    back,
   )
 
 
-def _travel(part: Array, way: Iterable[tuple[str | None, str | None]]) -> Array:
-  # A lone expert is on every device already.
-  for axes in way if part.shape[0] > 1 else _WAY[:1]:
+def _reshard(
+  part: Array, steps: Sequence[tuple[str | None, str | None]]
+) -> Array:
+  # A single expert is on every device already.
+  for axes in steps if part.shape[0] > 1 else _RESHARD[:1]:
     part = sharding.constrain(part, *axes, *(None,) * (part.ndim - 2))
   return part
 
@@ -127,19 +126,19 @@ def _by_slots(
   weights: Any,
   x: Num[Array, "G S D"],
   assignment: Assignment,
-  num_experts: int,
-  capacity: Capacity = None,
+  num_experts: int | tuple[int, ...],
+  capacity: int | None = None,
 ) -> Float[Array, "G S O"]:
   """Gives every expert a fixed number of slots in each group."""
-  trip = depart(name, x, assignment, num_experts, capacity)
-  rows = tuple(a.reshape(a.shape[0], -1, a.shape[3]) for a in trip.rows)
-  real = tuple(a.reshape(a.shape[0], -1) for a in trip.real)
-  if isinstance(capacity, int | None):
-    back = (expert_fn(weights, rows[0], real[0]),)
+  sent = dispatch(name, x, assignment, num_experts, capacity)
+  rows = tuple(a.reshape(a.shape[0], -1, a.shape[3]) for a in sent.rows)
+  mask = tuple(a.reshape(a.shape[0], -1) for a in sent.mask)
+  if isinstance(num_experts, int):
+    back = (expert_fn(weights, rows[0], mask[0]),)
   else:
-    back = expert_fn(weights, rows, real)
-  shapes = [(*a.shape[:3], -1) for a in trip.rows]
-  return trip.home([a.reshape(s) for a, s in zip(back, shapes, strict=True)])
+    back = expert_fn(weights, rows, mask)
+  shapes = [(*a.shape[:3], -1) for a in sent.rows]
+  return sent.combine([a.reshape(s) for a, s in zip(back, shapes, strict=True)])
 
 
 DISPATCH = {
@@ -153,16 +152,16 @@ _FEW_EDGES = 4096
 
 
 def fastest(
-  capacity: Capacity, needs_slots: bool, edges: int, known: bool = True
+  capacity: int | None, needs_slots: bool, edges: int, known: bool = True
 ) -> str:
   """Names what measured fastest (layer_speed, auto_dispatch): "auto".
 
   Without a capacity, sorted rows: slots would have to be S per expert, nearly
-  all of them empty, and where experts are split all would travel. With one,
-  slots where experts are split: two all-to-alls of a size known beforehand.
-  Else, on a CPU, sorted rows: they skip empty slots, and that counts for more
-  than all else there, but for few edges, whose products take no longer than the
-  loop around them. A TPU moves fewer bytes by slots while they are bounded.
+  all of them empty, and where experts are split all would move. With one, slots
+  where experts are split: two all-to-alls of a size known beforehand. Else, on
+  a CPU, sorted rows: they skip empty slots, and that counts for more than all
+  else there, but for few edges, whose products take no longer than the loop
+  around them. A TPU moves fewer bytes by slots while they are bounded.
 
   Args:
     capacity: as for dispatch.

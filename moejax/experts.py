@@ -1,69 +1,111 @@
 """Experts: modules that declare weights, and functions of them.
 
 A module's `__call__(width)` returns its weights, with axis E in front on every
-leaf; `run(weights, rows, real)` maps each expert's rows. The two are apart so
+leaf; `run(weights, rows, ...)` maps each expert's rows. The two are apart so
 that a dispatcher can carry the rows, and a mesh the weights, wherever they
 need be. Rows come in one of two forms:
 
-  rows [E, N, D] in slots       real [E, N]: which slots are taken
-  rows [N, D] sorted by expert  real [E]: how many rows each expert has
+  rows [E, N, D] in slots       mask [E, N]: which slots are taken
+  rows [N, D] sorted by expert  group_sizes [E]: how many rows each expert has
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import named, sharding
+from moejax import sharding
 from moejax.grouped import grouped, grouped_dot
 
 Weights = Mapping[str, Any]
-Rows = Float[Array, "*E N D"]
-# One of each kind of experts, whose numbers and slots may differ.
-RowsOfKinds = tuple[Float[Array, "_ _ D"], ...]
-Real = Bool[Array, "E N"] | Int[Array, "E"] | None
 
 # Fan-in scaling of each expert's own matrix: the expert axis is no fan.
 _INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
-def _partitioned(
-  num_experts: int, *axes: str | None
-) -> nn.initializers.Initializer:
-  expert = sharding.expert_axis(num_experts)
-  return sharding.with_axes(_INIT, expert, *axes)
+def own(
+  layer: nn.Module, module: Any, name: str, fits: bool, wanted: str
+) -> Any:
+  """Returns a module that a layer was given, as the layer's own.
 
+  A module that is made within `nn.compact` or `setup` belongs to the module
+  around; its weights are to lie in the scope of the layer.
 
-def check(experts: Any, name: str) -> None:
-  """Lets nothing pass that does not run experts.
+  Args:
+    layer: is being made.
+    module: what it was given.
+    name: of the layer's attribute.
+    fits: whether it can do what it is for, if it is a module.
+    wanted: says what to give.
 
   Raises:
-    ValueError: says what is wanted.
+    ValueError: it is no module, or does not fit.
   """
-  if not isinstance(experts, nn.Module) or not hasattr(experts, "run"):
-    raise ValueError(
-      f"{name} is {named.shown(experts)}; give a module of moejax.experts, as"
-      " FeedForward(num_experts=8, hidden=64), or Each(num_experts=8, expert=M)"
-      " of any linen module M."
-    )
+  if not isinstance(module, nn.Module) or not fits:
+    shown = f"of type {type(module).__name__}"
+    if isinstance(module, type):
+      shown = f"the class {module.__name__}"
+    elif isinstance(module, bool | int | float | str | None):
+      shown = repr(module)
+    raise ValueError(f"{name} is {shown}; give {wanted}.")
+  # A layer that flax clones has it already, by itself or by a scope.
+  parent = module.parent
+  cloned = isinstance(parent, type(layer)) or isinstance(layer, type(parent))
+  if isinstance(parent, nn.Module) and not cloned:
+    return module.copy(parent=None)
+  return module
+
+
+def own_experts(layer: nn.Module, module: Any, name: str) -> Any:
+  """Returns experts that a layer was given, as `own`."""
+  wanted = (
+    "a module of moejax.experts, as FeedForward(num_experts=8, hidden=64), or"
+    " Each(num_experts=8, expert=M) of any linen module M"
+  )
+  return own(layer, module, name, hasattr(module, "run"), wanted)
+
+
+def _matrices(
+  module: nn.Module, name: str, shape: tuple[int, int], *axes: str | None
+) -> Float[Array, "E I O"]:
+  """Declares a matrix of every expert."""
+  E = module.num_experts
+  init = sharding.with_axes(_INIT, sharding.expert_axis(E), *axes)
+  return module.param(name, init, (E, *shape), jnp.float32)
 
 
 def expert_dot(
-  rows: Float[Array, "*E N I"],
-  matrices: Float[Array, "experts I O"],
-  real: Real = None,
-) -> Float[Array, "*E N O"]:
+  rows: Float[Array, "E N I"], matrices: Float[Array, "E I O"]
+) -> Float[Array, "E N O"]:
   """Multiplies each expert's rows by that expert's matrix."""
-  if rows.ndim == 2:
-    return grouped_dot(rows, matrices, real)
   return jnp.einsum("ENI,EIO->ENO", rows, matrices.astype(rows.dtype))
 
 
-class FeedForward(nn.Module):
+class Experts(nn.Module):
+  """What all experts share: `__call__` and `run` are each one's own."""
+
+  def __call__(self, width: int) -> Weights:
+    """Declares the weights of E experts of rows [N, D = width]."""
+    raise NotImplementedError
+
+  def run(
+    self,
+    weights: Weights,
+    rows: Float[Array, "*E N D"],
+    mask: Bool[Array, "E N"] | None = None,
+    train: bool = False,
+    *,
+    group_sizes: Int[Array, "E"] | None = None,
+  ) -> Float[Array, "*E N D"]:
+    """Maps each expert's rows, in slots or sorted."""
+    raise NotImplementedError
+
+
+class FeedForward(Experts):
   """relu(x W_in) W_out, without biases: the paper's experts (sec. 4.1).
 
   With more hidden layers, relu(relu(x W_in) W_1) ... W_out (MoE-1-Deep); gated,
@@ -88,29 +130,21 @@ class FeedForward(nn.Module):
     return (hidden,) if isinstance(hidden, int) else tuple(hidden)
 
   @nn.compact
-  def __call__(self, width: int) -> Weights:
-    E = self.num_experts
-    inner = self.widths
-
-    def matrix(name, shape, *axes):
-      init = _partitioned(E, *axes)
-      return self.param(name, init, (E, *shape), jnp.float32)
-
-    weights = {"w_in": matrix("w_in", (width, inner[0]), "embed", "mlp")}
+  def __call__(self, width):
+    F = self.widths
+    weights = {"w_in": _matrices(self, "w_in", (width, F[0]), "embed", "mlp")}
     if self.gated:
-      weights["w_gate"] = matrix("w_gate", (width, inner[0]), "embed", "mlp")
-    for i in range(1, len(inner)):
+      weights["w_gate"] = _matrices(
+        self, "w_gate", (width, F[0]), "embed", "mlp"
+      )
+    for i, shape in enumerate(itertools.pairwise(F), 1):
       # Only one side of a square can lie over the model axis.
-      shape = (inner[i - 1], inner[i])
-      weights[f"w_{i}"] = matrix(f"w_{i}", shape, None, "mlp")
-    weights["w_out"] = matrix("w_out", (inner[-1], width), "mlp", "embed")
+      weights[f"w_{i}"] = _matrices(self, f"w_{i}", shape, None, "mlp")
+    weights["w_out"] = _matrices(self, "w_out", (F[-1], width), "mlp", "embed")
     return weights
 
   @nn.nowrap
-  def run(
-    self, weights: Weights, rows: Rows, real: Real = None, train: bool = False
-  ) -> Rows:
-    del train
+  def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
     depth = len(self.widths)
 
     def layers(weights, rows, dot):
@@ -122,48 +156,41 @@ class FeedForward(nn.Module):
       return dot(h, weights["w_out"])
 
     if rows.ndim == 2:
-      return grouped(layers, weights, rows, real)
+      return grouped(layers, weights, rows, group_sizes)
     return layers(weights, rows, expert_dot)
 
 
-class Linear(nn.Module):
+class Linear(Experts):
   """x W: the experts of the paper's earlier draft (512 x 512 maps)."""
 
   num_experts: int
 
   @nn.compact
-  def __call__(self, width: int) -> Weights:
-    init = _partitioned(self.num_experts, "embed", None)
-    shape = (self.num_experts, width, width)
-    return {"w": self.param("w", init, shape, jnp.float32)}
+  def __call__(self, width):
+    return {"w": _matrices(self, "w", (width, width), "embed", None)}
 
   @nn.nowrap
-  def run(
-    self, weights: Weights, rows: Rows, real: Real = None, train: bool = False
-  ) -> Rows:
-    del train
-    return expert_dot(rows, weights["w"], real)
+  def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
+    if rows.ndim == 2:
+      return grouped_dot(rows, weights["w"], group_sizes)
+    return expert_dot(rows, weights["w"])
 
 
-class Identity(nn.Module):
-  """x: a way round the layer, weighed by the gate. Costs nothing."""
+class Identity(Experts):
+  """x: a connection around the layer, weighed by the gate. Costs nothing."""
 
   num_experts: int
 
   @nn.compact
-  def __call__(self, width: int) -> Weights:
-    del width
+  def __call__(self, width):
     return {}
 
   @nn.nowrap
-  def run(
-    self, weights: Weights, rows: Rows, real: Real = None, train: bool = False
-  ) -> Rows:
-    del weights, real, train
+  def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
     return rows
 
 
-class Each(nn.Module):
+class Each(Experts):
   """E copies of any linen module [N, D] -> [N, D], each with its own weights.
 
   The module is called as module(rows), with `train` and `mask` (the taken
@@ -179,23 +206,16 @@ class Each(nn.Module):
   expert: nn.Module
 
   def __post_init__(self) -> None:
-    if not isinstance(self.expert, nn.Module):
-      raise ValueError(
-        f"expert is {named.shown(self.expert)}; give a linen module, such as"
-        " nn.Dense(64)."
-      )
+    wanted = "a linen module, such as nn.Dense(64)"
+    self.expert = own(self, self.expert, "expert", True, wanted)
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, width: int) -> Weights:
-    del width
+  def __call__(self, width):
     return {}
 
-  def run(
-    self, weights: Weights, rows: Rows, real: Real = None, train: bool = False
-  ) -> Rows:
+  def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
     """Runs within the layer's scope: it is there that the weights live."""
-    del weights
     if rows.ndim == 2:
       raise ValueError(
         f"the {self.num_experts} experts of {type(self.expert).__name__} need"
@@ -203,33 +223,32 @@ class Each(nn.Module):
       )
     accepts = inspect.signature(type(self.expert).__call__).parameters
     options = {"train": train} if "train" in accepts else {}
-    masked = "mask" in accepts and real is not None
+    masked = "mask" in accepts and mask is not None
 
     def one(expert, rows, taken):
-      mask = {"mask": taken} if masked else {}
-      return expert(rows, **options, **mask)
+      return expert(rows, **options, **({"mask": taken} if masked else {}))
 
-    taken = jnp.ones(rows.shape[:2], bool) if real is None else real
+    taken = jnp.ones(rows.shape[:2], bool) if mask is None else mask
     over = sharding.over_experts(one, self.num_experts)
     return over(self.expert, rows, taken)
 
 
-class Mixed(nn.Module):
+class Mixed(Experts):
   """Experts of different architecture in one layer, numbered kind by kind.
+
+  All have the same number of slots.
 
   Attributes:
     kinds: modules of this file, each with its own num_experts.
-    capacities: slots of each kind's experts, relative to what the layer gives;
-      1 for all by default. A wide expert may so be let see less, or more. Of
-      kinds that are mixed themselves only the outermost capacities count.
   """
 
   kinds: Sequence[nn.Module]
-  capacities: Sequence[float] | None = None
 
   def __post_init__(self) -> None:
-    for i, kind in enumerate(self.kinds):
-      check(kind, f"kinds[{i}]")
+    self.kinds = tuple(
+      own_experts(self, kind, f"kinds[{i}]")
+      for i, kind in enumerate(self.kinds)
+    )
     super().__post_init__()
 
   @property
@@ -238,40 +257,34 @@ class Mixed(nn.Module):
     return sum(kind.num_experts for kind in self.kinds)
 
   @nn.compact
-  def __call__(self, width: int) -> Weights:
+  def __call__(self, width):
     return {str(i): kind(width) for i, kind in enumerate(self.kinds)}
 
-  def run(
-    self,
-    weights: Weights,
-    rows: Rows | RowsOfKinds,
-    real: Any = None,
-    train: bool = False,
-  ) -> Rows | RowsOfKinds:
+  def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
     """Runs each kind on its rows; slots may be a tuple, those of each kind."""
-    if not isinstance(rows, tuple) and rows.ndim == 3:
-      ends = np.cumsum([kind.num_experts for kind in self.kinds])[:-1]
-      parts = tuple(jnp.split(rows, ends))
-      real = None if real is None else tuple(jnp.split(real, ends))
-      return jnp.concatenate(self.run(weights, parts, real, train))
+    numbers = [kind.num_experts for kind in self.kinds]
+    ends = list(itertools.accumulate(numbers))
     if isinstance(rows, tuple):
-      real = (None,) * len(rows) if real is None else real
+      mask = (None,) * len(rows) if mask is None else mask
       return tuple(
-        kind.run(weights[str(i)], rows[i], real[i], train)
+        kind.run(weights[str(i)], rows[i], mask[i], train)
         for i, kind in enumerate(self.kinds)
       )
-    out, first = jnp.zeros_like(rows), 0
+    if rows.ndim == 3:
+      parts = tuple(jnp.split(rows, ends[:-1]))
+      mask = None if mask is None else tuple(jnp.split(mask, ends[:-1]))
+      return jnp.concatenate(self.run(weights, parts, mask, train))
+    out, start = jnp.zeros_like(rows), jnp.int32(0)
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    start = jnp.int32(0)
     for i, kind in enumerate(self.kinds):
-      sizes = real[first : first + kind.num_experts]
+      sizes = group_sizes[ends[i] - numbers[i] : ends[i]]
       end = start + sizes.sum()
       mine = ((index >= start) & (index < end))[:, None]
       # A kind's rows must come first and all others be zero.
       ahead = jnp.roll(jnp.where(mine, rows, 0), -start, axis=0)
-      back = jnp.roll(kind.run(weights[str(i)], ahead, sizes, train), start, 0)
-      out = jnp.where(mine, back, out)
-      first, start = first + kind.num_experts, end
+      y = kind.run(weights[str(i)], ahead, None, train, group_sizes=sizes)
+      out = jnp.where(mine, jnp.roll(y, start, 0), out)
+      start = end
     return out
 
 

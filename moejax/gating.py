@@ -1,14 +1,16 @@
 """Gating: router logits in, routing decision out. Pure functions.
 
 `mask` marks real tokens; padding is never routed, weighed or counted. Load is
-the hard count, without gradient, where nothing else is said.
+the hard count, without gradient, where nothing else is said. A gating is causal
+and needs no statistics of the batch unless it says so. A k below 1 or above the
+number of experts is a ValueError.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, UInt
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moejax import routing, sharding
+from moejax import partition, routing, sharding
 from moejax.routing import Routing
 
 
@@ -17,7 +19,7 @@ def softmax(
 ) -> Routing:
   """Dense gating (eq. 2): every token visits every expert.
 
-  Causal, without batch statistics. Its gradient reaches every logit.
+  Its gradient reaches every logit.
   """
   return top_k(logits, logits.shape[-1], mask)
 
@@ -29,12 +31,9 @@ def top_k(
 ) -> Routing:
   """The k largest logits, softmax over these k alone (eq. 3 and 5).
 
-  Causal, without batch statistics. Its gradient reaches the k logits chosen
-  (none for k = 1, where the gate is the constant 1). Of equal logits the lowest
-  expert wins, so a router of all zeros sends every token to experts 0..k-1.
-
-  Raises:
-    ValueError: k is below 1 or above the number of experts.
+  Its gradient reaches the k logits chosen (none for k = 1, where the gate is
+  the constant 1). Of equal logits the lowest expert wins, so a router of all
+  zeros sends every token to experts 0..k-1.
   """
   check_k(k, logits.shape[-1])
   values, expert = _largest(logits, k)
@@ -54,15 +53,12 @@ def noisy_top_k(
   for an expert above its threshold and 0 for one at or below it. The noise of a
   group depends on `rng` and the group's index alone, not on devices.
 
-  Causal, without batch statistics; at inference `top_k` of the clean logits
-  takes its place. The gates' gradient reaches logits and noise_std of the k
-  chosen, the load's those of every expert, through the threshold too.
+  At inference `top_k` of the clean logits takes its place. The gates' gradient
+  reaches logits and noise_std of the k chosen, the load's those of every
+  expert, through the threshold too.
 
   With k = E there is no k-th other expert to beat: all are chosen, noise could
   only blur the gates and is left out, and load is the (constant) count.
-
-  Raises:
-    ValueError: k is below 1 or above the number of experts.
   """
   num_experts = logits.shape[-1]
   check_k(k, num_experts)
@@ -92,23 +88,20 @@ def balanced(
 
   Of the n real tokens of a group every expert takes m = k n / E (to the nearest
   integer, halves up, and at least one): those with the largest softmax X for
-  it, and of equal ones the lowest. A token's gates are its X, renormalised over
+  it, and of equal ones the lowest. A token's gates are its X, renormalized over
   the experts that took it: k on average, perhaps none.
 
   Not causal: who takes a token depends on all tokens of its group. It needs
   this statistic of the batch, so `threshold` takes its place at inference. Its
   gradient reaches the logits of the experts that took the token (none where a
   single one did, whose gate is the constant 1).
-
-  Raises:
-    ValueError: k is below 1 or above the number of experts.
   """
   token, used = _best_tokens(logits, k, mask)
 
   def mark(token, used):
     # No expert takes a token twice.
-    nobody = jnp.zeros(logits.shape[1], bool)
-    return nobody.at[token].set(used, unique_indices=True)
+    none = jnp.zeros(logits.shape[1], bool)
+    return none.at[token].set(used, unique_indices=True)
 
   # Mapped: one write into the whole would fetch all groups to each device.
   taken = jax.vmap(jax.vmap(mark))(token, used)
@@ -125,15 +118,10 @@ def threshold(
   """What `balanced` becomes at inference (eq. 19): every expert with X > T.
 
   A token visits at most max_k experts, those with the largest X, because shapes
-  are static; perhaps none. Its gates are their X, renormalised.
+  are static; perhaps none. Its gates are their X, renormalized.
 
-  Causal, without batch statistics: T stands for them. Its gradient reaches the
-  logits of the chosen experts, not the thresholds, which `losses.threshold`
-  teaches.
-
-  Raises:
-    ValueError: max_k is below 1 or above the number of experts, or there is not
-      one threshold for each of them.
+  Causal: T stands for the batch. Its gradient reaches the logits of the chosen
+  experts, not the thresholds, which `losses.threshold` teaches.
   """
   num_experts = logits.shape[-1]
   check_k(max_k, num_experts, "max_k")
@@ -152,8 +140,8 @@ def switch(
 ) -> Routing:
   """The expert with the largest logit (2101.03961, eq. 2).
 
-  Its gate is its softmax over all experts, not renormalised, so that gradient
-  reaches every logit. Causal, without batch statistics.
+  Its gate is its softmax over all experts, not renormalized, so that gradient
+  reaches every logit.
   """
   values, expert = _largest(logits, 1)
   every = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -168,15 +156,12 @@ def gshard_top_2(
   """The two largest logits, the second at random (2006.16668, algorithm 1).
 
   The gates g1 and g2 are the two largest softmaxes, divided by their sum before
-  any expert turns an edge away. The second choice is used with probability
+  any edge is dropped. The second choice is used with probability
   min(1, 2 g2), by a draw that depends on `rng` and the group's index alone;
   where it is not, g1 stays as it is. Without rng, as in evaluation, it always
   is.
 
-  Causal, without batch statistics. Its gradient reaches both logits.
-
-  Raises:
-    ValueError: there are fewer than 2 experts.
+  Its gradient reaches both logits.
   """
   if logits.shape[-1] < 2:
     raise ValueError(
@@ -202,15 +187,12 @@ def expert_choice(
   """Expert choice (2202.09368): the picks of `balanced`, weighed by X itself.
 
   k, experts per token on average, is their capacity factor c. The softmax X of
-  an edge is its gate, not renormalised.
+  an edge is its gate, not renormalized.
 
   Not causal, and nothing takes its place at inference: whether an expert takes
   a token depends on those after it too, so a language model would see its
   future. It needs this statistic of the batch. Its gradient reaches every logit
   of the tokens that were taken.
-
-  Raises:
-    ValueError: k is below 1 or above the number of experts.
   """
   token, used = _best_tokens(logits, k, mask)
   return _route_experts(logits, jax.nn.softmax(logits), token, used, mask)
@@ -227,10 +209,7 @@ def hash_ids(
   Every expert gives the id a pseudo-random score, fixed for ever and on every
   platform, and the k largest win: k distinct experts, each with gate 1/k.
 
-  Causal, without batch statistics, weights or gradient; the logits are zeros.
-
-  Raises:
-    ValueError: k is below 1 or above the number of experts.
+  Without weights or gradient; the logits are zeros.
   """
   check_k(k, num_experts)
   # An odd step and a mixing that is one-to-one: a token's scores never tie.
@@ -252,13 +231,8 @@ def sigmoid(
   The k largest of sigmoid(logits) + bias are chosen; their gates are their
   sigmoids, divided by the sum of these. The bias steers the choice alone.
 
-  Causal, without batch statistics. Its gradient reaches the logits of the
-  chosen experts (none for k = 1, where the gate is the constant 1), not the
-  bias, which `losses.bias` teaches.
-
-  Raises:
-    ValueError: k is below 1 or above the number of experts, or there is not one
-      bias for each of them.
+  Its gradient reaches the logits of the chosen experts (none for k = 1, where
+  the gate is the constant 1), not the bias, which `losses.bias` teaches.
   """
   num_experts = logits.shape[-1]
   check_k(k, num_experts)
@@ -270,9 +244,8 @@ def sigmoid(
   return _route_tokens(logits, expert, gate, mask)._replace(bias=bias)
 
 
-def _largest(
-  values: Num[Array, "G N M"], k: int
-) -> tuple[Num[Array, "G N K"], Int[Array, "G N K"]]:
+def _largest(values, k):
+  """The k largest of values [G, N, M] and where they are, [G, N, K] each."""
   if not sharding.is_known("group", values):
     # The compiler splits a sort over devices, and not a CPU's top_k.
     order = jnp.argsort(values, axis=-1, stable=True, descending=True)
@@ -281,7 +254,7 @@ def _largest(
   # Each device on its own groups: a CPU's top_k is opaque to the partitioner,
   # which would gather the values of all devices on each.
   axes = ("group", None, None)
-  largest = sharding.manual(
+  largest = partition.manual(
     lambda values: tuple(jax.lax.top_k(values, k)), (axes,), (axes, axes)
   )
   # A slice of the result would make XLA take it for a sort of all values. One
@@ -289,32 +262,27 @@ def _largest(
   return tuple(map(jax.lax.optimization_barrier, largest(values)))
 
 
-def _softmax_of(
-  logits: Float[Array, "G S M"], chosen: Bool[Array, "G S M"]
-) -> Float[Array, "G S M"]:
+def _softmax_of(logits, chosen):
   """Softmax over the chosen alone (eq. 16); zeros where none is."""
   # Not -inf: where none is chosen the softmax would be NaN.
   gate = jax.nn.softmax(jnp.where(chosen, logits, -1e30))
   return jnp.where(chosen, gate, 0)
 
 
-def _draw(
-  sample, rng: PRNGKeyArray, shape: tuple[int, ...], dtype
-) -> Float[Array, "G ..."]:
+def _draw(sample, rng, shape, dtype):
+  """Draws for each group of shape [G, ...] by its own index alone."""
   keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
   return jax.vmap(lambda key: sample(key, shape[1:], dtype))(keys)
 
 
-def _mix(x: UInt[Array, "..."]) -> UInt[Array, "..."]:
+def _mix(x):
   """Spreads every bit over the whole word, one-to-one (MurmurHash3's end)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
 
 
-def _chance_above(
-  margin: Float[Array, "G S E"], noise_std: Float[Array, "G S E"]
-) -> Float[Array, "G S E"]:
+def _chance_above(margin, noise_std):
   """Phi(margin / noise_std) (eq. 9), and its limit where noise_std is 0."""
   # The gradient divides by noise_std^2, which must not underflow; the inner
   # `where` keeps 0/0 out of it as well.
@@ -323,10 +291,11 @@ def _chance_above(
   return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
 
 
-def _best_tokens(
-  logits: Float[Array, "G S E"], k: int, mask: Bool[Array, "G S"] | None
-) -> tuple[Int[Array, "G E C"], Bool[Array, "G E C"]]:
-  """Each expert's tokens with the largest X, best first, and which to use."""
+def _best_tokens(logits, k, mask):
+  """Each expert's tokens with the largest X, best first, and which to use.
+
+  Both are [G, E, C].
+  """
   S, E = logits.shape[1:]
   check_k(k, E)
 
@@ -344,28 +313,16 @@ def _best_tokens(
   return token, rank < m[:, None, None]
 
 
-def _route_experts(
-  logits: Float[Array, "G S E"],
-  gate: Float[Array, "G S E"],
-  token: Int[Array, "G E C"],
-  used: Bool[Array, "G E C"],
-  mask: Bool[Array, "G S"] | None,
-) -> Routing:
-  """The decision of experts."""
+def _route_experts(logits, gate, token, used, mask) -> Routing:
+  """Makes the decision of experts that choose; the gates are [G, S, E]."""
   picked = jnp.take_along_axis(gate.swapaxes(1, 2), token, axis=-1)
   return routing.make_routing(
     routing.from_expert_choice(token, picked, used), logits, mask
   )
 
 
-def _route_tokens(
-  logits: Float[Array, "G S E"],
-  expert: Int[Array, "G S K"],
-  gate: Float[Array, "G S K"],
-  mask: Bool[Array, "G S"] | None,
-  used: Bool[Array, "G S K"] | None = None,
-) -> Routing:
-  """The decision of tokens."""
+def _route_tokens(logits, expert, gate, mask, used=None) -> Routing:
+  """Makes the decision of tokens that choose experts [G, S, K]."""
   if used is None:
     used = jnp.ones(expert.shape, bool)
   if mask is not None:
@@ -386,25 +343,9 @@ def check_k(k: int, num_experts: int, name: str = "k") -> None:
     )
 
 
-def _check_length(
-  values: Float[Array, "_"], num_experts: int, name: str
-) -> None:
+def _check_length(values, num_experts, name):
   if values.size != num_experts:
     raise ValueError(
       f"{name} has {values.size} entries, but there are {num_experts} experts;"
       " give one for each."
     )
-
-
-GATING = {
-  "softmax": softmax,
-  "top_k": top_k,
-  "noisy_top_k": noisy_top_k,
-  "balanced": balanced,
-  "threshold": threshold,
-  "switch": switch,
-  "gshard_top_2": gshard_top_2,
-  "expert_choice": expert_choice,
-  "hash": hash_ids,
-  "sigmoid": sigmoid,
-}

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import kernels, sharding
-from moejax.seats import num_below
+from moejax import kernels, partition
+from moejax.slots import num_below
 
 # A group's rows go together in the least of these sizes that holds them, in
 # eighths of the mean group. Shapes are static, so each size is a loop.
@@ -46,7 +46,7 @@ def grouped(
   rows: Float[Array, "N I"],
   group_sizes: Int[Array, "E"],
 ) -> Float[Array, "N O"]:
-  """Applies fn(weights, rows, dot) to the rows of each group, in line.
+  """Applies fn(weights, rows, dot) to the rows of each group.
 
   The backward pass keeps the products and computes all else again. A group
   without rows leaves its weights a gradient of exactly zero.
@@ -60,7 +60,7 @@ def grouped(
   """
   # Within `jax.shard_map` weights are the same on all devices and rows are not.
   # The sum over devices of the weights' gradient then comes after the loops.
-  weights, group_sizes = sharding.vary_as(
+  weights, group_sizes = partition.vary_as(
     rows, (jax.tree.map(lambda w: w.astype(rows.dtype), weights), group_sizes)
   )
   if rows.shape[0] == 0:
@@ -97,6 +97,10 @@ def _backward(fn, saved, gradient):
 _grouped.defvjp(_forward, _backward)
 
 
+# fn works row by row and multiplies by `dot` alone, so the backward pass needs
+# no more than its products: the rest is cheap, and computed again from them.
+
+
 def _record(fn, weights, rows, product: Dot):
   """Runs fn; returns its result and the products that it was made of."""
   products = []
@@ -111,25 +115,23 @@ def _record(fn, weights, rows, product: Dot):
 
 
 def _replay(fn, products, by_rows, by_matrix):
-  """Returns fn of weights and rows, whose products are known already.
+  """Returns fn of weights and rows, with the products of `_record`.
 
-  Args:
-    fn: as for `grouped`.
-    products: what `_record` returned.
-    by_rows: (gradient, matrix) -> gradient of the rows.
-    by_matrix: (rows, gradient) -> gradient of the matrix.
+  by_rows(gradient, matrix) is the gradient of the rows of a product, and
+  by_matrix(rows, gradient) that of its matrix.
   """
 
   @jax.custom_vjp
   def known(rows, matrix, product):
     return product
 
-  def backward(saved, gradient):
-    rows, matrix = saved
-    return by_rows(gradient, matrix), by_matrix(rows, gradient), None
-
   known.defvjp(
-    lambda rows, matrix, product: (product, (rows, matrix)), backward
+    lambda rows, matrix, product: (product, (rows, matrix)),
+    lambda saved, gradient: (
+      by_rows(gradient, saved[1]),
+      by_matrix(saved[0], gradient),
+      None,
+    ),
   )
 
   def run(weights, rows):
@@ -151,9 +153,7 @@ def _replay(fn, products, by_rows, by_matrix):
 
 
 def _whole(fn, weights, rows, group_sizes):
-  def product(rows, matrices):
-    return kernels.rows_by_matrix(rows, matrices, group_sizes)
-
+  product = functools.partial(kernels.rows_by_matrix, group_sizes=group_sizes)
   return _record(fn, weights, rows, product)
 
 
@@ -173,26 +173,22 @@ def _whole_backward(fn, weights, rows, group_sizes, products, gradient):
 
 
 def _loop(fn, weights, rows, group_sizes):
-  plan = _plan(rows.shape[0], group_sizes)
+  num_rows = rows.shape[0]
 
   def of_part(group, part):
     return _record(fn, _index(weights, group), part.take(rows), jnp.matmul)
 
   def body(carry, group, part, first):
-    del first
     return jax.tree.map(part.put, carry, of_part(group, part))
 
-  part = _Part(0, 0, plan.sizes[0], rows.shape[0])
-  shapes = jax.eval_shape(lambda: of_part(0, part))
+  shapes = jax.eval_shape(lambda: of_part(0, _Part(0, 0, 1, num_rows)))
   empty = jax.tree.map(
-    lambda a: jnp.zeros_like(rows, shape=(rows.shape[0], a.shape[1])), shapes
+    lambda a: jnp.zeros_like(rows, shape=(num_rows, a.shape[1])), shapes
   )
-  return plan.sweep(body, empty)
+  return _sweep(num_rows, group_sizes, body, empty)
 
 
 def _loop_backward(fn, weights, rows, group_sizes, products, gradient):
-  plan = _plan(rows.shape[0], group_sizes)
-
   def body(carry, group, part, first):
     to_weights, to_rows = carry
     run = _replay(
@@ -214,7 +210,8 @@ def _loop_backward(fn, weights, rows, group_sizes, products, gradient):
     to_weights = jax.tree.map(add, to_weights, of_weights)
     return to_weights, part.put(to_rows, of_rows)
 
-  return plan.sweep(body, jax.tree.map(jnp.zeros_like, (weights, rows)))
+  zeros = jax.tree.map(jnp.zeros_like, (weights, rows))
+  return _sweep(rows.shape[0], group_sizes, body, zeros)
 
 
 def _index(weights, group):
@@ -224,13 +221,9 @@ def _index(weights, group):
 
 
 class _Part(NamedTuple):
-  """Some rows of one group, and others that fill a static size up.
+  """Rows [start, end) of one group, and others that fill a static size up.
 
-  Attributes:
-    start: the group's first row here.
-    end: past its last row here.
-    size: how many rows to take, static.
-    num_rows: of the whole, static.
+  `num_rows` is that of the whole, static.
   """
 
   start: Int[Array, ""] | int
@@ -257,64 +250,48 @@ class _Part(NamedTuple):
     return jax.lax.dynamic_update_slice_in_dim(rows, part, self._at(), 0)
 
 
-class _Plan(NamedTuple):
-  """In which order and sizes to take the groups.
-
-  Attributes:
-    num_rows: of the whole, static.
-    sizes: the static sizes, rising.
-    start: of each group, in rows.
-    rest: rows of a group that no whole number of the largest size holds.
-    full: how many of the largest size a group takes besides.
-    order: the groups, those of one size together.
-    bounds: where each size begins in the order.
-  """
-
-  num_rows: int
-  sizes: list[int]
-  start: Int[Array, "E"]
-  rest: Int[Array, "E"]
-  full: Int[Array, "E"]
-  order: Int[Array, "E"]
-  bounds: Int[Array, "sizes"]
-
-  def sweep(self, body: Callable[..., Any], carry: Any) -> Any:
-    """Calls carry = body(carry, group, part, first) for every part.
-
-    `first`, whether it is its group's first part, is static.
-    """
-    for i, size in enumerate(self.sizes):
-
-      def one(at, carry, size=size):
-        group = self.order[at]
-        start = self.start[group]
-        end = start + self.rest[group]
-        return body(carry, group, _Part(start, end, size, self.num_rows), True)
-
-      carry = jax.lax.fori_loop(self.bounds[i], self.bounds[i + 1], one, carry)
-    size, total = self.sizes[-1], jnp.cumsum(self.full)
-
-    def more(at, carry):
-      group = num_below(total, at + 1)
-      before = at - (total[group] - self.full[group])
-      start = self.start[group] + self.rest[group] + before * size
-      part = _Part(start, start + size, size, self.num_rows)
-      return body(carry, group, part, False)
-
-    return jax.lax.fori_loop(jnp.int32(0), total[-1], more, carry)
-
-
-def _plan(num_rows: int, group_sizes: Int[Array, "E"]) -> _Plan:
-  blocks = num_rows / (8 * group_sizes.size * _LEAST_ROWS)
+def part_sizes(num_rows: int, num_groups: int) -> list[int]:
+  """Returns the static sizes in which rows go together, rising."""
+  blocks = num_rows / (8 * num_groups * _LEAST_ROWS)
   sizes = {_LEAST_ROWS * max(1, math.ceil(i * blocks)) for i in _EIGHTHS}
-  sizes = sorted({min(size, num_rows) for size in sizes})
+  return sorted({min(size, num_rows) for size in sizes})
+
+
+def _sweep(
+  num_rows: int, group_sizes: Int[Array, "E"], body, carry: Any
+) -> Any:
+  """Calls carry = body(carry, group, part, first) for every part of a group.
+
+  `first`, whether it is its group's first part, is static. The first part is
+  what no whole number of the largest size holds: groups whose first parts have
+  the same static size go in one loop. The full parts that are left go in
+  another.
+  """
+  sizes = part_sizes(num_rows, group_sizes.size)
   full = jnp.maximum(group_sizes - 1, 0) // sizes[-1]
   rest = group_sizes - full * sizes[-1]
+  start = jnp.cumsum(group_sizes) - group_sizes
+  # Which size each group's first part takes; groups without rows stand last.
   kind = sum((rest > size).astype(jnp.int32) for size in sizes[:-1])
-  # Groups without rows stand behind all others.
   kind = jnp.where(rest > 0, kind, len(sizes))
   order = jnp.argsort(kind).astype(jnp.int32)
   steps = jnp.arange(len(sizes) + 1, dtype=jnp.int32)
   bounds = num_below(kind[order], steps)
-  start = jnp.cumsum(group_sizes) - group_sizes
-  return _Plan(num_rows, sizes, start, rest, full, order, bounds)
+  for i, size in enumerate(sizes):
+
+    def one(at, carry, size=size):
+      group = order[at]
+      end = start[group] + rest[group]
+      return body(carry, group, _Part(start[group], end, size, num_rows), True)
+
+    carry = jax.lax.fori_loop(bounds[i], bounds[i + 1], one, carry)
+  total = jnp.cumsum(full)
+
+  def more(at, carry):
+    group = num_below(total, at + 1)
+    before = at - (total[group] - full[group])
+    begin = start[group] + rest[group] + before * size
+    part = _Part(begin, begin + size, size, num_rows)
+    return body(carry, group, part, False)
+
+  return jax.lax.fori_loop(jnp.int32(0), total[-1], more, carry)

@@ -52,9 +52,9 @@ def _rows_by_matrix(interpret, rows, matrices, group_sizes):
   if any(size % _LANES for size in matrices.shape[1:]):
     return jax.lax.ragged_dot(rows, matrices, group_sizes)
   widths = matrices.shape[1:]
-  y = _kernel(
-    "gmm", _whole_tiles(rows), matrices, group_sizes, widths, interpret
-  )[: rows.shape[0]]
+  tiles = _whole_tiles(rows)
+  y = _kernel("gmm", tiles, matrices, group_sizes, widths, interpret)
+  y = y[: rows.shape[0]]
   # It leaves whatever was in memory past the last group.
   past = jnp.arange(rows.shape[0]) >= group_sizes.sum()
   return jnp.where(past[:, None], 0, y)
@@ -86,5 +86,5 @@ def _rows_by_rows(interpret, rows, gradient, group_sizes):
   return jnp.where((group_sizes == 0)[:, None, None], 0, found)
 
 
-def _whole_tiles(rows: Float[Array, "N I"]) -> Float[Array, "M I"]:
+def _whole_tiles(rows):
   return jnp.pad(rows, ((0, -rows.shape[0] % _TILE_ROWS), (0, 0)))

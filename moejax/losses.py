@@ -7,12 +7,12 @@ itself, and takes that mean.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from moejax.routing import Routing
 
@@ -34,7 +34,7 @@ def importance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   In a hierarchy, of all leaf experts at once (eq. 13). A group that is all
   padding is balanced.
   """
-  return _cv_squared(_add_groups(routing.importance, scope))
+  return jax.vmap(cv_squared)(_add_groups(routing.importance, scope)).mean()
 
 
 def load(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
@@ -43,7 +43,7 @@ def load(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   In a hierarchy, of all leaf experts at once (eq. 14). Constant, without
   gradient, where load is a count: gating without noise.
   """
-  return _cv_squared(_load(routing, scope))
+  return jax.vmap(cv_squared)(_load(routing, scope)).mean()
 
 
 def switch_balance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
@@ -167,18 +167,14 @@ def routings(sown: Any) -> list[Routing]:
   another (`experts.Each`), come one by one.
   """
   leaves = jax.tree.leaves(sown, is_leaf=lambda v: isinstance(v, Routing))
-  found = [leaf for leaf in leaves if isinstance(leaf, Routing)]
-  return [each for routing in found for each in _unstack(routing)]
-
-
-def _unstack(routing: Routing) -> list[Routing]:
-  if routing.count.ndim == 2:
-    return [routing]
-  stack = [
-    jax.tree.map(lambda a, i=i: a[i], routing)
-    for i in range(routing.count.shape[0])
-  ]
-  return [each for routing in stack for each in _unstack(routing)]
+  found = []
+  for routing in leaves:
+    if isinstance(routing, Routing) and routing.count.ndim > 2:
+      for i in range(routing.count.shape[0]):
+        found += routings(jax.tree.map(lambda a, i=i: a[i], routing))
+    elif isinstance(routing, Routing):
+      found.append(routing)
+  return found
 
 
 def auxiliary(
@@ -201,7 +197,7 @@ def auxiliary(
   """
   check(weights, scope)
   found = routings(sown)
-  # What a schedule computes is an array: nobody knows yet that it is 0.
+  # What a schedule computes is an array: its value is not known yet.
   weighed = [
     name
     for name, weight in weights.items()
@@ -215,12 +211,14 @@ def auxiliary(
       ' variable_axes={"params": 0, "routing": 0}), nn.vmap alike, and give a'
       " model without mixtures no weights."
     )
-  for name in weights:
-    if name in _LEARNED and found and not _learns(found, _LEARNED[name]):
+  levels = [level for routing in found for level in _levels(routing)]
+  for name, field in _LEARNED.items():
+    learning = [getattr(level, field) is not None for level in levels]
+    if name in weights and found and not any(learning):
       raise ValueError(
         f"the balance loss {name!r} has weight {weights[name]}, but of"
-        f" {len(found)} MoE layers 0 are learning {_LEARNED[name]}; leave the"
-        " weight out, or choose a router that learns them, in training."
+        f" {len(found)} MoE layers 0 are learning {field}; leave the weight"
+        " out, or choose a router that learns them, in training."
       )
   zero = jnp.zeros((), jnp.float32)
   values = {
@@ -237,7 +235,11 @@ def check(weights: Mapping[str, float], scope: str = "batch") -> None:
   Raises:
     ValueError: a name that no loss has, or an unknown scope.
   """
-  _check_scope(scope)
+  if scope not in SCOPES:
+    raise ValueError(
+      f"the scope of the balance losses is {scope!r}; choose 'batch' or"
+      " 'group'."
+    )
   for name in weights:
     if name not in LOSSES:
       (nearest,) = difflib.get_close_matches(name, LOSSES, 1, 0)
@@ -259,8 +261,8 @@ def balance(sown: Any) -> dict[str, Float[Array, ""]]:
     unused_experts: how many have no edge.
     entropy: of the softmax of the logits in nats, mean over tokens; in a
       hierarchy primary plus secondary, each the mean over its own tokens.
-    dropped_first_fraction, dropped_later_fraction: edges that capacity turned
-      away, of all chosen; those that were their token's first choice, and the
+    dropped_first_fraction, dropped_later_fraction: edges beyond capacity,
+      of all chosen; those that were their token's first choice, and the
       rest, among them all that an expert chose. In a hierarchy, of the edges to
       leaf experts there would be if nothing were dropped, every edge between
       groups standing for as many of them: a primary drop is one of all these.
@@ -303,37 +305,23 @@ def _dropped(routing: Routing) -> tuple[Float[Array, ""], Float[Array, ""]]:
   first = later = jnp.zeros((), jnp.float32)
   for level in _levels(routing):
     share = kept / jnp.maximum(level.count.sum(), 1)
-    dropped = _sum(level.dropped) * share
-    dropped_first = _sum(level.dropped_first) * share
+    dropped, dropped_first = (
+      jnp.zeros((), jnp.float32) if x is None else x.sum() * share
+      for x in (level.dropped, level.dropped_first)
+    )
     first += dropped_first
     later += dropped - dropped_first
     kept -= dropped
   return first, later
 
 
-def _sum(x: Float[Array, "G E"] | None) -> Float[Array, ""]:
-  return jnp.zeros((), jnp.float32) if x is None else x.sum()
-
-
 # -- groups -------------------------------------------------------------------
-
-
-def _check_scope(scope: str) -> None:
-  if scope not in SCOPES:
-    raise ValueError(
-      f"the scope of the balance losses is {scope!r}; choose 'batch' or"
-      " 'group'."
-    )
 
 
 def _add_groups(x: Array, scope: str, axis: int = 0) -> Array:
   """Adds the groups up where they are to be balanced together."""
-  _check_scope(scope)
+  check({}, scope)
   return x.sum(axis, keepdims=True) if scope == "batch" else x
-
-
-def _cv_squared(x: Float[Array, "G E"]) -> Float[Array, ""]:
-  return jax.vmap(cv_squared)(x).mean()
 
 
 def _load(routing: Routing, scope: str) -> Float[Array, "_ E"]:
@@ -368,28 +356,18 @@ def _levels(routing: Routing) -> list[Routing]:
   ]
 
 
-def _over_levels(
-  of_level: Callable[[Routing], Array], routing: Routing
-) -> Float[Array, ""]:
+def _over_levels(of_level, routing):
   return sum(of_level(level) for level in _levels(routing))
 
 
-def _learns(found: list[Routing], field: str) -> bool:
-  return any(
-    getattr(level, field) is not None
-    for routing in found
-    for level in _levels(routing)
-  )
-
-
-def _real(level: Routing) -> Bool[Array, "P G S"]:
+def _real(level):
   if level.mask is None:
     return jnp.ones(level.logits.shape[:-1], bool)
   return level.mask
 
 
-def _mean(x: Float[Array, "P G S"], level: Routing) -> Float[Array, ""]:
-  """The mean over real tokens, 0 without any."""
+def _mean(x, level):
+  """The mean of x [P, G, S] over real tokens, 0 without any."""
   real = _real(level)
   tokens = jnp.maximum(real.sum().astype(x.dtype), 1)
   return jnp.where(real, x, 0).sum() / tokens

@@ -5,7 +5,6 @@ activations are: a bfloat16 logit moves tokens between experts.
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,27 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import gating, named, sharding
+from moejax import gating, sharding
 from moejax.routing import Routing
 
 _ZEROS = nn.initializers.zeros
 # From zeros, without noise, all experts tie for every token: at first k of them
 # would take all tokens or, where experts choose, all experts the same few.
 _RANDOM = nn.initializers.lecun_normal()
-
-
-def check(router: Any, name: str) -> None:
-  """Lets nothing pass that does not choose experts.
-
-  Raises:
-    ValueError: says what is wanted.
-  """
-  chooses = isinstance(router, nn.Module) and hasattr(router, "num_experts")
-  if not chooses or hasattr(router, "run"):
-    raise ValueError(
-      f"{name} is {named.shown(router)}; give a module of moejax.router, as"
-      " NoisyTopK(num_experts=8, k=2)."
-    )
 
 
 class _Logits(nn.Module):
@@ -73,32 +58,21 @@ class Router(nn.Module):
     mask: Bool[Array, "G S"] | None = None,
     ids: Int[Array, "G S"] | None = None,
   ) -> Routing:
-    """Routes each group by itself.
-
-    Args:
-      x: activations.
-      train: whether to decide as in training.
-      mask: real tokens; all of them by default.
-      ids: of the tokens in the vocabulary; only `Hash` asks for them.
+    """Routes each group by itself; only `Hash` asks for the ids of tokens.
 
     Raises:
       ValueError: sizes that do not go together, or `train` is no bool.
     """
     if not isinstance(train, bool | np.bool_):
       raise ValueError(
-        f"train is {named.shown(train)}, but it decides what is compiled; give"
-        " True or False itself: with static_argnames='train' under jax.jit, and"
-        " as nn.remat(MoE, static_argnums=(2,))(...)(x, True) under nn.remat."
+        f"train is of type {type(train).__name__}, but it decides what is"
+        " compiled; give True or False itself: with"
+        " static_argnames='train' under jax.jit, and as"
+        " nn.remat(MoE, static_argnums=(2,))(...)(x, True) under nn.remat."
       )
     return self.decide(x, train, mask, ids)
 
-  def decide(
-    self,
-    x: Float[Array, "G S D"],
-    train: bool,
-    mask: Bool[Array, "G S"] | None,
-    ids: Int[Array, "G S"] | None,
-  ) -> Routing:
+  def decide(self, x, train: bool, mask, ids) -> Routing:
     """Makes the decision; parameters must not depend on `train`."""
     raise NotImplementedError
 
@@ -181,7 +155,7 @@ class Balanced(Router):
   """Strictly balanced gating (app. F): experts choose; thresholds at inference.
 
   The thresholds are exp of the parameter "log_thresholds". They are as small as
-  a softmax over E experts is, and so a step of the optimiser moves them by a
+  a softmax over E experts is, and so a step of the optimizer moves them by a
   fraction, and never below zero. They start at 1/E, the mean of that softmax,
   and learn by `losses.threshold` alone.
 
@@ -273,6 +247,23 @@ class Sigmoid(Router):
     return gating.sigmoid(
       self.logits(x), self.vector("bias", 0.0), self.k, mask
     )
+
+
+class Single(Router):
+  """One expert for every token (MoE-1-Wide and MoE-1-Deep, app. C.1).
+
+  Its gate is 1: there are no parameters, and no balance to lose.
+  """
+
+  num_experts: int = 1
+
+  def decide(self, x, train, mask, ids):
+    if self.num_experts != 1:
+      raise ValueError(
+        f"there are {self.num_experts} experts, but the router Single chooses"
+        " among 1; choose another router."
+      )
+    return gating.top_k(jnp.zeros((*x.shape[:2], 1), jnp.float32), 1, mask)
 
 
 ROUTERS = {

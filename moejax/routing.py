@@ -1,19 +1,19 @@
 """The routing decision: the one value that routers make and the rest reads."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Assignment(NamedTuple):
   """Which tokens visit which experts: A edges per group, best edge first.
 
   An expert that is full takes no more edges, so their order is a priority. No
-  token visits an expert twice.
-
-  Within groups of experts (app. B) there is an axis P of these in front.
+  token visits an expert twice. Within groups of experts (app. B) there is an
+  axis P of these in front.
 
   Attributes:
     expert: where each edge leads; E marks an unused edge.
@@ -35,7 +35,7 @@ class Assignment(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """A decision, and what the balance losses need to judge it.
+  """A decision, and what the balance losses need of it.
 
   Gradient reaches the router through `assignment.gate`, `importance`, `load`,
   `logits`, `thresholds` and `bias`.
@@ -45,11 +45,11 @@ class Routing(NamedTuple):
     logits: H(x), with the noise if any was drawn (eq. 4).
     importance: sum of gates over the group's tokens (eq. 6).
     load: tokens per expert; the smooth estimate (eq. 10) under noisy gating.
-    count: edges to each expert, before capacity turns any away.
+    count: edges to each expert, before capacity drops any.
     mask: the real tokens; None where all are.
     thresholds: T (eq. 19), where the router is learning them.
     bias: what a loss-free router adds to the scores, where it is learning it.
-    dropped: the edges that capacity turned away; the layer fills it in.
+    dropped: the edges beyond capacity; the layer fills it in.
     dropped_first: those of `dropped` that were their token's first choice.
     primary: the decision between P groups of experts, where this one was made
       within them (app. B), about the same groups of tokens. Sums, thresholds
@@ -71,13 +71,24 @@ class Routing(NamedTuple):
   primary: "Routing | None" = None
 
 
+# Fields of a Routing by what they are of: tokens, sums of groups, parameters.
+OF_TOKENS = ("assignment", "logits", "mask")
+SUMS = ("importance", "load", "count", "dropped", "dropped_first")
+LEARNED = ("thresholds", "bias")
+
+
+def _map(fn: Callable[..., Any], routing: Routing, names: Sequence[str]) -> Any:
+  """Returns {name: field}, with `fn` applied to every array of these fields."""
+  return {n: jax.tree.map(fn, getattr(routing, n)) for n in names}
+
+
 def per_expert(
   value: Float[Array, "G A"], expert: Int[Array, "G A"], num_experts: int
 ) -> Float[Array, "G E"]:
   """Sums a value of the edges over the edges of each expert.
 
-  Both ways add in a fixed order. A CPU's scatter does, and takes a hundredth of
-  the time at E = 256; a GPU's does not, and there a comparison with every
+  Both forms add in a fixed order. A CPU's scatter does, and takes a hundredth
+  of the time at E = 256; a GPU's does not, and there a comparison with every
   expert, which fuses into the sum, costs less than the router's own product.
   """
 
@@ -101,11 +112,7 @@ def from_token_choice(
   expert: Int[Array, "G S K"], gate: Float[Array, "G S K"]
 ) -> Assignment:
   """Tokens choose: all first choices come before all second choices."""
-
-  def by_choice(x):
-    return x.swapaxes(1, 2).reshape(x.shape[0], -1)
-
-  return Assignment(by_choice(expert), by_choice(gate))
+  return Assignment(*(_by_rank(x) for x in (expert, gate)))
 
 
 def from_expert_choice(
@@ -114,17 +121,14 @@ def from_expert_choice(
   used: Bool[Array, "G E C"],
 ) -> Assignment:
   """Experts choose: the first picks of all experts come before the second."""
-  G, E, _ = token.shape
+  E = token.shape[1]
   expert = jnp.arange(E, dtype=jnp.int32)[None, :, None]
+  expert, gate = jnp.where(used, expert, E), jnp.where(used, gate, 0)
+  return Assignment(*(_by_rank(x) for x in (expert, gate, token)))
 
-  def by_rank(x):
-    return x.swapaxes(1, 2).reshape(G, -1)
 
-  return Assignment(
-    by_rank(jnp.where(used, expert, E)),
-    by_rank(jnp.where(used, gate, 0)),
-    by_rank(token),
-  )
+def _by_rank(x: Shaped[Array, "G N K"]) -> Shaped[Array, "G A"]:
+  return x.swapaxes(1, 2).reshape(x.shape[0], -1)
 
 
 def make_routing(
@@ -177,29 +181,20 @@ def merge_groups(routing: Routing, number: int) -> Routing:
   lie, whether it had the whole group or has a part of it now.
   """
   S = routing.logits.shape[1]
-
-  def add(value):
-    if value is None:
-      return None
-    return value.reshape(-1, number, value.shape[1]).sum(axis=1)
-
-  def in_a_row(value):
-    if value is None:
-      return None
-    return value.reshape(-1, number * S, *value.shape[2:])
-
   edges = jax.tree.map(
-    lambda value: value.reshape(-1, number, value.shape[1]), routing.assignment
+    lambda x: x.reshape(-1, number, x.shape[1]), routing.assignment
   )
+
+  def in_a_row(x):
+    return x.reshape(-1, number * S, *x.shape[2:])
+
+  def add(x):
+    return x.reshape(-1, number, x.shape[1]).sum(axis=1)
+
   return routing._replace(
     assignment=jax.vmap(lambda each: flatten_groups(each, S))(edges),
-    logits=in_a_row(routing.logits),
-    importance=add(routing.importance),
-    load=add(routing.load),
-    count=add(routing.count),
-    mask=in_a_row(routing.mask),
-    dropped=add(routing.dropped),
-    dropped_first=add(routing.dropped_first),
+    **_map(in_a_row, routing, ("logits", "mask")),
+    **_map(add, routing, SUMS),
   )
 
 
@@ -210,50 +205,36 @@ def stack_microbatches(parts: Routing) -> Routing:
   each other, and so stay on the device where they lie.
   """
 
-  def merge(value, axis=0):
+  def merge(axis):
     """[M, G, ...] -> [G * M, ...]; past an axis P in front of G, if any."""
 
-    def one(x):
+    def of(x):
       x = jnp.moveaxis(x, 0, axis + 1)
       return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    return jax.tree.map(one, value)
+    return of
 
-  def first(value):
-    # What is learned is the same in every batch.
-    return jax.tree.map(lambda x: x[0], value)
-
-  axis = 0 if parts.primary is None else 1
+  primary = parts.primary
   return Routing(
-    merge(parts.assignment, axis),
-    merge(parts.logits, axis),
-    importance=merge(parts.importance),
-    load=merge(parts.load),
-    count=merge(parts.count),
-    mask=merge(parts.mask, axis),
-    thresholds=first(parts.thresholds),
-    bias=first(parts.bias),
-    dropped=merge(parts.dropped),
-    dropped_first=merge(parts.dropped_first),
-    primary=None
-    if parts.primary is None
-    else stack_microbatches(parts.primary),
+    **_map(merge(0 if primary is None else 1), parts, OF_TOKENS),
+    **_map(merge(0), parts, SUMS),
+    # What is learned is the same in every batch.
+    **_map(lambda x: x[0], parts, LEARNED),
+    primary=None if primary is None else stack_microbatches(primary),
   )
 
 
 def axes(routing: Routing) -> Routing:
   """Returns the logical axes of every array of a decision, as tuples."""
-  in_front = () if routing.primary is None else (None,)
-  of_groups = ("assignment", "logits", "mask")
 
-  def of(name, value):
-    if name == "primary":
-      return None if value is None else axes(value)
-    group = (*(in_front if name in of_groups else ()), "group")
-    if name in ("thresholds", "bias"):
-      group = ()
-    return jax.tree.map(
-      lambda a: group + (None,) * (a.ndim - len(group)), value
-    )
+  def named(*first):
+    return lambda x: (*first, *(None,) * (x.ndim - len(first)))
 
-  return Routing(*(of(n, v) for n, v in routing._asdict().items()))
+  primary = routing.primary
+  front = () if primary is None else (None,)
+  return Routing(
+    **_map(named(*front, "group"), routing, OF_TOKENS),
+    **_map(named("group"), routing, SUMS),
+    **_map(named(), routing, LEARNED),
+    primary=None if primary is None else axes(primary),
+  )

@@ -50,11 +50,3 @@ def edges(assignment, g, gate=None):
     assignment.tokens(S)[g], assignment.expert[g], gate[g], strict=True
   )
   return [(int(t), int(e), float(w)) for t, e, w in listed]
-
-
-def each(capacity):
-  """The loops' capacity: that of each expert, where they are not alike."""
-  if not isinstance(capacity, tuple):
-    return capacity
-  # Unused edges find no room anywhere.
-  return [b.capacity for b in capacity for _ in range(b.num_experts)] + [0]

@@ -50,7 +50,7 @@ def make_level(seed, rows, experts, of_group, mask=None, picks=False):
 
 
 def drop(decision, first=True):
-  """Capacity turns away one edge of each expert, or two."""
+  """Capacity drops one edge of each expert, or two."""
   dropped = 1 + decision.count % 2
   dropped_first = jnp.ones_like(dropped) if first else None
   return decision._replace(dropped=dropped, dropped_first=dropped_first)

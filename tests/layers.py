@@ -11,10 +11,9 @@ import reference
 from moejax import losses, moe, router
 
 G, D = 2, 2
-# Groups of 8 tokens, and 4 slots, the least there are. Narrow experts have
-# twice as many as would be 0.5 of the mean load 16 / 3.
+# Groups of 8 tokens, and 4 slots, the least there are.
 TOKENS, E, K = 8, 3, 2
-SLOTS = {"mixed": [4, 4, 6]}
+SLOTS = 4
 _RANDOM = np.random.default_rng(2)
 # For the gating that has none of its own: its ids are made of them.
 GIVEN = _RANDOM.normal(size=(G, TOKENS, E))

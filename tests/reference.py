@@ -86,7 +86,7 @@ def decision(shape, edges):
 
 
 def tokens_choose(shape, chosen):
-  """Lines up each token's list of (expert, gate), which has the best first."""
+  """Orders each token's list of (expert, gate), which has the best first."""
   edges = []
   for choice in range(shape[1]):
     for s in chosen:
@@ -96,7 +96,7 @@ def tokens_choose(shape, chosen):
 
 
 def experts_choose(picks, gates):
-  """Lines up each expert's list of tokens, which has the best first."""
+  """Orders each expert's list of tokens, which has the best first."""
   edges = []
   for rank in range(len(picks[0])):
     for e, tokens in enumerate(picks):
@@ -227,27 +227,23 @@ def sigmoid(logits, bias, k, mask=None):
   return tokens_choose(logits.shape, chosen)
 
 
-def seated(edges, capacity=None):
-  """Says for each edge whether its expert still has room: first come first.
+def has_slot(edges, capacity=None):
+  """Says for each edge whether its expert still has a slot: first come first.
 
-  The capacity is that of every expert, or a list of each one's.
+  Unused edges, to the expert E, are the caller's to leave out.
   """
-  taken = {}
-  answers = []
+  taken, answers = {}, []
   for _, e, _ in edges:
     taken[e] = taken.get(e, 0) + 1
-    room = capacity[e] if isinstance(capacity, list) else capacity
-    answers.append(room is None or taken[e] <= room)
+    answers.append(capacity is None or taken[e] <= capacity)
   return answers
 
 
 def dispatch(x, edges, expert, capacity=None):
-  """y[token] += gate * E_expert(x[token]) for each edge that has a seat."""
+  """y[token] += gate * E_expert(x[token]) for each edge that has a slot."""
   y = np.zeros_like(x)
-  for (s, e, gate), has_seat in zip(
-    edges, seated(edges, capacity), strict=True
-  ):
-    if has_seat:
+  for (s, e, gate), fits in zip(edges, has_slot(edges, capacity), strict=True):
+    if fits:
       y[s] += gate * expert(e, x[s])
   return y
 
@@ -268,19 +264,19 @@ class TwoLevels(NamedTuple):
   """What P groups of Q experts decide for one group of tokens.
 
   Attributes:
-    primary: G_primary, between the groups; its edges are those they had room
-      for (see `together`).
+    primary: G_primary, between the groups; its edges are those that have
+      a slot (see `together`).
     sent: X^(i), the tokens of these edges.
     secondary: G_i, of group i about these tokens, in this order.
     gates: G_primary(x)_i G_i(x)_j, zero where x is not in X^(i) [S, P, Q].
-    seats: 1 where E_ij has room for x too, else 0 [S, P, Q].
+    slots: 1 where E_ij has a slot for x too, else 0 [S, P, Q].
   """
 
   primary: Decision
   sent: list[list[int]]
   secondary: list[Decision]
   gates: np.ndarray
-  seats: np.ndarray
+  slots: np.ndarray
 
 
 def two_levels(primary, decide, capacity=None):
@@ -290,26 +286,26 @@ def two_levels(primary, decide, capacity=None):
     sent[i].append(s)
   secondary = [decide(i, tokens) for i, tokens in enumerate(sent)]
   shape = (*primary.gates.shape, secondary[0].gates.shape[1])
-  gates, seats = np.zeros(shape), np.zeros(shape)
+  gates, slots = np.zeros(shape), np.zeros(shape)
   for i, inner in enumerate(secondary):
-    has_seat = seated(inner.edges, capacity)
-    for (row, j, gate), stays in zip(inner.edges, has_seat, strict=True):
+    fits = has_slot(inner.edges, capacity)
+    for (row, j, gate), stays in zip(inner.edges, fits, strict=True):
       s = sent[i][row]
       gates[s, i, j] = primary.gates[s, i] * gate
-      seats[s, i, j] = stays
-  return TwoLevels(primary, sent, secondary, gates, seats)
+      slots[s, i, j] = stays
+  return TwoLevels(primary, sent, secondary, gates, slots)
 
 
 def together(decisions, capacity=None):
   """Makes one of the decisions of groups of tokens, in turn.
 
-  Its edges are those that have a seat in their group; its sums are of all.
+  Its edges are those that have a slot in their group; its sums are of all.
   """
   edges = []
   for i, each in enumerate(decisions):
     first = i * len(each.gates)
-    has_seat = seated(each.edges, capacity)
-    for (s, e, gate), stays in zip(each.edges, has_seat, strict=True):
+    fits = has_slot(each.edges, capacity)
+    for (s, e, gate), stays in zip(each.edges, fits, strict=True):
       if stays:
         edges.append((first + s, e, gate))
   gates = np.concatenate([each.gates for each in decisions])
@@ -324,7 +320,7 @@ def two_level_mixture(x, levels, expert):
   for s in range(tokens):
     for i in range(groups):
       for j in range(experts):
-        if levels.seats[s, i, j]:
+        if levels.slots[s, i, j]:
           y[s] += levels.gates[s, i, j] * expert(i * experts + j, x[s])
   return y
 

@@ -78,26 +78,23 @@ def test_balance_reports_what_table_6_does_and_more(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_balance_of_nothing_but_padding_is_finite(case):
+  assert losses.balance({}) == {}
   got = losses.balance(decisions.hide(CASES[case]))
   assert all(np.isfinite(value) for value in got.values())
   assert got["dropped_fraction"] == got["entropy"] == 0
-
-
-def test_without_layers_there_is_nothing_to_report():
-  assert losses.balance({}) == {}
 
 
 # -- drops --------------------------------------------------------------------
 
 
 def choose(random, tokens, experts, capacity):
-  """K edges of each token: (its token, expert, whether seated, first)."""
+  """K edges of each token: (its token, expert, whether it fits, first)."""
   best = random.random((len(tokens), experts)).argsort(axis=1)
   chosen = [(tokens[i], e) for k in range(K) for i, e in enumerate(best[:, k])]
-  seats = reference.seated([(s, e, 0.0) for s, e in chosen], capacity)
+  slots = reference.has_slot([(s, e, 0.0) for s, e in chosen], capacity)
   return [
-    (s, e, has_seat, i < len(tokens))
-    for i, ((s, e), has_seat) in enumerate(zip(chosen, seats, strict=True))
+    (s, e, fits, i < len(tokens))
+    for i, ((s, e), fits) in enumerate(zip(chosen, slots, strict=True))
   ]
 
 
@@ -108,11 +105,11 @@ def count(edges_of, experts):
     n: np.zeros((1, len(edges_of) * experts), np.float32) for n in names
   }
   for p, edges in enumerate(edges_of):
-    for _, e, has_seat, first in edges:
+    for _, e, fits, first in edges:
       at = (0, p * experts + e)
       counts["count"][at] += 1
-      counts["dropped"][at] += not has_seat
-      counts["dropped_first"][at] += first and not has_seat
+      counts["dropped"][at] += not fits
+      counts["dropped_first"][at] += first and not fits
   return jax.tree.map(jnp.asarray, counts)
 
 
@@ -122,15 +119,15 @@ def test_drops_of_a_hierarchy_are_those_of_its_leaves():
   primary = choose(random, range(20), P, capacity=6)
   secondary = []
   for p in range(P):
-    tokens = [s for s, e, has_seat, _ in primary if e == p and has_seat]
+    tokens = [s for s, e, fits, _ in primary if e == p and fits]
     secondary.append(choose(random, tokens, 3, capacity=4))
   computed = 0
   lost = {True: 0, False: 0}  # at first choices, at later ones
-  for _, _, has_seat, first in primary:
-    lost[first] += 0 if has_seat else K
-  for _, _, has_seat, first in itertools.chain(*secondary):
-    computed += has_seat
-    lost[first] += not has_seat
+  for _, _, fits, first in primary:
+    lost[first] += 0 if fits else K
+  for _, _, fits, first in itertools.chain(*secondary):
+    computed += fits
+    lost[first] += not fits
   leaves = 20 * K * K
   assert computed + lost[True] + lost[False] == leaves
   assert lost[True] and lost[False]

@@ -14,7 +14,8 @@ from config_shapes import (
 from ml_collections import config_dict
 
 from moejax import config as config_lib
-from moejax import named, options, seats, sharding
+from moejax import named, options, sharding
+from moejax import slots as slots_lib
 from moejax import workdir as workdir_lib
 from moejax.data import vocab
 from moejax.models.layers import table_rows
@@ -179,9 +180,9 @@ def test_experts_have_the_slots_that_the_factors_ask_for(name):
   inner, size = layer.secondary, layer.group_size
   together = layer.groups_together * size
   groups, experts = layer.primary.num_experts, inner.router.num_experts
-  rows = seats.capacity(2 * size, size, groups, layer.capacity_factor)
+  rows = slots_lib.capacity(2 * size, size, groups, layer.capacity_factor)
   rows *= layer.groups_together
-  slots = seats.capacity(2 * rows, rows, experts, inner.capacity_factor)
+  slots = slots_lib.capacity(2 * rows, rows, experts, inner.capacity_factor)
   assert 6.25 <= groups * experts * slots / together < 7.2
 
 
@@ -218,8 +219,8 @@ def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
     (layer.capacity_factor, inner.capacity_factor, 2),
     (layer.eval_capacity_factor, inner.eval_capacity_factor, 4),
   ):
-    rows = seats.capacity(most * size, size, groups, factor)
-    slots = seats.capacity(most * rows, rows, experts, within)
+    rows = slots_lib.capacity(most * size, size, groups, factor)
+    slots = slots_lib.capacity(most * rows, rows, experts, within)
     assert rows == most * size // groups
     assert slots == most * rows // experts
 
@@ -356,8 +357,8 @@ def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
   assert layout.mesh_shape == (2, -1, 1)
   want = sharding.RULES | {
     "group": ("data", "expert"),
-    "group_sent": ("data", "expert"),
-    "group_away": ("data", "expert"),
+    "group_dispatched": ("data", "expert"),
+    "group_replicated": ("data", "expert"),
     "expert": None,
   }
   assert dict(layout.rules) == want
@@ -449,7 +450,7 @@ def mixed(*entries):
 
 def test_a_list_of_experts_is_a_mixed_layer():
   config = mixed(
-    {"kind": "feed_forward", "num_experts": 4, "hidden": 16, "capacity": 2.0},
+    {"kind": "feed_forward", "num_experts": 4, "hidden": 16},
     {
       "kind": "feed_forward",
       "num_experts": 2,
@@ -461,8 +462,6 @@ def test_a_list_of_experts_is_a_mixed_layer():
   experts = parameters(config)["layers_1"]["experts"]
   assert experts["kinds_0"]["w_in"].shape == (4, 32, 16)
   assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)
-  layer = config_lib.model(config, VOCABULARY).layers[1]
-  assert layer.experts.capacities == (2.0, 1.0, 1.0)
 
 
 def test_a_list_of_experts_must_add_up():

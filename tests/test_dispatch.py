@@ -9,16 +9,15 @@ import kinds
 import numpy as np
 import pytest
 import reference
-from assignments import KINDS, E, G, K, S, choices, each, edges
+from assignments import KINDS, E, G, K, S, choices, edges
 from hypothesis import strategies as st
 
 from moejax import dispatch, experts, routing, sharding
-from moejax.seats import Block
 
 D, F = 3, 6
 FEED_FORWARD = experts.FeedForward(E, F)
-BLOCKS = (Block(1, 3), Block(2, 1), Block(1, 2))
 NAMES = pytest.mark.parametrize("name", dispatch.DISPATCH)
+BY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def draw(seed):
@@ -41,36 +40,22 @@ def expected(at, assignment, capacity, gate=None):
   return np.stack(
     [
       reference.dispatch(
-        at["x"][g], edges(assignment, g, gate), skip_unused, each(capacity)
+        at["x"][g], edges(assignment, g, gate), skip_unused, capacity
       )
       for g in range(G)
     ]
   )
 
 
-def seated(assignment, capacity):
-  """Which edges are used and win a slot [G, A]."""
+def has_slot(assignment, capacity):
+  """Which edges are used and have a slot [G, A]."""
   used = np.asarray(assignment.expert) < E
   return used & np.array(
-    [reference.seated(edges(assignment, g), each(capacity)) for g in range(G)]
+    [reference.has_slot(edges(assignment, g), capacity) for g in range(G)]
   )
 
 
-def feed_forward(weights, rows, real):
-  """Runs the experts; blocks of them one after the other."""
-  if not isinstance(rows, tuple):
-    return FEED_FORWARD.run(weights, rows, real)
-  back, first = [], 0
-  for part, taken in zip(rows, real, strict=True):
-    assert taken.shape == part.shape[:2]
-    end = first + part.shape[0]
-    own = {key: w[first:end] for key, w in weights.items()}
-    back.append(FEED_FORWARD.run(own, part, taken))
-    first = end
-  return tuple(back)
-
-
-def run(name, at, assignment, capacity, expert_fn=feed_forward):
+def run(name, at, assignment, capacity, expert_fn=FEED_FORWARD.run):
   weights = {key: at[key] for key in ("w_in", "w_out")}
   return dispatch.DISPATCH[name](
     expert_fn, weights, at["x"], assignment, E, capacity
@@ -79,24 +64,24 @@ def run(name, at, assignment, capacity, expert_fn=feed_forward):
 
 @functools.cache
 def compiled(name, capacity):
-  """(arrays, gate, assignment, out) -> y and the gradient of sum(y * out)."""
+  """(arrays, assignment, out) -> y and the gradient of sum(y * out)."""
 
-  def score(at, gate, assignment, out):
-    y = run(name, at, assignment._replace(gate=gate), capacity)
+  def score(at, assignment, out):
+    assignment = assignment._replace(gate=at["gate"])
+    y = run(name, at, assignment, capacity)
     return (y * out).sum(), y
 
-  return jax.jit(jax.value_and_grad(score, (0, 1), has_aux=True))
+  return jax.jit(jax.value_and_grad(score, has_aux=True))
 
 
 def value_and_gradient(name, capacity, at, assignment, out):
-  (_, y), (to_arrays, to_gate) = compiled(name, capacity)(
-    at, assignment.gate, assignment, out
-  )
-  return y, {**to_arrays, "gate": to_gate}
+  at = {**at, "gate": assignment.gate}
+  (_, y), slopes = compiled(name, capacity)(at, assignment, out)
+  return y, slopes
 
 
-@pytest.mark.parametrize("capacity", [1, 3, None, BLOCKS])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capacity", [1, 3, None])
+@BY_KIND
 @NAMES
 def test_matches_the_paper(name, kind, capacity):
   for seed in range(4):
@@ -109,7 +94,7 @@ def test_matches_the_paper(name, kind, capacity):
     want = expected(kinds.in_float64(at), assignment, capacity)
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
     used = np.asarray(assignment.expert) < E
-    assert (seated(assignment, capacity) == used).all() == (capacity is None)
+    assert (has_slot(assignment, capacity) == used).all() == (capacity is None)
     if seed:
       continue
 
@@ -122,39 +107,36 @@ def test_matches_the_paper(name, kind, capacity):
 
 
 @pytest.mark.parametrize("capacity", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@NAMES
+@BY_KIND
 @hypothesis.given(seed=st.integers(0, 2**16))
-def test_what_has_no_seat_has_no_gradient(name, kind, capacity, seed):
+def test_all_agree_and_what_has_no_slot_has_no_gradient(kind, capacity, seed):
   random = np.random.default_rng(seed)
   at, assignment = draw(seed), KINDS[kind](random)
   # No token at all for the last expert.
   expert = jnp.where(assignment.expert == E - 1, 0, assignment.expert)
   assignment = assignment._replace(expert=expert)
-  y, slopes = value_and_gradient(
-    name, capacity, at, assignment, jnp.ones((G, S, D))
-  )
-  y, gate = np.asarray(y), np.asarray(slopes["gate"])
-  has_seat = seated(assignment, capacity)
-  assert (gate[~has_seat] == 0).all()
-  assert (gate[has_seat] != 0).any()
+  out = jnp.asarray(random.normal(size=(G, S, D)), jnp.float32)
+  fits = has_slot(assignment, capacity)
   visited = np.zeros((G, S), bool)
-  np.logical_or.at(
-    visited, (np.arange(G)[:, None], assignment.tokens(S)), has_seat
-  )
-  assert (y[~visited] == 0).all()
-  assert (np.asarray(slopes["x"])[~visited] == 0).all()
-  for key in ("w_in", "w_out"):
-    assert (np.asarray(slopes[key])[E - 1] == 0).all()
-    assert (np.asarray(slopes[key])[0] != 0).any()
+  np.logical_or.at(visited, (np.arange(G)[:, None], assignment.tokens(S)), fits)
+  want = value_and_gradient("einsum", capacity, at, assignment, out)
+  for name in dispatch.DISPATCH:
+    got = value_and_gradient(name, capacity, at, assignment, out)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, got, want)
+    y, slopes = jax.tree.map(np.asarray, got)
+    assert (slopes["gate"][~fits] == 0).all()
+    assert (slopes["gate"][fits] != 0).any()
+    assert (y[~visited] == 0).all() and (slopes["x"][~visited] == 0).all()
+    for key in ("w_in", "w_out"):
+      assert (slopes[key][E - 1] == 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@BY_KIND
 @NAMES
 def test_unused_edges_are_ignored_whatever_they_hold(name, kind):
   """Not even a gate and a token that nobody cleared do anything."""
-  random = np.random.default_rng(3)
-  at, assignment = draw(3), KINDS[kind](random)
+  at, assignment = draw(3), KINDS[kind](np.random.default_rng(3))
   unused = assignment.expert == E
   assert unused.any()
   stale = assignment._replace(gate=jnp.where(unused, 7, assignment.gate))
@@ -169,69 +151,49 @@ def test_unused_edges_are_ignored_whatever_they_hold(name, kind):
     np.testing.assert_allclose(slopes[key], want_slopes[key], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@BY_KIND
 @NAMES
 def test_an_expert_sees_at_most_its_capacity(name, kind):
-  """And all rows that are no token's are zero."""
+  """All rows that are no token's are zero, and what is made of them is lost."""
+  at = {**draw(0), "x": jnp.ones((G, S, D))}
+  assignment = KINDS[kind](np.random.default_rng(0))
 
   @jax.jit
   def spy(assignment):
     seen = []
 
-    def look(weights, rows, real):
-      seen.append((rows, real))
-      return rows
+    def add(weights, rows, mask=None, group_sizes=None):
+      seen.append((rows, mask, group_sizes))
+      return rows + 1
 
-    at = {**draw(0), "x": jnp.ones((G, S, D))}
-    run(name, at, assignment, 2, look)
-    return seen[0]
+    return run(name, at, assignment, 2, add), *seen
 
-  assignment = KINDS[kind](np.random.default_rng(0))
-  rows, real = map(np.asarray, spy(assignment))
+  y, (rows, mask, sizes) = spy(assignment)
   expert = np.asarray(assignment.expert)
   count = np.array([(expert == e).sum(axis=1) for e in range(E)])
   assert (count > 2).any()
-  # Groups share the capacity of none.
+  # Groups do not share what another has left.
   seen = np.minimum(count, 2)
-  if real.ndim == 1:
-    np.testing.assert_array_equal(real, seen.sum(axis=1))
-    taken = np.arange(len(rows)) < real.sum()
+  if mask is None:
+    np.testing.assert_array_equal(sizes, seen.sum(axis=1))
+    mask = np.arange(len(rows)) < seen.sum()
   else:
     assert rows.shape == (E, G * 2, D)
-    np.testing.assert_array_equal(real.reshape(E, G, 2).sum(axis=2), seen)
-    taken = real
+    np.testing.assert_array_equal(mask.reshape(E, G, 2).sum(axis=2), seen)
   np.testing.assert_array_equal(
-    rows, np.broadcast_to(taken[..., None], rows.shape)
+    rows, np.broadcast_to(np.asarray(mask)[..., None], rows.shape)
   )
-
-
-@pytest.mark.parametrize("more", [0, 1])
-@pytest.mark.parametrize("kind", KINDS)
-@NAMES
-def test_identity_experts_give_x_back(name, kind, more):
-  """And those that add 1 give x + 1: what they make of no row is lost."""
-  random = np.random.default_rng(1)
-  at, assignment = draw(1), KINDS[kind](random)
   total = np.zeros((G, S))
-  where = (np.arange(G)[:, None], np.asarray(assignment.tokens(S)))
-  np.add.at(total, where, np.asarray(assignment.gate))
-  gate = assignment.gate / np.maximum(total, 1e-9)[where].astype("float32")
-  assert (gate == 0).any()
-  stale = assignment._replace(gate=jnp.where(gate == 0, 7, gate))
-
-  def add(weights, rows, real):
-    return rows + jnp.float32(more)
-
-  y = jax.jit(lambda at: run(name, at, stale, None, add))(at)
-  want = (np.asarray(at["x"]) + more) * (total > 0)[..., None]
+  gates = np.where(has_slot(assignment, 2), assignment.gate, 0)
+  np.add.at(total, (np.arange(G)[:, None], assignment.tokens(S)), gates)
+  want = np.broadcast_to(2 * total[..., None], y.shape)
   np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
 
 
 @NAMES
 def test_order_of_tokens_matters_only_to_who_is_dropped(name):
-  random = np.random.default_rng(4)
   at, out = draw(4), jnp.ones((G, S, D))
-  assignment = choices(random, unused=0)
+  assignment = choices(np.random.default_rng(4), unused=0)
   order = np.arange(S)[::-1]
 
   def turned(a):
@@ -248,24 +210,10 @@ def test_order_of_tokens_matters_only_to_who_is_dropped(name):
     assert same == (capacity is None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@hypothesis.given(seed=st.integers(0, 2**16))
-def test_dispatchers_agree(kind, seed):
-  random = np.random.default_rng(seed)
-  at, assignment = draw(seed), KINDS[kind](random)
-  out = jnp.asarray(random.normal(size=(G, S, D)), jnp.float32)
-  want = value_and_gradient("einsum", 3, at, assignment, out)
-  for name in dispatch.DISPATCH:
-    got = value_and_gradient(name, 3, at, assignment, out)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    jax.tree.map(close, got, want)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@BY_KIND
 @NAMES
 def test_bfloat16_activations_stay_bfloat16_and_close(name, kind):
-  random = np.random.default_rng(5)
-  at, assignment = draw(5), KINDS[kind](random)
+  at, assignment = draw(5), KINDS[kind](np.random.default_rng(5))
   at["x"] = at["x"].astype(jnp.bfloat16)
   y, slopes = value_and_gradient(
     name, 3, at, assignment, jnp.ones((G, S, D), jnp.bfloat16)
@@ -278,30 +226,20 @@ def test_bfloat16_activations_stay_bfloat16_and_close(name, kind):
 
 
 @NAMES
-def test_bad_capacities_name_both_numbers(name):
+def test_bad_arguments_are_named(name):
   assignment = choices(np.random.default_rng(0))
   with pytest.raises(ValueError, match=f"capacity 0 .* {E} experts"):
     run(name, draw(0), assignment, 0)
-  blocks = (Block(2, 3), Block(E, 3))
-  with pytest.raises(ValueError, match=rf"\b{E + 2} experts.*\b{E}\b"):
-    run(name, draw(0), assignment, blocks)
-
-
-def arrays(jaxpr):
-  """All arrays that are made on the way, also by what is called."""
-  for eqn in jaxpr.eqns:
-    yield from (v.aval for v in eqn.outvars)
-    for value in jax.tree.leaves(eqn.params):
-      inner = getattr(value, "jaxpr", value)
-      if hasattr(inner, "eqns"):
-        yield from arrays(inner)
+  at = {**draw(0), "x": jnp.ones((G, S, D), jnp.int32)}
+  with pytest.raises(ValueError, match="rows are int32, .* give them as float"):
+    run(name, at, assignment, 1)
 
 
 @pytest.mark.parametrize("capacity", [None, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@BY_KIND
 @NAMES
-def test_only_products_make_an_array_of_tokens_by_slots(name, kind, capacity):
-  """Neither forward nor backward, though slots alone take far less."""
+def test_memory_grows_with_the_slots_alone(name, kind, capacity):
+  """But for "einsum", whose masks have tokens times slots."""
   tokens, num_experts, slots = 64, 16, capacity or 64
   shape = (1, tokens, K)
   assignment = routing.from_token_choice(
@@ -311,62 +249,54 @@ def test_only_products_make_an_array_of_tokens_by_slots(name, kind, capacity):
     assignment = assignment._replace(token=assignment.tokens(tokens))
   module = experts.FeedForward(num_experts, 2)
 
-  def score(x, w_in, w_out, gate):
+  def score(x, weights, gate):
     return dispatch.DISPATCH[name](
       module.run,
-      {"w_in": w_in, "w_out": w_out},
+      weights,
       x,
       assignment._replace(gate=gate),
       num_experts,
       capacity,
     ).sum()
 
-  jaxpr = jax.make_jaxpr(jax.grad(score, (0, 1, 2, 3)))(
-    jnp.ones((1, tokens, 2)),
-    jnp.ones((num_experts, 2, 2)),
-    jnp.ones((num_experts, 2, 2)),
-    assignment.gate,
-  )
-  largest = max(aval.size for aval in arrays(jaxpr.jaxpr))
-  if name == "einsum":
-    assert largest >= tokens * num_experts * slots
-  else:
-    assert largest <= 4 * max(num_experts * slots, K * tokens)
+  weights = dict.fromkeys(("w_in", "w_out"), jnp.ones((num_experts, 2, 2)))
+  args = jnp.ones((1, tokens, 2)), weights, assignment.gate
+  compiled = jax.jit(jax.grad(score, (0, 1, 2))).lower(*args).compile()
+  entries = compiled.memory_analysis().temp_size_in_bytes / 4
+  mask = tokens * num_experts * slots
+  assert (entries >= mask) == (name == "einsum")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@BY_KIND
 @pytest.mark.parametrize("name", ["einsum", "gather"])
-def test_a_trip_there_and_back(name, kind):
-  """What stands in each slot, block by block, and where it comes home."""
-  random = np.random.default_rng(6)
-  x, assignment = draw(6)["x"], KINDS[kind](random)
+def test_dispatch_and_combine(name, kind):
+  """What is in each slot, of two kinds of experts, and where it comes back."""
+  x, assignment = draw(6)["x"], KINDS[kind](np.random.default_rng(6))
+  C, of_kinds = 2, (1, E - 1)
 
   @jax.jit
   def there_and_back(x, assignment):
-    trip = dispatch.depart(name, x, assignment, E, BLOCKS)
-    return trip.rows, trip.real, trip.gate, trip.home(trip.rows)
+    sent = dispatch.dispatch(name, x, assignment, of_kinds, C)
+    return sent[:3], sent.combine(sent.rows)
 
-  rows, real, gate, y = there_and_back(x, assignment)
-  first = 0
-  for b, block in enumerate(BLOCKS):
-    shape = (block.num_experts, G, block.capacity)
-    assert rows[b].shape == (*shape, D)
-    assert real[b].shape == gate[b].shape == shape
-    for e, g in np.ndindex(shape[:2]):
-      mine = [edge for edge in edges(assignment, g) if edge[1] == first + e]
-      for slot in range(block.capacity):
-        taken = slot < len(mine)
-        token, _, weight = mine[slot] if taken else (0, 0, 0.0)
-        assert real[b][e, g, slot] == taken
-        np.testing.assert_allclose(gate[b][e, g, slot], weight, rtol=1e-6)
-        np.testing.assert_array_equal(
-          rows[b][e, g, slot], x[g, token] if taken else 0 * x[0, 0]
-        )
-    first += block.num_experts
-  at = {"x": np.asarray(x, np.float64)}
+  parts, y = there_and_back(x, assignment)
+  assert [a.shape for a in parts[1]] == [(n, G, C) for n in of_kinds]
+  rows, mask, gate = map(np.concatenate, parts)
+  for e, g in np.ndindex(E, G):
+    mine = [edge for edge in edges(assignment, g) if edge[1] == e]
+    for slot in range(C):
+      taken = slot < len(mine)
+      token, _, weight = mine[slot] if taken else (0, 0, 0.0)
+      assert mask[e, g, slot] == taken
+      np.testing.assert_allclose(gate[e, g, slot], weight, rtol=1e-6)
+      want = x[g, token] if taken else 0 * x[0, 0]
+      np.testing.assert_array_equal(rows[e, g, slot], want)
   want = [
     reference.dispatch(
-      at["x"][g], edges(assignment, g), lambda e, row: row, each(BLOCKS)
+      np.asarray(x[g], np.float64),
+      [edge for edge in edges(assignment, g) if edge[1] < E],
+      lambda e, row: row,
+      C,
     )
     for g in range(G)
   ]
@@ -383,7 +313,7 @@ def test_a_trip_there_and_back(name, kind):
     ("cpu", None, True, 8192, "gather"),
     ("gpu", None, False, 8192, "ragged"),
     ("tpu", 4, False, 8192, "gather"),
-    ("tpu", BLOCKS, True, 8192, "gather"),
+    ("tpu", 4, True, 8192, "gather"),
   ],
 )
 def test_auto_is_what_measured_fastest(

@@ -1,4 +1,4 @@
-"""Experts: what they compute, how their weights start, whom they ask."""
+"""Experts: what they compute, how their weights start."""
 
 import functools
 
@@ -26,12 +26,15 @@ def inputs(*shape, seed=1):
 
 @functools.partial(jax.jit, static_argnames=("module", "train", "mutable"))
 def run(
-  module, weights, rows, real=None, train=False, rngs=None, mutable=False
+  module, weights, rows, taken=None, train=False, rngs=None, mutable=False
 ):
-  """Runs experts in the scope of a layer, where some need be."""
+  """Runs experts in the scope of a layer; `taken` is a mask or group sizes."""
   variables = {"params": {"experts": weights}}
+  sizes = {}
+  if rows.ndim == 2:
+    sizes["group_sizes"], taken = taken, None
   return kinds.Alone(module).apply(
-    variables, rows, real, train, rngs=rngs, mutable=mutable
+    variables, rows, taken, train, rngs=rngs, mutable=mutable, **sizes
   )
 
 
@@ -41,7 +44,7 @@ def every_row(name, weights, rows):
   return np.array([[loops(e, r) for r in np.asarray(of)] for e, of in rows])
 
 
-def agree(name, rows, real, owner):
+def agree(name, rows, taken, owner):
   """Whether value and gradient of the rows at `owner` are those of the loops.
 
   `owner` lists (place, expert) of each real row.
@@ -58,7 +61,7 @@ def agree(name, rows, real, owner):
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
   def score(at):
-    y = run(module, at["weights"], at["rows"], real)
+    y = run(module, at["weights"], at["rows"], taken)
     return (y * jnp.asarray(out, y.dtype)).sum(), y
 
   def loops(at):
@@ -88,25 +91,13 @@ def test_matches_the_paper_in_slots(name):
 
 @SORTED
 def test_matches_the_paper_on_sorted_rows(name):
-  """One expert got nothing, and some rows are nobody's."""
+  """One expert got nothing, and some rows are of none."""
   sizes, unused = [4, 0, 3], 2
   owner = [
     ((i,), e) for i, e in enumerate(np.repeat(np.arange(E), sizes).tolist())
   ]
   rows = jnp.pad(inputs(sum(sizes), D), ((0, unused), (0, 0)))
   agree(name, rows, jnp.asarray(sizes, jnp.int32), owner)
-
-
-def test_what_cannot_run_on_sorted_rows_says_so():
-  rows, sizes = inputs(4, D), jnp.asarray([4], jnp.int32)
-  for case in kinds.VARIANTS.values():
-    if case.slots_only:
-      module = case.make(1)
-      weights = kinds.draw(module, 1, D)
-      with pytest.raises(
-        ValueError, match="1 experts of .* need slots.*ragged"
-      ):
-        run(module, weights, rows, sizes)
 
 
 @pytest.mark.parametrize("name", [*experts.EXPERTS, "deep"])
@@ -199,32 +190,6 @@ def test_a_mixture_as_expert_routes_what_is_in_its_slots(train):
     want = every_row("mixtures", weights, enumerate(rows))
     want *= np.asarray(real)[..., None]
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
-
-
-class Doubled(nn.Module):
-  """Asks whether it is trained, and for nothing else."""
-
-  @nn.compact
-  def __call__(self, rows, train):
-    return rows * (2 if train else 1)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_each_passes_on_whether_it_is_trained(train):
-  rows = inputs(E, N, D)
-  got = run(experts.Each(E, Doubled()), {}, rows, None, train)
-  np.testing.assert_array_equal(got, rows * (2 if train else 1))
-
-
-def test_kinds_may_have_slots_of_their_own_number():
-  module = kinds.make_mixed(E)
-  weights = kinds.draw(module, E, D)
-  rows = inputs(2, N, D), inputs(1, 2 * N, D)
-  real = tuple(jnp.ones(r.shape[:2], bool) for r in rows)
-  wide, narrow = run(module, weights, rows, real)
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-  close(wide, every_row("mixed", weights, enumerate(rows[0])))
-  close(narrow, every_row("mixed", weights, [(2, rows[1][0])]))
 
 
 @pytest.mark.parametrize("sort", [False, True])

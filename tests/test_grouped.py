@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moejax import grouped
+from moejax import grouped, kernels
 
 N, I, O, E = 96, 3, 2, 3
 
 
 @st.composite
 def group_sizes(draw):
-  """Any sizes that N rows allow, empty groups and rows of nobody included."""
+  """Any sizes that N rows allow, empty groups and rows of none included."""
   cuts = draw(st.lists(st.integers(0, N), min_size=E, max_size=E))
   return np.diff([0, *sorted(cuts)]).tolist()
 
@@ -112,30 +112,15 @@ def test_matches_the_loops(sizes):
   agree(sizes, got, loops(rows, matrices, sizes, out), rows)
 
 
-def test_the_examples_reach_every_branch():
-  """Each size of a product, and the loop for what exceeds the largest."""
-  tiles = grouped._plan(N, jnp.zeros(E, jnp.int32)).sizes
-  assert len(tiles) > 4
-  taken = [size for sizes in EXAMPLES for size in sizes]
-  for below, tile in zip([0, *tiles], tiles, strict=False):
-    assert any(below < size <= tile for size in taken)
-  assert any(size > tiles[-1] for size in taken)
-
-
 @pytest.mark.parametrize(
-  "sizes, num_rows", [([0, 1, 0, 0, 1], 2), ([5], 5), ([0], 3), ([300, 0], 300)]
+  "sizes, num_rows",
+  [([0, 1, 0, 0, 1], 2), ([5], 5), ([0], 3), ([300, 0], 300), ([0, 0, 0], 0)],
 )
 def test_matches_the_loops_whatever_the_shape(sizes, num_rows):
-  """Fewer rows than groups, one group, rows of nobody alone, many rows."""
+  """Fewer rows than groups, one group, rows of none, many rows, none."""
   rows, matrices, out = draw(sizes, num_rows)
   got = run(sizes, rows, matrices, out)
   agree(sizes, got, loops(rows, matrices, sizes, out), rows)
-
-
-def test_no_rows_at_all():
-  y, to_rows, to_matrices = run([0] * E, *draw([0] * E, 0))
-  assert y.shape == (0, O) and to_rows.shape == (0, I)
-  np.testing.assert_array_equal(to_matrices, np.zeros((E, I, O)))
 
 
 def test_what_other_groups_hold_leaves_no_trace():
@@ -233,3 +218,57 @@ def test_any_function_of_a_row(name, tpu, monkeypatch):
     slopes,
     kinds.finite_differences(lambda at: (want(at) * out[:used]).sum(), at),
   )
+
+
+# -- the kernels of a TPU, interpreted -----------------------------------------
+
+# Rows and widths of the kernels, and rows of each group.
+ROWS, LANES, WIDE = 300, 128, 256
+SIZES = [[130, 0, 170], [0, 100, 28], [0, 0, 0]]
+rows_by_matrix = jax.jit(
+  functools.partial(kernels.rows_by_matrix, interpret=True),
+  static_argnames="transposed",
+)
+rows_by_rows = jax.jit(functools.partial(kernels.rows_by_rows, interpret=True))
+
+
+def integers(*shape, seed=0):
+  random = np.random.default_rng(seed)
+  return jnp.asarray(random.integers(-3, 4, shape), jnp.float32)
+
+
+# The last two are too narrow for the kernels.
+@pytest.mark.parametrize(
+  "width, out", [(LANES, WIDE), (WIDE, LANES), (3, LANES), (LANES, 3)]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_rows_by_matrix(sizes, transposed, width, out):
+  """Whole numbers, and so to the last bit; zero past the last group."""
+  rows, matrices = (
+    integers(ROWS, width),
+    integers(len(sizes), width, out, seed=1),
+  )
+  given = matrices.swapaxes(1, 2) if transposed else matrices
+  want = np.zeros((ROWS, out))
+  for n, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+    want[n] = np.asarray(rows[n]) @ np.asarray(matrices[group])
+  got = rows_by_matrix(
+    rows,
+    given,
+    jnp.asarray(sizes, jnp.int32),
+    transposed=transposed,
+  )
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("width, out", [(LANES, WIDE), (3, LANES), (LANES, 3)])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_rows_by_rows(sizes, width, out):
+  """A group without rows gets exactly zero."""
+  rows, gradient = integers(ROWS, width), integers(ROWS, out, seed=1)
+  want = np.zeros((len(sizes), width, out))
+  for n, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+    want[group] += np.outer(rows[n], gradient[n])
+  got = rows_by_rows(rows, gradient, jnp.asarray(sizes, jnp.int32))
+  np.testing.assert_array_equal(got, want)

@@ -6,13 +6,13 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
 from moejax import experts, losses, moe, router, sharding
 
 P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
-MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 7 > 0)
 IDS = jnp.arange(G * S, dtype=jnp.int32).reshape(G, S)
 KEY = jax.random.key(3)
 
@@ -32,16 +32,6 @@ def mixture(gate=None, kind=None, **options):
 
 def inputs(shape=(G, S)):
   return 1 + jax.random.normal(jax.random.key(1), (*shape, D))
-
-
-def draw(module, shape=(G, S)):
-  """Random parameters."""
-  shapes = jax.eval_shape(lambda: module.init(KEY, inputs(shape)))["params"]
-  leaves, tree = jax.tree.flatten(nn.unbox(shapes))
-  random = np.random.default_rng(5)
-  return tree.unflatten(
-    [jnp.asarray(random.normal(size=w.shape), w.dtype) for w in leaves]
-  )
 
 
 def apply(module, params, x, train=False, **options):
@@ -87,7 +77,9 @@ def test_every_group_draws_its_own_noise():
   shape = groups, tokens = 4, 64
   secondary = mixture(kind=experts.Identity(Q))
   module = layer(router.TopK(P, P), secondary, group_size=tokens)
-  zeros = jax.tree.map(jnp.zeros_like, draw(module, shape))
+  zeros = jax.tree.map(
+    jnp.zeros_like, kinds.random_params(module, inputs(shape))
+  )
   run = jax.jit(functools.partial(apply, module, train=True))
   noise = run(zeros, inputs(shape))[1].logits / (math.log(2) + 1e-2)
   assert noise.shape == (P, groups, tokens, Q)
@@ -96,90 +88,15 @@ def test_every_group_draws_its_own_noise():
   np.testing.assert_allclose(noise.std(axis=(2, 3)), 1, atol=0.2)
 
 
-def equations(jaxpr):
-  """All of a program, and of the programs in it."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jax.tree.leaves(
-      list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr")
-    ):
-      inner = getattr(inner, "jaxpr", inner)
-      if hasattr(inner, "eqns"):
-        yield from equations(inner)
-
-
-def test_secondary_gates_see_and_cost_only_what_was_sent():
-  """At k = 2 / 2 a token's gates are 2 d a + 2 * 2 d b multiply-adds."""
-  a, b, shape = 8, 4, (2, 32)
-  tokens = math.prod(shape)
-  # No slack: as many seats as edges.
-  exact = {"capacity_factor": 1.0}
-  secondary = mixture(
-    router.NoisyTopK(b, 2), experts.FeedForward(b, F), **exact
-  )
-  module = layer(router.NoisyTopK(a, 2), secondary, group_size=32, **exact)
-  run = functools.partial(apply, module, train=True)
-  program = jax.make_jaxpr(run)(draw(module, shape), inputs(shape)).jaxpr
-  gates, sizes = 0, []
-  for equation in equations(program):
-    sizes += [out.aval.size for out in equation.outvars]
-    if equation.primitive.name == "dot_general":
-      shape = equation.outvars[0].aval.shape
-      # What ends otherwise are rows and hidden layers.
-      gates += D * math.prod(shape) if shape[-1] in (a, b) else 0
-  assert gates == tokens * (2 * D * a + 2 * 2 * D * b)
-  assert max(sizes) < tokens * a * b
-
-
-@pytest.mark.parametrize(
-  "gate, train",
-  [(router.NoisyTopK(Q, K), False), (router.Balanced(Q, K), True)],
-  ids=["evaluation", "strict"],
-)
-def test_one_group_is_the_flat_layer(gate, train):
-  """Its gate is 1; value, gradient, losses and drops are those of MoE."""
-  small = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5}
-  flat = mixture(gate, group_size=S, **small)
-  one = layer(router.TopK(1, 1), mixture(gate, **small))
-  weights = draw(flat)
-  in_a_group = {
-    "primary": {"gate": {"kernel": jnp.ones((D, 1))}},
-    "secondary": jax.tree.map(lambda w: w[None], weights),
-  }
-
-  def score(module, at, x):
-    y, routing = apply(module, at, x, train, mask=MASK)
-    total, _ = losses.auxiliary(routing, {"importance": 0.3, "load": 0.7})
-    report = (y, routing.importance, routing.load, routing.dropped)
-    return jnp.square(y).sum() + total, report
-
-  def slopes(module, at, x):
-    of_module = functools.partial(score, module)
-    return jax.value_and_grad(of_module, (0, 1), has_aux=True)(at, x)
-
-  @jax.jit
-  def both(x):
-    return slopes(flat, weights, x), slopes(one, in_a_group, x)
-
-  (value, (to_weights, to_x)), (other, (to_both, to_other_x)) = both(inputs())
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  jax.tree.map(close, (other, to_other_x), (value, to_x))
-  mine = jax.tree.map(lambda w: w[0], to_both["secondary"])
-  jax.tree.map(close, mine, to_weights)
-  # Experts that choose leave nobody standing.
-  assert value[1][-1].any() == (not isinstance(gate, router.Balanced))
-
-
 def make(kind, num_experts):
   fixed = ("softmax", "switch", "gshard_top_2")
   args = (num_experts,) if kind in fixed else (num_experts, K)
   return router.ROUTERS[kind](*args)
 
 
-@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("kind", router.ROUTERS)
-def test_every_router_serves_at_either_level(kind, together):
-  """But for ids, which do not travel: they are the primary's."""
+def test_every_router_serves_at_either_level(kind, together=2):
+  """But for ids, which are not dispatched: they are the primary's."""
   inner = "top_k" if kind == "hash" else kind
   options = {"groups_together": together}
   module = layer(make(kind, P), mixture(make(inner, Q)), **options)
@@ -202,62 +119,6 @@ def test_every_router_serves_at_either_level(kind, together):
     vector = getattr(routing, name)
     assert (vector is not None) == (learned.get(kind) == name)
     assert vector is None or vector.shape == (P * Q,)
-
-
-def test_without_drops_groups_may_be_together_or_not():
-  """Value, gradient, losses of the batch and metrics are the same."""
-  weights = dict.fromkeys(("importance", "load", "switch_balance", "z"), 0.3)
-  free = {"capacity_factor": None}
-  within = mixture(router.TopK(Q, K), **free)
-  apart = layer(secondary=within, group_size=S // 2, **free)
-  params = draw(apart)
-
-  def score(at, module):
-    params, x = at
-    y, routing = apply(module, params, x, True, mask=MASK)
-    total, _ = losses.auxiliary(routing, weights)
-    return jnp.square(y).sum() + total, (y, losses.balance(routing))
-
-  @jax.jit
-  def both(at):
-    run = jax.value_and_grad(score, has_aux=True)
-    return run(at, apart), run(at, apart.clone(groups_together=2))
-
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  jax.tree.map(close, *both((params, inputs())))
-
-
-def test_fewer_are_dropped_where_groups_are_together():
-  shape = groups, _ = 8, 16
-  within = mixture(router.TopK(Q, K), eval_capacity_factor=1.0)
-  apart = layer(secondary=within, group_size=16, eval_capacity_factor=None)
-  params, x = draw(apart, shape), jax.random.normal(KEY, (*shape, D))
-
-  @jax.jit
-  def dropped(params, x):
-    return [
-      losses.balance(apply(module, params, x)[1])["dropped_fraction"]
-      for module in (apart, apart.clone(groups_together=groups))
-    ]
-
-  alone, together = dropped(params, x)
-  assert together < 0.5 * alone
-
-
-def test_any_leading_axes():
-  params, run = draw(layer()), functools.partial(apply, layer())
-  both = jax.jit(lambda x, rows: (run(params, x), run(params, rows)))
-  got, want = both(inputs(), inputs().reshape(-1, D))
-  assert want[0].shape == (G * S, D)
-  np.testing.assert_array_equal(got[0].reshape(-1, D), want[0])
-  jax.tree.map(np.testing.assert_array_equal, got[1], want[1])
-
-
-def test_bfloat16_in_bfloat16_out():
-  run = jax.jit(functools.partial(apply, layer()))
-  y, routing = run(draw(layer()), inputs().astype(jnp.bfloat16))
-  assert y.dtype == jnp.bfloat16
-  assert routing.importance.dtype == routing.logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -291,25 +152,24 @@ def test_ids_do_not_travel_to_groups():
     jax.eval_shape(lambda: module.init(KEY, inputs(), ids=IDS))
 
 
-@pytest.mark.parametrize("name", ["replicated", "data_expert"])
-def test_devices_judge_the_balance_without_fetching_tokens(name):
+def test_devices_judge_the_balance_without_fetching_tokens():
   """Logits stay where they are, though both levels' losses read them."""
-  layout = sharding.LAYOUTS[name]
+  layout = sharding.LAYOUTS["data_expert"]
   mesh = sharding.make_mesh(layout)
   gate = functools.partial(router.NoisyTopK, k=K)
   module = layer(gate(8), mixture(gate(8), experts.FeedForward(8, F)))
   x = inputs((8, S))
   weights = dict.fromkeys(("importance", "load", "switch_balance", "z"), 0.1)
 
-  def judge(params, x):
+  def report(params, x):
     _, routing = apply(module, params, x, train=True, mask=x[..., 0] > 0)
     return losses.auxiliary(routing, weights), losses.balance(routing)
 
-  params = draw(module, (8, S))
-  want = jax.jit(judge)(params, x)
+  params = kinds.random_params(module, inputs((8, S)))
+  want = jax.jit(report)(params, x)
   x = jax.device_put(x, sharding.batch_sharding(layout, mesh, len(x)))
   with sharding.use(layout, mesh):
-    compiled = jax.jit(judge).lower(params, x).compile()
+    compiled = jax.jit(report).lower(params, x).compile()
   assert "all-gather" not in compiled.as_text()
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   jax.tree.map(close, compiled(params, x), want)

@@ -168,53 +168,11 @@ def test_value_and_gradient_are_the_papers(name, case, scope):
   ],
 )
 def test_cv_squared_of_a_population(x, want):
-  np.testing.assert_allclose(losses.cv_squared(jnp.asarray(x)), want, atol=1e-6)
+  value, slope = jax.value_and_grad(losses.cv_squared)(jnp.asarray(x))
+  np.testing.assert_allclose(value, want, atol=1e-6)
   np.testing.assert_allclose(reference_losses.cv_squared(x), want, atol=1e-12)
-
-
-@pytest.mark.parametrize("x", [[5.0, 5.0, 5.0], [0.0, 0.0], [1.0, 2.0, 4.0]])
-def test_gradient_of_cv_squared(x):
-  """Finite, zero at perfect balance, right elsewhere."""
-  got = jax.grad(losses.cv_squared)(jnp.asarray(x))
-  if len(set(x)) == 1:
-    assert (np.asarray(got) == 0).all()
-    return
-  want = reference.gradient(
-    lambda at: reference_losses.cv_squared(at["x"]), {"x": x}
-  )
-  np.testing.assert_allclose(got, want["x"], rtol=1e-4)
-
-
-@jax.jit
-def decide(logits):
-  noise_std = jnp.ones_like(logits)
-  return gating.noisy_top_k(logits, noise_std, 2, jax.random.key(1))
-
-
-@functools.cache
-def routed():
-  """The losses of noisy gating, by name and scope, as functions of logits."""
-
-  def of_logits(logits):
-    decision = decide(logits)
-    return {
-      (name, scope): losses.LOSSES[name](decision, scope)
-      for name in ("importance", "load", "switch_balance", "z")
-      for scope in losses.SCOPES
-    }
-
-  return jax.jit(of_logits), jax.jit(jax.jacrev(of_logits))
-
-
-@pytest.mark.parametrize("scope", losses.SCOPES)
-@pytest.mark.parametrize("name", ("importance", "load", "switch_balance", "z"))
-def test_gradient_pushes_the_router_towards_balance(name, scope):
-  """One step down the slope makes the loss smaller."""
-  value, slope = routed()
-  random = np.random.default_rng(1)
-  logits = jnp.asarray(random.normal(size=(3, 6, 4)), jnp.float32)
-  at = (name, scope)
-  assert value(logits - 0.1 * slope(logits)[at])[at] < value(logits)[at]
+  if want == 0:  # Finite at perfect balance, and zero.
+    assert (np.asarray(slope) == 0).all()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -237,35 +195,6 @@ def test_nothing_but_padding_costs_nothing(case, scope):
 # -- what is learned beside the router ----------------------------------------
 
 
-def test_thresholds_learn_the_batchwise_mask():
-  """Gradient descent on eq. 20 alone ends where both gatings decide alike."""
-  random = np.random.default_rng(0)
-  logits = jnp.asarray(random.normal(size=(2, 12, 3)), jnp.float32)
-  # One threshold for both groups: they must be able to agree.
-  logits = logits.at[1].set(logits[0] + 0.001)
-  mask = jnp.asarray(np.arange(24).reshape(2, 12) % 12 < 9)
-  balanced = gating.balanced(logits, 1, mask)
-
-  def loss(T):
-    return losses.threshold(balanced._replace(thresholds=T))
-
-  loss_and_slope = jax.jit(jax.value_and_grad(loss))
-  T = jnp.full(3, 1 / 3, jnp.float32)
-  value, _ = loss_and_slope(T)
-  assert value > 0
-  for _ in range(200):
-    value, slope = loss_and_slope(T)
-    T -= 0.002 * slope
-  assert value == 0
-  learned = gating.threshold(logits, T, 3, mask)
-  for row in range(2):
-    chosen, want = (
-      {(s, e) for s, e, _ in decisions.edges(decisions.as_numpy(r), row)}
-      for r in (learned, balanced)
-    )
-    assert chosen == want
-
-
 @pytest.mark.parametrize("count", [[3.0, 5, 4], [6.0, 0, 0], [1e6, 1e6, 0]])
 def test_descent_on_biases_is_the_rule(count):
   level = decisions.make_level(0, 1, 3, (1, 3))
@@ -275,17 +204,12 @@ def test_descent_on_biases_is_the_rule(count):
   np.testing.assert_array_equal(-np.float32(0.01) * slope, rule)
 
 
-@pytest.mark.parametrize("experts", [3, 7, 49])
-def test_balanced_counts_move_no_bias(experts):
+@pytest.mark.parametrize("each", [1, 3, 49, 101, 199])
+def test_balanced_counts_move_no_bias(each, experts=49):
   """However their mean would round."""
   level = decisions.make_level(0, 1, experts, (1, experts))
-
-  @jax.jit
-  def loss(count):
-    return losses.bias(level._replace(count=count))
-
-  for each in range(1, 200, 2):
-    assert loss(jnp.full((1, experts), each, jnp.float32)) == 0
+  count = jnp.full((1, experts), each, jnp.float32)
+  assert losses.bias(level._replace(count=count)) == 0
 
 
 # -- adding up ----------------------------------------------------------------
@@ -308,20 +232,8 @@ def test_auxiliary_adds_layers_and_weighs(scope):
   np.testing.assert_allclose(
     total, 0.1 * by_hand["importance"] + 0.3 * by_hand["load"], rtol=1e-5
   )
-
-
-def test_scope_is_the_batch_unless_told():
-  decision = CASES["flat"]
-  total, _ = losses.auxiliary(decision, {"load": 1.0})
-  np.testing.assert_allclose(total, want("load", decision, "batch"), rtol=1e-5)
-  assert losses.load(decision) == total
-
-
-def test_a_layer_called_twice_counts_twice():
-  first, second = CASES["flat"], CASES["padded"]
-  total, _ = losses.auxiliary({"routing": (first, second)}, {"load": 1.0})
-  by_hand = want("load", first) + want("load", second)
-  np.testing.assert_allclose(total, by_hand, rtol=1e-5)
+  if scope == "batch":
+    assert losses.auxiliary(sown, weights)[0] == total
 
 
 def test_without_weights_nothing_is_lost():

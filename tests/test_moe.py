@@ -1,26 +1,30 @@
-"""The whole layer against eq. 1, its groups, capacity, padding and errors."""
+"""The whole layer against eq. 1: groups, capacity, padding, options, errors."""
 
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import reference
-import reference_losses
 
-from moejax import dispatch, experts, gating, losses, moe, router
+from moejax import dispatch, experts, losses, moe, router
 
 B, L, D, E, F, K = 2, 8, 3, 4, 5, 2
 S = 8
 TOKENS = B * L
 KEY = jax.random.key(3)
+MASK = jnp.asarray(np.arange(TOKENS).reshape(B, L) % 5 > 0)
+TOP_K = router.TopK(E, K)
+BY_ALL = pytest.mark.parametrize("name", dispatch.DISPATCH)
 
 
-def layer(**options):
+def layer(gate=None, kind=None, **options):
   options = {"group_size": S, "capacity_factor": None} | options
-  return moe.MoE(router.NoisyTopK(E, K), experts.FeedForward(E, F), **options)
+  gate = gate or router.NoisyTopK(E, K)
+  return moe.MoE(gate, kind or experts.FeedForward(E, F), **options)
 
 
 def inputs(seed=1):
@@ -28,44 +32,27 @@ def inputs(seed=1):
 
 
 @functools.cache
-def params(skew=0.0):
+def params(skew=0.0, gate=None):
   """Params of `layer`, all random; skew draws tokens to the first expert."""
-  shapes = jax.eval_shape(
-    lambda: layer().init({"params": KEY}, jnp.zeros((B, L, D)))["params"]
-  )
-  leaves, tree = jax.tree.flatten(nn.unbox(shapes))
-  random = np.random.default_rng(5)
-  drawn = tree.unflatten(
-    [jnp.asarray(random.normal(size=w.shape), w.dtype) for w in leaves]
-  )
+  drawn = kinds.random_params(layer(gate), inputs())
   kernel = drawn["router"]["gate"]["kernel"]
   drawn["router"]["gate"]["kernel"] = kernel.at[:, 0].add(skew)
   return drawn
 
 
-@functools.partial(jax.jit, static_argnames=("module", "train"))
-def jitted(module, params, x, train, mask, key):
-  rngs = {"router": key} if train else {}
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def apply(module, params, x, train=False, mask=None):
+  """Returns y and the routing."""
   y, state = module.apply(
     {"params": params},
     x,
     train=train,
     mask=mask,
-    rngs=rngs,
+    rngs={"router": KEY} if train else {},
     mutable=["routing"],
   )
-  return y, state["routing"]
-
-
-def apply(module, params, x, train=False, mask=None, key=KEY):
-  """Returns y and the routing."""
-  y, sown = jitted(module, params, x, train, mask, key)
-  (routing,) = losses.routings(sown)
+  (routing,) = losses.routings(state)
   return y, routing
-
-
-def in_float64(tree):
-  return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
 def noise_std(at):
@@ -73,16 +60,17 @@ def noise_std(at):
   return np.logaddexp(0, x @ at["router"]["noise"]["kernel"]) + 1e-2
 
 
-def decisions(at, noise, mask):
+def decisions(at, noise=None, mask=None):
   """The reference's decision for each group; noise None is evaluation."""
   logits = at["x"].reshape(-1, S, D) @ at["router"]["gate"]["kernel"]
-  stds = noise_std(at)
-  masks = [None] * len(logits) if mask is None else mask.reshape(-1, S)
+  groups = range(len(logits))
+  masks = [None for _ in groups] if mask is None else mask.reshape(-1, S)
   if noise is None:
-    return [reference.top_k(logits[g], K, masks[g]) for g in range(len(logits))]
+    return [reference.top_k(logits[g], K, masks[g]) for g in groups]
+  stds = noise_std(at)
   return [
     reference.noisy_top_k(logits[g], noise[g], stds[g], K, masks[g])
-    for g in range(len(logits))
+    for g in groups
   ]
 
 
@@ -103,17 +91,13 @@ def recover_noise(at, routing):
   return (np.asarray(routing.logits, np.float64) - logits) / noise_std(at)
 
 
-MASK = jnp.asarray(np.arange(TOKENS).reshape(B, L) % 5 > 0)
-
-
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
-def test_is_the_mixture_of_eq_1(name, train, masked):
+@BY_ALL
+def test_is_the_mixture_of_eq_1(name, train):
   module = layer(dispatch=name, eval_capacity_factor=None)
-  mask = MASK if masked else None
+  mask = None if train else MASK
   y, routing = apply(module, params(), inputs(), train, mask)
-  at = in_float64({**params(), "x": inputs()})
+  at = kinds.in_float64({**params(), "x": inputs()})
   noise = recover_noise(at, routing) if train else None
   want, found = expected(at, noise, None if mask is None else np.asarray(mask))
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
@@ -124,51 +108,11 @@ def test_is_the_mixture_of_eq_1(name, train, masked):
   np.testing.assert_allclose(want.reshape(-1, S, D), by_sum, atol=1e-12)
   assert y.shape == (B, L, D)
   assert (np.asarray(routing.dropped) == 0).all()
-  if masked:
+  if mask is not None:
     assert (np.asarray(y)[~np.asarray(mask)] == 0).all()
 
 
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
-def test_gradient_of_the_whole_layer(name):
-  """Task and balance losses, to every weight and to x, drops included."""
-  module = layer(dispatch=name, capacity_factor=0.5)
-  out = np.random.default_rng(8).normal(size=(B, L, D))
-
-  @jax.jit
-  def score(at):
-    variables = {"params": {k: at[k] for k in ("router", "experts")}}
-    y, state = module.apply(
-      variables, at["x"], train=True, rngs={"router": KEY}, mutable=["routing"]
-    )
-    aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})
-    return (y * jnp.asarray(out, y.dtype)).sum() + aux
-
-  at = {**params(), "x": inputs()}
-  _, routing = apply(module, params(), inputs(), True)
-  assert np.asarray(routing.dropped).sum() > 0
-  noise = recover_noise(in_float64(at), routing)
-
-  def reference_score(flat):
-    at = jax.tree.unflatten(tree, list(flat.values()))
-    y, found = expected(at, noise, capacity=4)
-    importance = sum(d.importance for d in found)
-    load = sum(d.load for d in found)
-    return (
-      (y * out).sum()
-      + 0.3 * reference_losses.cv_squared(importance)
-      + 0.7 * reference_losses.cv_squared(load)
-    )
-
-  leaves, tree = jax.tree.flatten(in_float64(at))
-  flat = {str(i): leaf for i, leaf in enumerate(leaves)}
-  np.testing.assert_allclose(score(at), reference_score(flat), rtol=1e-4)
-  want = reference.gradient(reference_score, flat)
-  got = jax.tree.leaves(jax.grad(score)(at))
-  for ours, theirs in zip(got, want.values(), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@BY_ALL
 def test_training_and_evaluation_have_their_own_capacity(name):
   module = moe.MoE(
     router.TopK(E, K),
@@ -181,7 +125,7 @@ def test_training_and_evaluation_have_their_own_capacity(name):
   at = jax.tree.map(lambda w: w, params(skew=3.0))
   at["router"] = {"gate": at["router"]["gate"]}
   x = jnp.abs(inputs())
-  logits = in_float64(x).reshape(TOKENS, D) @ in_float64(
+  logits = kinds.in_float64(x).reshape(TOKENS, D) @ kinds.in_float64(
     at["router"]["gate"]["kernel"]
   )
   want = reference.top_k(logits, K)
@@ -191,10 +135,10 @@ def test_training_and_evaluation_have_their_own_capacity(name):
     assert dropped.sum() > 0
     np.testing.assert_array_equal(routing.dropped, dropped[None])
     np.testing.assert_array_equal(routing.count, want.count[None])
-    seats = reference.seated(want.edges, slots)
-    assert seats.count(False) == dropped.sum()
-    expert = reference.feed_forward(in_float64(at["experts"]))
-    rows = in_float64(x).reshape(TOKENS, D)
+    fits = reference.has_slot(want.edges, slots)
+    assert fits.count(False) == dropped.sum()
+    expert = reference.feed_forward(kinds.in_float64(at["experts"]))
+    rows = kinds.in_float64(x).reshape(TOKENS, D)
     np.testing.assert_allclose(
       y.reshape(TOKENS, D),
       reference.dispatch(rows, want.edges, expert, slots),
@@ -203,16 +147,9 @@ def test_training_and_evaluation_have_their_own_capacity(name):
     )
 
 
-def test_defaults_are_bounded_and_roomier_in_evaluation():
-  module = moe.MoE(router.TopK(E, K), experts.FeedForward(E, F))
-  assert module.capacity_factor == 1.25
-  assert module.eval_capacity_factor == 2.0
-  assert module.group_size is None
-
-
 @pytest.mark.parametrize("train", [False, True])
 def test_groups_are_routed_each_alone(train):
-  """Groups of consecutive tokens with seats of their own."""
+  """Groups of consecutive tokens with slots of their own."""
   options = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5}
   x = inputs()
   both, routing = apply(layer(**options), params(skew=2.0), x, train)
@@ -227,114 +164,7 @@ def test_groups_are_routed_each_alone(train):
     np.testing.assert_allclose(both[1:], second, rtol=1e-5, atol=1e-6)
 
 
-def test_groups_may_cross_rows():
-  """Without drops or noise grouping changes nothing at all."""
-  want, _ = apply(layer(eval_capacity_factor=None), params(), inputs())
-  for group_size in (None, 1, 4, TOKENS):
-    module = layer(group_size=group_size, eval_capacity_factor=None)
-    y, routing = apply(module, params(), inputs())
-    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
-    assert routing.logits.shape[0] == TOKENS // (group_size or TOKENS)
-
-
-def test_padding_takes_no_seat():
-  """What stands in masked places changes nothing elsewhere."""
-  module = layer(capacity_factor=0.5, eval_capacity_factor=0.5)
-  other = jnp.where(MASK[..., None], inputs(), 9)
-  for train in (False, True):
-    y, routing = apply(module, params(2.0), inputs(), train, MASK)
-    same, also = apply(module, params(2.0), other, train, MASK)
-    np.testing.assert_array_equal(y, same)
-    np.testing.assert_array_equal(routing.load, also.load)
-    np.testing.assert_array_equal(routing.dropped, also.dropped)
-
-
-def test_routing_is_sown_only_when_asked_for():
-  y = layer().apply({"params": params()}, inputs())
-  want, routing = apply(layer(), params(), inputs())
-  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
-  gates = gating.top_k(
-    inputs().reshape(-1, S, D) @ params()["router"]["gate"]["kernel"], K
-  )
-  np.testing.assert_allclose(routing.importance, gates.importance, atol=1e-5)
-
-
-def test_variables_of_init_may_be_passed_on_whole():
-  """The obvious first lines must not find each layer twice."""
-  variables = layer().init({"params": KEY}, inputs())
-  _, state = layer().apply(variables, inputs(), mutable=["routing"])
-  assert len(losses.routings(state)) == 1
-
-
-def test_bfloat16_in_bfloat16_out():
-  module = layer(eval_capacity_factor=None)
-  y, routing = apply(module, params(), inputs().astype(jnp.bfloat16))
-  assert y.dtype == jnp.bfloat16 and routing.logits.dtype == jnp.float32
-  want, _ = apply(module, params(), inputs())
-  scale = np.abs(want).max()
-  np.testing.assert_allclose(y.astype(jnp.float32), want, atol=0.05 * scale)
-
-
-def test_one_expert_is_a_mixture_of_one():
-  one = moe.OneExpert(experts.FeedForward(1, F))
-  whole = moe.MoE(
-    router.NoisyTopK(1, 1), experts.FeedForward(1, F), group_size=S
-  )
-  variables = nn.unbox(one.init({"params": KEY}, inputs()))
-  assert list(variables["params"]) == ["experts"]
-  gates = {name: {"kernel": jnp.ones((D, 1))} for name in ("gate", "noise")}
-  for train in (False, True):
-    y, routing = apply(
-      whole, {"router": gates, **variables["params"]}, inputs(), train
-    )
-    got = one.apply(variables, inputs(), train=train)
-    np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-6)
-    # No balance to lose, no token to drop.
-    assert losses.importance(routing) == 0 and losses.load(routing) == 0
-    assert np.asarray(routing.dropped).sum() == 0
-  _, state = one.apply(variables, inputs(), mutable=["routing"])
-  assert losses.routings(state) == []
-
-
-@pytest.mark.parametrize(
-  "module, message",
-  [
-    (layer(group_size=5), r"group size 5 .* 16 tokens"),
-    (layer(group_size=32), r"group size 32 .* 16 tokens"),
-    (layer(group_size=0), "group size 0 "),
-    (layer(group_size=-4), "group size -4 "),
-    (layer(dispatch="teleport"), r"'teleport'.*einsum.*gather"),
-    (
-      moe.MoE(router.NoisyTopK(E, K), experts.FeedForward(E + 2, F)),
-      rf"\b{E} experts.*\b{E + 2}\b",
-    ),
-    (layer(eval_capacity_factor=0.0), r"0\.0 .* 4 experts"),
-    (
-      moe.MoE(router.NoisyTopK(E, E + 1), experts.FeedForward(E, F)),
-      rf"k = {E + 1}\b.*\b{E} experts",
-    ),
-    (
-      moe.MoE(
-        router.TopK(1, 1),
-        experts.Mixed((experts.Linear(1),), (1.0, 0.5)),
-        eval_capacity_factor=None,
-      ),
-      "capacities of 2 kinds .* but 1 kinds",
-    ),
-  ],
-)
-def test_bad_sizes_name_both_numbers(module, message):
-  with pytest.raises(ValueError, match=message):
-    module.init({"params": KEY}, inputs())
-
-
-@pytest.mark.parametrize("size", [None, S])
-def test_a_batch_without_a_token_is_refused(size):
-  with pytest.raises(ValueError, match=r"\(0, 8, 3\), without a token"):
-    layer(group_size=size).init({"params": KEY}, inputs()[:0])
-
-
-@pytest.mark.parametrize("name", dispatch.DISPATCH)
+@BY_ALL
 def test_nan_in_padding_stays_there(name):
   mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
   x = jnp.where(mask[..., None], inputs(), jnp.nan)
@@ -350,29 +180,107 @@ def test_nan_in_padding_stays_there(name):
   assert (y[~mask] == 0).all() and (grads[1][~mask] == 0).all()
 
 
-def test_one_expert_gives_zero_at_padding():
-  module = moe.OneExpert(experts.FeedForward(1, F))
-  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
-  y, _ = module.init_with_output(KEY, inputs(), mask=mask)
-  whole, _ = module.init_with_output(KEY, inputs())
-  assert (y[~mask] == 0).all()
-  np.testing.assert_array_equal(y[mask], whole[mask])
+# -- what is refused -----------------------------------------------------------
 
 
-def test_nan_in_padding_of_one_expert_stays_there():
-  module = moe.OneExpert(experts.FeedForward(1, F))
-  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
-  variables = nn.unbox(module.init(KEY, inputs()))
+@pytest.mark.parametrize(
+  "module, message",
+  [
+    (layer(group_size=5), r"group size 5 .* 16 tokens"),
+    (layer(group_size=32), r"group size 32 .* 16 tokens"),
+    (layer(group_size=0), "group size 0 "),
+    (layer(dispatch="teleport"), r"'teleport'.*einsum.*gather"),
+    (
+      moe.MoE(router.NoisyTopK(E, K), experts.FeedForward(E + 2, F)),
+      rf"\b{E} experts.*\b{E + 2}\b",
+    ),
+    (
+      moe.MoE(router.Single(), experts.FeedForward(2, F)),
+      r"\b1 experts.*\b2\b",
+    ),
+    (layer(eval_capacity_factor=0.0), r"0\.0 .* 4 experts"),
+    (
+      moe.MoE(router.NoisyTopK(E, E + 1), experts.FeedForward(E, F)),
+      rf"k = {E + 1}\b.*\b{E} experts",
+    ),
+  ],
+)
+def test_bad_sizes_name_both_numbers(module, message):
+  with pytest.raises(ValueError, match=message):
+    module.init({"params": KEY}, inputs())
+
+
+@pytest.mark.parametrize(
+  "x, options, message",
+  [
+    (inputs()[:0], {}, r"\(0, 8, 3\), without a token"),
+    (inputs().astype(jnp.complex64), {}, "complex64, which no router reads"),
+    (
+      inputs(),
+      {"mask": jnp.ones((L, B), bool)},
+      rf"mask is \({L}, {B}\).*\({B}, {L}\)",
+    ),
+    (
+      inputs(),
+      {"ids": jnp.ones((L, B), jnp.int32)},
+      rf"ids is \({L}, {B}\).*\({B}, {L}\)",
+    ),
+  ],
+)
+def test_bad_inputs_are_named(x, options, message):
+  with pytest.raises(ValueError, match=message):
+    layer().init(KEY, x, **options)
+
+
+# -- a single expert -----------------------------------------------------------
+
+SINGLE = moe.MoE(router.Single(), experts.FeedForward(1, F))
+RAGGED_MASK = jnp.arange(L)[None] < jnp.array([[L], [1]])
+
+
+def test_a_single_expert_is_a_mixture_of_one():
+  """With its parameters alone, and nothing to report."""
+  whole = moe.MoE(
+    router.NoisyTopK(1, 1), experts.FeedForward(1, F), group_size=S
+  )
+  variables = nn.unbox(SINGLE.init({"params": KEY}, inputs()))
+  assert list(variables["params"]) == ["experts"]
+  gates = {name: {"kernel": jnp.ones((D, 1))} for name in ("gate", "noise")}
+  for train in (False, True):
+    y, routing = apply(
+      whole, {"router": gates, **variables["params"]}, inputs(), train
+    )
+    got = SINGLE.apply(variables, inputs(), train=train)
+    np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-6)
+    # No balance to lose, no token to drop.
+    assert losses.importance(routing) == 0 and losses.load(routing) == 0
+    assert np.asarray(routing.dropped).sum() == 0
+  _, state = SINGLE.apply(variables, inputs(), mutable=["routing"])
+  assert losses.balance(state) == {}
+  numbers = np.arange(B * L * D).reshape(B, L, D)
+  np.testing.assert_array_equal(
+    SINGLE.apply(variables, numbers),
+    SINGLE.apply(variables, numbers.astype(np.float32)),
+  )
+
+
+def test_padding_of_a_single_expert_gives_zero():
+  """In values and gradients, though it be NaN."""
+  variables = nn.unbox(SINGLE.init(KEY, inputs()))
 
   @jax.jit
-  @functools.partial(jax.grad, argnums=(0, 1))
-  def slopes(variables, x):
-    return jnp.square(module.apply(variables, x, mask=mask)).sum()
+  @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+  def run(variables, x):
+    y = SINGLE.apply(variables, x, mask=RAGGED_MASK)
+    return jnp.square(y).sum(), y
 
-  want = slopes(variables, inputs())
-  got = slopes(variables, jnp.where(mask[..., None], inputs(), jnp.nan))
+  want = run(variables, inputs())
+  got = run(variables, jnp.where(RAGGED_MASK[..., None], inputs(), jnp.nan))
   jax.tree.map(np.testing.assert_array_equal, got, want)
-  assert (got[1][~mask] == 0).all()
+  (_, y), (_, to_x) = got
+  assert (y[~RAGGED_MASK] == 0).all() and (to_x[~RAGGED_MASK] == 0).all()
+  whole = SINGLE.apply(variables, inputs())
+  np.testing.assert_allclose(y[RAGGED_MASK], whole[RAGGED_MASK], rtol=1e-6)
 
 
 class Masked(nn.Module):
@@ -382,16 +290,210 @@ class Masked(nn.Module):
     return rows + mask.sum().astype(rows.dtype)
 
 
-def test_one_expert_is_told_what_is_padding():
-  module = moe.OneExpert(experts.Each(1, Masked()))
-  mask = jnp.arange(L)[None] < jnp.array([[L], [1]])
-  y = module.apply({}, inputs(), mask=mask)
-  np.testing.assert_array_equal(y[mask], (inputs() + (L + 1))[mask])
+def test_a_single_expert_is_told_what_is_padding():
+  module = moe.MoE(router.Single(), experts.Each(1, Masked()))
+  y = module.apply({}, inputs(), mask=RAGGED_MASK)
+  want = (inputs() + (L + 1))[RAGGED_MASK]
+  np.testing.assert_array_equal(y[RAGGED_MASK], want)
 
 
-@pytest.mark.parametrize("name", ["mask", "ids"])
-def test_mask_or_ids_of_another_shape_are_refused(name):
-  values = {"mask": jnp.ones((L, B), bool), "ids": jnp.ones((L, B), jnp.int32)}
-  message = rf"{name} is \({L}, {B}\).*\({B}, {L}\)"
-  with pytest.raises(ValueError, match=message):
-    layer().init(KEY, inputs(), **{name: values[name]})
+# -- where parameters lie ------------------------------------------------------
+
+
+def mixture(**name):
+  return moe.MoE(router.TopK(E, K), experts.Each(E, nn.Dense(D)), **name)
+
+
+def two_levels(**name):
+  mixed = experts.Mixed((experts.Linear(1), experts.FeedForward(1, F)))
+  within = moe.MoE(router.TopK(2, 1), mixed)
+  return moe.HierarchicalMoE(router.TopK(2, 1), within, **name)
+
+
+class Inline(nn.Module):
+  """Makes the layers, and what they are made of, where they are used."""
+
+  @nn.compact
+  def __call__(self, x):
+    return two_levels(name="second")(mixture(name="first")(x))
+
+
+class InSetup(nn.Module):
+  """Makes them in `setup`, the router by itself."""
+
+  def setup(self):
+    self.gate = router.TopK(E, K)
+    self.first = moe.MoE(self.gate, experts.Each(E, nn.Dense(D)))
+    self.second = two_levels()
+
+  def __call__(self, x):
+    return self.second(self.first(x))
+
+
+class Given(nn.Module):
+  """Is given the layers."""
+
+  first: nn.Module
+  second: nn.Module
+
+  def __call__(self, x):
+    return self.second(self.first(x))
+
+
+def test_parameters_lie_in_the_scope_of_their_layer():
+  """However it is made: alone, inline, in `setup`, from outside."""
+
+  def tree(module):
+    made = jax.eval_shape(module.init, KEY, inputs())["params"]
+    return jax.tree.map(lambda leaf: leaf.shape, nn.unbox(made))
+
+  want = {"first": tree(mixture()), "second": tree(two_levels())}
+  assert set(want["first"]) == {"router", "experts"}
+  within = want["second"]["secondary"]["experts"]
+  assert set(within) == {"kinds_0", "kinds_1"}
+  assert tree(Inline()) == want
+  assert tree(nn.remat(Inline)()) == want
+  assert tree(InSetup()) == want
+  assert tree(Given(mixture(), two_levels())) == want
+
+
+# -- options -------------------------------------------------------------------
+
+X = jnp.abs(inputs())
+
+
+def test_auto_gives_slots_to_experts_that_need_them():
+  """Even as one kind of many; ragged dispatch would refuse them."""
+  each, linear = experts.Each(2, nn.Dense(D)), experts.Linear(2)
+  for kind in (
+    experts.Each(E, nn.Dense(D)),
+    experts.Mixed((linear, each)),
+    experts.Mixed((linear, experts.Mixed((each,)))),
+    # A mixture that is an expert itself.
+    experts.Each(E, layer(group_size=None)),
+  ):
+    module = layer(TOP_K, kind, eval_capacity_factor=None)
+    jax.eval_shape(lambda module=module: module.init(KEY, inputs()))
+
+
+@BY_ALL
+def test_recomputing_keeps_no_hidden_layer_and_changes_nothing(name):
+  bounded = {"capacity_factor": 0.5, "dispatch": name}
+  at = params(2.0, TOP_K)
+
+  def run(recompute, params, x):
+    module = layer(TOP_K, recompute=recompute, **bounded)
+    return jnp.square(apply(module, params, x, True, MASK)[0]).sum()
+
+  def kept(recompute):
+    """Shapes of what the backward pass is given."""
+    fn = functools.partial(run, recompute)
+    saved = jax.eval_shape(lambda: jax.tree.leaves(jax.vjp(fn, at, X)[1]))
+    return [leaf.shape for leaf in saved]
+
+  def hidden(shapes):
+    return [s for s in shapes if s[-1:] == (F,) and s != (E, D, F)]
+
+  assert hidden(kept(False)) and not hidden(kept(True))
+  slopes = jax.jit(
+    lambda *args: [
+      jax.value_and_grad(functools.partial(run, recompute), (0, 1))(*args)
+      for recompute in (False, True)
+    ]
+  )
+  kept_all, again = slopes(at, X)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, again, kept_all)
+
+
+def test_dropped_first_are_those_of_first_choices():
+  at = params(3.0, TOP_K)
+  _, routing = apply(layer(TOP_K, capacity_factor=0.5), at, X, True, MASK)
+  dropped = np.asarray(routing.dropped)
+  first = np.zeros_like(dropped)
+  at = kinds.in_float64({**at, "x": X})
+  for g, want in enumerate(decisions(at, None, np.asarray(MASK))):
+    # The first choices of all tokens come before all second ones.
+    tokens = len({s for s, _, _ in want.edges})
+    fits = reference.has_slot(want.edges, 4)
+    for (_, e, _), has_slot in zip(want.edges[:tokens], fits, strict=False):
+      first[g, e] += not has_slot
+  np.testing.assert_array_equal(routing.dropped_first, first)
+  assert 0 < first.sum() < dropped.sum()
+
+
+# -- what comes in ------------------------------------------------------------
+
+
+def of_numbers(dispatcher):
+  """Returns a layer that drops nothing, its variables, and whole numbers."""
+  layer = moe.MoE(
+    router.TopK(4, k=2),
+    experts.FeedForward(4, 8),
+    eval_capacity_factor=None,
+    dispatch=dispatcher,
+  )
+  x = np.random.default_rng(0).integers(0, 5, (2, 8, 4))
+  return layer, layer.init(jax.random.key(0), jnp.ones(x.shape)), x
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float64, bool])
+def test_numbers_are_promoted_as_a_dense_layer_does(dtype):
+  layer, variables, x = of_numbers("auto")
+  wanted = layer.apply(variables, jnp.asarray(x.astype(dtype), jnp.float32))
+  found = layer.apply(variables, x.astype(dtype))
+  assert found.dtype == jnp.float32 and np.abs(found).max() > 0.1
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_large_batch_of_numpy_runs_eagerly():
+  """Above the edges from which "auto" sorts rows."""
+  layer = of_numbers("auto")[0].clone(group_size=64)
+  x = np.ones((48, 64, 4), np.float32)
+  mask = np.arange(64)[None] < np.arange(48)[:, None]
+  variables = layer.init(jax.random.key(0), x)
+  y = layer.apply(variables, x, mask=mask)
+  assert (np.abs(y).max(-1) > 0).sum() == mask.sum()
+
+
+@pytest.mark.parametrize("dispatcher", dispatch.DISPATCH)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_token_that_is_not_finite_spoils_no_other(dispatcher, value):
+  layer, variables, x = of_numbers(dispatcher)
+  x = jnp.asarray(x, jnp.float32)
+  spoilt = x.at[0, 3, 1].set(value)
+  sound = np.isfinite(spoilt).all(axis=-1, keepdims=True)
+
+  def total(x):
+    y = layer.apply(variables, x)
+    return jnp.where(sound, y, 0).sum(), y
+
+  (_, wanted), slope = jax.value_and_grad(total, has_aux=True)(x)
+  (_, y), slope_spoilt = jax.value_and_grad(total, has_aux=True)(spoilt)
+  assert not np.isfinite(y[0, 3]).any()
+  for found, right in ((y, wanted), (slope_spoilt, slope)):
+    np.testing.assert_allclose(
+      np.where(sound, found, 0), np.where(sound, right, 0), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dispatcher", dispatch.DISPATCH)
+def test_derivatives_forward_are_those_of_einsum(dispatcher):
+  layer, variables, x = of_numbers(dispatcher)
+  x = jnp.asarray(x, jnp.float32)
+
+  def total(x):
+    return (layer.apply(variables, x) ** 2).sum()
+
+  direction = jnp.ones_like(x)
+  if dispatcher != "einsum":
+    with pytest.raises(TypeError, match="no derivative forward .*='einsum'"):
+      jax.jvp(total, (x,), (direction,))
+    return
+  slope = (jax.grad(total)(x) * direction).sum()
+  np.testing.assert_allclose(
+    jax.jvp(total, (x,), (direction,))[1], slope, rtol=1e-5
+  )
+  # Forward over reverse, as of Hessians.
+  bent = jax.jvp(jax.grad(total), (x,), (direction,))[1]
+  assert np.isfinite(bent).all() and np.abs(bent).max() > 0

@@ -113,7 +113,7 @@ class Repeated(nn.Module):
     return layer(layer(x))
 
 
-@pytest.mark.parametrize("lift", [lambda cls: cls, nn.remat, nn.jit])
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
 def test_a_layer_called_twice_reports_twice(lift):
   model = Repeated(lift)
   variables = {"params": start(model)}
@@ -167,7 +167,7 @@ def test_a_stack_is_its_layers(kind, lift):
   """Without a name for the new axis, and each router gets its gradient."""
   stack = Stack(kind, {"routing": 0}, lift)
   params = start(stack)
-  # Without noise: a scan splits its key in another way.
+  # Without noise: a scan splits its key differently.
   block = Block(kind, False)
 
   def scanned(params):
@@ -217,7 +217,9 @@ def test_routings_stand_in_front_of_a_stack(axis):
 def test_an_axis_of_layers_may_have_a_name():
   boxed = jax.eval_shape(Stack("flat", {"routing": 0}).init, KEY, X)
   names = nn.get_partition_spec(boxed)["params"]["blocks"]
-  assert names["FeedForward_0"]["w_in"] == jax.P(None, "expert", "embed", "mlp")
+  assert names["MoE_0"]["experts"]["w_in"] == jax.P(
+    None, "expert", "embed", "mlp"
+  )
   named = nn.vmap(
     moe.MoE,
     variable_axes={"params": 0},
@@ -304,7 +306,6 @@ def test_train_decides_what_is_compiled(kind):
       lambda: moe.HierarchicalMoE(flat(), router.TopK(8, 2)),
       "primary is of type MoE;",
     ),
-    (lambda: moe.OneExpert(nn.Dense(8)), "experts is of type Dense;"),
     (lambda: experts.Each(8, nn.Dense), "expert is the class Dense;"),
     (
       lambda: experts.Mixed((experts.Linear(2), experts.Linear)),

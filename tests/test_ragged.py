@@ -1,4 +1,4 @@
-"""Sorted rows over split experts: both ways to travel, against one device."""
+"""Sorted rows over split experts: both moves, against one device."""
 
 import functools
 
@@ -10,7 +10,6 @@ import pytest
 
 from moejax import dispatch, experts, moe, router, routing, sharding
 from moejax.planning import collectives
-from moejax.seats import Block
 
 # Two groups a device, two experts a device where 4 devices share them.
 G, S, D, E, F, K, A = 16, 3, 4, 8, 6, 2, 7
@@ -24,8 +23,7 @@ SPLIT = [
   if sharding.make_mesh(layout).shape["expert"] > 1
 ]
 LAYOUT = pytest.mark.parametrize("layout", SPLIT, ids=lambda each: each.name)
-WAY = pytest.mark.parametrize("way", ["all_gather", "all_to_all"])
-BLOCKS = (Block(3, 2), Block(5, 1))
+MOVE = pytest.mark.parametrize("move", ["all_gather", "all_to_all"])
 
 
 def emulated(
@@ -113,11 +111,13 @@ def crowd(random):
 KINDS = {"choices": choices, "picks": picks, "crowd": crowd}
 
 
-def feed_forward(weights, rows, real):
+def feed_forward(weights, rows, group_sizes):
   """Experts who make something of nothing, which must be lost."""
-  end = jnp.cumsum(real)
+  end = jnp.cumsum(group_sizes)
   rank = jnp.arange(rows.shape[0], dtype=jnp.int32)
-  expert = jnp.searchsorted(end, rank, side="right").clip(max=real.size - 1)
+  expert = jnp.searchsorted(end, rank, side="right").clip(
+    max=group_sizes.size - 1
+  )
   h = nn.relu(jnp.einsum("ND,NDF->NF", rows, weights["w_in"][expert]))
   y = jnp.einsum("NF,NFO->NO", h, weights["w_out"][expert])
   past = (rank >= end[-1])[:, None]
@@ -157,13 +157,13 @@ def on_one_device(capacity):
 
 
 @functools.cache
-def on_all_devices(layout, way, capacity, kind, forward=False):
+def on_all_devices(layout, move, capacity, kind, forward=False):
   """Returns the compiled program, (at, assignment, out) -> as on one."""
   mesh = sharding.make_mesh(layout)
   fn = functools.partial(score, capacity)
   example = arguments(kind, 0)
   with pytest.MonkeyPatch.context() as patch, sharding.use(layout, mesh):
-    if way == "all_to_all":
+    if move == "all_to_all":
       pretend(patch)
     there = places(mesh, example[0])
     of_group = there["x"]
@@ -189,11 +189,11 @@ def arguments(kind, seed):
 @pytest.mark.parametrize(
   "kind, capacity", [("choices", None), ("choices", 1), ("picks", 1)]
 )
-@WAY
+@MOVE
 @LAYOUT
-def test_layouts_agree_with_one_device(layout, way, kind, capacity):
+def test_layouts_agree_with_one_device(layout, move, kind, capacity):
   """Values and gradients; where tokens choose, however many choose alike."""
-  run = on_all_devices(layout, way, capacity, kind)
+  run = on_all_devices(layout, move, capacity, kind)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
   for case in (kind, "crowd") if kind == "choices" else (kind,):
     for seed in range(2):
@@ -208,34 +208,34 @@ def test_layouts_agree_with_one_device(layout, way, kind, capacity):
 
 
 @pytest.mark.parametrize(
-  "name, capacity, room",
+  "name, capacity, buffer_size",
   [
     # Of each of its experts all tokens, but never more than all edges.
     ("expert", None, G * S),
     ("data_expert", None, G // 2 * S * K),
     ("data_expert", S + 1, G // 2 * S * K),
     ("data_expert", 1, G // 2 * 2),
-    ("data_expert", BLOCKS, G // 2 * 4),
   ],
 )
-@WAY
-def test_room_is_set_aside_for_all_rows_that_can_come(
-  monkeypatch, way, name, capacity, room
+@MOVE
+def test_the_buffer_holds_all_rows_that_can_come(
+  monkeypatch, move, name, capacity, buffer_size
 ):
   layout, seen = sharding.LAYOUTS[name], []
 
-  def spy(weights, rows, real):
-    seen.append((weights["w_in"].shape, rows.shape, real.shape))
+  def spy(weights, rows, group_sizes):
+    shapes = weights["w_in"].shape, rows.shape, group_sizes.shape
+    seen.append(shapes)
     return rows
 
-  if way == "all_to_all":
+  if move == "all_to_all":
     pretend(monkeypatch)
   mesh = sharding.make_mesh(layout)
   mine = E // mesh.shape["expert"]
   with sharding.use(layout, mesh):
     run = functools.partial(score, capacity, expert_fn=spy)
     jax.eval_shape(run, *arguments("choices", 0))
-  assert seen == [((mine, D, F), (room, D), (mine,))]
+  assert seen == [((mine, D, F), (buffer_size, D), (mine,))]
 
 
 def moves(run, layout):
@@ -247,7 +247,7 @@ def moves(run, layout):
 
 
 @LAYOUT
-def test_tokens_are_gathered_once_and_sums_scattered_home(layout):
+def test_tokens_are_gathered_once_and_sums_scattered_back(layout):
   """And of every edge its expert and its gate; no weights, unless split."""
   mesh = sharding.make_mesh(layout)
   n, split = mesh.shape["expert"], mesh.shape["model"] > 1
@@ -256,13 +256,13 @@ def test_tokens_are_gathered_once_and_sums_scattered_home(layout):
   weights = 2 * [("all-gather", E // n * D * F)] if split else []
   there = [("all-gather", edges), ("all-gather", edges)]
   there += [("all-gather", tokens * D)]
-  home = [("reduce-scatter", tokens * D // n)]
+  back_sums = [("reduce-scatter", tokens * D // n)]
   run = on_all_devices(layout, "all_gather", None, "choices", forward=True)
-  assert moves(run, layout) == sorted(weights + there + home)
+  assert moves(run, layout) == sorted(weights + there + back_sums)
   run = on_all_devices(layout, "all_gather", None, "choices")
   back = [("all-gather", tokens * D), ("reduce-scatter", tokens * D // n)]
   back += [("reduce-scatter", edges // n)]
-  assert moves(run, layout) == sorted(weights + there + home + back)
+  assert moves(run, layout) == sorted(weights + there + back_sums + back)
 
 
 def layer(kind, num_experts):
@@ -284,8 +284,8 @@ def layer(kind, num_experts):
   ],
   ids=lambda kind: type(kind).__name__,
 )
-def test_experts_without_an_axis_of_their_own_are_visited_at_home(kind):
-  """A lone one, those without weights and those of several kinds."""
+def test_experts_without_an_axis_of_their_own_stay(kind):
+  """A single one, those without weights and those of several kinds."""
   module, x = layer(kind, kind.num_experts), draw(0)["x"]
   params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x))
   layout = sharding.LAYOUTS["expert"]

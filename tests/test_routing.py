@@ -57,36 +57,6 @@ def test_first_picks_come_before_second_picks():
     )
 
 
-def test_a_decision_sums_up_its_edges():
-  assignment = Assignment(
-    jnp.asarray([[0, 3, 0, E]], jnp.int32), jnp.asarray([[0.5, 1, 0.25, 0]])
-  )
-  logits, mask = jnp.ones((1, 2, E)), jnp.asarray([[True, False]])
-  got = routing.make_routing(assignment, logits, mask)
-  np.testing.assert_array_equal(got.importance, [[0.75, 0, 0, 1]])
-  np.testing.assert_array_equal(got.count, [[2, 0, 0, 1]])
-  np.testing.assert_array_equal(got.load, got.count)
-  assert got.assignment is assignment and got.logits is logits
-  assert (
-    got.mask is mask and routing.make_routing(assignment, logits).mask is None
-  )
-
-
-def test_edges_may_name_their_tokens():
-  expert = jnp.asarray([[1, 0, E]], jnp.int32)
-  token = jnp.asarray([[2, 2, 0]], jnp.int32)
-  assignment = Assignment(expert, jnp.ones((1, 3)), token)
-  np.testing.assert_array_equal(assignment.tokens(S), token)
-
-
-def test_per_expert_sums_edges_and_skips_unused_ones():
-  expert = jnp.asarray([[0, 3, 0, E], [E, E, 1, 1]], jnp.int32)
-  value = jnp.asarray([[1.0, 2, 4, 8], [16, 32, 64, 128]])
-  np.testing.assert_array_equal(
-    routing.per_expert(value, expert, E), [[5, 0, 0, 2], [0, 192, 0, 0]]
-  )
-
-
 def test_merged_groups_keep_first_choices_first():
   random = np.random.default_rng(2)
   expert = random.integers(0, E + 1, (G, K * S)).astype("int32")
@@ -156,10 +126,10 @@ def concatenate(first, second):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_batches_that_are_joined_are_judged_as_one(case):
-  """By every loss and report, of the whole and of each group."""
+def test_batches_that_are_joined_are_as_one(case):
+  """In every loss and report, of the whole and of each group."""
 
-  def judge(decision):
+  def report(decision):
     each = {
       (name, scope): loss(decision, scope)
       for name, loss in losses.LOSSES.items()
@@ -181,7 +151,7 @@ def test_batches_that_are_joined_are_judged_as_one(case):
 
   @jax.jit
   def both():
-    return judge(routing.stack_microbatches(stacked)), judge(
+    return report(routing.stack_microbatches(stacked)), report(
       concatenate(first, second)
     )
 
@@ -208,17 +178,16 @@ def test_joined_groups_stay_where_they_lie():
   assert not moved(routing.stack_microbatches, stacked, None, "group")
 
 
-@pytest.mark.parametrize("number", [4, 8])
-def test_groups_that_are_together_stay_where_they_lie(number):
+def test_groups_that_are_together_stay_where_they_lie(number=4):
   """Their losses cost sums."""
   decision = make_level(0, 8, E, (8, E))._replace(thresholds=None, bias=None)
 
-  def judge(decision):
+  def report(decision):
     decision = routing.merge_groups(drop(decision), number)
     values = [loss(decision) for loss in losses.LOSSES.values()]
     return values, losses.balance(decision)
 
-  assert not moved(judge, decision, "group")
+  assert not moved(report, decision, "group")
 
 
 def test_sums_of_a_bfloat16_router_do_not_end_at_256():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import dispatch, experts, moe, router, sharding
+from moejax import experts, moe, partition, router, sharding
 
 B, L, D, E = 8, 16, 5, 8
 ALL = pytest.mark.parametrize("layout", sharding.LAYOUTS)
@@ -82,7 +82,9 @@ def test_experts_that_do_not_divide_name_both_numbers(on, devices, two_levels):
 def test_groups_that_are_together_do_not_leave_their_replica():
   module = layer(True).clone(groups_together=B // 2)
   init_on_mesh("data_expert", module)
-  message = "'group_away'.* 1 entries.* 2 devices; .* smaller groups_together"
+  message = (
+    "'group_replicated'.* 1 entries.* 2 devices; .* smaller groups_together"
+  )
   with pytest.raises(ValueError, match=message):
     init_on_mesh("data_expert", module.clone(groups_together=B))
 
@@ -94,7 +96,7 @@ def test_off_the_mesh_nothing_is_asked_for():
   def fn(x):
     return x
 
-  assert sharding.manual(fn, (("group",),), ("group",))(x) is x
+  assert partition.manual(fn, (("group",),), ("group",))(x) is x
 
 
 @ALL
@@ -110,7 +112,9 @@ def test_batch_lies_over_every_device(layout):
 
 
 def test_what_rests_in_parts_is_used_whole():
-  layout = sharding.Layout("both", (2, 4, 1), sharding.rules(at_rest="data"))
+  layout = sharding.Layout(
+    "both", (2, 4, 1), sharding.rules(param_shards="data")
+  )
   message = r"'both' splits parameters over 'data' .* 'expert' over 4 devices"
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(layout)
@@ -129,13 +133,15 @@ def test_what_does_not_divide_rests_whole():
 
 def test_rules_follow_the_experts():
   assert dict(sharding.rules()) == sharding.RULES
-  away = dict(sharding.rules(batch="data", expert=("data", "expert")))
-  assert away["group"] == "data" and away["group_away"] is None
+  split = dict(sharding.rules(batch="data", expert=("data", "expert")))
+  assert split["group"] == "data" and split["group_replicated"] is None
   table = dict(sharding.rules(mlp=None))
-  assert table["group_away"] == table["group_sent"] == ("data", "model")
-  assert dict(sharding.rules(group_away="data", expert=None))["group_away"] == (
-    "data"
+  assert (
+    table["group_replicated"] == table["group_dispatched"] == ("data", "model")
   )
+  assert dict(sharding.rules(group_replicated="data", expert=None))[
+    "group_replicated"
+  ] == ("data")
 
 
 def test_batch_must_divide():
@@ -144,7 +150,7 @@ def test_batch_must_divide():
     sharding.batch_sharding(layout, sharding.make_mesh(layout), 12)
 
 
-def alone(name):
+def single(name):
   """A layer with one expert, or with one of a kind or one group of them."""
   one, four = experts.FeedForward(1, 16), experts.FeedForward(4, 16)
   if name == "expert":
@@ -157,18 +163,18 @@ def alone(name):
   return moe.HierarchicalMoE(router.TopK(1, 1), within, L)
 
 
-# To groups of experts tokens travel by slots.
-WAYS = [
-  (name, way)
-  for name in ("expert", "kind", "group")
-  for way in dispatch.DISPATCH
-  if (name, way) != ("group", "ragged")
-]
-
-
-@pytest.mark.parametrize("name, way", WAYS)
-def test_a_lone_expert_need_not_divide(name, way):
-  module = alone(name).clone(dispatch=way)
+@pytest.mark.parametrize(
+  "name, dispatcher",
+  [
+    ("expert", "einsum"),
+    ("expert", "ragged"),
+    ("kind", "gather"),
+    ("kind", "ragged"),
+    ("group", "gather"),
+  ],
+)
+def test_a_single_expert_need_not_divide(name, dispatcher):
+  module = single(name).clone(dispatch=dispatcher)
   x = jax.random.normal(jax.random.key(0), (B, L, D))
   params = nn.unbox(module.init(jax.random.key(1), x))
   want = jax.jit(module.apply)(params, x)

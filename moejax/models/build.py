@@ -17,9 +17,9 @@ from moejax.models.attention import FORMS, Attention
 from moejax.models.gnmt import GNMT, WIRINGS
 from moejax.models.layers import LSTM
 from moejax.models.lstm_lm import LSTMLM
-from moejax.moe import HierarchicalMoE, MoE, OneExpert
+from moejax.moe import HierarchicalMoE, MoE
 from moejax.named import Names, Range, Section, Size
-from moejax.router import ROUTERS
+from moejax.router import ROUTERS, Single
 
 ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -39,20 +39,17 @@ def _feed_forward(
   return FeedForward(activation=ACTIVATIONS[activation], **fields)
 
 
-def _in_list(
-  factory: Callable[..., nn.Module],
-) -> Callable[..., tuple[nn.Module, float]]:
+def _in_list(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
   """Makes a factory of experts one of an entry of a list of mixed ones."""
 
   @named.fields_of(factory, num_experts=Size)
-  def entry(capacity: float = 1.0, **fields: Any) -> tuple[nn.Module, float]:
+  def entry(**fields: Any) -> nn.Module:
     """Makes the experts of one kind.
 
     Args:
       num_experts: how many are of this kind.
-      capacity: slots of each, relative to what the layer gives.
     """
-    return factory(**fields), capacity
+    return factory(**fields)
 
   return entry
 
@@ -93,12 +90,10 @@ def _moe(
   Args:
     num_experts: how many there are.
     router: chooses among them.
-    experts: of one kind, or a list of several, each with its own num_experts
-      and, if it is not that of the layer, capacity.
+    experts: of one kind, or a list of several, each with its own num_experts.
   """
   if isinstance(experts, tuple):
-    kinds, capacities = zip(*(build() for build in experts), strict=True)
-    built = EXPERTS["mixed"](kinds, capacities)
+    built = EXPERTS["mixed"](tuple(build() for build in experts))
     if built.num_experts != num_experts:
       raise ValueError(
         f"`experts` lists {built.num_experts} experts, but num_experts is"
@@ -147,7 +142,7 @@ class _Layers(NamedTuple):
     lstm: an LSTM.
     moe: a mixture of experts.
     hierarchical_moe: a mixture of two levels.
-    one_expert: the lone expert of MoE-1-Wide and MoE-1-Deep.
+    one_expert: the single expert of MoE-1-Wide and MoE-1-Deep.
   """
 
   lstm: Annotated[_Build, Section(_lstm, given=("width",))] | None = None
@@ -161,7 +156,7 @@ class _Layers(NamedTuple):
       "lstm": lambda: self.lstm(width=width),
       "moe": self.moe,
       "hierarchical_moe": self.hierarchical_moe,
-      "one_expert": lambda: OneExpert(self.one_expert(num_experts=1)),
+      "one_expert": lambda: MoE(Single(), self.one_expert(num_experts=1)),
     }
     return tuple(builders[name]() for name in names)
 

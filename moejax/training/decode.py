@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from moejax import sharding
+from moejax import partition
 
 # (memory, state, ids [N]) -> state, log probabilities of the next piece [N, V],
 # attention over the source [N, M]. Memory and state are trees of arrays with a
@@ -244,7 +244,7 @@ def _top(x: Float32[Array, "B N"], k: int) -> tuple[Array, Array]:
 
   rows = ("batch", None)
   # On its own XLA would bring all rows together on every device.
-  return sharding.manual(find, (rows,), (rows, rows))(x)
+  return partition.manual(find, (rows,), (rows, rows))(x)
 
 
 def _take(tree: Any, index: Int[Array, "B J"]) -> Any:

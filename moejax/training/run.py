@@ -3,13 +3,16 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import flax.linen as nn
 
 from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import terminal
 from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
+from moejax.data.vocab import Vocabulary
 from moejax.training import (
   checkpoint,
   evaluate,
@@ -24,6 +27,42 @@ CHECKPOINTS = "checkpoints"
 TRANSLATIONS = "translations"
 # Folders of a workdir that a run writes to.
 FOLDERS = (CHECKPOINTS, TRANSLATIONS, "tensorboard")
+
+
+class Loaded(NamedTuple):
+  """A run, for use in Python.
+
+  Attributes:
+    model: the module; model.apply({"params": params}, ...).
+    params: of the best checkpoint, as they lie between uses.
+    tokenizer: the run's own vocabulary, of words or of pieces.
+    config: what the run was made with.
+  """
+
+  model: nn.Module
+  params: Any
+  tokenizer: Any
+  config: config_lib.Config
+
+
+def load(workdir: str | files_lib.Path, layout: str = "") -> Loaded:
+  """Loads a run by its best checkpoint, even while it trains.
+
+  Args:
+    workdir: of the run.
+    layout: name of one to take in place of the run's own.
+
+  Raises:
+    FileNotFoundError: there is no run in the workdir.
+    ValueError: the run has no checkpoint yet, or its vocabulary is another.
+  """
+  workdir = files_lib.path(str(workdir))
+  config = _recall(workdir, layout)
+  kind = Pieces if config_lib.translates(config) else Vocabulary
+  tokenizer = workdir_lib.vocabulary(kind, workdir)
+  parts = session.build(config, len(tokenizer))
+  params = best(workdir, parts).params
+  return Loaded(parts.model, params, tokenizer, config)
 
 
 def evaluate_run(

@@ -91,7 +91,7 @@ def train_step(
     )
     return loss.sum() / words, losses.routings(sown)
 
-  run = sharding.gathered(run)
+  run = sharding.zero3(run)
 
   def run_together(params, _):
     """Runs all microbatches, keeping of each only its routings."""
@@ -147,7 +147,7 @@ def eval_step(params: Any, batch: Batch, *, model: nn.Module) -> Metrics:
       {"params": params}, batch, train=False, mutable=[ROUTING], method="loss"
     )
 
-  loss, sown = sharding.gathered(run)(params)
+  loss, sown = sharding.zero3(run)(params)
   words = batch["mask"].sum().astype(jnp.float32)
   balance = {n: v * words for n, v in losses.balance(sown).items()}
   return {"loss": loss.sum(), "words": words, **balance}

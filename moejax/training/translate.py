@@ -58,7 +58,7 @@ def finder(
 
   @functools.partial(jax.jit, out_shardings=whole)
   def found(params, *source):
-    return sharding.gathered(run)(params, *source)
+    return sharding.zero3(run)(params, *source)
 
   def translate(params, batch):
     where = sharding.batch_sharding(layout, mesh, len(batch.source))

@@ -58,7 +58,7 @@ def gradient(layout, name):
 
   with sharding.use(layout, mesh):
     run = jax.jit(
-      jax.grad(sharding.gathered(loss), (0, 1)),
+      jax.grad(sharding.zero3(loss), (0, 1)),
       in_shardings=(places, batch),
       out_shardings=(places, batch),
     )

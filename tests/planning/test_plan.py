@@ -10,7 +10,7 @@ import pytest
 import topology
 
 from moejax import config as config_lib
-from moejax import seats
+from moejax import slots as slots_lib
 from moejax.planning import chips, command, cost, plan, report
 from moejax.planning.collectives import Collective
 from moejax.planning.work import Work
@@ -70,7 +70,7 @@ def test_work_is_the_models_and_that_of_empty_slots():
   count = cost.count(config, VOCABULARY)
   needed = cost.flops_per_step(config, VOCABULARY, count)
   assert 8 * got.model_flops == needed
-  slots = seats.capacity(2 * 128, 128, 8, 1.25) * 8
+  slots = slots_lib.capacity(2 * 128, 128, 8, 1.25) * 8
   spare = slots / (2 * 128) - 1
   of_experts = 6 * (2 * 2 * 32 * 64) * tokens
   # The embedding, whose gradient is no product, and the target's own score.
@@ -82,7 +82,7 @@ def test_collectives_are_those_of_the_layout():
   config, got = tiny(), here()
   found = [each for each in got.collectives if each.kind == "all-to-all"]
   groups = config.data.batch_size * config.data.row_length // 128
-  capacity = seats.capacity(2 * 128, 128, 8, 1.25)
+  capacity = slots_lib.capacity(2 * 128, 128, 8, 1.25)
   assert [each.bytes for each in found] == 4 * [
     4 * 32 * 8 * capacity * groups // 8
   ]
