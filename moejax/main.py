@@ -198,7 +198,7 @@ def _translate(
 
   Args:
     workdir: where the run lives.
-    language: to translate into, where the run has learnt several.
+    language: to translate into, where the run has learned several.
     beam: hypotheses kept at every step; 1 is greedy.
     layout: a name, in place of the run's own.
   """

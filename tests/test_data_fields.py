@@ -1,4 +1,4 @@
-"""Every field of `data` changes what is read, or where it is kept."""
+"""Every field of `data` changes what is read, or where it is prepared."""
 
 import random
 
@@ -55,7 +55,7 @@ def base(kind, folder):
     for split in ("train", "validation", "test")
   }
   section = {"kind": kind, "row_length": 24, "batch_size": 4, **files}
-  section["data_dir"] = str(folder / "kept")
+  section["data_dir"] = str(folder / "prepared")
   changes = {split: [f"{mark}{folder}/{split}2{suffix}"] for split in files} | {
     "row_length": [32],
     "batch_size": [8],

@@ -85,8 +85,8 @@ def scores(
   """Scores lines of plain text, one reference each.
 
   sacrebleu cuts both into words by its "13a"; where there are no spaces between
-  them, by what `tokenizer` chooses. The paper's tokenised BLEU (multi-bleu.pl)
-  is another number: that of text which has been tokenised before, with
+  them, by what `tokenizer` chooses. The paper's tokenized BLEU (multi-bleu.pl)
+  is another number: that of text which has been tokenized before, with
   sacrebleu's tokenize="none".
 
   Args:

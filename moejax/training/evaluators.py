@@ -196,7 +196,7 @@ def translation_eval(
 ) -> Values:
   """Translates a whole split and compares it with the references.
 
-  The workdir keeps the lines of each direction, for people and for `sacrebleu
+  The workdir gets the lines of each direction, for people and for `sacrebleu
   test.en-fr.reference -i test.en-fr.translation`, with the -tok of the
   signature.
 
@@ -212,30 +212,32 @@ def translation_eval(
     direction, language = str(pairs.direction), pairs.direction.target
     lines = list(pairs.sources)
     found = context.translator.lines(params, lines, language)
-    _keep(context.workdir / TRANSLATIONS, f"{split}.{direction}", pairs, found)
+    _write_lines(
+      context.workdir / TRANSLATIONS, f"{split}.{direction}", pairs, found
+    )
     scores[direction] = bleu.scores(found, list(pairs.targets), language)
     if scores[direction].doubt and processes.first():
       terminal.warn(f"{direction}: {scores[direction].doubt}")
   means, each, signatures = {}, {}, {}
   for name in ("bleu", "chrf"):
-    of = {way: getattr(score, name) for way, score in scores.items()}
-    means[name] = sum(of.values()) / len(of)
-    each |= {f"{name}_{way}": value for way, value in of.items()}
-    how = {way: getattr(s, f"{name}_signature") for way, s in scores.items()}
+    values = {to: getattr(score, name) for to, score in scores.items()}
+    means[name] = sum(values.values()) / len(values)
+    each |= {f"{name}_{to}": value for to, value in values.items()}
+    how = {to: getattr(s, f"{name}_signature") for to, s in scores.items()}
     (signatures[name], *others) = dict.fromkeys(how.values())
     # Directions differ in theirs where languages are cut differently.
     if others:
-      signatures[name] = ", ".join(f"{way} {of}" for way, of in how.items())
+      signatures[name] = ", ".join(f"{to} {said}" for to, said in how.items())
   if len(scores) > 1:
-    for way, score in scores.items():
-      say(f"{way}: BLEU {score.bleu:.2f}, chrF {score.chrf:.2f}")
+    for direction, score in scores.items():
+      say(f"{direction}: BLEU {score.bleu:.2f}, chrF {score.chrf:.2f}")
     means |= each
   for name, signature in signatures.items():
     say(f"{name}: {signature}")
   return means | {"signatures": signatures}
 
 
-def _keep(
+def _write_lines(
   folder: files.Path, name: str, pairs: Pairs, found: Sequence[str]
 ) -> None:
   """Writes sources, references and translations, line by line."""

@@ -103,7 +103,7 @@ def _open(
     f" {mesh.devices.flat[0].platform} device(s){processes.how_many()}"
   )
   _say(
-    f"optimiser state of {num_bytes:,} bytes,"
+    f"optimizer state of {num_bytes:,} bytes,"
     f" {num_bytes / total:.2f} a parameter"
   )
   in_layout = functools.partial(
@@ -257,9 +257,9 @@ class _Run:
     self.all_stop = int(values.pop("asked")) or self.all_stop
     for name in ("loss", "grad_norm", "param_norm"):
       if not math.isfinite(values[name]):
-        kept = f"checkpoint {self.saved}" if self.saved else "no checkpoint"
+        last = f"checkpoint {self.saved}" if self.saved else "no checkpoint"
         raise FloatingPointError(
-          f"{name} became {values[name]} at step {at}; {kept} was saved before,"
+          f"{name} became {values[name]} at step {at}; {last} was saved before,"
           f" in {self.workdir / run_lib.CHECKPOINTS}. Train in a new workdir"
           " with a lower config.optimizer.peak, or with"
           " config.optimizer.clip_norm."

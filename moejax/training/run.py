@@ -114,7 +114,7 @@ def translate_run(
   Raises:
     FileNotFoundError: there is no run in the workdir.
     ValueError: the run has no checkpoint yet, or is none of translations, or
-      did not learn the language, or learnt several and none is given, or the
+      did not learn the language, or learned several and none is given, or the
       vocabulary is not the run's.
   """
   experiment = recall(workdir, layout)

@@ -153,7 +153,7 @@ def compiled(session: Session) -> jax.stages.Compiled:
   raise ValueError(
     f"{what} {needs:,} bytes of each device in layout"
     f" {session.layout.name!r}, which has {has:,}, though parameters, gradients"
-    f" and optimiser state take only {least:,};"
+    f" and optimizer state take only {least:,};"
     " take more config.train.microbatches, which are"
     f" {session.experiment.train.microbatches}, or look by `moejax plan` for a"
     " layout that fits."

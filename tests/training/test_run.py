@@ -16,7 +16,7 @@ from moejax.data.pieces import Pieces
 from moejax.main import main
 from moejax.training import metrics
 
-COLOURS = {
+COLORS = {
   "red": "rouge",
   "blue": "bleu",
   "green": "vert",
@@ -48,10 +48,10 @@ def pairs(count, turn=False):
   """Sentences whose adjectives change places."""
   rng = np.random.default_rng(0)
   for _ in range(count):
-    colours, things = rng.choice(list(COLOURS), 2), rng.choice(list(THINGS), 2)
-    both = list(zip(colours, things, strict=True))
+    colors, things = rng.choice(list(COLORS), 2), rng.choice(list(THINGS), 2)
+    both = list(zip(colors, things, strict=True))
     english = " and ".join(f"the {c} {t}" for c, t in both)
-    french = " et ".join(f"le {THINGS[t]} {COLOURS[c]}" for c, t in both)
+    french = " et ".join(f"le {THINGS[t]} {COLORS[c]}" for c, t in both)
     yield (french, english) if turn else (english, french)
 
 
@@ -66,8 +66,11 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(files):
-  path, kept = files / "en_fr.tsv", files / "tfds"
-  own = [f"--config.data.train=en-fr={path}", f"--config.data.data_dir={kept}"]
+  path, prepared = files / "en_fr.tsv", files / "tfds"
+  own = [
+    f"--config.data.train=en-fr={path}",
+    f"--config.data.data_dir={prepared}",
+  ]
   return [*FLAGS, *own]
 
 
@@ -112,8 +115,8 @@ def test_a_run_learns_to_translate_and_shows_it(trained):
   assert "per word piece" in output
   signatures = program.result(workdir)["signatures"]
   assert "tok:13a" in signatures["bleu"] and "nc:6" in signatures["chrf"]
-  kept = workdir / "translations/test.en-fr"
-  found, want = (f"{kept}.{side}" for side in ("translation", "reference"))
+  stem = workdir / "translations/test.en-fr"
+  found, want = (f"{stem}.{side}" for side in ("translation", "reference"))
   assert sacrebleu(want, found) == pytest.approx(test["bleu"], abs=0.05 + 1e-6)
   with open(want) as wanted, open(found) as got:
     assert any(a == b for a, b in zip(wanted, got, strict=True))
