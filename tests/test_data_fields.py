@@ -8,7 +8,8 @@ from config_shapes import experiment
 
 from moejax import config as config_lib
 from moejax import named
-from moejax.data import text
+from moejax.data import batches as batches_lib
+from moejax.data import corpora
 
 WORDS = [
   "the",
@@ -54,21 +55,21 @@ def base(kind, folder):
     split: f"{mark}{folder}/{split}{suffix}"
     for split in ("train", "validation", "test")
   }
-  section = {"kind": kind, "row_length": 24, "batch_size": 4, **files}
+  section = {"kind": kind, "row_length": 64, "batch_size": 4, **files}
   section["data_dir"] = str(folder / "prepared")
   changes = {split: [f"{mark}{folder}/{split}2{suffix}"] for split in files} | {
-    "row_length": [32],
+    "row_length": [80],
     "batch_size": [8],
     "data_dir": [str(folder / "elsewhere")],
   }
   if kind == "text":
     return section | {"min_count": 1}, changes | {"min_count": [35]}
   section["train"] += f",en-de={folder}/few.tsv"
-  section |= {"vocab_size": 300, "source_length": 24}
+  section |= {"vocab_size": 300, "source_length": 64}
   return section, changes | {
     "train": [f"en-fr={folder}/train2.tsv,en-de={folder}/few.tsv"],
     "vocab_size": [310],
-    "source_length": [32],
+    "source_length": [80],
     "both_directions": [True],
     "temperature": [5.0],
     "strict": [True],
@@ -80,7 +81,7 @@ def seen(kind, section):
   name = "tiny" if kind == "text" else "translate_tiny"
   data = config_lib.open_corpus(experiment(name, data=section))
   rows = {split: data.rows(split) for split in ("train", "validation", "test")}
-  batches = text.train_batches(rows["train"], data.batch_size, 0)
+  batches = batches_lib.train_batches(rows["train"], data.batch_size, 0)
   first = [next(batches) for _ in range(4)]
   return {split: each.digest for split, each in rows.items()} | {
     "vocabulary": data.vocabulary.digest,
@@ -93,7 +94,7 @@ def seen(kind, section):
 @pytest.mark.parametrize("kind", ["text", "pairs"])
 def test_no_field_of_the_data_is_ignored(kind, folder):
   section, changes = base(kind, folder)
-  about = named.Section(config_lib.DATA)
+  about = named.Section(corpora.DATA)
   assert set(changes) == set(named.chosen(about, section, "data")[1])
   before, ignored = seen(kind, section), []
   for field, values in changes.items():
