@@ -60,7 +60,7 @@ def base(kind, folder):
   changes = {split: [f"{mark}{folder}/{split}2{suffix}"] for split in files} | {
     "row_length": [80],
     "batch_size": [8],
-    "data_dir": [str(folder / "elsewhere")],
+    "data_dir": [str(folder / kind)],
   }
   if kind == "text":
     return section | {"min_count": 1}, changes | {"min_count": [35]}
@@ -107,9 +107,9 @@ def test_no_field_of_the_data_is_ignored(kind, folder):
       with pytest.raises(ValueError, match="odd.tsv"):
         seen(kind, other | odd)
     elif field == "data_dir":
-      assert not (folder / "elsewhere").exists()
+      assert not (folder / kind).exists()
       assert seen(kind, other) == before
-      assert any((folder / "elsewhere").iterdir())
+      assert any((folder / kind).iterdir())
     elif seen(kind, other) == before:
       ignored.append(field)
   assert not ignored
