@@ -343,17 +343,6 @@ def test_a_file_comes_before_a_packaged_config(
   assert config_of(file="tiny")["seed"] == 7
 
 
-def test_a_field_that_no_builder_reads(capsys, tmp_path):
-  path = tmp_path / "own.py"
-  tiny = (ROOT / "configs" / "tiny.py").read_text()
-  path.write_text(tiny.replace('"log_every"', '"log_evry"'))
-  argv = ["moejax", "train", f"--config={path}", f"--workdir={tmp_path}/run"]
-  assert main(argv) == 1
-  said = capsys.readouterr().err
-  assert "train.log_evry does not exist; the nearest is" in said
-  assert "config.train.log_every" in said
-
-
 @pytest.mark.parametrize(
   "flags, complaint",
   [
@@ -424,16 +413,6 @@ def test_what_a_checkpoint_keeps_of_a_cpu_counts(fails, monkeypatch):
   monkeypatch.setattr(state, "device_memory", lambda device: 1000)
   monkeypatch.setattr(state, "check_fits", lambda *args: None)
   assert "a step, and the state before it that is being saved" in fails()
-
-
-def test_files_that_cannot_be_read(fails, tmp_path):
-  empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
-  empty.touch()
-  latin.write_bytes(b"un caf\xe9\n" * 100)
-  assert "holds no words" in fails(f"--config.data.train={empty}")
-  assert "is not UTF-8: byte 7 of line 1" in fails(
-    f"--config.data.train={latin}"
-  )
 
 
 @pytest.fixture(scope="module")
