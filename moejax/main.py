@@ -44,10 +44,7 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs a command.
-
-  Args:
-    argv: program name, command, flags.
+  """Runs a command: program name, its own name, flags.
 
   Returns:
     The exit status: 0, 1 where the command failed, 2 where it was not

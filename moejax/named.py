@@ -88,19 +88,12 @@ _KINDS = {
 
 
 class Alternative(NamedTuple):
-  """One of the types that an annotation names.
+  """One of the types that an annotation names."""
 
-  Attributes:
-    kind: a key of `_KINDS`.
-    about: what `Annotated` says of it: `Names`, `Range`, `Section`; or None.
-    entry: annotation of the entries, of a list; or None.
-    line: what the field is, where `Annotated` says that.
-  """
-
-  kind: type
-  about: Any
-  entry: Any
-  line: str
+  kind: type  # A key of `_KINDS`.
+  about: Any  # `Names`, `Range` or `Section`, if `Annotated` has one.
+  entry: Any  # Annotation of the entries, of a list.
+  line: str  # What the field is, where `Annotated` says that.
 
 
 def alternatives(annotation: Any) -> list[Alternative]:
@@ -346,21 +339,13 @@ def shown(value: Any) -> str:
 
 
 class Field(NamedTuple):
-  """A field of a config, or a section of it.
+  """A field of a config, or a section of it."""
 
-  Attributes:
-    name: with those of the sections that it is in, as in "config.seed".
-    annotation: what it may hold.
-    value: what it holds; `EMPTY` where the config leaves it out.
-    default: what that means; `EMPTY` where it must not be left out.
-    line: what it is.
-  """
-
-  name: str
+  name: str  # With those of the sections that it is in: "config.seed".
   annotation: Any
-  value: Any
-  default: Any
-  line: str
+  value: Any  # `EMPTY` where the config leaves it out.
+  default: Any  # What that means; `EMPTY` where it must not be left out.
+  line: str  # What it is.
 
 
 def fields(

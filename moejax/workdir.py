@@ -40,11 +40,7 @@ _BACK = "put the file back from a copy, or train in a new --workdir."
 
 
 def is_run(workdir: files.Path) -> bool:
-  """Returns whether a run was made there.
-
-  Raises:
-    FileNotFoundError: one was, but its config is gone.
-  """
+  """Returns whether a run was made there; raises where its config is gone."""
   if files.exists(workdir / CONFIG_FILE):
     return True
   # All of these are written after it.
@@ -61,8 +57,7 @@ def recall(workdir: files.Path) -> dict[str, Any]:
   """Reads the values of the config that a workdir was made with.
 
   Raises:
-    FileNotFoundError: it is no workdir of a run.
-    OSError, ValueError: the file cannot be read, or is damaged.
+    OSError, ValueError: it is no workdir of a run, or the file is damaged.
   """
   if not is_run(workdir):
     raise FileNotFoundError(
@@ -153,8 +148,7 @@ def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
   """Reads the vocabulary that a run was made with.
 
   Raises:
-    FileNotFoundError: the run lost it.
-    ValueError: the file is no such vocabulary, or another one.
+    OSError, ValueError: it is gone, or is another one.
   """
   path, noted = workdir / kind.FILE, workdir / DIGEST_FILE
   if not files.exists(path):

@@ -40,10 +40,7 @@ class Context:
   """
 
   def __init__(
-    self,
-    built: session.Session,
-    data: corpora.Corpus,
-    workdir: files.Path,
+    self, built: session.Session, data: corpora.Corpus, workdir: files.Path
   ):
     self.session, self.data, self.workdir = built, data, workdir
     self.rows = functools.cache(data.rows)
@@ -105,12 +102,8 @@ def losses_of(
   each batch's. All else is the same for any batch_size where groups have a
   `group_size`: rows follow each other, so a group holds the same ones.
 
-  Args:
-    model: the model.
-    batch_size: rows at once, over all devices. The full softmax of one time
-      step has a number for each of them and each word of the vocabulary.
-    layout: where arrays lie.
-    mesh: of the devices.
+  Of batch_size rows at once, over all devices, the full softmax of one time
+  step has a number for each word of the vocabulary.
 
   Raises:
     ValueError: the rows do not divide over the devices.

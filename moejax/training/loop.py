@@ -36,11 +36,7 @@ def train(
   run that was never killed. SIGTERM, SIGHUP and Ctrl-C save and return after
   the step or the validation at hand; a second Ctrl-C leaves at once. Where
   several processes train (`processes.join`), a signal to any of them stops all.
-
-  Args:
-    experiment: what a config describes.
-    workdir: where the run lives: config, vocabulary, metrics, checkpoints; a
-      folder that all processes see.
+  They all see the workdir, where the run lives.
 
   Returns:
     The result, which also lies in the workdir as JSON; {"signal": its number}

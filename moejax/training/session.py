@@ -20,11 +20,7 @@ class Session(NamedTuple):
   """An experiment on devices.
 
   Attributes:
-    experiment: what a config describes.
     model: for the vocabulary.
-    tx: the update rule.
-    layout: where arrays lie.
-    mesh: of the devices.
     batch_sharding: where a batch lies.
     shapes: of a batch's arrays.
     abstract_state: shapes, types and shardings of what training changes.

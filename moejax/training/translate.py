@@ -43,8 +43,7 @@ class Translator:
       pieces: of both languages.
       source_length: pieces of a source; a longer line is cut (`batches.cut`).
       hypotheses: to follow at once, over all devices.
-      layout: where arrays lie.
-      mesh: of the devices.
+      layout, mesh: where arrays lie.
       beam: hypotheses of each line.
       **search: how else to search, see `decode.beam_search`.
 
