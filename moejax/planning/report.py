@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 
 from moejax.planning.plan import (
