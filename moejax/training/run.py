@@ -15,7 +15,7 @@ from moejax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
 # Folders of a workdir that a run writes to.
-FOLDERS = (CHECKPOINTS, evaluators.TRANSLATIONS, metrics.BOARD)
+FOLDERS = (CHECKPOINTS, evaluators.TRANSLATIONS, "tensorboard")
 
 
 def recall(workdir: files_lib.Path, layout: str = "") -> config_lib.Experiment:
