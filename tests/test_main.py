@@ -16,7 +16,7 @@ import pytest
 from moejax import config as config_lib
 from moejax.data import packing
 from moejax.main import COMMANDS, main
-from moejax.training import session, state
+from moejax.training import run, session, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -523,6 +523,8 @@ def test_eval_repeats_the_test(trained, capsys):
   said = capsys.readouterr().out
   assert f"perplexity {want['test']['perplexity']:,.2f} per word" in said
   assert f"(checkpoint of step {want['best_step']})" in said
+  assert run.recall(trained).layout.name == "expert"
+  assert run.recall(trained, "fsdp").layout.name == "fsdp"
 
 
 def test_eval_says_where_the_best_is_damaged(trained, tmp_path, capsys):
