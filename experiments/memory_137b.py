@@ -38,7 +38,8 @@ def rows(quick: bool) -> Iterator[figures.Row]:
   """Yields a row for each optimizer, with and without recompute."""
   config = training.load(QUICK_CONFIG if quick else CONFIG)
   topology = chips.find(QUICK_TOPOLOGY if quick else TOPOLOGY)
-  vocab_size = 1000 if quick else config_lib.vocab_size(config)
+  experiment = config_lib.parse(config)
+  vocab_size = 1000 if quick else config_lib.vocab_size(experiment)
   layer = "moe" if "moe" in config.model else "hierarchical_moe.secondary"
   optimizers = list(OPTIMIZERS)
   for name in optimizers[1:] if quick else optimizers:
@@ -49,7 +50,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         **OPTIMIZERS[name],
       }
       with training.roughly_compiled(quick):
-        outcome = search.attempt(config, vocab_size, topology, changes)
+        outcome = search.attempt(experiment, vocab_size, topology, changes)
       row = {"optimizer": name, "recompute": recompute}
       if isinstance(outcome, plan.Refusal):
         needs = outcome.needs and round(outcome.needs / 1e9, 2)

@@ -60,7 +60,8 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         "seconds": round(run.result["seconds"]),
       }
       workdir = runs / model
-      data = config_lib.data(workdir_lib.recall(workdir), workdir)
+      experiment = config_lib.parse(workdir_lib.recall(workdir))
+      data = config_lib.open_corpus(experiment, workdir)
       gates = np.zeros(len(ops))
       # [words, kinds]: how many edges.
       edges = np.zeros((len(data.vocabulary), len(ops) + 1), np.int64)

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments import figures, harness, training
+from moejax import config as config_lib
 from moejax import terminal
 from moejax.planning import cost
 
@@ -69,7 +70,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
     differ, cells = [], 2 * len(table)
     for name, paper in table.items():
       config = training.load(name)
-      count = cost.count(config, config.data.vocab_size)
+      count = cost.count(config_lib.parse(config), config.data.vocab_size)
       ops, digits = count.ops, 1
       if table is TRANSLATION:
         ops += count.softmax - count.gates - count.attention

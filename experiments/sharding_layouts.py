@@ -191,18 +191,19 @@ def planned(topologies: Sequence[str]) -> Iterator[figures.Row]:
   """Yields a row for each model, topology and layout."""
   for name in MODELS:
     config = training.load(name)
-    vocab_size = config_lib.vocab_size(config)
+    experiment = config_lib.parse(config)
+    vocab_size = config_lib.vocab_size(experiment)
     for topology in map(chips.find, topologies):
-      groups = search.groups(config)
+      groups = search.groups(experiment)
       if groups % len(topology.devices):
         terminal.say(
           f"{name}: {groups} groups of tokens do not divide over"
           f" {topology.name}; left out"
         )
         continue
-      for choice in search.layouts(config).values():
+      for choice in search.layouts(experiment).values():
         changes = {"config.layout": choice}
-        outcome = search.attempt(config, vocab_size, topology, changes)
+        outcome = search.attempt(experiment, vocab_size, topology, changes)
         row = {"model": name, "topology": topology.name}
         row |= {"layout": outcome.layout, "fits": False}
         if isinstance(outcome, plan.Refusal):

@@ -37,11 +37,11 @@ from experiments import (
   translating,
   translation_capacity,
 )
-from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import losses, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import packing
+from moejax.data.pieces import Pieces
 
 SEED = 0
 CONTEXTS = 10
@@ -72,7 +72,7 @@ def rows(quick: bool, workdir: str = "") -> Iterator[figures.Row]:
       config = translation_capacity.config_of("moe_32", files, runs, quick)
       training.train(config, run)
     places = read(run)
-    vocabulary = config_lib.data(workdir_lib.recall(run), run).vocabulary
+    vocabulary = workdir_lib.vocabulary(Pieces, run)
   every = list(knowledge(places))
   yield from every
   busy = [row for row in every if row.get("load", 0) >= 0.5]

@@ -23,7 +23,7 @@ from moejax.data import vocab as vocab_lib
 from moejax.moe import ROUTING
 from moejax.planning import cost
 from moejax.routing import Routing
-from moejax.training import loop, metrics, session, step
+from moejax.training import loop, metrics, step
 from moejax.training import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
 
   Raises SystemExit at a signal; the same command goes on from there.
   """
-  result = loop.train(config, workdir)
+  result = loop.train(config_lib.parse(config), workdir)
   if "signal" in result:
     raise SystemExit(128 + result["signal"])
   return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
@@ -134,7 +134,7 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
 
 def report(config: config_lib.Config, run: Run) -> figures.Row:
   """Returns what a model costs and how good it is."""
-  count = cost.count(config, 1)
+  count = cost.count(config_lib.parse(config), 1)
   validations = [ln for ln in run.lines if ln["split"] == "validation"]
   test = run.result["test"]
   sparse = "cv_load" in run.lines[0]
@@ -159,9 +159,8 @@ def decisions(
   """
   if not workdir_lib.is_run(workdir):
     raise SystemExit(f"there is no run in {workdir}; train one first")
-  config = workdir_lib.recall(workdir)
-  data = config_lib.data(config, workdir)
-  parts = session.build(config, len(data.vocabulary))
+  run = run_lib.open_run(workdir)
+  parts, data = run.session, run.data
   params = run_lib.best(workdir, parts).params
 
   @jax.jit
@@ -171,7 +170,7 @@ def decisions(
 
   with sharding.use(parts.layout, parts.mesh):
     for batch in batches.eval_batches(data.rows(split), data.batch_size):
-      found = route(params, step.place(batch, parts.where))
+      found = route(params, step.place(batch, parts.batch_sharding))
       yield batch, jax.device_get(found)
 
 

@@ -1,15 +1,16 @@
-"""The only reader of ConfigDict: names in, objects out.
+"""Configs: files and flags in, one `Experiment` out, which all else takes.
 
 Nothing below this file has ever seen a config.
 """
 
+import ast
+import copy
 import functools
 import inspect
-import itertools
-import json
 import os
+import pathlib
 import runpy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moejax import files as files_lib
-from moejax import losses, named, options, sharding
+from moejax import losses, named, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import corpora, packing
 from moejax.models.build import MODELS
@@ -29,57 +30,89 @@ Config = ConfigDict
 # -- files and flags ----------------------------------------------------------
 
 
-def load(path: str) -> ConfigDict:
-  """Runs a config file, of configs/ or a user's own.
+def packaged() -> dict[str, pathlib.Path]:
+  """Returns the files of configs/ by name, such as "sotu/moe_32"."""
+  here = pathlib.Path(__file__).parent
+  # In a wheel they lie inside the package, in a checkout beside it.
+  folder = next(
+    p / "configs" for p in (here, here.parent) if (p / "configs").is_dir()
+  )
+  return {
+    str(path.relative_to(folder).with_suffix("")): path
+    for path in sorted(folder.rglob("*.py"))
+    if path.stem not in ("common", "__init__")
+  }
+
+
+def described() -> Iterator[str]:
+  """Yields a line about each packaged config."""
+  known = packaged()
+  width = max(map(len, known))
+  for name, path in known.items():
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    yield f"{name:{width}}  {doc.splitlines()[0]}"
+
+
+def load(
+  name: str, changes: Sequence[tuple[str, Sequence[str]]] = ()
+) -> ConfigDict:
+  """Runs a config file of a user's own or, by its name, of configs/.
 
   Args:
-    path: of the file; what follows a colon is the argument of its get_config.
+    name: path of the file, or "sotu/moe_32"; what follows a colon is the
+      argument of its get_config.
+    changes: what a command line says of its fields, see `named.override`.
 
   Raises:
-    options.ReadError: it is none; says why.
+    named.ReadError: it is none, or a change cannot be; says why.
   """
-  file, _, argument = path.partition(":")
-  file = os.path.expanduser(file)
-  if not os.path.isfile(file) or os.path.exists(os.path.expanduser(path)):
-    file, argument = str(files_lib.local(path)), ""
-  if not os.path.isfile(file):
-    raise options.ReadError(
-      f"--config={path}: there is no such file; give one of configs/ or your"
-      " own."
+  file, _, argument = name.partition(":")
+  if os.path.exists(os.path.expanduser(name)):
+    file, argument = name, ""
+  known = packaged()
+  path = os.path.expanduser(file)
+  if not os.path.isfile(path):
+    path = known.get(file.removesuffix(".py"), files_lib.local(file))
+  if not os.path.isfile(path):
+    raise named.ReadError(
+      f"--config={name}: there is no such file, and none of that name comes"
+      f" with moejax; the nearest is {named.nearest(file, known)}, all are"
+      " listed by `moejax configs`."
     )
   try:
-    get_config = runpy.run_path(file)["get_config"]
+    get_config = runpy.run_path(str(path))["get_config"]
     config = get_config(*([argument] if argument else []))
     config.to_dict()
-    return config.lock()
+    config.lock()
   except Exception as error:  # Whatever the file's own code raises.
-    raise options.ReadError(
-      f"--config={path} cannot be read ({type(error).__name__}: {error}); it"
+    raise named.ReadError(
+      f"--config={name} cannot be read ({type(error).__name__}: {error}); it"
       " must define get_config() -> ConfigDict."
     ) from error
+  override(config, changes)
+  return config
 
 
-def fields(config: ConfigDict) -> Iterator[options.Field]:
+def fields(config: ConfigDict | Mapping[str, Any]) -> Iterator[named.Field]:
   """Yields all that a config can hold, also what it leaves out.
 
   Raises:
     ValueError: a section is of an unknown kind.
   """
-  whole = Annotated[Any, Section(Sections)]
-  # The first is the config as a whole.
-  return itertools.islice(
-    options.fields(whole, "config", config.to_dict()), 1, None
-  )
+  found = named.fields(_WHOLE, "config", ConfigDict(config).to_dict())
+  next(found)  # The config as a whole.
+  return found
 
 
 def override(
   config: ConfigDict, changes: Sequence[tuple[str, Sequence[str]]]
 ) -> None:
-  """Sets fields to what a command line says, see `options.override`."""
-  options.override(config, changes, fields)
+  """Sets fields to what a command line says, see `named.override`."""
+  with config.unlocked(), config.ignore_type():
+    named.override(config, changes, fields)
 
 
-# -- sections -----------------------------------------------------------------
+# -- what a config describes --------------------------------------------------
 
 
 class Train(NamedTuple):
@@ -106,82 +139,93 @@ class Train(NamedTuple):
   keep: Size = 2
 
 
-def check(config: ConfigDict) -> None:
-  """Refuses what no builder here reads, and values that cannot be.
+class Experiment(NamedTuple):
+  """What a config describes.
+
+  Attributes:
+    values: the config itself, as plain values: what a run remembers.
+    seed: of all that is random.
+    layout: how arrays lie over the devices.
+    data: opens the corpus, see `open_corpus`.
+    shapes: [B, L] or [B, M], and types of a batch's arrays.
+    model: size of the vocabulary -> the model.
+    aux_weights: weights of the balance losses.
+    aux_scope: what they are taken over, see `losses.SCOPES`.
+    schedule: of the learning rate.
+    tx: the update rule.
+    train: how long to train, and how often to do what.
+  """
+
+  values: dict[str, Any]
+  seed: int
+  layout: sharding.Layout
+  data: Callable[..., corpora.Corpus]
+  shapes: Mapping[str, jax.ShapeDtypeStruct]
+  model: Callable[..., nn.Module]
+  aux_weights: Mapping[str, float]
+  aux_scope: str
+  schedule: optim.Schedule
+  tx: optim.Update
+  train: Train
+
+  @property
+  def batch_size(self) -> int:
+    """Rows of a batch, over all devices."""
+    return self.shapes["mask"].shape[0]
+
+  @property
+  def rows_at_once(self) -> int:
+    """Rows of a microbatch: evaluation has no more in memory."""
+    return self.batch_size // self.train.microbatches
+
+  @property
+  def translates(self) -> bool:
+    """Whether the corpus is one of translations."""
+    return "source" in self.shapes
+
+  @property
+  def unit(self) -> str:
+    """What the corpus is cut into."""
+    return "word piece" if self.translates else "word"
+
+
+def parse(config: ConfigDict | Mapping[str, Any]) -> Experiment:
+  """Builds what a config describes.
 
   Raises:
-    ValueError: names the field and what may be in its place, or the nearest
-      that exists.
+    ValueError: names a field that no builder reads, or a value that cannot be,
+      and what may be in its place.
   """
+  values = ConfigDict(config).to_dict()
   kinds = [
     section.get("kind") if hasattr(section, "keys") else None
-    for section in (config.get("model"), config.get("data"))
+    for section in (values.get("model"), values.get("data"))
   ]
-  if all(kinds) and translates(config) != (kinds[0] == "gnmt"):
+  if all(kinds) and (kinds[0] == "gnmt") != (kinds[1] in ("pairs", "wmt14")):
     raise ValueError(
       f"config.model.kind is {kinds[0]!r}, but config.data.kind is"
       f" {kinds[1]!r}: the model 'gnmt' translates, and pairs of sentences"
       " ('pairs', 'wmt14') are for it alone; change one of them."
     )
-  named.typed(config.to_dict(), Annotated[Any, Section(Sections)], "config")
-  for name, value in workdir_lib.flat(config.to_dict()).items():
-    try:
-      json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-      raise ValueError(
-        f"{name} is {value!r}, which is not UTF-8; rename what it names."
-      ) from None
-  optimizer(config)
-  layout(config)
+  return named.build(_experiment, values, "config", values=values)
 
 
-def _build(config: ConfigDict, name: str, **given: Any) -> Any:
-  """Builds what a section describes."""
-  section = named.section_of(Sections.__annotations__[name])
-  return named.make(
-    section.factory, config[name].to_dict(), f"config.{name}", **given
-  )
+def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+  """Returns one with other values of fields such as "config.train.steps"."""
+  values = copy.deepcopy(experiment.values)
+  for name, value in changes.items():
+    named.set_field(values, name, value)
+  return parse(values)
 
 
-def aux(config: ConfigDict) -> tuple[dict[str, float], str]:
-  """Reads the section `aux`: weights of the balance losses, and their scope."""
-  return _build(config, "aux")
-
-
-@named.fields_of(
-  **{
-    name: Annotated[
-      float, Range(0), f"weight of {options.sentence(fn.__doc__)}"
-    ]
-    | None
-    for name, fn in losses.LOSSES.items()
-  }
-)
-def _aux(
-  scope: Annotated[str, Names(losses.SCOPES)] = "batch", **weights: float | None
-) -> tuple[dict[str, float], str]:
-  """Reads weights.
-
-  Args:
-    scope: what is to be balanced, the "batch" or every "group" by itself.
-  """
-  return {n: w for n, w in weights.items() if w is not None}, scope
-
-
-def train(config: ConfigDict) -> Train:
-  """Reads the section `train`."""
-  return _build(config, "train")
-
-
-def data(
-  config: ConfigDict, workdir: files_lib.Path | None, files: Sequence[str] = ()
+def open_corpus(
+  experiment: Experiment,
+  workdir: files_lib.Path | None = None,
+  files: Sequence[str] = (),
 ) -> corpora.Corpus:
-  """Opens the corpus; the vocabulary is the run's own once there is a run.
+  """Opens the corpus, with the vocabulary of the run if there is one.
 
-  Args:
-    config: the whole config.
-    workdir: of the run; None where there is to be none.
-    files: text files to read, as the only split "data", in place of the corpus.
+  Files are read as the only split "data", in place of the corpus.
   """
 
   def of_run(kind):
@@ -189,40 +233,34 @@ def data(
       return workdir_lib.vocabulary(kind, workdir)
     return None
 
-  return _build(config, "data", of_run=of_run, files=files)
+  return experiment.data(of_run=of_run, files=files)
 
 
-def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shapes, [B, L] or [B, M], and types of a batch's arrays."""
-  lengths = (config.data.row_length, config.data.get("source_length", 0))
-  return packing.batch_shapes(config.data.batch_size, *lengths)
-
-
-def unit(config: ConfigDict) -> str:
-  """Names what the corpus is cut into."""
-  return "word piece" if translates(config) else "word"
-
-
-def translates(config: ConfigDict) -> bool:
-  """Whether the corpus is one of translations."""
-  return config.data.get("kind") in ("pairs", "wmt14")
-
-
-def vocab_size(config: ConfigDict) -> int:
+def vocab_size(experiment: Experiment) -> int:
   """Returns the words of the vocabulary; reads the text only if it must."""
-  if "vocab_size" in config.data:
-    return config.data.vocab_size
-  return len(data(config, None).vocabulary)
+  size = experiment.values["data"].get("vocab_size")
+  return size or len(open_corpus(experiment).vocabulary)
 
 
-def model(config: ConfigDict, vocab_size: int) -> nn.Module:
-  """Builds the model for a vocabulary."""
-  return _build(config, "model", vocab_size=vocab_size)
+# -- sections -----------------------------------------------------------------
 
 
-def optimizer(config: ConfigDict) -> tuple[optim.Schedule, optim.Update]:
-  """Builds the learning rate's schedule and the update rule."""
-  return _build(config, "optimizer")
+@named.fields_of(
+  **{
+    name: Annotated[float, Range(0), f"weight of {named.sentence(fn.__doc__)}"]
+    | None
+    for name, fn in losses.LOSSES.items()
+  }
+)
+def _aux(
+  scope: Annotated[str, Names(losses.SCOPES)] = "batch", **weights: float | None
+) -> tuple[dict[str, float], str]:
+  """Reads the weights of the balance losses.
+
+  Args:
+    scope: what is to be balanced, the "batch" or every "group" by itself.
+  """
+  return {n: w for n, w in weights.items() if w is not None}, scope
 
 
 @named.fields_of(optim.warmup_rsqrt, optim.factored_adam)
@@ -248,47 +286,25 @@ OPTIMIZERS = {
   "factored_adam": functools.partial(_scheduled, optim.factored_adam),
 }
 
-
-def layout(config: ConfigDict) -> sharding.Layout:
-  """Finds the layout by name, or makes the one that the section describes.
-
-  A section has a `mesh_shape`, as those of `sharding.LAYOUTS`; `rules`, what it
-  changes of `sharding.RULES`, from a logical axis to a mesh axis, a list of
-  them, or None; and a `name` for reports.
-
-  Raises:
-    ValueError: names what does not exist, and the nearest that does.
-  """
-  if isinstance(config.layout, str):
-    named.known(config.layout, sharding.LAYOUTS, "config.layout")
-    return sharding.LAYOUTS[config.layout]
-  return _build(config, "layout")
-
-
 _Axis = Annotated[str, Names(sharding.MESH_AXES)]
 _Axes = (
   _Axis | Annotated[Sequence[_Axis], "mesh axes that it is split over"] | None
 )
 
 
-def _rules(**changes: sharding.Over) -> tuple[tuple[str, sharding.Over], ...]:
+@named.fields_of(
+  {
+    axis: inspect.Parameter(
+      axis, inspect.Parameter.KEYWORD_ONLY, default=over, annotation=_Axes
+    )
+    for axis, over in sharding.RULES.items()
+  }
+)
+def _rules(**changes: Any) -> tuple[tuple[str, sharding.Over], ...]:
   # A config of JSON has lists.
   return sharding.rules(
     **{n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
   )
-
-
-_rules.__signature__ = inspect.Signature(
-  [
-    inspect.Parameter(
-      axis,
-      inspect.Parameter.KEYWORD_ONLY,
-      default=over,
-      annotation=_Axes,
-    )
-    for axis, over in sharding.RULES.items()
-  ]
-)
 
 
 def _layout(
@@ -313,10 +329,20 @@ def _layout(
   return sharding.Layout(name, shape, rules())
 
 
-class Sections(NamedTuple):
-  """A whole config.
+def _experiment(
+  values,
+  seed: Annotated[int, Range(0, 2**32)],
+  layout: Annotated[str, Names(sharding.LAYOUTS)]
+  | Annotated[Any, Section(_layout)],
+  data: Annotated[Any, Section(corpora.DATA)],
+  model: Annotated[Any, Section(MODELS)],
+  aux: Annotated[Any, Section(_aux)],
+  optimizer: Annotated[Any, Section(OPTIMIZERS)],
+  train: Annotated[Any, Section(Train)],
+) -> Experiment:
+  """Makes an experiment.
 
-  Attributes:
+  Args:
     seed: of the first parameters, of noise, dropout, samples, and of the order
       in which text is read.
     layout: name of how arrays lie over the devices, or a section of its own.
@@ -326,13 +352,22 @@ class Sections(NamedTuple):
     optimizer: how it is trained.
     train: how long it is trained, and how often what is done.
   """
-
-  seed: Annotated[int, Range(0, 2**32)]
-  layout: (
-    Annotated[str, Names(sharding.LAYOUTS)] | Annotated[Any, Section(_layout)]
+  sizes = "batch_size", "row_length", "source_length"
+  weights, scope = aux()
+  schedule, tx = optimizer()
+  return Experiment(
+    values,
+    seed,
+    sharding.LAYOUTS[layout] if isinstance(layout, str) else layout(),
+    data,
+    packing.batch_shapes(*(values["data"].get(n, 0) for n in sizes)),
+    lambda vocab_size: model(vocab_size=vocab_size),
+    weights,
+    scope,
+    schedule,
+    tx,
+    train(),
   )
-  data: Annotated[Any, Section(corpora.DATA)]
-  model: Annotated[Any, Section(MODELS)]
-  aux: Annotated[Any, Section(_aux)]
-  optimizer: Annotated[Any, Section(OPTIMIZERS)]
-  train: Annotated[Any, Section(Train)]
+
+
+_WHOLE = Annotated[Any, Section(_experiment)]

@@ -1,7 +1,6 @@
-"""The command line: moejax train | eval | translate | plan."""
+"""The command line: moejax train | eval | translate | plan | configs."""
 
 import contextlib
-import difflib
 import errno
 import importlib.metadata
 import logging as std_logging
@@ -11,29 +10,33 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NoReturn
 
-from absl import flags, logging
+from absl import logging
 
-from moejax import bucket, files, limits, named, options, terminal
+from moejax import bucket, files, limits, named, terminal
+from moejax.named import Names
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
-  train  --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
+  train  --config=NAME --workdir=DIR [--config.FIELD=VALUE ...]
          trains, or goes on where the workdir left off; by several processes
          with --coordinator_address=HOST:PORT --num_processes=N --process_id=I
   eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]] [--layout=NAME]
          perplexity of a run's best checkpoint; of translations also BLEU
   translate --workdir=DIR [--language=LANGUAGE] [--layout=NAME] < FILE > FILE
          translates line by line by a run's best checkpoint
-  plan   --config=FILE [--topology=v5p:4x4x8,...] [--layout=NAME,...]
+  plan   --config=NAME [--topology=v5p:4x4x8,...] [--layout=NAME,...]
          [--suggest] [--config.FIELD=VALUE ...]
          what layouts cost on devices that need not be there: memory, exchanges,
          an estimate of the time; --suggest looks for the fastest that fits
+  configs
+         lists the configs that come with moejax, a line each
 
-moejax COMMAND --help lists the flags of a command, with --config=FILE also all
-fields of the config, whether FILE has them or not; moejax --version."""
+NAME is that of a config that comes with moejax, or a file of your own. moejax
+COMMAND --help lists the flags of a command, with --config=NAME also all fields
+of the config, whether the file has them or not; moejax --version."""
 
 
 class UsageError(Exception):
@@ -41,10 +44,7 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs a command.
-
-  Args:
-    argv: program name, command, flags.
+  """Runs a command: program name, its own name, flags.
 
   Returns:
     The exit status: 0, 1 where the command failed, 2 where it was not
@@ -65,17 +65,24 @@ def main(argv: Sequence[str]) -> int:
       # Of the package as it is installed: the number stands in setup.py.
       terminal.say(f"moejax {importlib.metadata.version('moejax')}")
       return 0
-    values = _parse(argv)
-    if values["help"].value:
-      terminal.say(_help(values))
+    if argv[1] not in COMMANDS:
+      raise UsageError(
+        f"unknown command {argv[1]!r}; the nearest is"
+        f" {named.nearest(argv[1], COMMANDS)!r}.\n{USAGE}"
+      )
+    command = COMMANDS[argv[1]]
+    values = _parse(command, argv[2:])
+    if values.pop("help", False):
+      terminal.say(_help(command, values))
       return 0
+    for flag in _flags(command):
+      if flag.default is named.EMPTY and not values.get(flag.name):
+        raise UsageError(f"give --{flag.name}={_WANTED[flag.name]}.")
     if "workdir" in values:
-      if not values.workdir:
-        raise UsageError("give --workdir=DIR, where the run lives.")
-      workdir = files.path(values.workdir)
+      workdir = files.path(values["workdir"])
     limits.check()
-    return COMMANDS[argv[1]](values) or 0
-  except (UsageError, options.ReadError, flags.Error) as error:
+    return command(**values) or 0
+  except (UsageError, named.ReadError) as error:
     terminal.warn(f"moejax: {error}")
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
@@ -116,16 +123,42 @@ def console() -> None:
   sys.exit(status)
 
 
-def _train(values: flags.FlagValues) -> int:
-  # Imported late: jax takes seconds, a misspelled flag should not.
+# -- commands, which import late: jax takes seconds, a wrong flag should not ---
+
+# What is given for a flag that must be.
+_WANTED = {
+  "config": "NAME, one that `moejax configs` lists or a file of your own",
+  "workdir": "DIR, where the run lives",
+}
+
+
+def _train(
+  config: str,
+  workdir: str,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  changes=(),
+) -> int:
+  """Trains.
+
+  Args:
+    config: name of a config, see `moejax configs`, or a file of your own;
+      NAME:TEXT gives its get_config a text; --config.FIELD=VALUE changes a
+      field; with --help all fields are listed.
+    workdir: where the run lives.
+    coordinator_address: host:port of the first process, where several train.
+    num_processes: how many processes train.
+    process_id: which one this is, from 0.
+  """
+  from moejax import config as config_lib
   from moejax.training import processes
 
-  processes.join(
-    values.coordinator_address, values.num_processes, values.process_id
-  )
+  fields = config_lib.load(config, changes)
+  processes.join(coordinator_address, num_processes, process_id)
   from moejax.training import loop
 
-  result = loop.train(values.config, files.path(values.workdir))
+  result = loop.train(config_lib.parse(fields), files.path(workdir))
   if "signal" not in result:
     return 0
   processes.part()
@@ -133,52 +166,97 @@ def _train(values: flags.FlagValues) -> int:
   return 128 + result["signal"]
 
 
-def _eval(values: flags.FlagValues) -> None:
+def _eval(
+  workdir: str,
+  split: Annotated[str, Names(("train", "validation", "test"))] | None = None,
+  data: Sequence[str] = (),
+  layout: str = "",
+) -> None:
+  """Evaluates.
+
+  Args:
+    workdir: where the run lives.
+    split: which part of the run's own corpus to read; the test by default.
+    data: files to read instead, of text or of pairs, parted by commas; * and ?
+      match any letters.
+    layout: a name, in place of the run's own.
+  """
   from moejax.training import run
 
-  if values.data and values["split"].present:
+  if data and split:
     raise UsageError("--split and --data exclude each other; give one.")
-  result = run.evaluate_run(
-    files.path(values.workdir), values.split, values.data, values.layout
-  )
-  for line in run.described(result):
-    terminal.say(line)
+  run.evaluate_run(files.path(workdir), split or "test", data, layout)
 
 
-def _translate(values: flags.FlagValues) -> None:
+def _translate(
+  workdir: str, language: str = "", beam: int = 8, layout: str = ""
+) -> None:
+  """Translates.
+
+  Args:
+    workdir: where the run lives.
+    language: to translate into, where the run has learned several.
+    beam: hypotheses kept at every step; 1 is greedy.
+    layout: a name, in place of the run's own.
+  """
   import tqdm
 
   from moejax import workdir as workdir_lib
   from moejax.data import text_files
   from moejax.training import run
 
-  workdir = files.path(values.workdir)
+  folder = files.path(workdir)
   # Before somebody writes lines for a run that is not there.
-  workdir_lib.recall(workdir)
+  workdir_lib.recall(folder)
   # There is none where it was closed before the start.
   content = sys.stdin.buffer.read() if sys.stdin else b""
   live = terminal.Live()
   with tqdm.tqdm(unit="line", file=live, disable=not live.isatty()) as bar:
     translated = run.translate_run(
-      workdir,
+      folder,
       text_files.of_stdin(content),
-      values.language,
+      language,
       bar.update,
-      values.layout,
-      beam=values.beam,
+      layout,
+      beam=beam,
     )
   # UTF-8 as the lines that came in, whatever the terminal has.
   written = "".join(f"{line}\n" for line in translated)
   terminal.hand_over(written.encode())
 
 
-def _plan(values: flags.FlagValues) -> None:
+def _plan(
+  config: str,
+  topology: Sequence[str] = (),
+  layout: Sequence[str] = (),
+  suggest: bool = False,
+  out: str = "",
+  changes=(),
+) -> None:
+  """Plans.
+
+  Args:
+    config: as of `moejax train`.
+    topology: devices, such as v5p:4x4x8, v5e:4x4 or cpu:8; those at hand by
+      default.
+    layout: names of layouts; the config's own by default.
+    suggest: search all layouts, group sizes, capacities, microbatches and
+      recompute.
+    out: a folder for plan.json and plan.png.
+  """
+  from moejax import config as config_lib
   from moejax.planning import command
 
-  out = files.local(values.out) if values.out else None
-  command.run(
-    values.config, values.topology, values.layout, values.suggest, out
-  )
+  experiment = config_lib.parse(config_lib.load(config, changes))
+  folder = files.local(out) if out else None
+  command.run(experiment, topology, layout, suggest, folder)
+
+
+def _configs() -> None:
+  from moejax import config as config_lib
+
+  for line in config_lib.described():
+    terminal.say(line)
 
 
 COMMANDS = {
@@ -186,202 +264,80 @@ COMMANDS = {
   "eval": _eval,
   "translate": _translate,
   "plan": _plan,
+  "configs": _configs,
 }
 
+# -- flags --------------------------------------------------------------------
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-  command = argv[1]
-  if command not in COMMANDS:
-    nearest = difflib.get_close_matches(command, COMMANDS, 1, 0)[0]
-    raise UsageError(
-      f"unknown command {command!r}; the nearest is {nearest!r}.\n{USAGE}"
-    )
-  values = flags.FlagValues()
-  flags.DEFINE_bool("help", False, "show the flags", flag_values=values)
-  if command != "plan":
-    flags.DEFINE_string(
-      "workdir", "", "where the run lives", flag_values=values
-    )
-  own = {
-    "train": _define_processes,
-    "eval": _define_eval,
-    "translate": _define_translate,
-    "plan": _define_plan,
-  }
-  own[command](values)
-  argv, changes = _part(argv[1:])
-  if command in ("train", "plan"):
-    _define_config(values)
-  else:
-    flags.DEFINE_string(
-      "layout", "", "a name, in place of the run's own", flag_values=values
-    )
-    if changes:
+
+def _flags(command: Callable[..., Any]) -> list[named.Field]:
+  """Returns the flags of a command, which are its parameters."""
+  section = Annotated[Any, named.Section(command)]
+  _, *flags = named.fields(section, "", {})
+  return [flag._replace(name=flag.name.removeprefix(".")) for flag in flags]
+
+
+def _parse(command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
+  """Reads a command's flags; under "changes", those that change its config.
+
+  A flag has the word after "=", or the words up to the next flag: files that a
+  shell puts for a pattern are a list.
+  """
+  flags = {flag.name: flag for flag in _flags(command)}
+  given: list[tuple[str, list[str]]] = []
+  for word in words:
+    if re.match("--?[a-zA-Z]", word):
+      name, equals, value = word.lstrip("-").partition("=")
+      given.append((name, [value] if equals else []))
+    elif given:
+      given[-1][1].append(word)
+    else:
       raise UsageError(
-        f"what is --{changes[0][0]}? A run keeps the config that it was made"
-        f" with; moejax {command} has --layout alone to change it."
+        f"what is {word!r}? Flags are written --name=value.\n{USAGE}"
       )
-  try:
-    rest = values(argv)
-  except flags.UnrecognizedFlagError as error:
-    if "config" in values:
-      _refuse_field(values["config"].value, error.flagname)
-    raise
-  if rest[1:]:
-    raise UsageError(
-      f"what is {rest[1]!r}? Flags are written --name=value.\n{USAGE}"
-    )
-  if "config" in values and (values.config or not values.help):
-    values.config = _load(values.config, changes)
+  values: dict[str, Any] = {}
+  for name, said in given:
+    if name == "help":
+      values[name] = True
+    elif name.startswith("config."):
+      if "config" not in flags:
+        raise UsageError(
+          f"what is --{name}? A run keeps the config that it was made with;"
+          " --layout alone may differ."
+        )
+      values.setdefault("changes", []).append((name, said))
+    elif name not in flags:
+      _refuse(name, flags, dict(given).get("config", [""]))
+    elif name == "data":
+      values[name] = [*values.get(name, ()), *said]
+    else:
+      values[name] = named.value_of(flags[name], said)
+      try:
+        named.check_type(values[name], flags[name].annotation, f"--{name}")
+      except ValueError as error:
+        raise UsageError(error) from None
   return values
 
 
-def _part(
-  argv: Sequence[str],
-) -> tuple[list[str], list[tuple[str, list[str]]]]:
-  """Parts flags that change the config from the others.
-
-  A flag has the word after "=", or the words up to the next flag: files that a
-  shell puts for a pattern are a list, here and for --data.
-
-  Returns:
-    The others; names of fields, each with its words.
-  """
-  others, changes, words = list(argv[:1]), [], None
-  for word in argv[1:]:
-    name, equals, value = word.lstrip("-").partition("=")
-    if not re.match("--?[a-zA-Z]", word):
-      if words is None:
-        others.append(word)
-      elif words is others:
-        others.append(f"--data={word}")
-      else:
-        words.append(word)
-    elif name.startswith("config."):
-      words = [value] if equals else []
-      changes.append((name, words))
-    elif name == "data":
-      words = others
-      others += [word] if equals else []
-    else:
-      words = None
-      others.append(word)
-  return others, changes
-
-
-def _load(path: str, changes: Sequence[tuple[str, Sequence[str]]]) -> Any:
-  """Reads a config file, and what the command line changes of it."""
-  if not path:
-    raise UsageError("give --config=FILE, one of configs/ or your own.")
-  # Imported late: jax takes seconds, a missing flag should not.
-  from moejax import config as config_lib
-
-  config = config_lib.load(path)
-  config_lib.override(config, changes)
-  return config
-
-
-def _refuse_field(path: str, name: str) -> None:
-  """Says which field is meant by a flag that there is not, if one is."""
-  from moejax import config as config_lib
-
-  # Without a file there still are the fields that every config has.
-  config = config_lib.load(path) if path else config_lib.Config()
-  fields = config_lib.fields(config)
-  if meant := options.meant(fields, name.replace("-", "_")):
-    raise UsageError(
-      f"there is no flag --{name}; a field of the config is changed by"
-      f" {' or '.join(f'--{each}=VALUE' for each in meant)}."
-    )
-
-
-def _define_processes(values: flags.FlagValues) -> None:
-  flags.DEFINE_string(
-    "coordinator_address",
-    None,
-    "host:port of the first process, where several train",
-    flag_values=values,
-  )
-  flags.DEFINE_integer(
-    "num_processes", None, "how many processes train", flag_values=values
-  )
-  flags.DEFINE_integer(
-    "process_id", None, "which one this is, from 0", flag_values=values
-  )
-
-
-def _define_eval(values: flags.FlagValues) -> None:
-  flags.DEFINE_enum(
-    "split",
-    "test",
-    ["train", "validation", "test"],
-    "which part of the run's own corpus to read",
-    flag_values=values,
-  )
-  flags.DEFINE_multi_string(
-    "data",
-    [],
-    "files to read instead, of text or of pairs, parted by commas; * and ?"
-    " match any letters",
-    flag_values=values,
-  )
-
-
-def _define_translate(values: flags.FlagValues) -> None:
-  flags.DEFINE_string(
-    "language",
-    "",
-    "to translate into, where the run has learnt several",
-    flag_values=values,
-  )
-  flags.DEFINE_integer(
-    "beam", 8, "hypotheses kept at every step; 1 is greedy", flag_values=values
-  )
-
-
-def _define_plan(values: flags.FlagValues) -> None:
-  flags.DEFINE_list(
-    "topology",
-    [],
-    "devices, such as v5p:4x4x8, v5e:4x4 or cpu:8; those at hand by default",
-    flag_values=values,
-  )
-  flags.DEFINE_list(
-    "layout",
-    [],
-    "names of layouts; the config's own by default",
-    flag_values=values,
-  )
-  flags.DEFINE_bool(
-    "suggest",
-    False,
-    "search all layouts, group sizes, capacities, microbatches and recompute",
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    "out", "", "a folder for plan.json and plan.png", flag_values=values
-  )
-
-
-def _define_config(values: flags.FlagValues) -> None:
-  flags.DEFINE_string(
-    "config",
-    "",
-    "a file of configs/, or your own; FILE:TEXT gives its get_config a text;"
-    " --config.FIELD=VALUE changes a field; with --help all fields are listed",
-    flag_values=values,
-  )
-
-
-def _help(values: flags.FlagValues) -> str:
-  ours = [n for n in values if n not in ("flagfile", "undefok", "help")]
-  lines = [f"  --{name}: {values[name].help}" for name in sorted(ours)]
-  if "config" in values and values.config:
+def _refuse(
+  name: str, flags: Mapping[str, named.Field], config: Sequence[str]
+) -> NoReturn:
+  """Says which flag, or which field of the config, is meant by none."""
+  if "config" in flags:
     from moejax import config as config_lib
 
-    lines += ["", _FIELDS, ""]
-    lines += map(_listed, config_lib.fields(values.config))
-  return "\n".join([USAGE, "", *lines])
+    # Without a file there still are the fields that every config has.
+    fields = config_lib.fields(config_lib.load(*config) if any(config) else {})
+    end = f".{name.replace('-', '_')}"
+    if meant := [each.name for each in fields if each.name.endswith(end)]:
+      raise UsageError(
+        f"there is no flag --{name}; a field of the config is changed by"
+        f" {' or '.join(f'--{each}=VALUE' for each in meant)}."
+      )
+  raise UsageError(
+    f"there is no flag --{name}; the nearest is"
+    f" --{named.nearest(name, [*flags, 'help'])}."
+  )
 
 
 _FIELDS = """\
@@ -391,11 +347,21 @@ Python writes a dict or, where it has kinds, by the name of one: then it keeps
 the fields that this kind has too. Entries of a list are parted by commas."""
 
 
-def _listed(field: options.Field) -> str:
-  left_out = field.value is options.EMPTY
+def _help(command: Callable[..., Any], values: Mapping[str, Any]) -> str:
+  lines = [f"  --{flag.name}: {flag.line}" for flag in _flags(command)]
+  if "config" in values:
+    from moejax import config as config_lib
+
+    config = config_lib.load(values["config"], values.get("changes", ()))
+    lines += ["", _FIELDS, "", *map(_listed, config_lib.fields(config))]
+  return "\n".join([USAGE, "", *lines])
+
+
+def _listed(field: named.Field) -> str:
+  left_out = field.value is named.EMPTY
   value = field.default if left_out else field.value
-  text = shlex.quote(options.written(value))
-  if value is options.EMPTY:
+  text = shlex.quote(named.written(value))
+  if value is named.EMPTY:
     text = "..."
   elif hasattr(value, "keys"):
     text = "{...}"
@@ -403,6 +369,8 @@ def _listed(field: options.Field) -> str:
   note = "; left out" if left_out else ""
   return f"  --{field.name}={text}\n      {field.line} ({about}{note})"
 
+
+# -- what went wrong ----------------------------------------------------------
 
 # What to do about what the system says, by its number.
 _WAY_OUT = {

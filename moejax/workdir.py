@@ -4,8 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ml_collections import ConfigDict
-
 from moejax import files
 from moejax.data import packing, pieces, vocab
 
@@ -38,14 +36,11 @@ _TEXT = (
   "config.data.data_dir",
   "config.data.strict",
 )
+_BACK = "put the file back from a copy, or train in a new --workdir."
 
 
 def is_run(workdir: files.Path) -> bool:
-  """Returns whether a run was made there.
-
-  Raises:
-    FileNotFoundError: one was, but its config is gone.
-  """
+  """Returns whether a run was made there; raises where its config is gone."""
   if files.exists(workdir / CONFIG_FILE):
     return True
   # All of these are written after it.
@@ -53,12 +48,26 @@ def is_run(workdir: files.Path) -> bool:
     if files.exists(workdir / name):
       raise FileNotFoundError(
         f"{workdir / CONFIG_FILE} is gone, though {name} of a run lies there;"
-        " put the file back from a copy, or train in a new --workdir."
+        f" {_BACK}"
       )
   return False
 
 
-def check_same(config: ConfigDict, workdir: files.Path) -> None:
+def recall(workdir: files.Path) -> dict[str, Any]:
+  """Reads the values of the config that a workdir was made with.
+
+  Raises:
+    OSError, ValueError: it is no workdir of a run, or the file is damaged.
+  """
+  if not is_run(workdir):
+    raise FileNotFoundError(
+      f"{workdir} holds no {CONFIG_FILE}: no run was made there; give the"
+      " --workdir of a `moejax train`."
+    )
+  return _sound(workdir / CONFIG_FILE)
+
+
+def check_same(values: Mapping[str, Any], workdir: files.Path) -> None:
   """Refuses to go on in a workdir with another config than it was made with.
 
   What cannot change the numbers so far may differ, see _FREE; and so may where
@@ -73,7 +82,7 @@ def check_same(config: ConfigDict, workdir: files.Path) -> None:
   noted = _TEXT if files.exists(workdir / TEXT_FILE) else ()
   lines = [
     f"  {name}: {old!r} there, {new!r} now"
-    for name, old, new in _changes(config, workdir)
+    for name, old, new in _changes(values, workdir)
     if not _is_of(name, _FREE + noted)
   ]
   if lines:
@@ -84,10 +93,9 @@ def check_same(config: ConfigDict, workdir: files.Path) -> None:
     )
 
 
-def other_text(config: ConfigDict, workdir: files.Path) -> bool:
+def other_text(values: Mapping[str, Any], workdir: files.Path) -> bool:
   """Returns whether the text of a run is said to lie elsewhere now."""
-  changes = _changes(config, workdir)
-  return any(_is_of(name, _TEXT) for name, _, _ in changes)
+  return any(_is_of(name, _TEXT) for name, _, _ in _changes(values, workdir))
 
 
 def check_text(
@@ -95,13 +103,9 @@ def check_text(
   workdir: files.Path,
   before: Mapping[str, str] | None = None,
 ) -> None:
-  """Refuses splits that are not those a run began with.
+  """Refuses splits whose digests are not those a run began with.
 
-  Args:
-    text: the digest of each split.
-    workdir: of the run.
-    before: the digests that a checkpoint was made with; by default those noted
-      in the workdir, if any.
+  What those were, a checkpoint tells, or else the workdir, if it noted any.
 
   Raises:
     OSError, ValueError: names the splits; or what was noted cannot be read.
@@ -109,16 +113,16 @@ def check_text(
   if before is None:
     path = workdir / TEXT_FILE
     before = _sound(path) if files.exists(path) else text
-  changed = [split for split in text if before.get(split) != text[split]]
-  if changed:
+  differ = [split for split in text if before.get(split) != text[split]]
+  if differ:
     raise ValueError(
-      f"the text of {', '.join(changed)} has changed since the run in {workdir}"
+      f"the text of {', '.join(differ)} has changed since the run in {workdir}"
       " began; give the files it began with, or a new --workdir."
     )
 
 
 def remember(
-  config: ConfigDict,
+  values: Mapping[str, Any],
   vocabulary: packing.Tokenizer,
   text: Mapping[str, str],
   workdir: files.Path,
@@ -127,89 +131,65 @@ def remember(
 
   To be called when all else has shown to be sound, so that a mistake in a
   config does not stay in the way of its correction. Of a run that goes on it
-  writes what of its config may change, and takes away the result of its end so
-  far.
-
-  Args:
-    config: of the run.
-    vocabulary: of the run.
-    text: the digest of each split.
-    workdir: of the run.
+  writes what of its config may change, and removes the result of its end so
+  far. `text` has the digest of each split.
   """
   if not is_run(workdir):
     vocabulary.save(workdir / vocabulary.FILE)
     files.write_whole(workdir / DIGEST_FILE, vocabulary.digest + "\n")
     files.write_whole(workdir / TEXT_FILE, _as_json(text))
-  elif not list(_changes(config, workdir)):
+  elif not list(_changes(values, workdir)):
     return
   (workdir / RESULT_FILE).unlink(missing_ok=True)
-  files.write_whole(workdir / CONFIG_FILE, _as_json(config.to_dict()))
-
-
-def recall(workdir: files.Path) -> ConfigDict:
-  """Reads the config that a workdir was made with.
-
-  Raises:
-    FileNotFoundError: it is no workdir of a run.
-    OSError, ValueError: the file cannot be read, or is damaged.
-  """
-  if not is_run(workdir):
-    raise FileNotFoundError(
-      f"{workdir} holds no {CONFIG_FILE}: no run was made there; give the"
-      " --workdir of a `moejax train`."
-    )
-  values = _sound(workdir / CONFIG_FILE)
-  try:
-    return ConfigDict(values)
-  except (ValueError, TypeError, RecursionError) as error:
-    raise ValueError(
-      f"{workdir / CONFIG_FILE} holds no config ({error}); put the file back"
-      " from a copy, or train in a new --workdir."
-    ) from None
+  files.write_whole(workdir / CONFIG_FILE, _as_json(values))
 
 
 def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
   """Reads the vocabulary that a run was made with.
 
   Raises:
-    FileNotFoundError: the run lost it.
-    ValueError: the file is no such vocabulary, or another one.
+    OSError, ValueError: it is gone, or is another one.
   """
-  path = workdir / kind.FILE
+  path, noted = workdir / kind.FILE, workdir / DIGEST_FILE
   if not files.exists(path):
     raise FileNotFoundError(
-      f"{path} is gone, without which a run cannot know its words; put the file"
-      " back, or train in a new --workdir."
+      f"{path} is gone, without which a run cannot know its words; {_BACK}"
     )
   try:
     found = kind.load(path)
   except ValueError as error:
     raise ValueError(
-      f"{error}: it is not the file that the run was trained with; put that"
-      " back, or train in a new --workdir."
+      f"{error}: it is not the file that the run was trained with; {_BACK}"
     ) from None
-  noted = workdir / DIGEST_FILE
   # Runs of older versions noted none.
   if files.exists(noted):
     own = files.read(noted).decode(errors="replace").strip()
     if found.digest != own:
       raise ValueError(
         f"{path}, of digest {found.digest}, is not the one that the run was"
-        f" trained with, by {noted} of digest {own:.40}; put that file back, or"
-        " train in a new --workdir."
+        f" trained with, by {noted} of digest {own:.40}; {_BACK}"
       )
   return found
 
 
 def _changes(
-  config: ConfigDict, workdir: files.Path
+  values: Mapping[str, Any], workdir: files.Path
 ) -> Iterator[tuple[str, Any, Any]]:
   """Yields the fields that differ from the workdir's: name, there, now."""
-  old = flat(recall(workdir).to_dict())
-  new = flat(json.loads(_as_json(config.to_dict())))
+  old, new = _flat(recall(workdir)), _flat(json.loads(_as_json(values)))
   for name in sorted(old | new):
     if old.get(name) != new.get(name):
       yield name, old.get(name), new.get(name)
+
+
+def _flat(values: Any, name: str = "config") -> dict[str, Any]:
+  """Returns the fields of sections within sections, by their whole names."""
+  if not isinstance(values, dict):
+    return {name: values}
+  found = {}
+  for key, value in values.items():
+    found |= _flat(value, f"{name}.{key}")
+  return found
 
 
 def _is_of(name: str, fields: Sequence[str]) -> bool:
@@ -220,20 +200,8 @@ def _sound(path: files.Path) -> dict[str, Any]:
   try:
     return files.read_json(path)
   except ValueError as error:
-    raise ValueError(
-      f"{error}; put the file back from a copy, or train in a new --workdir."
-    ) from None
+    raise ValueError(f"{error}; {_BACK}") from None
 
 
 def _as_json(values: Mapping[str, Any]) -> str:
   return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def flat(values: Any, name: str = "config") -> dict[str, Any]:
-  """Returns the fields of sections within sections, by their whole names."""
-  if not isinstance(values, dict):
-    return {name: values}
-  found = {}
-  for key, value in values.items():
-    found |= flat(value, f"{name}.{key}")
-  return found

@@ -1,45 +1,49 @@
-"""The configs of configs/, and the shapes of what they train."""
+"""The configs that come with moejax, and the shapes of what they train."""
 
 import functools
-import pathlib
-import runpy
 
 import jax
 
 from moejax import config as config_lib
 from moejax import sharding
-from moejax.data import packing
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-NAMES = sorted(
-  str(path.relative_to(CONFIGS))
-  for path in CONFIGS.rglob("*.py")
-  if path.name != "common.py"
-)
+NAMES = tuple(config_lib.packaged())
 VOCABULARY = 100
 
 
 def load(name):
-  return runpy.run_path(str(CONFIGS / name))["get_config"]()
+  return config_lib.load(name).unlock()
+
+
+def experiment(name, **changes):
+  """What a config describes, with some fields changed: `model__width=8`."""
+  config = load(name)
+  with config.ignore_type():
+    for field, value in changes.items():
+      *path, last = field.split("__")
+      functools.reduce(getattr, path, config)[last] = value
+  return config_lib.parse(config)
 
 
 @functools.cache
 def parameters_of(name):
   """`parameters` of a config of this name, whose layout takes eight devices."""
-  config = load(name)
-  layout = config_lib.layout(config)
-  with sharding.use(layout, sharding.make_mesh(layout)):
-    return parameters(config)
+  built = experiment(name)
+  with sharding.use(built.layout, sharding.make_mesh(built.layout)):
+    return parameters(built)
 
 
-def parameters(config):
+def parameters(built):
   """Shapes of a model's parameters; traces training on a microbatch."""
-  net = config_lib.model(config, VOCABULARY)
-  rows, rest = divmod(config.data.batch_size, config.train.microbatches)
+  if not isinstance(built, config_lib.Experiment):
+    built = config_lib.parse(built)
+  net = built.model(VOCABULARY)
+  rows, rest = divmod(built.batch_size, built.train.microbatches)
   assert rest == 0
-  batch = packing.batch_shapes(
-    rows, config.data.row_length, config.data.get("source_length", 0)
-  )
+  batch = {
+    name: jax.ShapeDtypeStruct((rows, a.shape[1]), a.dtype)
+    for name, a in built.shapes.items()
+  }
 
   def init(batch):
     keys = {
@@ -49,7 +53,7 @@ def parameters(config):
     return net.init_with_output(keys, batch, train=True, method="loss")
 
   loss, tree = jax.eval_shape(init, batch)
-  assert loss.shape == (rows, config.data.row_length)
+  assert loss.shape == batch["mask"].shape
   return sharding.unbox(tree)["params"]
 
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments import kneser_ney
+from experiments import kneser_ney, training
 from moejax.data import packing
 from moejax.data.vocab import END, START, UNKNOWN, Vocabulary
 
@@ -187,10 +187,10 @@ def test_refuses_order_0():
 
 
 def test_reads_any_config(corpus, tmp_path):
-  from ml_collections import ConfigDict
-
-  data = {"kind": "text", "train": str(corpus), "data_dir": str(tmp_path)}
-  config = ConfigDict({"data": data | {"row_length": 16, "batch_size": 8}})
+  config = training.load("tiny")
+  config.data.update(
+    {"kind": "text", "train": str(corpus), "data_dir": str(tmp_path)}
+  )
   found = kneser_ney.perplexities(config, 3)
   assert set(found) == {"validation", "test"}
   assert found != kneser_ney.perplexities(config, 1)

@@ -88,7 +88,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
 
 
 def one_expert(hidden: int | tuple[int, ...]) -> ConfigDict:
-  """Returns LSTM, a lone expert, LSTM."""
+  """Returns LSTM, a single expert, LSTM."""
   return model(
     ("lstm", "one_expert", "lstm"),
     one_expert={"kind": "feed_forward", "hidden": hidden},

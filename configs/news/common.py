@@ -17,7 +17,7 @@ The tables of words are small enough to lie whole on every device: split, sums
 of all words of a batch would travel (`moejax plan` shows 5 GB, four times).
 
 The paper's memory (app. D): an expert's hidden units are computed again in the
-backward pass, and the optimiser holds no first moment of experts and a factored
+backward pass, and the optimizer holds no first moment of experts and a factored
 second one. No dropout: no word comes twice in the paper's run of one epoch, for
 which `steps` is.
 """

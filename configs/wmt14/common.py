@@ -11,7 +11,7 @@ The models differ in their mixtures alone: none, 32 experts of which 4 read a
 token, or two levels of 2 of 16 groups and 2 of their 32 experts, or 2 of 32 and
 2 of 64. Gating is strictly balanced (app. F). The balance losses are those that
 it has: the load is equal by itself, so only importance is asked for, and the
-thresholds of inference are learnt.
+thresholds of inference are learned.
 
 What the paper does not say is chosen as follows.
 

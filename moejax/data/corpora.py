@@ -18,8 +18,7 @@ from moejax.data.packing import Direction, Pairs, Rows, Tokenizer, Tokens
 from moejax.data.pieces import Pieces
 from moejax.data.tfds_corpora import DataDir, Records
 from moejax.data.vocab import TokenizedVocabulary, Vocabulary
-from moejax.named import Size
-from moejax.options import Paths
+from moejax.named import Paths, Size
 
 # A text of words in which more are unknown, or fewer known, is doubted.
 _MANY_UNKNOWN = 0.25

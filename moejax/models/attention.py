@@ -65,7 +65,7 @@ class Attention(nn.Module):
     Raises:
       ValueError: there is no such form.
     """
-    keys_of, _ = FORMS[named.known(self.form, FORMS, "form")]
+    keys_of, _ = FORMS[named.one_of(self.form, FORMS, "form")]
     u, _, v = self.weights(states.shape[-1])
     keys = keys_of(product("BMD,Dn->BMn", states, u, states.dtype))
     scale = jnp.broadcast_to(v[None], (len(states), self.width))

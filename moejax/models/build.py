@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moejax import named
 from moejax.dispatch import DISPATCH
-from moejax.experts import EXPERTS, FeedForward, Identity, Linear
+from moejax.experts import FeedForward, Identity, Linear, Mixed
 from moejax.models.attention import FORMS, Attention
 from moejax.models.gnmt import GNMT, WIRINGS
 from moejax.models.layers import LSTM
@@ -23,11 +23,10 @@ from moejax.router import ROUTERS, Single
 
 ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_Build = Callable[..., nn.Module]
 
-# -- experts ------------------------------------------------------------------
 
-
-@named.fields_of(FeedForward, hidden=Size | Sequence[Size])
+@named.fields_of(FeedForward, num_experts=Size, hidden=Size | Sequence[Size])
 def _feed_forward(
   activation: Annotated[str, Names(ACTIVATIONS)] = "relu", **fields: Any
 ) -> FeedForward:
@@ -39,39 +38,14 @@ def _feed_forward(
   return FeedForward(activation=ACTIVATIONS[activation], **fields)
 
 
-def _in_list(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-  """Makes a factory of experts one of an entry of a list of mixed ones."""
-
-  @named.fields_of(factory, num_experts=Size)
-  def entry(**fields: Any) -> nn.Module:
-    """Makes the experts of one kind.
-
-    Args:
-      num_experts: how many are of this kind.
-    """
-    return factory(**fields)
-
-  return entry
-
-
-# Those that are missing take a module, which no config can hold; mixed experts
-# are a list.
-_KINDS = {
+# The kinds that are missing here take a module, which no config can hold.
+EXPERTS = {
   "feed_forward": _feed_forward,
-  "linear": Linear,
-  "identity": Identity,
+  "linear": named.limited(Linear, num_experts=Size),
+  "identity": named.limited(Identity, num_experts=Size),
 }
-_MIXED = {kind: _in_list(factory) for kind, factory in _KINDS.items()}
-_Build = Callable[..., nn.Module]
-_Experts = Annotated[_Build, Section(_KINDS, given=("num_experts",))]
+_Experts = Annotated[_Build, Section(EXPERTS, given=("num_experts",))]
 _Router = Annotated[_Build, Section(ROUTERS, given=("num_experts",))]
-
-# -- layers -------------------------------------------------------------------
-
-
-@named.fields_of(LSTM, hidden=Size | None)
-def _lstm(**fields: Any) -> LSTM:
-  return LSTM(**fields)
 
 
 @named.fields_of(
@@ -82,7 +56,7 @@ def _lstm(**fields: Any) -> LSTM:
 def _moe(
   num_experts: Size,
   router: _Router,
-  experts: _Experts | Sequence[Annotated[Any, Section(_MIXED)]],
+  experts: _Experts | Sequence[Annotated[Any, Section(EXPERTS)]],
   **fields: Any,
 ) -> MoE:
   """Makes a MoE.
@@ -93,7 +67,7 @@ def _moe(
     experts: of one kind, or a list of several, each with its own num_experts.
   """
   if isinstance(experts, tuple):
-    built = EXPERTS["mixed"](tuple(build() for build in experts))
+    built = Mixed(tuple(build() for build in experts))
     if built.num_experts != num_experts:
       raise ValueError(
         f"`experts` lists {built.num_experts} experts, but num_experts is"
@@ -128,11 +102,11 @@ def _hierarchical_moe(
       f"config.model.hierarchical_moe: {num_groups} groups do not divide"
       f" {num_experts} experts; choose a num_groups that does."
     )
-  return HierarchicalMoE(
-    primary(num_experts=num_groups),
-    secondary(num_experts=num_experts // num_groups),
-    **fields,
-  )
+  within = secondary(num_experts=num_experts // num_groups)
+  return HierarchicalMoE(primary(num_experts=num_groups), within, **fields)
+
+
+_LSTM = named.limited(LSTM, hidden=Size | None)
 
 
 class _Layers(NamedTuple):
@@ -145,7 +119,7 @@ class _Layers(NamedTuple):
     one_expert: the single expert of MoE-1-Wide and MoE-1-Deep.
   """
 
-  lstm: Annotated[_Build, Section(_lstm, given=("width",))] | None = None
+  lstm: Annotated[_Build, Section(_LSTM, given=("width",))] | None = None
   moe: Annotated[_Build, Section(_moe)] | None = None
   hierarchical_moe: Annotated[_Build, Section(_hierarchical_moe)] | None = None
   one_expert: _Experts | None = None
@@ -161,8 +135,6 @@ class _Layers(NamedTuple):
     return tuple(builders[name]() for name in names)
 
 
-# -- models -------------------------------------------------------------------
-
 _Stack = Sequence[Annotated[str, Names(_Layers._fields)]]
 _DType = Annotated[str, Names(DTYPES)]
 _SHARED = {
@@ -172,10 +144,9 @@ _SHARED = {
 }
 
 
-def _split(fields: dict[str, Any]) -> tuple[_Layers, dict[str, Any]]:
-  """Parts the sections of layers from the fields of the model."""
-  layers = {name: fields.pop(name) for name in _Layers._fields}
-  return _Layers(**layers), fields
+def _take_layers(fields: dict[str, Any]) -> _Layers:
+  """Takes the sections of layers out of the fields of a model."""
+  return _Layers(**{name: fields.pop(name) for name in _Layers._fields})
 
 
 @named.fields_of(
@@ -189,8 +160,7 @@ def _lstm_lm(
   Args:
     layers: sections of layers by name, one after the other.
   """
-  made, fields = _split(fields)
-  stack = made.stack(layers, fields["width"])
+  stack = _take_layers(fields).stack(layers, fields["width"])
   return LSTMLM(vocab_size, layers=stack, dtype=DTYPES[dtype], **fields)
 
 
@@ -227,12 +197,11 @@ def _gnmt(
       f"config.model.decoder is {tuple(decoder)}, but it is the decoder's first"
       " LSTM that attends to the source; let it begin with 'lstm'."
     )
-  made, fields = _split(fields)
-  attends, wiring = attention()
+  layers, (attends, wiring) = _take_layers(fields), attention()
   return GNMT(
     vocab_size,
-    encoder=made.stack(encoder, fields["width"]),
-    decoder=made.stack(decoder, fields["width"]),
+    encoder=layers.stack(encoder, fields["width"]),
+    decoder=layers.stack(decoder, fields["width"]),
     attention=attends,
     wiring=wiring,
     dtype=DTYPES[dtype],

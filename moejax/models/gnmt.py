@@ -80,7 +80,7 @@ class GNMT(nn.Module):
     self, batch: Batch, *, train: bool = False
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next piece."""
-    named.known(self.wiring, WIRINGS, "wiring")
+    named.one_of(self.wiring, WIRINGS, "wiring")
     source = (batch[f"source{name}"] for name in ("", "_segment", "_start"))
     memory = self.encode(*source, train=train)
     drop = functools.partial(self.drop, deterministic=not train)

@@ -121,7 +121,7 @@ def find(name: str) -> Topology:
         " first, or set JAX_NUM_CPU_DEVICES."
       )
     return Topology(name, devices[:count], None, (count,), False)
-  chip = CHIPS[named.known(kind, dict.fromkeys((*TPUS, "cpu")), "topology")]
+  chip = CHIPS[named.one_of(kind, dict.fromkeys((*TPUS, "cpu")), "topology")]
   if len(sides) != chip.axes:
     raise ValueError(
       f"topology {name!r} has {len(sides)} sides, but {kind} chips lie in"

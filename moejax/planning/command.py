@@ -11,7 +11,7 @@ from moejax.planning import chips, plan, report, search
 
 
 def run(
-  config: config_lib.Config,
+  experiment: config_lib.Experiment,
   topologies: Sequence[str],
   layouts: Sequence[str],
   suggest: bool,
@@ -45,11 +45,10 @@ def run(
         " fastest layout to suggest; give --topology of a TPU, such as"
         " v5e:4x4."
       )
-  config_lib.check(config)
-  vocab_size = config_lib.vocab_size(config)
+  vocab_size = config_lib.vocab_size(experiment)
   by_topology = []
   for topology in found:
-    about = config, vocab_size, topology
+    about = experiment, vocab_size, topology
     tried = (
       search.suggest(*about)
       if suggest

@@ -59,14 +59,14 @@ class Count(NamedTuple):
     return self.parameters + self.biases + self.embedding + self.softmax
 
 
-def count(config: config_lib.Config, vocab_size: int) -> Count:
+def count(experiment: config_lib.Experiment, vocab_size: int) -> Count:
   """Counts the model of a config with a vocabulary of this size.
 
   Raises:
     ValueError: the config describes no model.
   """
-  model = config_lib.model(config, vocab_size)
-  return count_model(model, config_lib.batch_shapes(config), method="loss")
+  model = experiment.model(vocab_size)
+  return count_model(model, experiment.shapes, method="loss")
 
 
 def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
@@ -122,7 +122,7 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
 
 
 def flops_per_step(
-  config: config_lib.Config, vocab_size: int, count: Count
+  experiment: config_lib.Experiment, vocab_size: int, count: Count
 ) -> int:
   """Counts what a training step needs to compute, in floating-point operations.
 
@@ -133,14 +133,15 @@ def flops_per_step(
   whatever pairs they belong to. Empty slots, dispatch, and what is computed
   again to save memory count nothing.
   """
-  model = config_lib.model(config, vocab_size)
-  data, classes = config.data, vocab_size
+  model = experiment.model(vocab_size)
+  classes, (batch_size, length) = vocab_size, experiment.shapes["mask"].shape
   if samples := getattr(model, "num_samples", 0):
     classes = softmax.most_distinct(samples, vocab_size) + 1
   target = count.ops - count.source + model.width * classes
-  ops = data.row_length * target
+  ops = length * target
   if attention := getattr(model, "attention", None):
     # Of a score and of a context, one entry each.
     pair = attention.width + model.width
-    ops += data.source_length * (count.source + data.row_length * pair)
-  return 6 * ops * data.batch_size
+    source_length = experiment.shapes["source"].shape[1]
+    ops += source_length * (count.source + length * pair)
+  return 6 * ops * batch_size

@@ -163,7 +163,7 @@ def with_prefix(number: int) -> str:
 
 
 def make(
-  config: config_lib.Config,
+  experiment: config_lib.Experiment,
   vocab_size: int,
   topology: Topology,
   changes: dict[str, Any] | None = None,
@@ -178,7 +178,7 @@ def make(
     ValueError: the layout does not divide the devices, or the config; names
       both numbers.
   """
-  parts = session.build(config, vocab_size, topology.devices)
+  parts = session.build(experiment, vocab_size, topology.devices)
   chip, changes = topology.chip, changes or {}
   has = int(chip.memory) if chip else None
   if topology.is_here:
@@ -193,13 +193,13 @@ def make(
     return Refusal(
       topology.name, parts.layout.name, changes, reason, least, has
     )
-  lowered = session.lower(config, parts)
+  lowered = session.lower(parts)
   begin = time.monotonic()
   compiled, text, needs, limit = _compile(lowered)
   took = time.monotonic() - begin
   found = collectives.read(text, parts.mesh)
   done = list(work.instructions(text))
-  count = cost.count(config, vocab_size)
+  count = cost.count(experiment, vocab_size)
   parameters = state.bytes_per_device(parts.abstract_state.params)
   optimizer = state.bytes_per_device(parts.abstract_state.opt_state)
   rest = needs - parameters - optimizer
@@ -207,7 +207,7 @@ def make(
     rest += session.bytes_beside(parts)
   memory = Memory(parameters, optimizer, rest, limit or has)
   runs = topology.is_here and compiled is not None and memory.fits
-  flops = cost.flops_per_step(config, vocab_size, count)
+  flops = cost.flops_per_step(experiment, vocab_size, count)
   return Plan(
     topology=topology.name,
     layout=parts.layout.name,
@@ -224,7 +224,7 @@ def make(
     words=math.prod(parts.shapes["mask"].shape),
     compile_seconds=took,
     peak_flops=chip and chip.flops,
-    measured=_measure(config, compiled, parts) if runs else None,
+    measured=_measure(compiled, parts) if runs else None,
   )
 
 
@@ -278,16 +278,20 @@ def estimate(
 
 
 def _measure(
-  config: config_lib.Config,
   compiled: jax.stages.Compiled,
   parts: session.Session,
 ) -> float:
   """Returns the median seconds of a step; the first is not counted."""
   current = state.create(
-    parts.model, parts.tx, parts.shapes, config.seed, parts.layout, parts.mesh
+    parts.model,
+    parts.tx,
+    parts.shapes,
+    parts.experiment.seed,
+    parts.layout,
+    parts.mesh,
   )
   ones = {n: np.ones(a.shape, a.dtype) for n, a in parts.shapes.items()}
-  batch = step.place(ones, parts.where)
+  batch = step.place(ones, parts.batch_sharding)
   asked = processes.vote(False, parts.mesh)
   times = []
   for _ in range(REPEATS + 1):

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 
 from moejax.planning.plan import (
@@ -74,6 +73,9 @@ def write(
   (folder / PLAN_FILE).write_text(as_json + "\n", encoding="utf-8")
   # Not by pyplot: without its global state a figure is always drawn by Agg.
   height = 2 + 0.4 * len(shown)
+  # Imported late: it is an extra, and only figures need it.
+  import matplotlib.figure
+
   figure = matplotlib.figure.Figure((10, height), layout="constrained")
   draw(figure, shown)
   figure.savefig(folder / FIGURE_FILE, dpi=120)
@@ -99,7 +101,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
   return values
 
 
-def draw(figure: matplotlib.figure.Figure, outcomes: Sequence[Outcome]) -> None:
+def draw(figure: Any, outcomes: Sequence[Outcome]) -> None:
   """Draws memory against what there is and, where estimated, time."""
   plans = [each for each in outcomes if isinstance(each, Plan)]
   timed = [each for each in plans if each.estimate]

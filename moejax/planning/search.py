@@ -1,6 +1,5 @@
 """Plans for several layouts, and the search for the fastest that fits."""
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,14 +15,14 @@ from moejax.planning.plan import Outcome, Plan, Refusal, with_prefix
 DOUBLINGS, STEPS = 3, 8
 
 
-def layouts(config: config_lib.Config) -> dict[str, Any]:
+def layouts(experiment: config_lib.Experiment) -> dict[str, Any]:
   """Returns the values for config.layout by name, the config's own first."""
-  own = {config_lib.layout(config).name: config.layout}
+  own = {experiment.layout.name: experiment.values["layout"]}
   return own | {name: name for name in sharding.LAYOUTS if name not in own}
 
 
 def with_layouts(
-  config: config_lib.Config,
+  experiment: config_lib.Experiment,
   vocab_size: int,
   topology: Topology,
   names: Sequence[str],
@@ -33,14 +32,14 @@ def with_layouts(
   Raises:
     ValueError: unknown layouts; names those that exist.
   """
-  known = layouts(config)
+  known = layouts(experiment)
   for name in names or list(known)[:1]:
-    choice = known[named.known(name, known, "--layout")]
-    yield attempt(config, vocab_size, topology, {"config.layout": choice})
+    choice = known[named.one_of(name, known, "--layout")]
+    yield attempt(experiment, vocab_size, topology, {"config.layout": choice})
 
 
 def suggest(
-  config: config_lib.Config, vocab_size: int, topology: Topology
+  experiment: config_lib.Experiment, vocab_size: int, topology: Topology
 ) -> Iterator[Outcome]:
   """Yields all that is tried in search of the fastest estimate that fits.
 
@@ -53,10 +52,10 @@ def suggest(
   tried = []
 
   def look(changes):
-    tried.append((attempt(config, vocab_size, topology, changes), changes))
+    tried.append((attempt(experiment, vocab_size, topology, changes), changes))
     return tried[-1][0]
 
-  for choice in layouts(config).values():
+  for choice in layouts(experiment).values():
     changes = {"config.layout": choice}
     before = math.inf
     for left in range(DOUBLINGS, -1, -1):
@@ -68,13 +67,13 @@ def suggest(
       saved, before = before - needs, needs
       if needs - saved * left > has:
         break
-      changes = changes | _more_microbatches(config, changes, topology)
+      changes = changes | _more_microbatches(experiment, changes, topology)
   for _ in range(STEPS):
     _, changes = min(tried, key=lambda each: rank(each[0]))
     # Changes may say what the config says already.
-    known = [changed_config(config, each) for _, each in tried]
-    for step in _steps(config, changes, topology):
-      if changed_config(config, changes | step) not in known:
+    known = [config_lib.changed(experiment, each).values for _, each in tried]
+    for step in _steps(experiment, changes, topology):
+      if config_lib.changed(experiment, changes | step).values not in known:
         yield look(changes | step)
         break
     else:
@@ -139,14 +138,14 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
 
 
 def attempt(
-  config: config_lib.Config,
+  experiment: config_lib.Experiment,
   vocab_size: int,
   topology: Topology,
   changes: dict[str, Any],
 ) -> Outcome:
   """Plans a config with other values, by name, or says why that cannot be."""
-  changed = changed_config(config, changes)
-  layout = config_lib.layout(changed).name
+  changed = config_lib.changed(experiment, changes)
+  layout = changed.layout.name
   shown = {n: v for n, v in changes.items() if n != "config.layout"}
   also = "".join(f", {n.rpartition('.')[2]} {v}" for n, v in shown.items())
   terminal.say(f"compiling {layout} for {topology.name}{also}")
@@ -155,75 +154,61 @@ def attempt(
     together = layer.get("groups_together", 1)
     if together != 1:
       # At the second level, no more than a data replica has in a microbatch.
-      mesh = sharding.make_mesh(config_lib.layout(changed), topology.devices)
+      mesh = sharding.make_mesh(changed.layout, topology.devices)
       fit = math.gcd(together, groups(changed) // mesh.shape["data"])
       if fit != together:
         shown |= {f"{path}.groups_together": fit}
-        changed = changed_config(changed, shown)
+        changed = config_lib.changed(changed, shown)
     return plan_lib.make(changed, vocab_size, topology, shown)
   except ValueError as error:
     return Refusal(topology.name, layout, shown, str(error))
 
 
-def changed_config(
-  config: config_lib.Config, changes: dict[str, Any]
-) -> config_lib.Config:
-  """Returns a copy with other values; names begin with "config."."""
-  changed = copy.deepcopy(config)
-  with changed.unlocked(), changed.ignore_type():
-    for name, value in changes.items():
-      *path, last = name.split(".")[1:]
-      section = changed
-      for each in path:
-        section = section[each]
-      section[last] = value
-  return changed
-
-
-def _mixture(config: config_lib.Config) -> tuple[str, Any]:
+def _mixture(experiment: config_lib.Experiment) -> tuple[str, Any]:
   """Returns the name and the section of the model's mixture; or none."""
-  stacks = (config.model.get(n, ()) for n in ("layers", "encoder", "decoder"))
+  model = experiment.values["model"]
+  stacks = (model.get(n, ()) for n in ("layers", "encoder", "decoder"))
   used = {name for stack in stacks for name in stack}
   for name in ("moe", "hierarchical_moe"):
     if name in used:
-      return f"config.model.{name}", config.model.get(name) or {}
+      return f"config.model.{name}", model.get(name) or {}
   return "", {}
 
 
-def groups(config: config_lib.Config) -> int:
+def groups(experiment: config_lib.Experiment) -> int:
   """Counts the groups of tokens of a microbatch."""
-  _, layer = _mixture(config)
+  _, layer = _mixture(experiment)
   if not layer.get("group_size"):
     return 1
-  tokens = config.data.batch_size * config.data.row_length
-  return tokens // config_lib.train(config).microbatches // layer["group_size"]
+  tokens = math.prod(experiment.shapes["mask"].shape)
+  return tokens // experiment.train.microbatches // layer["group_size"]
 
 
 def _more_microbatches(
-  config: config_lib.Config, changes: dict[str, Any], topology: Topology
+  experiment: config_lib.Experiment, changes: dict[str, Any], topology: Topology
 ) -> dict[str, Any]:
   """Doubles the microbatches; of groups half the size, if those get too few."""
-  now = changed_config(config, changes)
-  count = 2 * config_lib.train(now).microbatches
+  now = config_lib.changed(experiment, changes)
+  count = 2 * now.train.microbatches
   step = {"config.train.microbatches": count}
   path, layer = _mixture(now)
   if size := layer.get("group_size"):
-    left = groups(changed_config(now, step))
+    left = groups(config_lib.changed(now, step))
     if left < 1 or left % len(topology.devices):
       step[f"{path}.group_size"] = size // 2
   return step
 
 
 def _steps(
-  config: config_lib.Config, changes: dict[str, Any], topology: Topology
+  experiment: config_lib.Experiment, changes: dict[str, Any], topology: Topology
 ) -> Iterator[dict[str, Any]]:
   """Yields the changes to try next to these."""
-  now = changed_config(config, changes)
+  now = config_lib.changed(experiment, changes)
   path, layer = _mixture(now)
   size, section = layer.get("group_size"), path
   if layer and layer.get("secondary") is not None:
     layer, section = layer["secondary"], f"{path}.secondary"
-  microbatches = config_lib.train(now).microbatches
+  microbatches = now.train.microbatches
   if microbatches % 2 == 0:
     yield {"config.train.microbatches": microbatches // 2}
   if layer:
@@ -234,4 +219,4 @@ def _steps(
     yield {f"{path}.group_size": 2 * size}
     if size % 2 == 0:
       yield {f"{path}.group_size": size // 2}
-  yield _more_microbatches(config, changes, topology)
+  yield _more_microbatches(experiment, changes, topology)

@@ -52,12 +52,8 @@ def tokenizer(language: str, references: Sequence[str]) -> tuple[str, str]:
   The script decides that a language names, then the language, and where neither
   is known to go without spaces, that of most letters of the references.
 
-  Args:
-    language: as "zh", "zho", "zh_tw", "zh-Hans" or "cmn_Hant"; "" if not known.
-    references: text in it.
-
-  Returns:
-    The tokenizer, and what speaks against it; "" if nothing.
+  A language is called "zh", "zho", "zh_tw", "zh-Hans" or "cmn_Hant", or "" if
+  it is not known. Returned is also what speaks against the tokenizer, or "".
   """
   first, *subtags = re.split("[-_]", language.lower())
   named = [tag for tag in subtags if len(tag) == 4 and tag.isalpha()]
@@ -85,14 +81,9 @@ def scores(
   """Scores lines of plain text, one reference each.
 
   sacrebleu cuts both into words by its "13a"; where there are no spaces between
-  them, by what `tokenizer` chooses. The paper's tokenised BLEU (multi-bleu.pl)
-  is another number: that of text which has been tokenised before, with
+  them, by what `tokenizer` chooses. The paper's tokenized BLEU (multi-bleu.pl)
+  is another number: that of text which has been tokenized before, with
   sacrebleu's tokenize="none".
-
-  Args:
-    hypotheses: translations.
-    references: what they should be, line by line.
-    language: of both, see `tokenizer`.
 
   Raises:
     ValueError: there are no lines, or not equally many.

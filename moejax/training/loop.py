@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,9 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
-from moejax.data import batches as batches_lib
+from moejax.data import batches
 from moejax.training import (
-  evaluate,
-  judge,
+  evaluators,
   metrics,
   processes,
   session,
@@ -28,18 +27,16 @@ from moejax.training import run as run_lib
 from moejax.training.checkpoint import Checkpoints
 
 
-def train(config: config_lib.Config, workdir: files_lib.Path) -> dict[str, Any]:
+def train(
+  experiment: config_lib.Experiment, workdir: files_lib.Path
+) -> dict[str, Any]:
   """Trains, or goes on where the workdir left off, and tests the best.
 
   Killed at any moment and started again, it leaves the same curve behind as a
   run that was never killed. SIGTERM, SIGHUP and Ctrl-C save and return after
   the step or the validation at hand; a second Ctrl-C leaves at once. Where
   several processes train (`processes.join`), a signal to any of them stops all.
-
-  Args:
-    config: plain values, see configs/.
-    workdir: where the run lives: config, vocabulary, metrics, checkpoints; a
-      folder that all processes see.
+  They all see the workdir, where the run lives.
 
   Returns:
     The result, which also lies in the workdir as JSON; {"signal": its number}
@@ -52,284 +49,295 @@ def train(config: config_lib.Config, workdir: files_lib.Path) -> dict[str, Any]:
       names the step.
     BlockingIOError: another run trains in the workdir.
   """
-  config_lib.check(config)
-  processes.check_same(config.to_json(sort_keys=True), "config")
-  # On the first process alone.
+  values = experiment.values
+  processes.check_same(json.dumps(values, sort_keys=True), "config")
+  # That the lock is still held; on the first process alone.
   checks: list[Callable[[], None]] = []
   with contextlib.ExitStack() as stack:
 
     def begin() -> None:
       checks.append(stack.enter_context(processes.alone_in(workdir)))
-      workdir_lib.check_same(config, workdir)
+      workdir_lib.check_same(values, workdir)
       for name in run_lib.FOLDERS:
         files_lib.refuse_odd_in(workdir / name, written=True)
       files_lib.remove_drafts(workdir)
 
     # All that decides about a workdir is done alone in it.
     processes.first_does(begin)
-    _check_shared(workdir)
-    return _train_alone(config, workdir, checks)
+    there = files_lib.exists(workdir / processes.LOCK_FILE)
+    if processes.any_of_us(not there):
+      raise ValueError(
+        f"not every process finds in {workdir} what the first one wrote there;"
+        " give a --workdir on a file system that all of them share."
+      )
+    finished = _finished(experiment, workdir)
+    if not finished or workdir_lib.other_text(values, workdir):
+      context = _open(experiment, workdir)
+    if not finished:
+      run = _Run(context, checks, stack)
+      stopped = run.train()
+      return {"signal": stopped} if stopped else run.test()
+  _say(f"finished before: {_outcome(finished, experiment, workdir)}")
+  return finished
 
 
-def _train_alone(
-  config: config_lib.Config,
-  workdir: files_lib.Path,
-  checks: Sequence[Callable[[], None]],
-) -> dict[str, Any]:
-  """Does what `train` says, alone in a workdir as long as `checks` say so."""
-  options = config_lib.train(config)
-  finished = _finished(config, workdir)
-  if finished and not workdir_lib.other_text(config, workdir):
-    _print(f"finished before: {_outcome(finished, config, workdir)}")
-    return finished
-  data = processes.first_then_others(lambda: config_lib.data(config, workdir))
-  parts = session.build(config, len(data.vocabulary))
-  model, schedule, tx, layout, mesh, where, shapes, target = parts
-  for line in _about_model(target, layout, mesh):
-    _print(line)
-  in_layout = functools.partial(state.abstract_state, model, tx, shapes)
-  # Before a large text is first read, which takes long.
-  state.check_fits(target, in_layout, layout, mesh)
-  rows = {split: data.rows(split) for split in data.splits}
-  batches = batches_lib.train_batches(
-    rows["train"],
-    data.batch_size,
-    config.seed,
-    jax.process_index(),
-    jax.process_count(),
+def _open(
+  experiment: config_lib.Experiment, workdir: files_lib.Path
+) -> evaluators.Context:
+  """Opens the corpus, and lays the model over the devices."""
+  data = processes.first_then_others(
+    lambda: config_lib.open_corpus(experiment, workdir)
   )
-  identity = {split: rows[split].digest for split in rows}
+  built = session.build(experiment, len(data.vocabulary))
+  abstract, layout, mesh = built.abstract_state, built.layout, built.mesh
+  total, inner = session.sizes(abstract.params)
+  opt_state = jax.tree.leaves(abstract.opt_state)
+  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
+  _say(
+    f"{total:,} parameters, {inner:,} of them outside embedding"
+    f" and softmax; layout {layout.name} on {mesh.size}"
+    f" {mesh.devices.flat[0].platform} device(s){processes.how_many()}"
+  )
+  _say(
+    f"optimizer state of {num_bytes:,} bytes,"
+    f" {num_bytes / total:.2f} a parameter"
+  )
+  in_layout = functools.partial(
+    state.abstract_state, built.model, built.tx, built.shapes
+  )
+  # Before a large text is first read, which takes long.
+  state.check_fits(abstract, in_layout, layout, mesh)
+  context = evaluators.Context(built, data, workdir)
+  identity = _identity(context)
   processes.check_same(json.dumps(identity), "text")
   workdir_lib.check_text(identity, workdir)
-  if finished:
-    _print(f"finished before: {_outcome(finished, config, workdir)}")
-    return finished
-  words = ", ".join(
-    f"{split} {part.num_words:,}"
-    + (f" ({part.unknown:.1%} unknown)" if part.unknown else "")
-    for split, part in rows.items()
-  )
-  _print(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
-  _print("compiling the training step")
-  step_fn = session.compiled(config, parts)
-  evaluate_on = run_lib.evaluator(config, parts)
-  translator = None
-  if config_lib.translates(config):
-    translator = run_lib.make_translator(config, parts, data.vocabulary)
+  return context
 
-  # From here on there is a run; what is wrong with it has shown above.
-  processes.first_does(
-    lambda: workdir_lib.remember(config, data.vocabulary, identity, workdir)
-  )
-  with contextlib.ExitStack() as stack:
-    checkpoints = Checkpoints(workdir / run_lib.CHECKPOINTS, options.keep)
-    stack.enter_context(contextlib.closing(checkpoints))
-    seconds = 0.0
-    if restored := checkpoints.latest(target):
-      workdir_lib.check_text(identity, workdir, restored.progress["text"])
-      current = restored.state
-      batches.set_state(restored.progress["data"])
-      seconds = restored.progress["seconds"]
-    else:
-      current = state.create(model, tx, shapes, config.seed, layout, mesh)
-    del restored
-    done = saved = int(current.step)
-    begun = time.monotonic() - seconds
-    writer = progress = metrics.Silent()
-    if processes.first():
-      writer = metrics.Writer(workdir, done)
-      progress = metrics.Progress(done, options.steps, config_lib.unit(config))
-    stack.enter_context(contextlib.closing(writer))
-    stack.enter_context(contextlib.closing(progress))
-    speed = metrics.Speed()
-    # Of few words, its loss is no perplexity of the model.
-    sampled = "sampled_" if config.model.get("num_samples") else ""
-    pending: tuple[int, Mapping[str, jax.Array]] | None = None
-    # The number of a signal to any process; 0 before one came.
-    all_stop = 0
 
-    def settle() -> None:
-      """Brings the last step's metrics to the host, checks and reports them."""
-      nonlocal pending, all_stop
-      for check in checks:
-        check()
-      if pending is None:
-        return
-      at, measured = pending
-      pending = None
-      values = {name: float(v) for name, v in jax.device_get(measured).items()}
-      all_stop = int(values.pop("asked")) or all_stop
-      _check_finite(at, values, saved, workdir)
-      checkpoints.check()
-      speed.add(values.pop("words"))
-      if at % options.log_every == 0:
-        loss = values.pop("loss")
-        values |= {
-          f"{sampled}loss": loss,
-          f"{sampled}perplexity": evaluate.exp(loss),
-        }
-        values["learning_rate"] = float(schedule(at - 1))
-        values["words_per_second"] = speed.read()
-        writer.write(at, "train", values)
-        progress.report(at, values)
+def _identity(context: evaluators.Context) -> dict[str, str]:
+  """Returns the digest of each split of the text."""
+  return {split: context.rows(split).digest for split in context.data.splits}
 
-    def validate() -> float:
-      settle()
-      values = evaluate_on(current.params, rows["validation"])
-      writer.write(done, "validation", values)
-      progress.validated(done, values)
-      if translator:
-        held_out = data.pairs["validation"]
-        for line in judge.examples(translator, current.params, held_out):
-          progress.say(line)
-      speed.restart()
-      return values["perplexity"]
 
-    def save(perplexity: float | None = None) -> None:
-      nonlocal saved, seconds
-      settle()
-      writer.flush()
-      seconds = time.monotonic() - begun
-      position = {
-        "data": batches.get_state(),
-        "seconds": seconds,
-        "text": identity,
-      }
-      checkpoints.save(current, done, position, perplexity)
-      saved = done
+class _Run:
+  """A run that trains, alone in its workdir as long as `checks` say so."""
 
-    if done:
-      progress.say(f"resuming {workdir} at step {done} of {options.steps}")
-    stack.enter_context(sharding.use(layout, mesh))
-    stack.enter_context(
-      processes.ends_with_the_others(
-        lambda: f"checkpoint {saved}, in {workdir}"
+  def __init__(
+    self,
+    context: evaluators.Context,
+    checks: Sequence[Callable[[], None]],
+    stack: contextlib.ExitStack,
+  ):
+    """Compiles the step; goes on from the last checkpoint, if there is one.
+
+    The checks raise where another run has taken the workdir.
+    """
+    self.context, self.checks = context, checks
+    self.built, self.workdir = context.session, context.workdir
+    self.experiment, data = self.built.experiment, context.data
+    self.options, self.identity = self.experiment.train, _identity(context)
+    self.batches = batches.train_batches(
+      context.rows("train"),
+      data.batch_size,
+      self.experiment.seed,
+      jax.process_index(),
+      jax.process_count(),
+    )
+    words = ", ".join(
+      f"{split} {rows.num_words:,}"
+      + (f" ({rows.unknown:.1%} unknown)" if rows.unknown else "")
+      for split, rows in ((each, context.rows(each)) for each in data.splits)
+    )
+    _say(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
+    _say("compiling the training step")
+    self.step_fn = session.compiled(self.built)
+    context.check()
+
+    # From here on there is a run; what is wrong with it has shown above.
+    processes.first_does(
+      lambda: workdir_lib.remember(
+        self.experiment.values, data.vocabulary, self.identity, self.workdir
       )
     )
-    say = progress.say if processes.first() else terminal.say
+    self.checkpoints = Checkpoints(
+      self.workdir / run_lib.CHECKPOINTS, self.options.keep
+    )
+    stack.enter_context(contextlib.closing(self.checkpoints))
+    self.seconds = 0.0
+    if restored := self.checkpoints.latest(self.built.abstract_state):
+      progress = restored.progress
+      workdir_lib.check_text(self.identity, self.workdir, progress["text"])
+      self.batches.set_state(progress["data"])
+      self.state, self.seconds = restored.state, progress["seconds"]
+    else:
+      self.state = state.create(
+        self.built.model,
+        self.built.tx,
+        self.built.shapes,
+        self.experiment.seed,
+        self.built.layout,
+        self.built.mesh,
+      )
+    del restored
+    self.done = self.saved = int(self.state.step)
+    self.begun = time.monotonic() - self.seconds
+    self.writer = self.progress = metrics.Silent()
+    if processes.first():
+      self.writer = metrics.Writer(self.workdir, self.done)
+      self.progress = metrics.Progress(
+        self.done, self.options.steps, self.experiment.unit
+      )
+    stack.enter_context(contextlib.closing(self.writer))
+    stack.enter_context(contextlib.closing(self.progress))
+    if self.done:
+      self.progress.say(
+        f"resuming {self.workdir} at step {self.done} of {self.options.steps}"
+      )
+    self.speed = metrics.Speed()
+    # Metrics of a step, on devices, that are not yet reported.
+    self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    # The number of a signal to any process; 0 before one came.
+    self.all_stop = 0
+    stack.enter_context(sharding.use(self.built.layout, self.built.mesh))
+    stack.enter_context(
+      processes.ends_with_the_others(
+        lambda: f"checkpoint {self.saved}, in {self.workdir}"
+      )
+    )
+
+  def train(self) -> int:
+    """Trains to the end, or until a signal, whose number it returns.
+
+    All is saved then.
+    """
+    options = self.options
+    say = self.progress.say if processes.first() else terminal.say
     # Until all is saved; a signal in the test that follows ends it at once.
     with signals.asked(say) as stopped:
 
       def stops() -> int:
-        return all_stop or (0 if processes.several() else stopped())
+        return self.all_stop or (0 if processes.several() else stopped())
 
-      while done < options.steps and not stops():
-        batch = step.place(next(batches), where)
-        asked = processes.vote(stopped(), mesh)
-        current, measured = step_fn(current, batch, asked)
-        done += 1
+      while self.done < options.steps and not stops():
+        batch = step.place(next(self.batches), self.built.batch_sharding)
+        asked = processes.vote(stopped(), self.built.mesh)
+        self.state, measured = self.step_fn(self.state, batch, asked)
+        self.done += 1
         # One step late, so that the device need not wait for the host.
-        settle()
-        pending = (done, measured)
-        progress.advance(done)
-        last = done == options.steps
-        if last or done % options.eval_every == 0:
-          save(validate())
-        elif done % options.checkpoint_every == 0:
-          save()
-      if saved < done:
-        save()
-      checkpoints.wait()
+        self._settle()
+        self.pending = (self.done, measured)
+        self.progress.advance(self.done)
+        if self.done == options.steps or self.done % options.eval_every == 0:
+          self._save(self._validate())
+        elif self.done % options.checkpoint_every == 0:
+          self._save()
+      if self.saved < self.done:
+        self._save()
+      self.checkpoints.wait()
       stopping = stops()
     if stopping:
-      progress.say(
-        f"stopped at step {done} of {options.steps}, saved in {workdir}; the"
-        " same command goes on from there."
+      self.progress.say(
+        f"stopped at step {self.done} of {options.steps}, saved in"
+        f" {self.workdir}; the same command goes on from there."
       )
-      return {"signal": stopping}
+    return stopping
+
+  def _settle(self) -> None:
+    """Brings the last step's metrics to the host, checks and reports them."""
+    for check in self.checks:
+      check()
+    if self.pending is None:
+      return
+    (at, measured), self.pending = self.pending, None
+    values = {name: float(v) for name, v in jax.device_get(measured).items()}
+    self.all_stop = int(values.pop("asked")) or self.all_stop
+    for name in ("loss", "grad_norm", "param_norm"):
+      if not math.isfinite(values[name]):
+        last = f"checkpoint {self.saved}" if self.saved else "no checkpoint"
+        raise FloatingPointError(
+          f"{name} became {values[name]} at step {at}; {last} was saved before,"
+          f" in {self.workdir / run_lib.CHECKPOINTS}. Train in a new workdir"
+          " with a lower config.optimizer.peak, or with"
+          " config.optimizer.clip_norm."
+        )
+    self.checkpoints.check()
+    self.speed.add(values.pop("words"))
+    if at % self.options.log_every:
+      return
+    # Of few words, the loss is no perplexity of the model.
+    sampled = "sampled_" if getattr(self.built.model, "num_samples", 0) else ""
+    loss = values.pop("loss")
+    values |= {
+      f"{sampled}loss": loss,
+      f"{sampled}perplexity": evaluators.exp(loss),
+      "learning_rate": float(self.experiment.schedule(at - 1)),
+      "words_per_second": self.speed.read(),
+    }
+    self.writer.write(at, "train", values)
+    self.progress.report(at, values)
+
+  def _validate(self) -> float:
+    """Returns the perplexity."""
+    self._settle()
+    lines: list[str] = []
+    values = evaluators.measure(
+      evaluators.AT_VALIDATION,
+      self.context,
+      self.state.params,
+      "validation",
+      lines.append,
+    )
+    self.writer.write(self.done, "validation", evaluators.numbers(values))
+    self.progress.validated(self.done, values)
+    for line in lines:
+      self.progress.say(line)
+    self.speed.restart()
+    return values["perplexity"]
+
+  def _save(self, perplexity: float | None = None) -> None:
+    self._settle()
+    self.writer.flush()
+    self.seconds = time.monotonic() - self.begun
+    progress = {
+      "data": self.batches.get_state(),
+      "seconds": self.seconds,
+      "text": self.identity,
+    }
+    self.checkpoints.save(self.state, self.done, progress, perplexity)
+    self.saved = self.done
+
+  def test(self) -> dict[str, Any]:
+    """Tests the best checkpoint; writes and returns the result."""
     # Large models may not fit into memory twice.
-    del current
-    best = checkpoints.best(target)
-    test = evaluate_on(best.state.params, rows["test"])
+    del self.state
+    best = self.checkpoints.best(self.built.abstract_state)
+    values = evaluators.measure(
+      evaluators.AT_TEST,
+      self.context,
+      best.state.params,
+      "test",
+      self.progress.say,
+    )
+    test = evaluators.numbers(values)
     result = {
       "test": test,
       "best_step": int(best.state.step),
-      "steps": done,
-      "seconds": seconds,
+      "steps": self.done,
+      "seconds": self.seconds,
     }
-    if lost := run_lib.lost_best(workdir, best, done):
+    result |= {name: v for name, v in values.items() if name not in test}
+    if lost := run_lib.lost_best(self.workdir, best, self.done):
       result["lost_best_step"] = lost
-    if translator:
-      progress.say("translating the test")
-      about = translator, best.state.params, data.pairs["test"]
-      lines = workdir / run_lib.TRANSLATIONS / "test"
-      found, result["signatures"] = judge.scores(*about, lines)
-      test |= found
-      for name, signature in result["signatures"].items():
-        progress.say(f"{name}: {signature}")
-    writer.write(done, "test", test)
+    self.writer.write(self.done, "test", test)
     as_json = metrics.as_json(result, indent=2) + "\n"
-    processes.first_does(
-      lambda: files_lib.write_whole(workdir / workdir_lib.RESULT_FILE, as_json)
-    )
-    progress.say(_outcome(result, config, workdir))
-  return result
-
-
-def _check_finite(
-  at: int, values: Mapping[str, float], saved: int, workdir: files_lib.Path
-) -> None:
-  for name in ("loss", "grad_norm", "param_norm"):
-    if not math.isfinite(values[name]):
-      kept = f"checkpoint {saved}" if saved else "no checkpoint"
-      raise FloatingPointError(
-        f"{name} became {values[name]} at step {at}; {kept} was saved before,"
-        f" in {workdir / run_lib.CHECKPOINTS}. Train in a new workdir with a"
-        " lower config.optimizer.peak, or with config.optimizer.clip_norm."
-      )
-
-
-def _about_model(
-  target: state.TrainState, layout: sharding.Layout, mesh: jax.sharding.Mesh
-) -> Iterator[str]:
-  """Yields how large it is, for the person who started the run."""
-  total, inner = session.sizes(target.params)
-  opt_state = jax.tree.leaves(target.opt_state)
-  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
-  kind = mesh.devices.flat[0].platform
-  yield (
-    f"{total:,} parameters, {inner:,} of them outside embedding"
-    f" and softmax; layout {layout.name} on {mesh.size} {kind} device(s)"
-    f"{processes.how_many()}"
-  )
-  yield (
-    f"optimiser state of {num_bytes:,} bytes,"
-    f" {num_bytes / total:.2f} a parameter"
-  )
-
-
-def _outcome(
-  result: Mapping[str, Any],
-  config: config_lib.Config,
-  workdir: files_lib.Path,
-) -> str:
-  test = metrics.describe(result["test"], config_lib.unit(config))
-  left = ""
-  if lost := result.get("lost_best_step"):
-    left = f" that is left, as that of step {lost} is damaged or gone"
-  return (
-    f"test {test}, by the best checkpoint{left} (step"
-    f" {result['best_step']} of {result['steps']}); trained in"
-    f" {metrics.clock(result['seconds'])}; the run lies in {workdir}"
-  )
-
-
-def _print(text: str) -> None:
-  if processes.first():
-    terminal.say(text)
-
-
-def _check_shared(workdir: files_lib.Path) -> None:
-  there = files_lib.exists(workdir / processes.LOCK_FILE)
-  if processes.any_of_us(not there):
-    raise ValueError(
-      f"not every process finds in {workdir} what the first one wrote there;"
-      " give a --workdir on a file system that all of them share."
-    )
+    path = self.workdir / workdir_lib.RESULT_FILE
+    processes.first_does(lambda: files_lib.write_whole(path, as_json))
+    self.progress.say(_outcome(result, self.experiment, self.workdir))
+    return result
 
 
 def _finished(
-  config: config_lib.Config, workdir: files_lib.Path
+  experiment: config_lib.Experiment, workdir: files_lib.Path
 ) -> dict[str, Any] | None:
   """Reads the result of a run that has come to its end; None before that.
 
@@ -341,10 +349,30 @@ def _finished(
     return None
   try:
     result = metrics.numbers(files_lib.read_json(path))
-    _outcome(result, config, workdir)
-    return result if result["steps"] >= config.train.steps else None
+    _outcome(result, experiment, workdir)
+    return result if result["steps"] >= experiment.train.steps else None
   except (ValueError, LookupError, TypeError, AttributeError):
     raise ValueError(
       f"{path} is damaged; remove it, and the same command tests the best"
       " checkpoint again."
     ) from None
+
+
+def _outcome(
+  result: Mapping[str, Any],
+  experiment: config_lib.Experiment,
+  workdir: files_lib.Path,
+) -> str:
+  left = ""
+  if lost := result.get("lost_best_step"):
+    left = f" that is left, as that of step {lost} is damaged or gone"
+  return (
+    f"test {metrics.describe(result['test'], experiment.unit)}, by the best"
+    f" checkpoint{left} (step {result['best_step']} of {result['steps']});"
+    f" trained in {metrics.clock(result['seconds'])}; the run lies in {workdir}"
+  )
+
+
+def _say(text: str) -> None:
+  if processes.first():
+    terminal.say(text)

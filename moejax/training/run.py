@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,20 +13,48 @@ from moejax import terminal
 from moejax import workdir as workdir_lib
 from moejax.data.pieces import Pieces
 from moejax.data.vocab import Vocabulary
-from moejax.training import (
-  checkpoint,
-  evaluate,
-  judge,
-  metrics,
-  session,
-  translate,
-)
+from moejax.training import checkpoint, evaluators, metrics, session
 from moejax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
-TRANSLATIONS = "translations"
 # Folders of a workdir that a run writes to.
-FOLDERS = (CHECKPOINTS, TRANSLATIONS, "tensorboard")
+FOLDERS = (CHECKPOINTS, evaluators.TRANSLATIONS, "tensorboard")
+
+
+def recall(workdir: files_lib.Path, layout: str = "") -> config_lib.Experiment:
+  """Reads what a run trains, its layout replaced if one is named.
+
+  Raises:
+    FileNotFoundError: there is no run in the workdir.
+    ValueError: its config is damaged, or of another version.
+  """
+  values = workdir_lib.recall(workdir)
+  try:
+    experiment = config_lib.parse(values)
+  except ValueError as error:
+    raise ValueError(
+      f"{workdir / workdir_lib.CONFIG_FILE} is no config of this version:"
+      f" {error}"
+    ) from None
+  changes = {"config.layout": layout} if layout else {}
+  return config_lib.changed(experiment, changes)
+
+
+def open_run(
+  workdir: files_lib.Path, layout: str = "", files: Sequence[str] = ()
+) -> evaluators.Context:
+  """Opens a run: what it trains, on devices, and its corpus.
+
+  Files are read as the only split "data", in place of the corpus.
+
+  Raises:
+    FileNotFoundError: there is no run in the workdir, or no such file.
+    ValueError: the vocabulary is not the run's, or as `recall`.
+  """
+  experiment = recall(workdir, layout)
+  data = config_lib.open_corpus(experiment, workdir, files)
+  built = session.build(experiment, len(data.vocabulary))
+  return evaluators.Context(built, data, workdir)
 
 
 class Loaded(NamedTuple):
@@ -36,33 +64,29 @@ class Loaded(NamedTuple):
     model: the module; model.apply({"params": params}, ...).
     params: of the best checkpoint, as they lie between uses.
     tokenizer: the run's own vocabulary, of words or of pieces.
-    config: what the run was made with.
+    config: what the run was made with, as plain values.
   """
 
   model: nn.Module
   params: Any
   tokenizer: Any
-  config: config_lib.Config
+  config: dict[str, Any]
 
 
 def load(workdir: str | files_lib.Path, layout: str = "") -> Loaded:
   """Loads a run by its best checkpoint, even while it trains.
-
-  Args:
-    workdir: of the run.
-    layout: name of one to take in place of the run's own.
 
   Raises:
     FileNotFoundError: there is no run in the workdir.
     ValueError: the run has no checkpoint yet, or its vocabulary is another.
   """
   workdir = files_lib.path(str(workdir))
-  config = _recall(workdir, layout)
-  kind = Pieces if config_lib.translates(config) else Vocabulary
+  experiment = recall(workdir, layout)
+  kind = Pieces if experiment.translates else Vocabulary
   tokenizer = workdir_lib.vocabulary(kind, workdir)
-  parts = session.build(config, len(tokenizer))
-  params = best(workdir, parts).params
-  return Loaded(parts.model, params, tokenizer, config)
+  built = session.build(experiment, len(tokenizer))
+  params = best(workdir, built).params
+  return Loaded(built.model, params, tokenizer, experiment.values)
 
 
 def evaluate_run(
@@ -70,62 +94,37 @@ def evaluate_run(
   split: str,
   files: Sequence[str] = (),
   layout: str = "",
+  say: evaluators.Say = terminal.say,
 ) -> dict[str, Any]:
-  """Evaluates the best checkpoint of a run, which may still be training.
-
-  Args:
-    workdir: of the run; it remembers config and vocabulary.
-    split: of the run's own corpus.
-    files: files to read instead of a split, of text or of pairs.
-    layout: name of one to take in place of the run's own.
+  """Evaluates the best checkpoint on a split, or on files in its place.
 
   Returns:
-    What `evaluate.evaluator` does, and the checkpoint's step. Of a language
-    model also the fraction of words that are unknown to the run's vocabulary;
-    of translations, where none is, what `judge.scores` returns, which keeps
-    the lines in the workdir.
+    What the evaluators of the test return, and the checkpoint's step; of a
+    language model also the fraction of words that are unknown to its
+    vocabulary.
 
   Raises:
     FileNotFoundError: there is no run in the workdir, or no such file.
     ValueError: the run has no checkpoint yet, or the files no text, or the
       vocabulary or the split's text is not the run's.
   """
-  config = _recall(workdir, layout)
-  data = config_lib.data(config, workdir, files)
+  context = open_run(workdir, layout, files)
+  experiment = context.session.experiment
   split = "data" if files else split
-  rows = data.rows(split)
+  rows = context.rows(split)
   if not files:
     workdir_lib.check_text({split: rows.digest}, workdir)
-  parts = session.build(config, len(data.vocabulary))
-  state = best(workdir, parts)
-  values: dict[str, Any] = evaluator(config, parts)(state.params, rows)
+  state = best(workdir, context.session)
+  values = evaluators.measure(
+    evaluators.AT_TEST, context, state.params, split, say
+  )
+  said = metrics.describe(values, experiment.unit)
   values["step"] = int(state.step)
-  if config_lib.translates(config):
-    translator = make_translator(config, parts, data.vocabulary)
-    found, values["signatures"] = judge.scores(
-      translator,
-      state.params,
-      data.pairs[split],
-      workdir / TRANSLATIONS / split,
-    )
-    return values | found
-  return values | {"unknown": rows.unknown}
-
-
-def described(values: dict[str, Any]) -> Iterator[str]:
-  """Yields what `evaluate_run` returned, in words."""
-  signatures = values.get("signatures", {})
-  said = metrics.describe(values, "word piece" if signatures else "word")
-  if "unknown" in values:
-    said += f", {values['unknown']:.1%} of them unknown to the vocabulary"
-  yield f"{said} (checkpoint of step {values['step']})"
-  for name in values:
-    if name.startswith("bleu_"):
-      direction = name.removeprefix("bleu_")
-      chrf = values[f"chrf_{direction}"]
-      yield f"{direction}: BLEU {values[name]:.2f}, chrF {chrf:.2f}"
-  for name, signature in signatures.items():
-    yield f"{name}: {signature}"
+  if not experiment.translates:
+    values["unknown"] = rows.unknown
+    said += f", {rows.unknown:.1%} of them unknown to the vocabulary"
+  say(f"{said} (checkpoint of step {values['step']})")
+  return values
 
 
 def translate_run(
@@ -142,22 +141,19 @@ def translate_run(
     workdir: of the run.
     lines: of text. One without words becomes ""; one that is too long for the
       model is translated in parts.
-    language: to translate into, where the run has learnt several; else "".
+    language: to translate into, where the run has learned several; else "".
     advance: is told how many more parts of lines are done.
     layout: name of one to take in place of the run's own.
-    **search: how, see `decode.beam_search`.
-
-  Returns:
-    A translation of each line.
+    **search: see `decode.beam_search`.
 
   Raises:
     FileNotFoundError: there is no run in the workdir.
     ValueError: the run has no checkpoint yet, or is none of translations, or
-      did not learn the language, or learnt several and none is given, or the
+      did not learn the language, or learned several and none is given, or the
       vocabulary is not the run's.
   """
-  config = _recall(workdir, layout)
-  if not config_lib.translates(config):
+  experiment = recall(workdir, layout)
+  if not experiment.translates:
     raise ValueError(
       f"the run in {workdir} is a language model, it cannot translate; give the"
       " --workdir of one with config.model.kind 'gnmt'."
@@ -173,63 +169,18 @@ def translate_run(
       f"the run in {workdir} translates into several languages; ask for one by"
       f" --language: {', '.join(pieces.languages)}."
     )
-  parts = session.build(config, len(pieces))
-  translator = make_translator(config, parts, pieces, **search)
+  built = session.build(experiment, len(pieces))
+  translator = evaluators.translator(built, pieces, **search)
+  # Before a checkpoint is read, which takes long.
   translator.tag(language)
-  params = best(workdir, parts).params
+  params = best(workdir, built).params
   return translator.lines(params, lines, language, advance)
 
 
-def _recall(workdir: files_lib.Path, layout: str) -> config_lib.Config:
-  config = workdir_lib.recall(workdir)
-  try:
-    config_lib.check(config)
-  except ValueError as error:
-    raise ValueError(
-      f"{workdir / workdir_lib.CONFIG_FILE} is no config of this version:"
-      f" {error}"
-    ) from None
-  if layout:
-    with config.ignore_type():
-      config.layout = layout
-  return config
-
-
-def evaluator(
-  config: config_lib.Config, parts: session.Session
-) -> evaluate.Evaluator:
-  """Evaluates by rows of a microbatch: what is in memory at once is no more."""
-  rows = config.data.batch_size // config_lib.train(config).microbatches
-  return evaluate.evaluator(parts.model, rows, parts.layout, parts.mesh)
-
-
-def make_translator(
-  config: config_lib.Config,
-  parts: session.Session,
-  pieces: Pieces,
-  **search: Any,
-) -> translate.Translator:
-  """Translates by as many hypotheses at once as a microbatch has rows."""
-  rows = config.data.batch_size // config_lib.train(config).microbatches
-  return translate.Translator(
-    parts.model,
-    pieces,
-    config.data.source_length,
-    rows,
-    parts.layout,
-    parts.mesh,
-    **search,
-  )
-
-
-def best(workdir: files_lib.Path, parts: session.Session) -> TrainState:
+def best(workdir: files_lib.Path, built: session.Session) -> TrainState:
   """Restores the best checkpoint of a run, which may still be training.
 
   Says so where a better one is damaged or gone.
-
-  Args:
-    workdir: of the run.
-    parts: what its config builds.
 
   Raises:
     OSError: something among them is neither a folder nor a regular file.
@@ -238,7 +189,7 @@ def best(workdir: files_lib.Path, parts: session.Session) -> TrainState:
   files_lib.refuse_odd_in(workdir / CHECKPOINTS, written=False)
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
   with contextlib.closing(checkpoints):
-    found = checkpoints.best(parts.abstract_state)
+    found = checkpoints.best(built.abstract_state)
     newest = checkpoints.newest()
   if found is None:
     raise ValueError(f"the run in {workdir} has no checkpoint yet; train on.")

@@ -1,4 +1,4 @@
-"""What a config describes, on devices: shapes, and the step compiled of them.
+"""An experiment on devices: shapes, and the training step compiled of them.
 
 Training runs the program, planning only looks at it: nothing is allocated.
 """
@@ -17,63 +17,45 @@ from moejax.training import optim, processes, state, step
 
 
 class Session(NamedTuple):
-  """What a config describes, on devices.
+  """An experiment on devices.
 
   Attributes:
     model: for the vocabulary.
-    schedule: of the learning rate.
-    tx: the update rule.
-    layout: where arrays lie.
-    mesh: of the devices.
-    where: a batch lies.
+    batch_sharding: where a batch lies.
     shapes: of a batch's arrays.
     abstract_state: shapes, types and shardings of what training changes.
   """
 
+  experiment: config_lib.Experiment
   model: nn.Module
-  schedule: optim.Schedule
   tx: optim.Update
   layout: sharding.Layout
   mesh: jax.sharding.Mesh
-  where: jax.sharding.Sharding
+  batch_sharding: jax.sharding.Sharding
   shapes: Mapping[str, jax.ShapeDtypeStruct]
   abstract_state: state.TrainState
 
 
 def build(
-  config: config_lib.Config,
+  experiment: config_lib.Experiment,
   vocab_size: int,
   devices: Sequence[jax.Device] | None = None,
 ) -> Session:
-  """Builds what a config describes.
-
-  Args:
-    config: plain values, see configs/.
-    vocab_size: words of the vocabulary.
-    devices: those at hand by default; they need not be there at all.
+  """Lays an experiment over devices, which need not be there.
 
   Raises:
     ValueError: a value that cannot be used, or that does not divide over the
-      devices.
+      devices, or a process would need rows that another reads.
   """
-  model = config_lib.model(config, vocab_size)
-  schedule, tx = config_lib.optimizer(config)
-  layout = config_lib.layout(config)
+  model, tx = experiment.model(vocab_size), experiment.tx
+  layout, shapes = experiment.layout, experiment.shapes
+  batch_size = experiment.batch_size
   mesh = sharding.make_mesh(layout, devices)
-  where = sharding.batch_sharding(layout, mesh, config.data.batch_size)
-  _check_own_rows(where, config.data.batch_size, layout)
-  shapes = config_lib.batch_shapes(config)
-  abstract = state.abstract_state(model, tx, shapes, layout, mesh)
-  return Session(model, schedule, tx, layout, mesh, where, shapes, abstract)
-
-
-def _check_own_rows(
-  where: jax.sharding.Sharding, batch_size: int, layout: sharding.Layout
-) -> None:
-  """Refuses a layout in which a process would need rows that another reads."""
-  count, own = jax.process_count(), where.addressable_devices_indices_map
+  batch_sharding = sharding.batch_sharding(layout, mesh, batch_size)
+  count = jax.process_count()
   first, size = jax.process_index(), batch_size // count
-  for (rows,) in own((batch_size,)).values():
+  own = batch_sharding.addressable_devices_indices_map((batch_size,))
+  for (rows,) in own.values():
     start, stop, _ = rows.indices(batch_size)
     if not first * size <= start <= stop <= (first + 1) * size:
       raise ValueError(
@@ -82,6 +64,10 @@ def _check_own_rows(
         f" processes reads {size} rows, one after the other; let the rule of"
         " 'batch' split rows over the devices of all processes."
       )
+  abstract = state.abstract_state(model, tx, shapes, layout, mesh)
+  return Session(
+    experiment, model, tx, layout, mesh, batch_sharding, shapes, abstract
+  )
 
 
 def sizes(params: Any) -> tuple[int, int]:
@@ -98,7 +84,45 @@ def sizes(params: Any) -> tuple[int, int]:
   return size(params), size(inner)
 
 
-def compiled(config: config_lib.Config, parts: Session) -> jax.stages.Compiled:
+def lower(session: Session) -> jax.stages.Lowered:
+  """Lowers the step (state, batch, votes) -> (state, metrics).
+
+  The first argument is donated. The votes are those of `processes.vote`, which
+  the step brings together in the metric "asked".
+  """
+  experiment = session.experiment
+
+  def run(current, batch, asked):
+    current, measured = step.train_step(
+      current,
+      batch,
+      model=session.model,
+      tx=session.tx,
+      aux_weights=experiment.aux_weights,
+      aux_scope=experiment.aux_scope,
+      seed=experiment.seed,
+      microbatches=experiment.train.microbatches,
+      balance_over=experiment.train.balance_over,
+    )
+    return current, measured | {"asked": asked.max()}
+
+  step_fn = jax.jit(
+    run,
+    out_shardings=(state.shardings(session.abstract_state), None),
+    donate_argnums=0,
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=session.batch_sharding
+    )
+    for name, a in session.shapes.items()
+  }
+  votes = processes.votes(session.mesh)
+  with sharding.use(session.layout, session.mesh):
+    return step_fn.lower(session.abstract_state, batch, votes)
+
+
+def compiled(session: Session) -> jax.stages.Compiled:
   """Compiles the step of `lower`; refuses one that a device has no room for.
 
   Raises:
@@ -107,27 +131,27 @@ def compiled(config: config_lib.Config, parts: Session) -> jax.stages.Compiled:
   """
   what = "a step takes"
   try:
-    step_fn = lower(config, parts).compile()
+    step_fn = lower(session).compile()
   except jax.errors.JaxRuntimeError as error:
     refused = out_of_memory(str(error))
     if refused is None:
       raise
     needs, has = refused
   else:
-    has = state.device_memory(parts.mesh.local_devices[0])
-    beside = bytes_beside(parts)
+    has = state.device_memory(session.mesh.local_devices[0])
+    beside = bytes_beside(session)
     needs = bytes_needed(step_fn) + beside
     if beside:
       what = "a step, and the state before it that is being saved, take"
     if needs <= has:
       return step_fn
-  least = state.with_gradients(parts.abstract_state)
+  least = state.with_gradients(session.abstract_state)
   raise ValueError(
     f"{what} {needs:,} bytes of each device in layout"
-    f" {parts.layout.name!r}, which has {has:,}, though parameters, gradients"
-    f" and optimiser state take only {least:,};"
+    f" {session.layout.name!r}, which has {has:,}, though parameters, gradients"
+    f" and optimizer state take only {least:,};"
     " take more config.train.microbatches, which are"
-    f" {config.train.get('microbatches', 1)}, or look by `moejax plan` for a"
+    f" {session.experiment.train.microbatches}, or look by `moejax plan` for a"
     " layout that fits."
   )
 
@@ -139,21 +163,17 @@ def bytes_needed(step_fn: jax.stages.Compiled) -> int:
   return about.argument_size_in_bytes + results + about.temp_size_in_bytes
 
 
-def bytes_beside(parts: Session) -> int:
-  """Returns what the state before a step takes of one device in it.
-
-  While that is being saved it stays where it is on a CPU; elsewhere it is
-  copied away first.
-  """
-  on_host = parts.mesh.local_devices[0].platform == "cpu"
-  return state.bytes_per_device(parts.abstract_state) if on_host else 0
+def bytes_beside(session: Session) -> int:
+  """Returns what the state before a step takes of one device in it."""
+  # While it is being saved it stays there; elsewhere it is copied away first.
+  on_host = session.mesh.local_devices[0].platform == "cpu"
+  return state.bytes_per_device(session.abstract_state) if on_host else 0
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-  """Reads the bytes needed and those there are from the compiler's report.
+  """Reads the bytes needed, and those there are, from a TPU compiler's report.
 
-  None where it reports something else. A TPU's compiler refuses a program that
-  has no room.
+  None where it reports something else.
   """
   found = re.search(
     r"([\d.]+)([KMGT]?)\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMGT]?)",
@@ -161,46 +181,6 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
   )
   if "RESOURCE_EXHAUSTED" not in message or found is None:
     return None
+  units = {unit: 1024**i for i, unit in enumerate(("", *"KMGT"))}
   needs, unit, has, other = found.groups()
-  return int(float(needs) * _UNITS[unit]), int(float(has) * _UNITS[other])
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def lower(config: config_lib.Config, parts: Session) -> jax.stages.Lowered:
-  """Lowers the step (state, batch, votes) -> (state, metrics).
-
-  The first argument is donated. The votes are those of `processes.vote`, which
-  the step brings together in the metric "asked".
-  """
-  aux_weights, aux_scope = config_lib.aux(config)
-  options = config_lib.train(config)
-
-  def run(current, batch, asked):
-    current, measured = step.train_step(
-      current,
-      batch,
-      model=parts.model,
-      tx=parts.tx,
-      aux_weights=aux_weights,
-      aux_scope=aux_scope,
-      seed=config.seed,
-      microbatches=options.microbatches,
-      balance_over=options.balance_over,
-    )
-    return current, measured | {"asked": asked.max()}
-
-  step_fn = jax.jit(
-    run,
-    out_shardings=(state.shardings(parts.abstract_state), None),
-    donate_argnums=0,
-  )
-  batch = {
-    name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parts.where)
-    for name, a in parts.shapes.items()
-  }
-  with sharding.use(parts.layout, parts.mesh):
-    return step_fn.lower(
-      parts.abstract_state, batch, processes.votes(parts.mesh)
-    )
+  return int(float(needs) * units[unit]), int(float(has) * units[other])

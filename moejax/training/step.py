@@ -63,7 +63,7 @@ def train_step(
     ValueError: the microbatches do not divide the rows of the batch, or an
       unknown `balance_over`.
   """
-  named.known(balance_over, BALANCE_OVER, "balance_over")
+  named.one_of(balance_over, BALANCE_OVER, "balance_over")
   rows = batch["mask"].shape[0]
   if rows % microbatches:
     raise ValueError(

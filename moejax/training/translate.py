@@ -1,7 +1,7 @@
-"""Translation of lines: batches of rows through a search, texts in order."""
+"""Translation of lines: batches of rows through beam search, texts in order."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,112 +9,23 @@ import jax
 import numpy as np
 
 from moejax import sharding
-from moejax.data import batches as batches_lib
+from moejax.data import batches
 from moejax.data.batches import SourceRows
 from moejax.data.pieces import Pieces
-from moejax.models import gnmt
 from moejax.training import decode
 from moejax.training.decode import Hypotheses
-
-# A search of `moejax.training.decode` with its settings, as a function of
-# (step_fn, memory, state, source_mask).
-Search = Callable[..., Hypotheses]
-# (params, batch) -> what was found for each of its rows.
-Find = Callable[[Any, SourceRows], Hypotheses]
-
-
-def finder(
-  model: nn.Module,
-  search: Search,
-  layout: sharding.Layout,
-  mesh: jax.sharding.Mesh,
-) -> Find:
-  """Returns a function (params, batch) -> hypotheses of the batch's rows.
-
-  It is compiled once for each shape of a batch. All processes give it the same
-  batch, and each gets all hypotheses.
-
-  Args:
-    model: has the methods `encode`, `begin` and `step` of `gnmt.GNMT`. A
-      translation depends on its own row alone if the model's mixtures drop
-      nothing (`gnmt.for_decoding`).
-    search: how pieces are chosen, such as
-      functools.partial(decode.beam_search, start=1, end=2).
-    layout: where arrays lie.
-    mesh: of the devices.
-
-  Raises:
-    ValueError: when called, the rows do not divide over the devices.
-  """
-
-  def run(params, source, segment, source_start):
-    apply = functools.partial(model.apply, {"params": params})
-    memory = apply(source, segment, source_start, method="encode")
-    state = apply(source.shape[0], method="begin")
-    step = functools.partial(apply, method="step")
-    return search(step, memory, state, segment > 0)
-
-  whole = sharding.whole_sharding(mesh)
-
-  @functools.partial(jax.jit, out_shardings=whole)
-  def found(params, *source):
-    return sharding.zero3(run)(params, *source)
-
-  def translate(params, batch):
-    where = sharding.batch_sharding(layout, mesh, len(batch.source))
-    source = (
-      jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
-      for rows in (batch.source, batch.source_segment, batch.source_start)
-    )
-    with sharding.use(layout, mesh):
-      return found(params, *source)
-
-  return translate
-
-
-def lines(
-  translate: Callable[[SourceRows], Hypotheses],
-  batches: Iterable[SourceRows],
-  num_lines: int,
-  decode: Callable[[list[int]], str],
-  advance: Callable[[int], object] = lambda rows: None,
-) -> list[str]:
-  """Translates rows, which may come in any order, to lines in order.
-
-  Args:
-    translate: finds the hypotheses of a batch; the best of each row is taken.
-    batches: of rows; one of line -1 only fills up its batch.
-    num_lines: how many there are. One without rows is translated as "".
-    decode: turns ids into text; leaves `</s>` out.
-    advance: is told after each batch how many rows of lines it had, to show
-      how far the work is.
-
-  Returns:
-    A line of text for each, its parts in order with a space between.
-  """
-  texts: list[dict[int, str]] = [{} for _ in range(num_lines)]
-  for batch in batches:
-    found = jax.device_get(translate(batch))
-    real = np.flatnonzero(batch.line >= 0)
-    for row in real.tolist():
-      ids = found.ids[row, 0, : found.lengths[row, 0]]
-      # A model may write a line break, which must not make two lines of one.
-      text = " ".join(decode(ids.tolist()).splitlines())
-      texts[batch.line[row]][int(batch.part[row])] = text
-    advance(len(real))
-  return [" ".join(text for _, text in sorted(of.items())) for of in texts]
 
 
 class Translator:
   """Translates lines of text by a model, whatever its parameters.
 
   It follows a number of hypotheses at once, whole beams, one for each device at
-  the least.
+  the least. All processes give it the same lines, and each gets all of them.
   """
 
   def __init__(
     self,
-    model: gnmt.GNMT,
+    model: nn.Module,
     pieces: Pieces,
     source_length: int,
     hypotheses: int,
@@ -126,25 +37,26 @@ class Translator:
     """Compiles nothing yet.
 
     Args:
-      model: for the pieces.
+      model: has the methods `encode`, `begin` and `step` of `gnmt.GNMT`. A
+        translation depends on its own line alone if the model's mixtures drop
+        nothing (`gnmt.for_decoding`).
       pieces: of both languages.
       source_length: pieces of a source; a longer line is cut (`batches.cut`).
       hypotheses: to follow at once, over all devices.
-      layout: where arrays lie.
-      mesh: of the devices.
+      layout, mesh: where arrays lie.
       beam: hypotheses of each line.
       **search: how else to search, see `decode.beam_search`.
 
     Raises:
-      ValueError: source_length or beam is too small, or the model cannot
-        translate piece by piece (`gnmt.for_decoding`).
+      ValueError: source_length or beam is too small.
     """
     # Here, as else training would only fail when it first shows examples.
-    batches_lib.check_length(source_length)
+    batches.check_length(source_length)
     decode.check_beam(beam)
     self._pieces, self._source_length = pieces, source_length
-    each = -(-hypotheses // (beam * mesh.size))
-    self._batch_size = each * mesh.size
+    self._layout, self._mesh = layout, mesh
+    # Whole beams on each device.
+    self._batch_size = -(-hypotheses // (beam * mesh.size)) * mesh.size
     beam_search = functools.partial(
       decode.beam_search,
       start=pieces.start,
@@ -152,7 +64,17 @@ class Translator:
       beam=beam,
       **search,
     )
-    self._find = finder(gnmt.for_decoding(model), beam_search, layout, mesh)
+
+    @sharding.zero3
+    def run(params, source, segment, source_start):
+      apply = functools.partial(model.apply, {"params": params})
+      memory = apply(source, segment, source_start, method="encode")
+      state = apply(source.shape[0], method="begin")
+      step = functools.partial(apply, method="step")
+      return beam_search(step, memory, state, segment > 0)
+
+    # Compiled once for each shape of a batch.
+    self._run = jax.jit(run, out_shardings=sharding.whole_sharding(mesh))
 
   def tag(self, language: str) -> int | None:
     """Returns what a source begins with to be translated into a language.
@@ -161,6 +83,16 @@ class Translator:
       ValueError: there are several languages, and it is none of them.
     """
     return self._pieces.tag(language) if self._pieces.languages else None
+
+  def find(self, params: Any, batch: SourceRows) -> Hypotheses:
+    """Returns the hypotheses of each row, on all devices."""
+    where = sharding.batch_sharding(self._layout, self._mesh, len(batch.source))
+    source = (
+      jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
+      for rows in (batch.source, batch.source_segment, batch.source_start)
+    )
+    with sharding.use(self._layout, self._mesh):
+      return self._run(params, *source)
 
   def lines(
     self,
@@ -175,22 +107,27 @@ class Translator:
       params: of the model.
       texts: lines. One without words becomes "".
       language: to translate into, where there are several.
-      advance: see `lines`.
+      advance: is told after each batch how many rows of lines it had, to show
+        how far the work is.
 
     Raises:
       ValueError: as `tag`.
     """
-    batches = batches_lib.source_rows(
+    # Of each line its parts, which may come in any order.
+    found: list[dict[int, str]] = [{} for _ in texts]
+    for batch in batches.source_rows(
       self._pieces,
       texts,
       self._source_length,
       self._batch_size,
       self.tag(language),
-    )
-    return lines(
-      functools.partial(self._find, params),
-      batches,
-      len(texts),
-      self._pieces.decode,
-      advance,
-    )
+    ):
+      best = jax.device_get(self.find(params, batch))
+      real = np.flatnonzero(batch.line >= 0).tolist()
+      for row in real:
+        ids = best.ids[row, 0, : best.lengths[row, 0]].tolist()
+        # A model may write a line break, which must not make two lines of one.
+        text = " ".join(self._pieces.decode(ids).splitlines())
+        found[batch.line[row]][int(batch.part[row])] = text
+      advance(len(real))
+    return [" ".join(text for _, text in sorted(of.items())) for of in found]

@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from config_shapes import VOCABULARY, load
+from config_shapes import VOCABULARY, experiment, load
 
 from experiments import paper_counts
+from moejax import config as config_lib
 from moejax import experts, moe, router
 from moejax.models import layers, softmax
 from moejax.planning import cost
@@ -70,13 +71,13 @@ EXACT_TRANSLATION = {
 
 @functools.cache
 def count_of(name):
-  config = load(f"{name}.py")
-  return cost.count(config, config.data.vocab_size)
+  config = load(name)
+  return cost.count(config_lib.parse(config), config.data.vocab_size)
 
 
 @pytest.mark.parametrize("name", EXACT | EXACT_TRANSLATION)
 def test_counts_of_the_paper(name):
-  config, count = load(f"{name}.py"), count_of(name)
+  config, count = load(name), count_of(name)
   translates = name in EXACT_TRANSLATION
   exact = EXACT_TRANSLATION if translates else EXACT
   assert (count.parameters, count.ops) == exact[name]
@@ -90,7 +91,7 @@ def test_counts_of_the_paper(name):
 
 
 def test_biases_gates_and_attention_are_told_apart():
-  count = cost.count(load("wmt14/en_de_moe_32.py"), VOCABULARY)
+  count = cost.count(experiment("wmt14/en_de_moe_32"), VOCABULARY)
   # Five LSTMs of 2048 units, v of attention, thresholds of two routers.
   assert count.biases == 5 * 4 * 2048 + 512 + 2 * 32
   assert count.gates == 2 * 512 * 32
@@ -101,7 +102,7 @@ def test_biases_gates_and_attention_are_told_apart():
   "wiring, inputs", [("recurrent", 2 * 512), ("parallel", 512)]
 )
 def test_a_step_of_translation_reads_both_sides(wiring, inputs):
-  config = load("wmt14/en_de_lstm.py")
+  config = load("wmt14/en_de_lstm")
   config.model.attention.wiring = wiring
   config.data.batch_size, config.data.row_length = 2, 3
   config.data.source_length = 5
@@ -110,18 +111,20 @@ def test_a_step_of_translation_reads_both_sides(wiring, inputs):
   source = 3 * lstm + attention
   target = first + lstm + attention + 512 * VOCABULARY
   want = 3 * target + 5 * source + 3 * 5 * (512 + 512)
-  count = cost.count(config, VOCABULARY)
-  assert cost.flops_per_step(config, VOCABULARY, count) == 6 * 2 * want
+  built = config_lib.parse(config)
+  count = cost.count(built, VOCABULARY)
+  assert cost.flops_per_step(built, VOCABULARY, count) == 6 * 2 * want
 
 
 def test_a_step_counts_the_classes_of_a_sample_once():
-  config = load("lm1b/moe_1_wide.py")
+  config = load("lm1b/moe_1_wide")
   config.data.batch_size, config.data.row_length = 2, 3
   classes = softmax.most_distinct(8192, VOCABULARY)
   assert classes < 8192
   want = 8_388_608 + 512 * (classes + 1)
-  count = cost.count(config, VOCABULARY)
-  assert cost.flops_per_step(config, VOCABULARY, count) == 6 * 2 * 3 * want
+  built = config_lib.parse(config)
+  count = cost.count(built, VOCABULARY)
+  assert cost.flops_per_step(built, VOCABULARY, count) == 6 * 2 * 3 * want
 
 
 def test_one_printed_cell_is_not_ours(monkeypatch):

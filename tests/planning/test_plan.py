@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 
 import config_shapes
@@ -22,12 +23,12 @@ H100, COMPILE = chips.CHIPS["h100"], plan._compile
 
 
 def tiny():
-  return config_shapes.load("tiny.py")
+  return config_shapes.experiment("tiny")
 
 
 @functools.cache
 def compiled():
-  return COMPILE(session.lower(tiny(), session.build(tiny(), VOCABULARY)))
+  return COMPILE(session.lower(session.build(tiny(), VOCABULARY)))
 
 
 @functools.cache
@@ -60,13 +61,13 @@ def test_parameters_and_their_memory():
   assert got.memory.needs == sum(got.memory[:3])
   assert got.memory.has == state.device_memory(jax.devices()[0])
   assert got.memory.fits
-  assert got.words == config.data.batch_size * config.data.row_length
+  assert got.words == math.prod(config.shapes["mask"].shape)
   assert (got.topology, got.layout, got.devices) == ("8 x cpu", "expert", 8)
 
 
 def test_work_is_the_models_and_that_of_empty_slots():
   config, got = tiny(), here()
-  tokens = config.data.batch_size * config.data.row_length
+  tokens = math.prod(config.shapes["mask"].shape)
   count = cost.count(config, VOCABULARY)
   needed = cost.flops_per_step(config, VOCABULARY, count)
   assert 8 * got.model_flops == needed
@@ -81,7 +82,7 @@ def test_collectives_are_those_of_the_layout():
   """Tokens there and back, forward and backward (see test_layouts)."""
   config, got = tiny(), here()
   found = [each for each in got.collectives if each.kind == "all-to-all"]
-  groups = config.data.batch_size * config.data.row_length // 128
+  groups = math.prod(config.shapes["mask"].shape) // 128
   capacity = slots_lib.capacity(2 * 128, 128, 8, 1.25)
   assert [each.bytes for each in found] == 4 * [
     4 * 32 * 8 * capacity * groups // 8
@@ -130,8 +131,7 @@ def test_too_little_memory_is_seen_before_anything_is_compiled():
 
 def test_the_compilers_report_of_too_little_memory():
   topology.chips()  # or skip
-  config = config_shapes.load("sotu/moe_32.py")
-  config.data.batch_size = 2**17
+  config = config_shapes.experiment("sotu/moe_32", data__batch_size=2**17)
   got = plan.make(config, VOCABULARY, chips.find("v5e:2x2"))
   assert got.memory.needs > got.memory.has > 1.6e10
   assert not got.memory.fits
@@ -142,13 +142,17 @@ def test_the_compilers_report_of_too_little_memory():
 def test_a_chip_that_is_not_there():
   """With sorted rows, planned for as many as come."""
   topology.chips()  # or skip
-  config = tiny()
-  # What the kernels of a TPU take.
-  config.model.width = config.model.moe.experts.hidden = 128
-  config.model.moe.update({"dispatch": "ragged", "group_size": 64})
-  with config.ignore_type():
-    config.model.moe.capacity_factor = None
-  config.data.update({"batch_size": 64, "row_length": 64})
+  config = config_shapes.experiment(
+    "tiny",
+    # What the kernels of a TPU take.
+    model__width=128,
+    model__moe__experts__hidden=128,
+    model__moe__dispatch="ragged",
+    model__moe__group_size=64,
+    model__moe__capacity_factor=None,
+    data__batch_size=64,
+    data__row_length=64,
+  )
   got = plan.make(config, VOCABULARY, chips.find("v5e:2x4"))
   assert got.estimate.seconds > 0 and got.measured is None
   assert got.memory.has == 16 * 2**30 and got.memory.fits
@@ -262,11 +266,14 @@ def test_files_hold_all_that_is_known(tmp_path):
 
 
 def test_the_command_says_why_nothing_can_be(capsys):
-  config = tiny()
-  for name in {*config.data} - {"row_length", "batch_size"}:
-    del config.data[name]
-  about = {"kind": "lm1b", "vocab_size": VOCABULARY, "vocab_file": "none.txt"}
-  config.data.update(about)
+  data = {
+    "kind": "lm1b",
+    "vocab_size": VOCABULARY,
+    "vocab_file": "none.txt",
+    "row_length": 32,
+    "batch_size": 32,
+  }
+  config = config_shapes.experiment("tiny", data=data)
   with pytest.raises(ValueError, match=r"splits the devices by 2.* the 3 at"):
     command.run(config, ["cpu:3"], ["data_expert"], False)
   with pytest.raises(ValueError, match="nearest is 'expert'"):

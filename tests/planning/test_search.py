@@ -1,11 +1,14 @@
 """The search for the fastest layout that fits, on costs made up."""
 
 import itertools
+import math
+import types
 
 import config_shapes
 import jax
 import pytest
 
+from moejax import config as config_lib
 from moejax.planning import chips, plan, search
 
 # Nothing is compiled for them.
@@ -16,10 +19,11 @@ CHIP = chips.Topology(
 
 def made_up(config, vocab_size, topology, changes):
   """Memory falls with microbatches and recompute, which cost time."""
-  layout = config.layout if isinstance(config.layout, str) else "own"
+  layout = config.layout.name
   if layout == "data_expert":
     raise ValueError("16 devices do not divide.")
-  count, moe = config.train.microbatches, config.model.moe
+  count = config.train.microbatches
+  moe = types.SimpleNamespace(**config.values["model"]["moe"])
   needs = 40e9 / count if layout == "expert" else 30e9 + 1e9 / count
   needs -= 2e9 * moe.recompute
   seconds = 1 + 0.1 * count + 0.3 * moe.recompute + 0.2 * moe.capacity_factor
@@ -43,7 +47,7 @@ def suggested():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(plan, "make", made_up)
     patch.setattr(search, "STEPS", 16)
-    config = config_shapes.load("tiny.py")
+    config = config_shapes.experiment("tiny")
     return list(search.suggest(config, 100, CHIP))
 
 
@@ -101,33 +105,31 @@ def test_a_config_need_not_say_how_many_microbatches(monkeypatch):
     "attempt",
     lambda *args: plan.Refusal("made up", "expert", {}, "too large", 2, 1),
   )
-  config = config_shapes.load("tiny.py")
+  config = config_shapes.load("tiny")
   del config.train.microbatches
+  config = config_lib.parse(config)
   tried = list(search.suggest(config, 100, CHIP))
   assert len(tried) > search.STEPS
 
 
 def test_one_group_a_device_is_halved_with_its_microbatch():
-  config = config_shapes.load("tiny.py")
-  config.model.moe.group_size = config.data.batch_size * config.data.row_length
-  step = search._more_microbatches(config, {}, CHIP._replace(devices=[None]))
-  assert step["config.model.moe.group_size"] == (
-    config.model.moe.group_size // 2
-  )
+  tiny = config_shapes.experiment("tiny", model__moe__group_size=32 * 32)
+  step = search._more_microbatches(tiny, {}, CHIP._replace(devices=[None]))
+  assert step["config.model.moe.group_size"] == 32 * 16
 
 
 def test_a_layout_is_named_or_the_configs_own():
-  config = config_shapes.load("lm1b/moe_256.py")
+  config = config_shapes.experiment("lm1b/moe_256")
   assert list(search.layouts(config))[:2] == ["expert_vocab", "replicated"]
   with pytest.raises(ValueError, match="--layout is 'no'"):
     list(search.with_layouts(config, 100, CHIP, ["no"]))
 
 
 def test_changes_leave_the_config_alone():
-  config = config_shapes.load("tiny.py")
+  config = config_shapes.experiment("tiny")
   changes = {"config.layout": {"mesh_shape": (1, 8, 1)}, "config.seed": 3}
-  changed = search.changed_config(config, changes)
-  assert (changed.seed, config.seed, config.layout) == (3, 0, "expert")
+  changed = config_lib.changed(config, changes)
+  assert (changed.seed, config.seed, config.layout.name) == (3, 0, "expert")
   assert changed.layout.mesh_shape == (1, 8, 1)
 
 
@@ -146,11 +148,12 @@ def test_groups_of_tokens_are_together_in_a_replica(
     raise ValueError("what it was asked for is known")
 
   monkeypatch.setattr(plan, "make", make)
-  config = config_shapes.load("news/moe_131072_h.py")
-  layer = config.model.hierarchical_moe
+  config = config_shapes.experiment("news/moe_131072_h")
+  layer = config.values["model"]["hierarchical_moe"]
   assert config.train.microbatches == 1
-  groups = config.data.batch_size * config.data.row_length // layer.group_size
-  assert layer.groups_together == groups
+  tokens = math.prod(config.shapes["mask"].shape)
+  groups = tokens // layer["group_size"]
+  assert layer["groups_together"] == groups
   here = chips.find("cpu:8")
   planned = search.attempt(config, 100, here, changes)
   name = "config.model.hierarchical_moe.groups_together"

@@ -51,11 +51,8 @@ def test_scores_are_those_of_the_command(printed):
   assert "tok:13a" in found.bleu_signature
 
 
-CHINESE = (
-  *("zh", "zh_tw", "zh-Hans", "zho", "zho_Hant", "chi", "cmn", "cmn_Hans"),
-  *("yue", "yue_Hant", "lzh"),
-)
-JAPANESE = ("ja", "ja_JP", "jpn", "jpn_Jpan")
+CHINESE = ("zh", "zh_tw", "zh-Hans", "zho_Hant", "chi", "cmn", "yue", "lzh")
+JAPANESE = ("ja_JP", "jpn", "jpn_Jpan")
 
 
 @pytest.mark.parametrize(
@@ -111,12 +108,6 @@ def test_references_that_do_not_look_like_their_language(
   found = bleu.scores([line] * 2, [line] * 2, language)
   assert f"tok:{tokenizer}|" in found.bleu_signature
   assert re.search(doubt, found.doubt)
-
-
-def test_the_same_lines_score_all():
-  found = bleu.scores(REFERENCES, REFERENCES)
-  assert found.bleu == pytest.approx(100)
-  assert found.chrf == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
-from moejax import config as config_lib
-from moejax import sharding
-from moejax.training import state, step
+from moejax import named, sharding
+from moejax.models.build import MODELS
+from moejax.training import optim, state, step
 
 B, L, V, STEPS, CLIP = 32, 8, 40, 25, 0.3
 # A token that chooses between two experts all but alike may go to either by a
@@ -61,25 +60,18 @@ class Case(NamedTuple):
 
   def build(self):
     """Returns the model and its update rule, with all that draws or clips."""
-    config = ConfigDict(
-      {
-        "model": {
-          "kind": "lstm_lm",
-          "width": 8,
-          "layers": self.layers,
-          "dropout": 0.1,
-          "num_samples": 16,
-          self.layers[-1]: self.section,
-        },
-        "optimizer": {
-          "kind": self.optimizer,
-          "peak": 2e-2,
-          "warmup_steps": 10,
-          "clip_norm": CLIP,
-        },
-      }
-    )
-    return config_lib.model(config, V), config_lib.optimizer(config)[1]
+    section = {
+      "kind": "lstm_lm",
+      "width": 8,
+      "layers": self.layers,
+      "dropout": 0.1,
+      "num_samples": 16,
+      self.layers[-1]: self.section,
+    }
+    model = named.build(MODELS, section, "config.model", vocab_size=V)
+    rule = {"adam": optim.adam, "factored_adam": optim.factored_adam}
+    schedule = optim.warmup_rsqrt(2e-2, 10)
+    return model, rule[self.optimizer](schedule, clip_norm=CLIP)
 
 
 CASES = {

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from moejax import config as config_lib
-from moejax import losses
+from moejax import losses, named
+from moejax.models.build import MODELS
 
 # All different, so that a shape tells what an array is.
 B, L, D, F, E, V, P = 4, 9, 10, 14, 6, 50, 18
@@ -32,7 +31,8 @@ def build(dtype="float32", **options):
     "dtype": dtype,
     "moe": MOE,
   }
-  return config_lib.model(ConfigDict({"model": model | options}), V)
+  section = model | options
+  return named.build(MODELS, section, "config.model", vocab_size=V)
 
 
 def batch():

@@ -10,10 +10,11 @@ import pytest
 
 from moejax import sharding
 from moejax.data.batches import SourceRows
-from moejax.training import decode, translate
+from moejax.data.pieces import Pieces
+from moejax.training.translate import Translator
 
-START, END, V = 1, 2, 16
-WORDS = [f"w{i}" for i in range(V)]
+START, END, V = 1, 2, 32
+LETTERS = " abcdefghijklmnopqrst"
 
 
 class Repeats(nn.Module):
@@ -39,84 +40,61 @@ class Repeats(nn.Module):
     return (state[0] + 1,), log_p, here.astype(jnp.float32)
 
 
+class Letters(Pieces):
+  """A piece for each letter."""
+
+  start, end, languages = START, END, ()
+
+  def __init__(self):
+    pass
+
+  def encode(self, text):
+    return [LETTERS.index(letter) + 3 for letter in text]
+
+  def decode(self, ids):
+    return "".join(LETTERS[i - 3] for i in ids if i > END)
+
+
+# One without words, and one that fills two rows.
+TEXTS = ["ab", "abc def ghi jkl mno", "  ", "t", "a bc", "def"]
+
+
 @functools.cache
-def translator(search, layout_name):
-  """Returns batch -> hypotheses, with parameters where the layout has them."""
+def translator(layout_name, beam):
+  """The translator of a layout, and parameters where the layout has them."""
   layout = sharding.LAYOUTS[layout_name]
   mesh = sharding.make_mesh(layout)
   params = {"table": jnp.zeros((V, V))}
   params = jax.device_put(params, sharding.shardings(params, layout, mesh))
-  run = translate.finder(Repeats(), search, layout, mesh)
-  return functools.partial(run, params)
+  return Translator(Repeats(), Letters(), 16, 8, layout, mesh, beam), params
 
 
-SEARCH = functools.partial(decode.beam_search, start=START, end=END)
-GREEDY, BEAM = (functools.partial(SEARCH, beam=beam) for beam in (1, 3))
-
-
-def batch(rows, places, size=8):
-  """A batch of (line, part of it, ids), filled up with empty rows."""
-  shape = size, places
-  source, segment = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-  start = np.zeros(shape, np.bool_)
-  start[:, 0] = True
-  line, part = np.full(size, -1), np.zeros(size, np.int64)
-  for row, (line[row], part[row], ids) in enumerate(rows):
-    source[row, : len(ids) + 1] = [*ids, END]
-    segment[row, : len(ids) + 1] = 1
-    start[row, len(ids) + 1 : len(ids) + 2] = True
-  return SourceRows(source, segment, start, line, part)
-
-
-def text(ids):
-  return " ".join(WORDS[i] for i in ids if i > END)
-
-
-# Line 3 is empty, line 1 in three parts; longest first, as a reader may.
-BATCHES = [
-  batch([(1, 0, [5, 6, 7, 8, 9]), (4, 0, [3, 3, 4, 4, 5])], 8),
-  batch([(1, 2, [11]), (0, 0, [4]), (2, 0, [10, 3]), (1, 1, [6, 5])], 4),
-  batch([(5, 0, [7])], 4),
-]
-LINES = ["w4", "w5 w6 w7 w8 w9 w6 w5 w11", "w10 w3", "", "w3 w3 w4 w4 w5", "w7"]
-
-
-@pytest.mark.parametrize(
-  "search, layout",
-  [(GREEDY, "replicated"), (GREEDY, "fsdp"), (BEAM, "expert")],
-)
-def test_every_line_comes_back_in_its_place(search, layout):
-  run = translator(search, layout)
+@pytest.mark.parametrize("layout, beam", [("fsdp", 1), ("expert", 3)])
+def test_every_line_comes_back_in_its_place(layout, beam):
+  run, params = translator(layout, beam)
   done = []
-  assert translate.lines(run, BATCHES, 6, text, done.append) == LINES
-  assert done == [2, 4, 1]
+  found = run.lines(params, TEXTS, "", done.append)
+  assert found == [" ".join(text.split()) for text in TEXTS]
+  # As many rows as there are parts of lines, at most eight at once.
+  assert sum(done) == 6 and max(done) <= 8
 
 
-def test_a_shape_is_compiled_once(caplog):
-  run = translator(GREEDY, "expert")
-  for each in BATCHES[:2]:
-    run(each)
-  with jax.log_compiles(), caplog.at_level("WARNING"):
-    run(BATCHES[2])
-    assert "Compiling" not in caplog.text
-    run(batch([(0, 0, [7])], 5))
-    assert "Compiling" in caplog.text
+def test_a_line_break_makes_no_new_line(monkeypatch):
+  run, params = translator("fsdp", 1)
+  monkeypatch.setattr(
+    Letters, "decode", lambda self, ids: f"a\n{len(ids)}\r\nb"
+  )
+  assert run.lines(params, ["ab", ""], "") == ["a 3 b", ""]
 
 
-def test_a_line_break_makes_no_new_line():
-  run = translator(GREEDY, "expert")
-  found = translate.lines(run, BATCHES, 6, lambda ids: f"a\n{len(ids)}\r\nb")
-  assert found[0] == "a 2 b"
-  assert found[3] == ""
-
-
-def test_all_devices_get_all_hypotheses():
-  found = translator(BEAM, "expert")(BATCHES[0])
+def test_all_devices_get_all_hypotheses_of_a_program_compiled_once(caplog):
+  run, params = translator("expert", 3)
+  rows = np.zeros((8, 16), np.int32)
+  start = rows.astype(bool)
+  batch = SourceRows(rows, rows, start, np.arange(8), np.zeros(8, int))
+  found = run.find(params, batch)
   assert found.ids.sharding.is_fully_replicated
   assert len(found.ids.sharding.device_set) == 8
-
-
-def test_rows_must_divide_over_the_devices():
-  run = translator(GREEDY, "expert")
-  with pytest.raises(ValueError, match="7 entries, .*over 8 devices"):
-    run(batch([], 4, size=7))
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    run.find(params, batch)
+    assert "Compiling" not in caplog.text

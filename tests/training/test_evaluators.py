@@ -9,7 +9,7 @@ import pytest
 from moejax import experts, moe, router, sharding
 from moejax.data import batches, packing, vocab
 from moejax.models import layers, lstm_lm
-from moejax.training import evaluate
+from moejax.training import evaluators
 
 L, D, E = 16, 8, 8
 LINES = [f"{'so ' * (i % 9)}line {i} of many" for i in range(120)]
@@ -42,7 +42,7 @@ def parameters():
 def evaluated(batch_size, devices=1):
   layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout, jax.devices()[:devices])
-  run = evaluate.evaluator(model(), batch_size, layout, mesh)
+  run = evaluators.losses_of(model(), batch_size, layout, mesh)
   return run(parameters(), ROWS)
 
 

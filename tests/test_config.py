@@ -1,0 +1,250 @@
+"""The configs that come with moejax: they build, as the paper has them."""
+
+import pytest
+from config_shapes import (
+  NAMES,
+  VOCABULARY,
+  experiment,
+  load,
+  parameters,
+  parameters_of,
+)
+
+from moejax import config as config_lib
+from moejax import sharding
+from moejax import slots as slots_lib
+from moejax import workdir as workdir_lib
+from moejax.data import vocab
+from moejax.models.layers import table_rows
+from moejax.planning import cost
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds(name):
+  config, tree = load(name), parameters_of(name)
+  rows = table_rows(VOCABULARY, config.model.get("vocab_multiple", 1))
+  shape = (rows, config.model.width)
+  if config.model.kind == "gnmt":
+    tables, stacks = ["embed_source", "embed_target"], ("encoder", "decoder")
+    others = ["attention"]
+  else:
+    tables, stacks, others = ["embed"], ("layers",), []
+  tables.append("head")
+  assert all(tree[name]["table"].shape == shape for name in tables)
+  layers = [
+    f"{stack}_{i}" for stack in stacks for i in range(len(config.model[stack]))
+  ]
+  assert sorted(tree) == sorted([*tables, *layers, *others])
+
+
+@pytest.mark.parametrize(
+  "name", [name for name in NAMES if name.startswith(("lm1b/", "news/"))]
+)
+def test_a_row_of_the_paper_is_trained_as_in_the_paper(name):
+  config = load(name)
+  news = name.startswith("news/")
+  words = config.data.batch_size * config.data.row_length
+  assert words == pytest.approx(2_500_000 if news else 300_000, rel=0.02)
+  draft = "draft" in name
+  assert config.optimizer.warmup_steps == (200 if draft else 1000)
+  assert config.optimizer.hold_steps == (200 if draft else 0)
+  assert config.aux.to_dict() == {"importance": 0.1, "load": 0.1}
+  assert config.data.kind == "lm1b"
+  assert config.model.dtype == "float32"
+
+
+# Of Table 7, where it is not 0.1.
+DROPOUT = {
+  "lm1b/moe_1024_h": 0.2,
+  "lm1b/moe_4096_h": 0.2,
+  "lm1b/two_lstm_8192_1024": 0.25,
+  "lm1b/moe_34m": 0.3,
+  "lm1b/moe_143m": 0.4,
+}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [name for name in NAMES if name.startswith("lm1b/") and "draft" not in name],
+)
+def test_a_row_of_table_7_has_its_own_dropout(name):
+  assert load(name).model.dropout == DROPOUT.get(name, 0.1)
+
+
+def test_flat_mixtures_of_the_paper_drop_nothing():
+  moe = experiment("lm1b/moe_32").model(VOCABULARY).layers[1]
+  assert moe.capacity_factor is moe.eval_capacity_factor is None
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name
+    for name in NAMES
+    if "hierarchical_moe" in load(name).model and not name.startswith("wmt14/")
+  ],
+)
+def test_experts_have_the_slots_that_the_factors_ask_for(name):
+  """And not many more: where all groups are routed apart, there may be."""
+  layer = experiment(name).model(VOCABULARY).layers[1]
+  inner, size = layer.secondary, layer.group_size
+  together = layer.groups_together * size
+  groups, experts = layer.primary.num_experts, inner.router.num_experts
+  rows = slots_lib.capacity(2 * size, size, groups, layer.capacity_factor)
+  rows *= layer.groups_together
+  slots = slots_lib.capacity(2 * rows, rows, experts, inner.capacity_factor)
+  assert 6.25 <= groups * experts * slots / together < 7.2
+
+
+TRANSLATION = [n for n in NAMES if n.startswith(("wmt14/", "multilingual/"))]
+
+
+@pytest.mark.parametrize("name", TRANSLATION)
+def test_a_translation_of_the_paper_is_trained_as_in_the_paper(name):
+  config = load(name)
+  one_pair = name.startswith("wmt14/")
+  # 64 devices of about 16,000 words.
+  pieces = config.data.batch_size * config.data.row_length
+  assert pieces == pytest.approx(64 * 16_000, rel=0.03)
+  assert config.data.vocab_size == 32_768
+  assert config.optimizer.warmup_steps == 2000
+  assert config.optimizer.hold_steps == 8000
+  assert config.data.kind == ("wmt14" if one_pair else "pairs")
+  assert config.model.dropout == (0.4 if one_pair else 0)
+  aux = {"importance": 0.01, "threshold": 1.0}
+  if not one_pair:
+    aux = {"importance": 0.01, "load": 0.01}
+  assert config.aux.to_dict() == ({} if "lstm" in name else aux)
+
+
+@pytest.mark.parametrize("name", ["moe_512_h", "moe_2048_h"])
+def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
+  """In evaluation for twice the mean at either level: all that may come."""
+  layer = experiment(f"wmt14/en_fr_{name}").model(VOCABULARY).encoder[2]
+  inner, size = layer.secondary, layer.group_size
+  groups, experts = layer.primary.num_experts, inner.router.num_experts
+  for factor, within, most in (
+    (layer.capacity_factor, inner.capacity_factor, 2),
+    (layer.eval_capacity_factor, inner.eval_capacity_factor, 4),
+  ):
+    rows = slots_lib.capacity(most * size, size, groups, factor)
+    slots = slots_lib.capacity(most * rows, rows, experts, within)
+    assert rows == most * size // groups
+    assert slots == most * rows // experts
+
+
+def test_every_row_of_the_tables_has_a_config():
+  found = {}
+  for name in NAMES:
+    folder, _, config = name.rpartition("/")
+    found.setdefault(folder, set()).add(config)
+  assert found["lm1b"] == {
+    "lstm_512_512",
+    "lstm_1024_512",
+    "lstm_2048_512",
+    "four_lstm_512",
+    "two_lstm_8192_1024",
+    "moe_1_wide",
+    "moe_1_deep",
+    "moe_4",
+    "moe_32",
+    "moe_256",
+    "moe_256_h",
+    "moe_1024_h",
+    "moe_4096_h",
+    "moe_34m",
+    "moe_143m",
+    "draft_131072_linear",
+  }
+  two_levels = (256, 1024, 4096, 16_384, 65_536, 131_072)
+  assert found["news"] == {"four_lstm_512", "moe_32"} | {
+    f"moe_{experts}_h" for experts in two_levels
+  }
+  mixtures = ("lstm", "moe_32", "moe_512_h", "moe_2048_h")
+  assert found["wmt14"] == {
+    f"{pair}_{mixture}" for pair in ("en_fr", "en_de") for mixture in mixtures
+  }
+
+
+def test_the_twins_have_the_same_ops_per_timestep():
+  sparse, dense = experiment("sotu/moe_32"), experiment("sotu/moe_1_wide")
+  router = 4_096
+  dense_ops = cost.count(dense, VOCABULARY).ops
+  assert cost.count(sparse, VOCABULARY).ops == dense_ops + router
+  assert dense_ops == 131_072
+  for section in ("data", "optimizer", "train", "aux"):
+    assert sparse.values[section] == dense.values[section]
+
+
+def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
+  rules = {"group": ("data", "expert"), "expert": None}
+  own = {"mesh_shape": (2, -1, 1), "rules": rules}
+  built = experiment("tiny", layout=own)
+  layout = built.layout
+  assert layout.name == "own" and layout.mesh_shape == (2, -1, 1)
+  sent = dict.fromkeys(("group_dispatched", "group_replicated"), rules["group"])
+  assert dict(layout.rules) == sharding.RULES | rules | sent
+  # The config of a run is read from JSON, which has no tuples.
+  words = vocab.Vocabulary.build(["a a"], 1)
+  workdir_lib.remember(built.values, words, {}, tmp_path)
+  workdir_lib.check_same(built.values, tmp_path)
+  assert config_lib.parse(workdir_lib.recall(tmp_path)).layout == layout
+
+
+def test_a_layout_of_ones_own_can_be_a_known_one():
+  own = {"name": "mine", "mesh_shape": (1, -1, 2)}
+  layout = experiment("tiny", layout=own).layout
+  assert layout.name == "mine"
+  assert layout.rules == sharding.LAYOUTS["expert_model"].rules
+
+
+def two_levels():
+  """configs/tiny.py with a mixture of 4 groups of 2 experts."""
+  config = load("tiny")
+  experts = config.model.moe.experts.to_dict()
+  with config.unlocked():
+    del config.model["moe"]
+    config.model.layers = ("lstm", "hierarchical_moe", "lstm")
+    config.model.hierarchical_moe = {
+      "num_experts": 8,
+      "num_groups": 4,
+      "group_size": 128,
+      "primary": {"kind": "noisy_top_k", "k": 2},
+      "secondary": {
+        "router": {"kind": "noisy_top_k", "k": 1},
+        "experts": experts,
+      },
+    }
+  return config
+
+
+def test_a_config_may_have_two_levels():
+  layer = parameters(two_levels())["layers_1"]
+  assert layer["primary"]["gate"]["kernel"].shape == (32, 4)
+  assert layer["secondary"]["router"]["gate"]["kernel"].shape == (4, 32, 2)
+  assert layer["secondary"]["experts"]["w_in"].shape == (4, 2, 32, 64)
+
+
+def test_sizes_that_do_not_multiply_name_both_numbers():
+  config = two_levels()
+  config.model.hierarchical_moe.num_groups = 3
+  with pytest.raises(ValueError, match=r"3 groups do not divide 8 experts"):
+    config_lib.parse(config).model(VOCABULARY)
+
+
+def test_a_list_of_experts_is_a_mixed_layer():
+  config = load("tiny")
+  del config.model.moe.experts
+  config.model.moe.experts = (
+    {"kind": "feed_forward", "num_experts": 4, "hidden": 16},
+    {
+      "kind": "feed_forward",
+      "num_experts": 2,
+      "hidden": 8,
+      "activation": "gelu",
+    },
+    {"kind": "identity", "num_experts": 2},
+  )
+  experts = parameters(config)["layers_1"]["experts"]
+  assert experts["kinds_0"]["w_in"].shape == (4, 32, 16)
+  assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)

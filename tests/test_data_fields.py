@@ -1,0 +1,115 @@
+"""Every field of `data` changes what is read, or where it is prepared."""
+
+import random
+
+import numpy as np
+import pytest
+from config_shapes import experiment
+
+from moejax import config as config_lib
+from moejax import named
+from moejax.data import batches as batches_lib
+from moejax.data import corpora
+
+WORDS = [
+  "the",
+  "red",
+  "blue",
+  "green",
+  "car",
+  "house",
+  "bird",
+  "runs",
+  "sleeps",
+  "sings",
+  "today",
+]
+
+
+def sentences(seed, count=60):
+  draw = random.Random(seed)
+  return [" ".join(draw.choices(WORDS, k=6)) + " ." for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Files of text and of pairs, two of each split."""
+  path = tmp_path_factory.mktemp("text")
+  for i, split in enumerate(("train", "validation", "test")):
+    for name, seed in ((split, i), (f"{split}2", i + 10)):
+      lines = sentences(seed)
+      (path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+      pairs = [f"{a}\t{a[::-1]}" for a in lines]
+      (path / f"{name}.tsv").write_text("\n".join(pairs) + "\n")
+  few = "\n".join(f"{a}\t{a.upper()}" for a in sentences(7, 20))
+  (path / "few.tsv").write_text(few + "\n")
+  odd = (path / "train.tsv").read_text() + "no pair\n"
+  (path / "odd.tsv").write_text(odd)
+  return path
+
+
+def base(kind, folder):
+  """A section, and other values of its fields."""
+  suffix, mark = (".txt", "") if kind == "text" else (".tsv", "en-fr=")
+  files = {
+    split: f"{mark}{folder}/{split}{suffix}"
+    for split in ("train", "validation", "test")
+  }
+  section = {"kind": kind, "row_length": 64, "batch_size": 4, **files}
+  section["data_dir"] = str(folder / "prepared")
+  changes = {split: [f"{mark}{folder}/{split}2{suffix}"] for split in files} | {
+    "row_length": [80],
+    "batch_size": [8],
+    "data_dir": [str(folder / kind)],
+  }
+  if kind == "text":
+    return section | {"min_count": 1}, changes | {"min_count": [35]}
+  section["train"] += f",en-de={folder}/few.tsv"
+  section |= {"vocab_size": 300, "source_length": 64}
+  return section, changes | {
+    "train": [f"en-fr={folder}/train2.tsv,en-de={folder}/few.tsv"],
+    "vocab_size": [310],
+    "source_length": [80],
+    "both_directions": [True],
+    "temperature": [5.0],
+    "strict": [True],
+  }
+
+
+def seen(kind, section):
+  """Digests of all splits, and of the first batches of training."""
+  name = "tiny" if kind == "text" else "translate_tiny"
+  data = config_lib.open_corpus(experiment(name, data=section))
+  rows = {split: data.rows(split) for split in ("train", "validation", "test")}
+  batches = batches_lib.train_batches(rows["train"], data.batch_size, 0)
+  first = [next(batches) for _ in range(4)]
+  return {split: each.digest for split, each in rows.items()} | {
+    "vocabulary": data.vocabulary.digest,
+    "batches": [
+      {n: np.asarray(v).tolist() for n, v in b.items()} for b in first
+    ],
+  }
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_no_field_of_the_data_is_ignored(kind, folder):
+  section, changes = base(kind, folder)
+  about = named.Section(corpora.DATA)
+  assert set(changes) == set(named.chosen(about, section, "data")[1])
+  before, ignored = seen(kind, section), []
+  for field, values in changes.items():
+    (value,) = values
+    other = section | {field: value}
+    if field == "strict":
+      # All that differs: a line that is no pair is refused.
+      odd = {"train": f"en-fr={folder}/odd.tsv"}
+      seen(kind, section | odd)
+      with pytest.raises(ValueError, match="odd.tsv"):
+        seen(kind, other | odd)
+    elif field == "data_dir":
+      assert not (folder / kind).exists()
+      assert seen(kind, other) == before
+      assert any((folder / kind).iterdir())
+    elif seen(kind, other) == before:
+      ignored.append(field)
+  assert not ignored

@@ -1,0 +1,428 @@
+"""Every field of every config: listed, taken by a flag, and never ignored."""
+
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import pytest
+from config_shapes import NAMES, VOCABULARY, experiment, load
+from ml_collections import config_dict
+
+from moejax import config as config_lib
+from moejax import named
+from moejax.training import session
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+# -- every field changes what it should ---------------------------------------
+
+# Norms of 100 and less, for a norm that is clipped; entries that eps outweighs.
+GRADIENTS = [
+  {"a": jnp.array([n, 1e-7]), "b": {"experts": {"w_in": jnp.full((2, 3), n)}}}
+  for n in (100.0, 0.5, 1e-6)
+]
+
+
+def updates(built):
+  """Three updates by fixed gradients."""
+  params = jax.tree.map(jnp.zeros_like, GRADIENTS[0])
+  state, found = built.tx.init(params), []
+  for gradients in GRADIENTS:
+    update, state = built.tx.update(gradients, state, params)
+    found += [leaf.tolist() for leaf in jax.tree.leaves(update)]
+  return found
+
+
+# What the fields of a section decide. Of `data` see `test_data_fields.py`.
+DECIDES = {
+  "seed": lambda built: built.seed,
+  "layout": lambda built: built.layout,
+  "data": lambda built: built.shapes,
+  "model": lambda built: repr(built.model(VOCABULARY)),
+  "aux": lambda built: (built.aux_weights, built.aux_scope),
+  "optimizer": lambda built: (
+    [float(built.schedule(n)) for n in (0, 5, 10**3, 10**4, 10**6)],
+    updates(built),
+  ),
+  "train": lambda built: built.train,
+}
+
+
+def others(annotation, value):
+  """Yields values that a field may hold in place of this one."""
+  for each in named.alternatives(annotation):
+    if isinstance(each.about, named.Names):
+      yield from (name for name in each.about.known if name != value)
+    elif each.kind is bool:
+      yield not value
+    elif each.kind is int:
+      yield from (2 * value, value + 1) if type(value) is int else (2, 3)
+    elif each.kind is float:
+      yield from (value / 2, value + 0.25) if value else (0.25, 2.0)
+    elif each.kind is str:
+      yield f"{value}x"
+    elif each.kind is Sequence and each.entry:
+      first = (value or (1,))[0] if isinstance(value, (tuple, list)) else 1
+      yield from ((one,) for one in others(each.entry, first))
+      yield from ((2, -1, 1), ("lstm",) * 2, ("lstm",) * 3)
+    elif each.kind is types.NoneType:
+      yield None
+
+
+def is_read(config, name):
+  """Whether anything reads a field.
+
+  A layer that no stack has is not built, and a layout that has a name has no
+  section.
+  """
+  if name.startswith("config.layout.") and isinstance(config["layout"], str):
+    return False
+  model = config["model"]
+  stacks = (model.get(n, ()) for n in ("layers", "encoder", "decoder"))
+  used = {name for stack in stacks for name in stack}
+  _, section, layer, *_ = *name.split("."), ""
+  layers = ("lstm", "moe", "hierarchical_moe", "one_expert")
+  return section != "model" or layer not in layers or layer in used
+
+
+def cases():
+  """Fields with a config that has each: once for all kinds it can be within."""
+  found = {}
+  for name in NAMES:
+    values = load(name).to_dict()
+    fields = list(config_lib.fields(values))
+    kinds = [(f.name, f.value) for f in fields if f.name.endswith(".kind")]
+    for field in fields:
+      section = field.name.split(".")[1]
+      own = [each for each in kinds if each[0].startswith(f"config.{section}")]
+      sizes = ("row_length", "source_length", "batch_size")
+      skip = section == "data" and not field.name.endswith(sizes)
+      is_section = named.section_of(field.annotation)
+      if not is_section and not skip and is_read(values, field.name):
+        found.setdefault((field.name, *own), (name, section, field))
+  return found.values()
+
+
+def test_no_field_is_ignored():
+  found, ignored = list(cases()), []
+  assert len(found) > 150
+  for name, section, field in found:
+    decides = DECIDES[section]
+    value = field.default if field.value is named.EMPTY else field.value
+    for other in others(field.annotation, value):
+      config = load(name)
+      config_lib.override(config, [(field.name, [named.written(other)])])
+      try:
+        if decides(config_lib.parse(config)) != decides(experiment(name)):
+          break
+      except ValueError:
+        # Of another kind other fields are missing.
+        if field.name.endswith(".kind"):
+          break
+    else:
+      ignored.append((name, field.name, value))
+  assert not ignored
+
+
+# `train_step` as it is compiled, of fields that say how to train.
+STEP = {
+  "seed": 1,
+  "aux__importance": 0.2,
+  "aux__load": 0.2,
+  "aux__z": 0.1,
+  "aux__scope": "group",
+  "train__microbatches": 2,
+  "optimizer__peak": 0.1,
+  "optimizer__clip_norm": 1.0,
+  "model__dropout": 0.0,
+  "layout": "fsdp",
+}
+
+
+def lowered(**changes):
+  small = {
+    "data__row_length": 16,
+    "data__batch_size": 16,
+    "model__width": 8,
+    "model__num_samples": 16,
+    "model__moe__group_size": 16,
+    "model__moe__experts__hidden": 8,
+  }
+  built = session.build(experiment("tiny", **small | changes), VOCABULARY)
+  return session.lower(built).as_text()
+
+
+def test_the_compiled_step_is_that_of_the_config():
+  programs = {"": lowered()}
+  for field, value in STEP.items():
+    programs[field] = lowered(**{field: value})
+  two = {"train__microbatches": 2, "train__balance_over": "batch"}
+  programs["balance_over"] = lowered(**two)
+  alike = {
+    n for n, p in programs.items() if list(programs.values()).count(p) > 1
+  }
+  assert not alike
+
+
+# -- fields of a command line -------------------------------------------------
+
+
+def types_of(value):
+  """The value, and the types within: 1 and 1.0 are the same to Python."""
+  if isinstance(value, dict):
+    return {name: types_of(each) for name, each in value.items()}
+  if isinstance(value, tuple):
+    return tuple(map(types_of, value))
+  return type(value), value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_is_an_option_at_its_present_value(name):
+  config, same = load(name), load(name)
+  fields = list(config_lib.fields(config))
+  given = [field for field in fields if field.value is not named.EMPTY]
+  assert len(given) > 30 and len(fields) > len(given) + 30
+  assert all(field.line for field in fields)
+  config_lib.override(same, [(f.name, [named.written(f.value)]) for f in given])
+  assert types_of(same.to_dict()) == types_of(config.to_dict())
+  # What it leaves out can be read where there is a default.
+  for field in fields:
+    if field.value is named.EMPTY and field.default is not named.EMPTY:
+      text = named.written(field.default)
+      read = named.read(text, field.annotation, field.name)
+      assert types_of(read) == types_of(field.default)
+
+
+def values(annotation):
+  """Draws what an annotation allows."""
+  return st.one_of([_values(each) for each in named.alternatives(annotation)])
+
+
+def _values(each):
+  about = each.about
+  if isinstance(about, named.Names):
+    return st.sampled_from(list(about.known))
+  if isinstance(about, named.Section):
+    kinds = [{"kind": kind} for kind in about.kinds] or [{}]
+    return st.one_of([sections(about, kind) for kind in kinds])
+  if each.entry:
+    return st.lists(values(each.entry), max_size=3).map(tuple)
+  finite = st.floats(allow_nan=False, allow_infinity=False)
+  return {
+    bool: st.booleans(),
+    int: st.integers(),
+    float: finite,
+    str: st.text(),
+    type(None): st.none(),
+  }[each.kind]
+
+
+def sections(about, kind):
+  _, parameters = named.chosen(about, kind, "there")
+  return st.fixed_dictionaries(
+    {name: values(each.annotation) for name, each in parameters.items()}
+  ).map(lambda fields: kind | fields)
+
+
+@pytest.mark.parametrize("name", ["tiny", "translate_tiny"])
+@hypothesis.given(st.data())
+def test_any_field_takes_what_its_annotation_allows(name, data):
+  config = load(name)
+  field = data.draw(st.sampled_from(list(config_lib.fields(config))))
+  value = data.draw(values(field.annotation))
+  config_lib.override(config, [(field.name, [named.written(value)])])
+  found = config.to_dict()
+  for step in field.name.split(".")[1:]:
+    found = found[step]
+  assert types_of(found) == types_of(value)
+
+
+def test_fields_that_refer_to_each_other_stay_so():
+  width = config_dict.FieldReference(8)
+  config = load("tiny")
+  with config.ignore_type():
+    config.model.width = width
+    config.model.moe.experts.hidden = width * 4
+  config_lib.override(config, [("config.model.width", ["16"])])
+  assert config.model.moe.experts.hidden == 64
+
+
+# -- what no field can hold ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "field, value, complaint",
+  [
+    ("seed", 2**32, "seed is 4294967296; give 0 or more, and less than"),
+    ("seed", 1.5, r"seed is 1\.5; give it as int"),
+    ("aux", None, "config.aux is None; give it as dict"),
+    ("model", (), r"config.model is \(\); give it as dict"),
+    ("layout", 8, "config.layout is 8; give it as str or dict"),
+    ("data.batch_size", 32.0, r"data.batch_size is 32\.0; give it as int"),
+    ("train.steps", "100", "train.steps is '100'; give it as int"),
+    ("model.moe.group_size", 8.0, r"group_size is 8\.0; .* int or None"),
+    ("model.moe.experts.hidden", (), r"hidden is \(\); give at least one"),
+    ("model.moe.experts.hidden", 8.0, r"hidden is 8\.0; give it as int"),
+    ("model.moe.experts", "linear", "experts is 'linear'; give it as dict or"),
+    ("model.moe.router.kind", ["top_k"], r"kind is \['top_k'\]; choose one"),
+    ("aux.load", "0.1", "aux.load is '0.1'; give it as float"),
+    ("aux.scope", "grop", "aux.scope is 'grop'; choose .*'group'"),
+    ("aux.importance", float("nan"), "importance is nan; give 0 or more"),
+    ("optimizer.clip_norm", 0.0, r"clip_norm is 0\.0; give more than 0, or N"),
+    ("optimizer.b2", 1.0, r"b2 is 1\.0; give 0 or more, and less than 1"),
+    ("optimizer.eps", -1.0, r"eps is -1\.0; give more than 0"),
+    ("train.balance_over", "bath", "balance_over is 'bath'.*'batch'"),
+    ("data.vocab_size", 9, r"data.vocab_size does not exist; .*\.batch_size"),
+    ("data.train", "caf\udce9", "train is 'caf.*udce9', which is not UTF-8"),
+    ("model.layers", ("lstm", "mole"), r"config\.model\.layers is 'mole'"),
+    ("model.moe.experts.activation", "rel", "activation is 'rel'.*'relu'"),
+    ("model.moe.grop_size", 4, r"moe\.grop_size .*nearest is .*group_size"),
+    ("model.moe.experts", ("linear",), r"experts\[0\] is 'linear'; .* as dict"),
+    (
+      "model.moe.experts",
+      ({"kind": "linear", "num_experts": 8.0},),
+      r"experts\[0\].num_experts is 8.0; give it as int",
+    ),
+    (
+      "model.moe.experts",
+      ({"kind": "linear", "num_experts": 7},),
+      r"lists 7 experts, .*num_experts is 8",
+    ),
+    ("layout", {"mesh_shap": (1, 1, 1)}, r"\.mesh_shap .*layout\.mesh_shape"),
+    ("layout", {}, r"config\.layout\.mesh_shape is missing"),
+    ("layout", {"mesh_shape": 8}, "mesh_shape is 8; give it as list"),
+    ("layout", {"mesh_shape": (1, -1)}, "-1.; give .* data, expert, model"),
+    ("layout", {"mesh_shape": (-1, -1, 1)}, "at most one"),
+    ("layout", {"mesh_shape": (0, -1, 1)}, r"is \(0, -1, 1\)"),
+    (
+      "layout",
+      {"mesh_shape": (1, -1, 1), "rules": {"exprt": "expert"}},
+      r"rules\.exprt does not exist; the nearest is .*\.expert\.",
+    ),
+    (
+      "layout",
+      {"mesh_shape": (1, -1, 1), "rules": {"mlp": ("expert", "modl")}},
+      r"rules\.mlp is 'modl'; .*nearest is 'model'",
+    ),
+    (
+      "layout",
+      {"mesh_shape": (1, -1, 1), "rules": {"expert": 1}},
+      "rules.expert is 1; give it as str or list or None",
+    ),
+  ],
+)
+def test_a_value_that_cannot_be_is_named(field, value, complaint):
+  """A file may hold what no flag can."""
+  with pytest.raises(ValueError, match=complaint):
+    experiment("tiny", **{field.replace(".", "__"): value}).model(VOCABULARY)
+
+
+@pytest.mark.parametrize(
+  "field, value, complaint",
+  [
+    ("data.vocab_size", 0, "data.vocab_size is 0; give 1 or more"),
+    ("model.decoder", ("moe", "lstm"), r"decoder is \('moe', .*with 'lstm'"),
+    ("model.decoder", (), r"decoder is \(\), .*begin with 'lstm'"),
+    ("model.encoder", ("lstn",), r"model\.encoder is 'lstn'"),
+    ("model.attention.form", "prod", r"form is 'prod'.*'product'"),
+    ("model.attention.wiring", "paralel", r"wiring is 'paralel'.*'parallel'"),
+    ("model.attention.width", 0, r"attention\.width is 0; give 1"),
+    ("model.attention.with", 4, r"attention\.with .*attention\.width"),
+    ("model.lstm", {"hidden": 0}, r"model\.lstm\.hidden is 0; give 1 or more"),
+    ("model.dropout", 1.0, r"dropout is 1\.0"),
+  ],
+)
+def test_a_translation_model_that_cannot_be(field, value, complaint):
+  changes = {field.replace(".", "__"): value}
+  with pytest.raises(ValueError, match=complaint):
+    experiment("translate_tiny", **changes).model(VOCABULARY)
+
+
+class Wheel(NamedTuple):
+  """A wheel.
+
+  Attributes:
+    radius: of it (app. B), with a long
+      line. The rest is no line of it.
+    spokes: how many.
+  """
+
+  radius: Annotated[float, named.Range(0)]
+  spokes: named.Size = 8
+
+
+@named.fields_of(Wheel, radius=Annotated[int, named.Range(1, 9)])
+def small_wheel(color: str = "red", **fields):
+  """Makes one.
+
+  Args:
+    color: of it.
+  """
+  return color, Wheel(**fields)
+
+
+class Cart(NamedTuple):
+  """A cart; its load is given.
+
+  Attributes:
+    wheels: that it rolls on.
+    spare: a wheel by kind.
+  """
+
+  load: object
+  wheels: Sequence[Annotated[Any, named.Section(Wheel)]]
+  spare: Annotated[
+    Any, named.Section({"small": small_wheel}, given=("spokes",))
+  ]
+
+
+def test_what_is_built_says_what_its_section_holds():
+  """And gets sections as functions that build them, of what is given."""
+  section = {"wheels": [{"radius": 1}], "spare": {"kind": "small", "radius": 2}}
+  cart = named.build(Cart, section, "cart", load="hay")
+  (wheel,) = cart.wheels
+  assert cart.load == "hay" and wheel() == Wheel(1)
+  assert cart.spare(spokes=3) == ("red", Wheel(2, 3))
+  whole = Annotated[Any, named.Section(Cart)]
+  found = {
+    field.name: (named.worded(field.annotation, fully=True), field.line)
+    for field in named.fields(whole, "cart", section)
+  }
+  line = "of it (app. B), with a long line"
+  assert found == {
+    "cart": ("dict", ""),
+    "cart.wheels": ("list of (dict)", "that it rolls on"),
+    "cart.wheels[0]": ("dict", ""),
+    "cart.wheels[0].radius": ("float, 0 or more", line),
+    "cart.wheels[0].spokes": ("int, 1 or more", "how many"),
+    "cart.spare": ("dict", "a wheel by kind"),
+    "cart.spare.kind": ("small", "which of these it is"),
+    "cart.spare.color": ("str", "of it"),
+    "cart.spare.radius": ("int, 1 or more, and less than 9", line),
+  }
+
+
+@pytest.mark.parametrize(
+  "section, complaint",
+  [
+    ({}, "cart.wheels is missing"),
+    ({"wheels": [{}]}, r"cart.wheels\[0\].radius is missing"),
+    ({"wheels": [], "load": 1}, "cart.load does not exist"),
+    ({"wheels": [], "spare": {}}, "cart.spare.kind is ''; choose one of 'smal"),
+    (
+      {"wheels": [], "spare": {"kind": "small", "radius": 9}},
+      "cart.spare.radius is 9; give 1 or more, and less than 9",
+    ),
+    (
+      {"wheels": [], "spare": {"kind": "small", "radius": 1, "spokes": 1}},
+      "cart.spare.spokes does not exist",
+    ),
+  ],
+)
+def test_a_section_is_refused_before_anything_is_built(section, complaint):
+  with pytest.raises(ValueError, match=complaint):
+    named.build(Cart, section, "cart", load=None)
