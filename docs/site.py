@@ -31,6 +31,7 @@ MIXTURE = [
   "ragged",
   "grouped",
   "sharding",
+  "partition",
 ]
 # Folders of moejax, in the order in which a reader wants them; "" is the top.
 FOLDERS = {
