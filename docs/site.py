@@ -33,33 +33,28 @@ MIXTURE = [
   "sharding",
   "partition",
 ]
-# Folders of moejax, in the order in which a reader wants them; "" is the top.
-FOLDERS = {
-  "models": "Models",
-  "data": "Data",
-  "training": "Training",
-  "": "Config, command line",
-  "planning": "Planning",
-}
 
 
 def modules(folder):
   """Names the modules of a folder of moejax, but for those of the mixture."""
   return [
-    ".".join(("moejax", *folder.split(), path.stem))
-    for path in sorted((ROOT / "moejax" / folder).glob("*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted(folder.glob("*.py"))
     if path.stat().st_size and not path.stem.startswith("__")
-    if folder or path.stem not in MIXTURE
+    if folder.name != "moejax" or path.stem not in MIXTURE
   ]
 
 
+PACKAGE = ROOT / "moejax"
 REFERENCE = {
   "The mixture": [
-    f"moejax.{name}"
-    for name in MIXTURE
-    if (ROOT / "moejax" / f"{name}.py").exists()
+    f"moejax.{name}" for name in MIXTURE if (PACKAGE / f"{name}.py").exists()
   ],
-  **{title: modules(folder) for folder, title in FOLDERS.items()},
+  **{
+    init.parent.name.capitalize(): modules(init.parent)
+    for init in sorted(PACKAGE.glob("*/__init__.py"))
+  },
+  "Config, command line": modules(PACKAGE),
 }
 
 
