@@ -125,7 +125,7 @@ def test_fields_are_understood(field, monkeypatch, capsys):
 def test_experiments_know_their_flags(name, rest, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", [name, "--help"])
   with pytest.raises(SystemExit, match="0"):
-    runpy.run_module(f"experiments.{name}", run_name="__main__")
+    runpy.run_path(str(ROOT / f"experiments/{name}.py"), run_name="__main__")
   known = capsys.readouterr().out
   assert [f for f in re.findall(r"--\w+", rest) if f not in known] == []
 
