@@ -107,7 +107,7 @@ def test_moejax_understands(command, rest, monkeypatch, capsys):
     assert command not in ("train", "plan") or "--config=" in rest
 
 
-@pytest.mark.parametrize("field", found(r"^(--config\.[a-z.]+=[^.].*)$"))
+@pytest.mark.parametrize("field", found(r"^(--config\.[a-z_.]+=[^.].*)$"))
 def test_fields_are_understood(field, monkeypatch, capsys):
   """By one of these configs at least: not all have the same fields."""
   monkeypatch.chdir(ROOT)
