@@ -20,10 +20,10 @@ test: .venv/installed-test ## run all tests
 lint: .venv/installed-test ## check style, and who imports whom
 	$(BIN) -m ruff check
 	$(BIN) -m ruff format --check
-	.venv/bin/lint-imports --config tests/importlinter.ini --no-cache
+	.venv/bin/lint-imports --no-cache tests/importlinter.ini
 
 docs: .venv/installed-test ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
