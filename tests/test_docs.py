@@ -81,6 +81,7 @@ def test_python_runs(page, request, capsys, monkeypatch):
   ):
     exec(compile(snippets, page, "exec"), {"__name__": page})
   printed = capsys.readouterr().out.splitlines()
+  assert "False" not in printed  # No check of a page fails.
   # A comment behind print, if it is no sentence, is what it prints.
   for line in re.findall(r"print\(.*\) +# (True|False|[\d\[(].*)", snippets):
     while printed and printed[0] != line:
