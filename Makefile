@@ -1,18 +1,29 @@
-# make train and make test need Python 3.11 or newer, pip and nothing else: each
-# makes the environment in .venv that it needs, then does its job.
+# Every target needs Python 3.11 or newer and pip, and nothing else: each makes
+# the environment in .venv that it needs, then does its job.
 
 PYTHON ?= python3
 BIN := .venv/bin/python
 WORKDIR ?= runs/moe_32
 
-.PHONY: train test clean
+.PHONY: help train test lint docs clean
 
-train: .venv/installed
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+train: .venv/installed ## train 4 of 32 experts on the presidents' messages
 	$(BIN) -m moejax train --config=configs/sotu/moe_32.py \
 	  --workdir="$(WORKDIR)"
 
-test: .venv/installed-test
+test: .venv/installed-test ## run all tests
 	$(BIN) -m pytest -n auto --dist=worksteal --durations=40
+
+lint: .venv/installed-test ## check style, and who imports whom
+	$(BIN) -m ruff check
+	$(BIN) -m ruff format --check
+	.venv/bin/lint-imports --no-cache tests/importlinter.ini
+
+docs: .venv/installed-test ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,5 +47,5 @@ install = if $(BIN) -m pip --version >/dev/null 2>&1; \
 	@$(call install,'.[test]')
 	@touch $@
 
-clean:
-	rm -rf .venv
+clean: ## remove the environment and the documentation
+	rm -rf .venv site

@@ -33,7 +33,9 @@ EXPERIMENTS = [
   "matplotlib",
   "pip",  # not in every environment; package_pairs.py calls it
 ]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = [
+  *DOCS,
   *EXPERIMENTS,
   "beartype",
   "gcsfs",
@@ -45,6 +47,7 @@ TEST = [
   "nbformat",
   "pytest",
   "pytest-xdist",
+  "pyyaml",  # reads CITATION.cff
   "ruff",
   "setuptools>=70.1",  # builds the wheel of tests/test_wheel.py
 ]
@@ -57,6 +60,22 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   cmdclass={"build_py": BuildWithConfigs},
+  license_files=["LICENSE"],
+  author="The moejax authors",
+  keywords="mixture of experts, JAX, Flax, language model, translation",
+  # The address of the repository is not known yet; add it as "Source" here.
+  project_urls={"Paper": "https://arxiv.org/abs/1701.06538"},
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+  ],
   packages=setuptools.find_packages(include=["moejax", "moejax.*"]),
   package_data={"moejax": ["py.typed"]},
   python_requires=">=3.11",
@@ -86,6 +105,7 @@ setuptools.setup(
   extras_require={
     "cuda": ["jax[cuda13]"],
     "experiments": EXPERIMENTS,
+    "docs": DOCS,
     "gcs": ["gcsfs>=2024.9"],  # for --workdir=gs://...
     "notebooks": ["ipykernel", "jupyterlab", "matplotlib"],
     "test": TEST,

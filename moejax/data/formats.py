@@ -181,7 +181,9 @@ def line_text(
   """Decodes a line with its line break.
 
   Args:
-    line, number, origin: of it; lines are counted from 1.
+    line: with its break.
+    number: counted from 1.
+    origin: the file that it is of.
     more: reads some of the bytes that follow.
     mixed: whether lines before it have letters beyond ASCII, in UTF-8.
 

@@ -89,10 +89,12 @@ def beam_search(
 
   Args:
     step_fn: the model's step, of B * beam rows.
-    memory, state: of B rows, the state before the first step.
+    memory: of B rows.
+    state: of B rows, before the first step.
     source_mask: real source tokens, `</s>` counted. A row without any has one
       translation, which is empty.
-    start, end: ids of `<s>`, which `step_fn` is given first, and of `</s>`.
+    start: id of `<s>`, which `step_fn` is given first.
+    end: id of `</s>`.
     beam: how many hypotheses live at once and are kept.
     alpha: of length normalization; 0 is none.
     beta: of the coverage penalty; 0 is none.

@@ -1,0 +1,257 @@
+"""README and docs: snippets run, what they name is there, the site builds.
+
+Pages are read as a user reads them: every Python snippet is executed, every
+command parsed, every link followed, every number of a result looked up.
+"""
+
+import csv
+import html.parser
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import jax
+import pytest
+import yaml
+
+import moejax
+from moejax import dispatch, main
+from moejax.training import evaluators
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = {
+  path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+  for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+}
+
+
+def blocks(page, language):
+  return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+def inline(page):
+  """The code within the text of a page, each on one line."""
+  text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+  return [" ".join(each.split()) for each in re.findall("`([^`]+)`", text)]
+
+
+def found(pattern):
+  """Finds a pattern in the commands of all pages, each once."""
+  return sorted(
+    {
+      match
+      for page in PAGES
+      for text in (*blocks(page, "sh"), *inline(page))
+      for line in text.replace("\\\n", " ").splitlines()
+      for match in re.findall(pattern, line)
+    }
+  )
+
+
+# -- snippets -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(small_flags, tmp_path_factory):
+  """A folder with the run in runs/tiny that pages speak of."""
+  folder = tmp_path_factory.mktemp("reader")
+  steps = [f"--config.train.{n}=1" for n in ("steps", "eval_every")]
+  workdir = f"--workdir={folder}/runs/tiny"
+  with jax.numpy_dtype_promotion("standard"):
+    assert main.main(["moejax", "train", *small_flags, *steps, workdir]) == 0
+  return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")])
+def test_python_runs(page, request, capsys, monkeypatch):
+  snippets = "\n".join(blocks(page, "python"))
+  if "runs/" in snippets:
+    monkeypatch.chdir(request.getfixturevalue("folder"))
+  # What a page adds to a table is gone after it.
+  monkeypatch.setattr(dispatch, "DISPATCH", dict(dispatch.DISPATCH))
+  monkeypatch.setattr(evaluators, "AT_TEST", dict(evaluators.AT_TEST))
+  capsys.readouterr()
+  # As users run it: optax promotes, and so may they.
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    exec(compile(snippets, page, "exec"), {"__name__": page})
+  printed = capsys.readouterr().out.splitlines()
+  assert "False" not in printed  # No check of a page fails.
+  # A comment behind print, if it is no sentence, is what it prints.
+  for line in re.findall(r"print\(.*\) +# (True|False|[\d\[(].*)", snippets):
+    while printed and printed[0] != line:
+      printed.pop(0)
+    assert printed, f"{page} does not print {line}"
+    printed.pop(0)
+
+
+# -- commands -----------------------------------------------------------------
+
+CALLS = found(rf"\bmoejax ({'|'.join(main.COMMANDS)})\b([^|<\"`#]*)")
+EXPERIMENTS = found(r"python -m experiments\.([a-z]\w+)([^#`]*)")
+
+
+@pytest.mark.parametrize("command, rest", CALLS)
+def test_moejax_understands(command, rest, monkeypatch, capsys):
+  """By --help every flag and field is read, and nothing runs."""
+  monkeypatch.chdir(ROOT)
+  flags = [*shlex.split(rest), "--help"]
+  assert main.main(["moejax", command, *flags]) == 0, capsys.readouterr().err
+  # What is mentioned, as `moejax plan`, has no flags.
+  if len(flags) > 1 and "--help" not in rest:
+    assert command == "plan" or "--workdir=" in rest
+    assert command not in ("train", "plan") or "--config=" in rest
+
+
+@pytest.mark.parametrize("field", found(r"^(--config\.[a-z_.]+=[^.].*)$"))
+def test_fields_are_understood(field, monkeypatch, capsys):
+  """By one of these configs at least: not all have the same fields."""
+  monkeypatch.chdir(ROOT)
+  bases = (
+    ["--config=tiny"],
+    ["--config=tiny", "--config.data.kind=text"],
+    ["--config=translate_tiny"],
+  )
+  flags = [*shlex.split(field), "--help"]
+  statuses = {main.main(["moejax", "train", *base, *flags]) for base in bases}
+  assert 0 in statuses, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, rest", EXPERIMENTS)
+def test_experiments_know_their_flags(name, rest, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", [name, "--help"])
+  with pytest.raises(SystemExit, match="0"):
+    runpy.run_path(str(ROOT / f"experiments/{name}.py"), run_name="__main__")
+  known = capsys.readouterr().out
+  assert [f for f in re.findall(r"--\w+", rest) if f not in known] == []
+
+
+def test_commands_were_found():
+  assert len(CALLS) > 20 and len(EXPERIMENTS) > 12
+  assert {name for name, _ in CALLS} == set(main.COMMANDS)
+
+
+def test_targets_and_extras_exist(monkeypatch):
+  makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+  described = set(re.findall(r"^([\w-]+):.*## ", makefile, re.MULTILINE))
+  (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+  assert set(phony.split()) == described  # All are listed by `make help`.
+  assert set(found(r"^make (\w+)")) <= described
+  fields = {}
+  monkeypatch.setattr("setuptools.setup", fields.update)
+  monkeypatch.setattr(sys, "argv", ["setup.py"])
+  runpy.run_path(str(ROOT / "setup.py"))
+  named = found(r"^pip install.*\[(\w+)\]")
+  assert named and set(named) <= set(fields["extras_require"])
+
+
+# -- what is named, and numbers -----------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_and_links_exist(page):
+  folders = "moejax|configs|docs|experiments|notebooks|tests"
+  paths = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./]*\w", PAGES[page])
+  assert [path for path in paths if not (ROOT / path).exists()] == []
+  # As they are followed in the repository; the site's are looked at below.
+  for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", PAGES[page]):
+    assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_public_names_are_listed():
+  names = re.findall(r"`(\w+)`", PAGES["docs/api.md"].split("Every module")[0])
+  assert set(moejax.__all__) - {"testing"} == set(names) - {"moejax"}
+
+
+def test_numbers_of_tables_are_results():
+  """Each one is in the CSVs that are named above its table, but for digits."""
+  tables = [
+    (names.split(), rows)
+    for text in PAGES.values()
+    for names, rows in re.findall(
+      r"<!-- numbers: (.*?) -->\n\n\|.*\n\|.*\n((?:\|.*\n)+)", text
+    )
+  ]
+  assert len(tables) >= 12
+  unknown = []
+  for names, rows in tables:
+    values = set()
+    for name in names:
+      path = ROOT / "experiments" / "results" / f"{name}.csv"
+      with path.open(newline="", encoding="utf-8") as lines:
+        for cell in (cell for row in csv.reader(lines) for cell in row):
+          if re.fullmatch(r"-?\d+(\.\d+)?", cell):
+            values.add(float(cell))
+    for row in rows.splitlines():
+      # The first cell names the row; what has a unit of its own is a share.
+      for number in re.findall(
+        r"(?<![\w.])(\d[\d,]*(?:\.\d+)?)(?![\w.]| %)",
+        " ".join(row.split("|")[2:]),
+      ):
+        _, _, digits = number.partition(".")
+        exact, half = float(number.replace(",", "")), 0.5 * 10 ** -len(digits)
+        if not any(abs(value - exact) <= half * 1.001 for value in values):
+          unknown.append((names, row, number))
+  assert unknown == []
+
+
+def test_files_at_the_front_door():
+  assert len(PAGES["README.md"].splitlines()) <= 200
+  assert "Version 2.0" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+  about = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+  assert about["version"] == moejax.__version__
+  assert f"## [{moejax.__version__}]" in PAGES["CHANGELOG.md"]
+
+
+# -- the site -----------------------------------------------------------------
+
+
+class Links(html.parser.HTMLParser):
+  """Collects what a page links to, and the places in it that links lead to."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.links, self.ids = [], {""}
+    self.feed(path.read_text(encoding="utf-8"))
+
+  def handle_starttag(self, tag, attrs):
+    for name, value in attrs:
+      if name in ("href", "src"):
+        self.links.append(value)
+      elif name == "id":
+        self.ids.add(value)
+
+
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
+  pytest.importorskip("mkdocs")
+  built = subprocess.run(
+    # Not --quiet, which would let warnings pass.
+    [sys.executable, "-m", "mkdocs", "build", "-d", tmp_path],
+    cwd=ROOT,
+    env={"PATH": "", "HOME": str(tmp_path), "NO_MKDOCS_2_WARNING": "1"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert built.returncode == 0, built.stderr
+  assert "WARNING" not in built.stderr
+  pages = {path: Links(path) for path in tmp_path.rglob("*.html")}
+  assert len(pages) > 60 and tmp_path / "api/moejax.moe/index.html" in pages
+  broken = []
+  for path, page in pages.items():
+    if path.name == "404.html":
+      continue  # Its links begin at the root of a server.
+    for link in page.links:
+      target, _, anchor = link.partition("#")
+      if re.match(r"\w+:", link):
+        continue
+      to = (path.parent / target).resolve() if target else path
+      to = to / "index.html" if to.is_dir() else to
+      if not to.exists() or (to in pages and anchor not in pages[to].ids):
+        broken.append((path.relative_to(tmp_path).as_posix(), link))
+  assert broken == []
