@@ -77,7 +77,7 @@ def test_a_run_is_loaded_into_python(small_flags, tmp_path):
   program.end_well(program.start(environment, flags, tmp_path / "run"))
   found = moejax.load(tmp_path / "run")
   assert isinstance(found.tokenizer, vocab.Vocabulary)
-  assert found.config.train.steps == 3
+  assert found.config["train"]["steps"] == 3
   shapes = jax.tree.map(np.shape, found.params)
   assert {"embed", "head"} & {re.sub("_.*", "", name) for name in shapes}
   table = max(jax.tree.leaves(shapes, is_leaf=lambda s: isinstance(s, tuple)))

@@ -143,7 +143,7 @@ def test_what_is_no_number_stops_the_run(start, tmp_path):
     message,
   )
   assert found, output
-  kept = program.kept(workdir)
+  kept = program.saved_steps(workdir)
   assert (int(found[3]) if found[3] else None) == max(kept, default=None)
   assert all(step < int(found[2]) for step in kept)
 
