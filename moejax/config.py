@@ -184,6 +184,11 @@ class Experiment(NamedTuple):
     return "source" in self.shapes
 
   @property
+  def tokenizer(self) -> type[packing.Tokenizer]:
+    """What cuts the corpus, of which a run keeps its own."""
+    return corpora.TOKENIZERS[self.values["data"]["kind"]]
+
+  @property
   def unit(self) -> str:
     """What the corpus is cut into."""
     return "word piece" if self.translates else "word"

@@ -14,7 +14,7 @@ from moejax import config as config_lib
 from moejax import sharding
 from moejax import slots as slots_lib
 from moejax import workdir as workdir_lib
-from moejax.data import vocab
+from moejax.data import pieces, vocab
 from moejax.models.layers import table_rows
 from moejax.planning import cost
 
@@ -174,6 +174,18 @@ def test_the_twins_have_the_same_ops_per_timestep():
   assert dense_ops == 131_072
   for section in ("data", "optimizer", "train", "aux"):
     assert sparse.values[section] == dense.values[section]
+
+
+@pytest.mark.parametrize(
+  "name, tokenizer",
+  [
+    ("sotu/moe_32", vocab.Vocabulary),
+    ("lm1b/moe_32", vocab.TokenizedVocabulary),
+    ("wmt14/en_fr_moe_32", pieces.Pieces),
+  ],
+)
+def test_a_run_keeps_the_tokenizer_of_its_corpus(name, tokenizer):
+  assert experiment(name).tokenizer is tokenizer
 
 
 def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):

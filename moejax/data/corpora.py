@@ -325,9 +325,9 @@ def _prose(
     make = functools.partial(make, data_dir=_data_dir(data_dir))
     builder = tfds_corpora.prepared(make)
     texts = {split: Records(builder, split) for split in builder.info.splits}
-  vocabulary = of_run(Vocabulary)
+  vocabulary = of_run(TOKENIZERS[kind])
   if vocabulary is None:
-    vocabulary = Vocabulary.build(texts["train"], min_count)
+    vocabulary = TOKENIZERS[kind].build(texts["train"], min_count)
   return Corpus(vocabulary, _sentences(texts), row_length, batch_size)
 
 
@@ -357,7 +357,8 @@ def _lm1b(
     vocab_size: entries of the vocabulary.
     test: path of news.en.heldout-00000-of-00050; "" is what TFDS holds out.
   """
-  vocabulary = of_run(TokenizedVocabulary)
+  tokenizer = TOKENIZERS["lm1b"]
+  vocabulary = of_run(tokenizer)
   if vocabulary is None:
     path = pathlib.Path(_local(vocab_file))
     if not path.is_file():
@@ -366,7 +367,7 @@ def _lm1b(
         f" of {vocab_size:,} entries, one a line, frequent first; published"
         " with the benchmark is vocab-2016-09-10.txt, of 793,471"
       )
-    vocabulary = TokenizedVocabulary.load(path)
+    vocabulary = tokenizer.load(path)
     if len(vocabulary) != vocab_size:
       cure = "the file of that size"
       if len(vocabulary) > vocab_size:
@@ -514,4 +515,12 @@ DATA = {
   "lm1b": _lm1b,
   "pairs": _pairs,
   "wmt14": _wmt14,
+}
+# Of each, the kind of tokenizer that a run keeps.
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+  "sotu": Vocabulary,
+  "text": Vocabulary,
+  "lm1b": TokenizedVocabulary,
+  "pairs": Pieces,
+  "wmt14": Pieces,
 }

@@ -11,8 +11,6 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import terminal
 from moejax import workdir as workdir_lib
-from moejax.data.pieces import Pieces
-from moejax.data.vocab import Vocabulary
 from moejax.training import checkpoint, evaluators, metrics, session
 from moejax.training.state import TrainState
 
@@ -36,8 +34,9 @@ def recall(workdir: files_lib.Path, layout: str = "") -> config_lib.Experiment:
       f"{workdir / workdir_lib.CONFIG_FILE} is no config of this version:"
       f" {error}"
     ) from None
-  changes = {"config.layout": layout} if layout else {}
-  return config_lib.changed(experiment, changes)
+  if not layout:
+    return experiment
+  return config_lib.changed(experiment, {"config.layout": layout})
 
 
 def open_run(
@@ -82,8 +81,7 @@ def load(workdir: str | files_lib.Path, layout: str = "") -> Loaded:
   """
   workdir = files_lib.path(str(workdir))
   experiment = recall(workdir, layout)
-  kind = Pieces if experiment.translates else Vocabulary
-  tokenizer = workdir_lib.vocabulary(kind, workdir)
+  tokenizer = workdir_lib.vocabulary(experiment.tokenizer, workdir)
   built = session.build(experiment, len(tokenizer))
   params = best(workdir, built).params
   return Loaded(built.model, params, tokenizer, experiment.values)
@@ -158,7 +156,7 @@ def translate_run(
       f"the run in {workdir} is a language model, it cannot translate; give the"
       " --workdir of one with config.model.kind 'gnmt'."
     )
-  pieces = workdir_lib.vocabulary(Pieces, workdir)
+  pieces = workdir_lib.vocabulary(experiment.tokenizer, workdir)
   if language and not pieces.languages:
     raise ValueError(
       f"the run in {workdir} translates into one language alone, it cannot be"
