@@ -57,6 +57,11 @@ class Context:
     """Translates by beam search."""
     return translator(self.session, self.data.vocabulary)
 
+  @functools.cached_property
+  def identity(self) -> dict[str, str]:
+    """Returns the digest of each split of the text."""
+    return {split: self.rows(split).digest for split in self.data.splits}
+
   def check(self) -> None:
     """Refuses what could not be measured, before training begins."""
     _ = self.losses

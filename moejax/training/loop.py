@@ -108,15 +108,9 @@ def _open(
   # Before a large text is first read, which takes long.
   state.check_fits(abstract, in_layout, layout, mesh)
   context = evaluators.Context(built, data, workdir)
-  identity = _identity(context)
-  processes.check_same(json.dumps(identity), "text")
-  workdir_lib.check_text(identity, workdir)
+  processes.check_same(json.dumps(context.identity), "text")
+  workdir_lib.check_text(context.identity, workdir)
   return context
-
-
-def _identity(context: evaluators.Context) -> dict[str, str]:
-  """Returns the digest of each split of the text."""
-  return {split: context.rows(split).digest for split in context.data.splits}
 
 
 class _Run:
@@ -135,7 +129,7 @@ class _Run:
     self.context, self.checks = context, checks
     self.built, self.workdir = context.session, context.workdir
     self.experiment, data = self.built.experiment, context.data
-    self.options, self.identity = self.experiment.train, _identity(context)
+    self.options = self.experiment.train
     self.batches = batches.train_batches(
       context.rows("train"),
       data.batch_size,
@@ -156,7 +150,7 @@ class _Run:
     # From here on there is a run; what is wrong with it has shown above.
     processes.first_does(
       lambda: workdir_lib.remember(
-        self.experiment.values, data.vocabulary, self.identity, self.workdir
+        self.experiment.values, data.vocabulary, context.identity, self.workdir
       )
     )
     self.checkpoints = Checkpoints(
@@ -166,7 +160,7 @@ class _Run:
     self.seconds = 0.0
     if restored := self.checkpoints.latest(self.built.abstract_state):
       progress = restored.progress
-      workdir_lib.check_text(self.identity, self.workdir, progress["text"])
+      workdir_lib.check_text(context.identity, self.workdir, progress["text"])
       self.batches.set_state(progress["data"])
       self.state, self.seconds = restored.state, progress["seconds"]
     else:
@@ -301,7 +295,7 @@ class _Run:
     progress = {
       "data": self.batches.get_state(),
       "seconds": self.seconds,
-      "text": self.identity,
+      "text": self.context.identity,
     }
     self.checkpoints.save(self.state, self.done, progress, perplexity)
     self.saved = self.done
