@@ -18,19 +18,10 @@ Intel Xeon each (results/balance_losses.csv).
 from collections.abc import Iterator
 
 from experiments import figures, harness, training
+from experiments.paper_tables import TABLE_6
 
 STEPS = 1200
 SEED = 0
-# (w_importance, w_load) -> the paper's test perplexity, CV(Importance),
-# CV(Load) and max(Load) / mean(Load).
-PAPER = {
-  (0.0, 0.0): (39.8, 3.04, 3.01, 17.80),
-  (0.2, 0.0): (35.6, 0.06, 0.17, 1.47),
-  (0.0, 0.2): (35.7, 0.22, 0.04, 1.15),
-  (0.1, 0.1): (35.6, 0.06, 0.05, 1.14),
-  (0.01, 0.01): (35.7, 0.48, 0.11, 1.37),
-  (1.0, 1.0): (35.7, 0.03, 0.02, 1.07),
-}
 REPORTED = (
   "cv_importance",
   "cv_load",
@@ -43,7 +34,7 @@ PAPERS = ("paper", *(f"paper_{name}" for name in REPORTED[:3]))
 def rows(quick: bool) -> Iterator[figures.Row]:
   """Yields a row per pair of weights."""
   with training.folder("balance_losses", quick) as runs:
-    for weights in list(PAPER)[3:4] if quick else PAPER:
+    for weights in list(TABLE_6)[3:4] if quick else TABLE_6:
       config = training.load("sotu/moe_32", {"train.steps": STEPS})
       config.seed = SEED
       if quick:
@@ -62,7 +53,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         "test_perplexity": round(run.result["test"]["perplexity"], 2),
         **harness.rounded(**{name: run.last(name) for name in REPORTED}),
         "minutes": round(run.result["seconds"] / 60, 1),
-        **dict(zip(PAPERS, PAPER[weights], strict=True)),
+        **dict(zip(PAPERS, TABLE_6[weights], strict=True)),
       }
 
 

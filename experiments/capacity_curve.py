@@ -1,9 +1,11 @@
 """Question: does perplexity fall as experts are added at equal ops/timestep?
 
-Method: the rows of configs/lm1b of about 8 M ops/timestep (Fig. 2, left) with
-an eighth of every width, which makes that about 0.13 M: the same steps on the
-same batches of 16,384 words (seed 0), optimizer and sampled softmax those of
-configs/sotu/moe_32.py. Flat mixtures drop nothing; `dropped` is what those of
+Method: the rows of configs/lm1b (Table 7) with an eighth of every width: those
+of about 8 M ops/timestep (Fig. 2, left), which that makes about 0.13 M, and the
+larger ones (Fig. 2, right). All take the same steps on the same batches of
+16,384 words (seed 0), dropout of 0.1, optimizer and sampled softmax those of
+configs/sotu/moe_32.py. The paper searches dropout for each model and takes 0.2
+to 0.4 for the largest; a model an eighth as wide cannot spare that. Flat mixtures drop nothing; `dropped` is what those of
 two levels did and `cv_load` the balance, means over the last tenth of training.
 Perplexity per word, `</S>` counted, by the full softmax. Beside them stands the
 interpolated Kneser-Ney 5-gram of the same words. `paper` is Table 7's. The text
@@ -26,41 +28,40 @@ results/capacity_curve.csv) an expert of MoE-256 sees 64 words of a batch, and
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import figures, harness, kneser_ney, training
+from experiments import figures, harness, kneser_ney, paper_tables, training
 from moejax import config as config_lib
 
 SEED = 0
 STEPS = 2400
 # Of 64 words: so that an expert of MoE-256 is sent 256 words a batch.
 BATCH_SIZE = 256
-# The files of configs/lm1b, and the perplexity of Table 7 after 10 epochs.
-PAPER = {
-  "four_lstm_512": 46.0,
-  "lstm_2048_512": 44.7,
-  "moe_1_wide": 46.1,
-  "moe_1_deep": 45.7,
-  "moe_4": 45.0,
-  "moe_32": 39.7,
-  "moe_256": 35.7,
-  "moe_256_h": 36.0,
-  "moe_1024_h": 34.6,
-}
+# The files of configs/lm1b.
 NAMES = {
+  "lstm_512_512": "LSTM of 512",
+  "lstm_1024_512": "LSTM of 1,024",
+  "lstm_2048_512": "LSTM of 2,048",
+  "two_lstm_8192_1024": "two LSTMs of 8,192",
   "four_lstm_512": "four LSTMs",
-  "lstm_2048_512": "wide LSTM",
   "moe_1_wide": "dense, wide",
   "moe_1_deep": "dense, deep",
   "moe_4": "4 experts",
   "moe_32": "32 experts",
   "moe_256": "256 experts",
-  "moe_256_h": "256 experts, two levels",
-  "moe_1024_h": "1,024 experts, two levels",
+  "moe_256_h": "256, two levels",
+  "moe_1024_h": "1,024, two levels",
+  "moe_4096_h": "4,096, two levels",
+  "moe_34m": "1,024 wide ones",
+  "moe_143m": "256 wider ones",
 }
+# The two lines of Fig. 2, right.
+DENSE_CURVE = ("lstm_512_512", "lstm_1024_512", "lstm_2048_512")
+DENSE_CURVE += ("two_lstm_8192_1024",)
+SPARSE_CURVE = ("moe_4096_h", "moe_34m", "moe_143m")
 QUICK = ("moe_256_h",)
 TEXT = "comma-separated files (.txt, .gz, .xz) in place of the messages"
 OPTIONS = {
   "text": TEXT,
-  "models": f"comma-separated, of {', '.join(PAPER)}, in place of all",
+  "models": f"comma-separated, of {', '.join(NAMES)}, in place of all",
   "batch_size": f"of 64 words, of a batch, in place of {BATCH_SIZE}",
   "steps": f"of the parameters, in place of {STEPS}",
 }
@@ -79,12 +80,12 @@ def rows(
     SystemExit: there is no such model.
   """
   length = (int(batch_size or BATCH_SIZE), int(steps or STEPS))
-  names = models.split(",") if models else QUICK if quick else tuple(PAPER)
-  if unknown := set(names) - set(PAPER):
-    known = ", ".join(PAPER)
+  names = models.split(",") if models else QUICK if quick else tuple(NAMES)
+  if unknown := set(names) - set(NAMES):
+    known = ", ".join(NAMES)
     raise SystemExit(f"there is no model {unknown.pop()!r}; take of {known}")
   for name in names:
-    yield row(name, 8, text, quick, *length) | {"paper": PAPER[name]}
+    yield row(name, 8, text, quick, *length) | {"paper": paper(name)}
   with training.folder("curves", quick, text) as runs:
     # Of a config it reads the text alone, and that is the same in all.
     config = scaled("moe_32", 8, text)
@@ -94,8 +95,14 @@ def rows(
   yield {
     "model": "kneser_ney_5",
     **harness.rounded(2, **counted),
-    "paper": 67.6,
+    "paper": paper("kneser_ney_5"),
   }
+
+
+def paper(name: str) -> float:
+  """Returns the perplexity of Table 7 after 10 epochs, or the final one."""
+  after_10_epochs, final, *_ = paper_tables.TABLE_7[name]
+  return float(after_10_epochs or final)
 
 
 def row(
@@ -140,7 +147,8 @@ def scaled(
     return value // smaller if key in ("width", "hidden") else value
 
   model = shrunk("", training.load(f"lm1b/{name}").model.to_dict())
-  model |= {"num_samples": config.model.num_samples, "vocab_multiple": 1}
+  ours = ("num_samples", "dropout")
+  model |= {name: config.model[name] for name in ours} | {"vocab_multiple": 1}
   training.replace(config, model=model)
   config.data.batch_size = batch_size
   training.regroup(config, batch_size * config.data.row_length)
@@ -153,25 +161,36 @@ def scaled(
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws test perplexity over parameters."""
-  axes = figure.subplots()
-  flat = {}
-  for row in table:
-    if row.get("parameters") is None:
-      figures.level(axes, "5-gram,\nKneser-Ney", row["test"])
-      continue
-    sparse = row.get("cv_load") is not None
-    color = figures.SPARSE if sparse else figures.DENSE
-    at = (row["parameters"] / 1e6, row["test"])
-    axes.plot(*at, marker="o" if sparse else "s", color=color)
-    figures.label(axes, NAMES[row["model"]], at, color)
-    if sparse and not row["model"].endswith("_h"):
-      flat[NAMES[row["model"]]] = row["test"]
-  axes.set_xscale("log")
-  axes.margins(x=0.2, y=0.12)
-  figures.plain(axes.xaxis, (0.1, 0.3, 1, 3, 10))
-  axes.set_xlabel("million parameters outside embedding and softmax")
-  axes.set_ylabel("test perplexity per word")
+  """Draws test perplexity over parameters, and over ops where these differ."""
+  models = {row["model"]: row for row in table if row["model"] in NAMES}
+  counted = [row["test"] for row in table if row["model"] not in models]
+  meanings = {"parameters": "at equal ops/timestep", "ops": "larger models"}
+  shown = {"parameters": set(NAMES) - set(DENSE_CURVE + SPARSE_CURVE)}
+  shown["parameters"] |= {"lstm_2048_512", "moe_4096_h"}
+  shown["ops"] = set(DENSE_CURVE + SPARSE_CURVE)
+  if len(models.keys() - shown["parameters"]) == 0:
+    del meanings["ops"]
+  for axes, column in figures.panels(figure, 4, meanings, sharey=True):
+    if counted and column == "parameters":
+      figures.level(axes, "5-gram,\nKneser-Ney", *counted)
+    for name in filter(shown[column].__contains__, models):
+      row = models[name]
+      sparse = row["cv_load"] is not None
+      color = figures.SPARSE if sparse else figures.DENSE
+      at = (row[column] / 1e6, row["test"])
+      axes.plot(*at, marker="o" if sparse else "s", color=color)
+      figures.label(axes, NAMES[name], at, color)
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.12)
+    figures.plain(axes.xaxis, (0.1, 0.3, 1, 3, 10, 30))
+    unit = {"parameters": "parameters", "ops": "ops/timestep"}[column]
+    axes.set_xlabel(f"million {unit} outside embedding and softmax")
+  figure.supylabel("test perplexity per word")
+  flat = {
+    NAMES[name]: row["test"]
+    for name, row in models.items()
+    if row["cv_load"] is not None and not name.endswith(("_h", "m"))
+  }
   falls = list(flat.values()) == sorted(flat.values(), reverse=True)
   return (
     "At equal ops/timestep test perplexity"
