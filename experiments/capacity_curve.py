@@ -5,12 +5,11 @@ of about 8 M ops/timestep (Fig. 2, left), which that makes about 0.13 M, and the
 larger ones (Fig. 2, right). All take the same steps on the same batches of
 16,384 words (seed 0), dropout of 0.1, optimizer and sampled softmax those of
 configs/sotu/moe_32.py. The paper searches dropout for each model and takes 0.2
-to 0.4 for the largest; a model an eighth as wide cannot spare that. Flat mixtures drop nothing; `dropped` is what those of
-two levels did and `cv_load` the balance, means over the last tenth of training.
-Perplexity per word, `</S>` counted, by the full softmax. Beside them stands the
-interpolated Kneser-Ney 5-gram of the same words. `paper` is Table 7's. The text
-is the presidents' messages, or that of --text, of which words seen 20 times are
-known.
+to 0.4 for the largest; a model an eighth as wide cannot spare that. `dropped`
+and `cv_load` are means over the last tenth of training. Perplexity per word,
+`</S>` counted, by the full softmax. Beside them stands the interpolated
+Kneser-Ney 5-gram of the same words. `paper` is Table 7's. The text is the
+presidents' messages, or that of --text, of which words seen 20 times are known.
 
 Result: it does, if batches are large and training is long. On 12 M words of
 technical documentation and 2400 steps the test perplexity is 53.3 with 4
@@ -136,7 +135,10 @@ def scaled(
   batch_size: int = BATCH_SIZE,
   steps: int = STEPS,
 ) -> config_lib.Config:
-  """Returns a row of configs/lm1b for a laptop; arguments as of `row`."""
+  """Returns a row of configs/lm1b for a laptop; arguments as of `row`.
+
+  A name such as news/moe_32 is one of another folder.
+  """
   config = training.load("sotu/moe_32", {"seed": SEED})
 
   def shrunk(key: str, value: Any) -> Any:
@@ -146,7 +148,9 @@ def scaled(
       return tuple(width // smaller for width in value)
     return value // smaller if key in ("width", "hidden") else value
 
-  model = shrunk("", training.load(f"lm1b/{name}").model.to_dict())
+  model = shrunk(
+    "", training.load(name if "/" in name else f"lm1b/{name}").model.to_dict()
+  )
   ours = ("num_samples", "dropout")
   model |= {name: config.model[name] for name in ours} | {"vocab_multiple": 1}
   training.replace(config, model=model)

@@ -118,7 +118,7 @@ def config(
     training.replace(config.model, **{layer: dict(section)})
   config.optimizer.update({"warmup_steps": steps // 8})
   config.optimizer.update({"hold_steps": steps * 3 // 8})
-  config.train.update({"steps": steps, "eval_every": steps // 4})
+  config.train.update({"steps": steps, "eval_every": steps // 12})
   if quick:
     config.update_from_flattened_dict(QUICK)
     config.data.data_dir = str(folder)

@@ -24,32 +24,40 @@ trained on to step 2400, test perplexity and BLEU to French are 7.55 and 36.5
 
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from experiments import figures, harness, training, translating
 from moejax import config as config_lib
 
 STEPS = 1200
-MOE_512_H = {
-  "num_experts": 512,
-  "num_groups": 16,
-  "group_size": 1,
-  "groups_together": 1,
-  "capacity_factor": 1.25,
-  "eval_capacity_factor": 2.0,
-  "primary": {"kind": "noisy_top_k", "k": 2},
-  "secondary": {
-    "router": {"kind": "noisy_top_k", "k": 2},
-    "experts": {"kind": "feed_forward", "hidden": translating.HIDDEN},
+
+
+def two_levels(num_experts: int, num_groups: int) -> dict[str, Any]:
+  """Returns the section of a mixture of two levels that drops nothing."""
+  return {
+    "num_experts": num_experts,
+    "num_groups": num_groups,
+    "group_size": 1,
+    "groups_together": 1,
     "capacity_factor": 1.25,
     "eval_capacity_factor": 2.0,
-  },
-}
+    "primary": {"kind": "noisy_top_k", "k": 2},
+    "secondary": {
+      "router": {"kind": "noisy_top_k", "k": 2},
+      "experts": {"kind": "feed_forward", "hidden": translating.HIDDEN},
+      "capacity_factor": 1.25,
+      "eval_capacity_factor": 2.0,
+    },
+  }
+
+
 # The layer between LSTMs, and its section.
 MODELS = {
   "lstm": ("", {}),
   "dense": ("one_expert", translating.one_expert(4)),
   "moe_32": ("moe", translating.flat(32, 4)),
-  "moe_512_h": ("hierarchical_moe", MOE_512_H),
+  "moe_512_h": ("hierarchical_moe", two_levels(512, 16)),
+  "moe_2048_h": ("hierarchical_moe", two_levels(2048, 32)),
 }
 QUICK = ("moe_32",)
 
@@ -60,10 +68,19 @@ def rows(quick: bool, pairs: str = "") -> Iterator[figures.Row]:
     files = translating.pair_files(pairs, ["fr"], runs, quick)
     for direction in files:
       for name in QUICK if quick else MODELS:
-        config = config_of(name, {direction: files[direction]}, runs, quick)
-        run = training.train(config, runs / f"{direction}_{name}")
+        own = {direction: files[direction]}
+        config, run = trained(name, own, runs, quick)
         about = {"pair": str(direction), "model": name}
         yield about | training.report(config, run)
+
+
+def trained(
+  name: str, files: translating.Files, folder: pathlib.Path, quick: bool
+) -> tuple[config_lib.Config, training.Run]:
+  """Trains a model on the files of one direction; returns its config too."""
+  (direction,) = files
+  config = config_of(name, files, folder, quick)
+  return config, training.train(config, folder / f"{direction}_{name}")
 
 
 def config_of(
@@ -81,6 +98,7 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
     "dense": ("dense layer", figures.DENSE),
     "moe_32": ("32 experts", figures.SPARSE),
     "moe_512_h": ("512 in two levels", figures.PALE_SPARSE),
+    "moe_2048_h": ("2048 in two levels", figures.PALE_SPARSE),
   }
   names = [f"{row['pair']}, {labels[row['model']][0]}" for row in table]
   colors = [labels[row["model"]][1] for row in table]

@@ -1,0 +1,157 @@
+"""Question: do more experts pay on more unseen text (Fig. 3, Table 8)?
+
+Method: the rows of configs/news with an eighth of every width, on text that is
+read once: no word comes twice, and there is no dropout. `test_of_tenth` is the
+test perplexity after a tenth of the text, `test` after all of it, in batches of
+8192 words; widths, optimizer and sampled softmax are those of capacity_curve.
+`dropped` and `cv_load` are means over the last tenth of training. The 5-gram
+has the same sentences, of which a tenth is drawn by chance. The text is the
+presidents' messages, or that of --text.
+
+Result: to be measured.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from experiments import (
+  capacity_curve,
+  figures,
+  harness,
+  kneser_ney,
+  training,
+)
+from moejax import config as config_lib
+
+SEED = 0
+BATCH_SIZE = 128
+PARTS = {"test_of_tenth": 0.1, "test": 1.0}
+NAMES = {
+  "four_lstm_512": "four LSTMs",
+  "moe_32": "32 experts",
+  "moe_256_h": "256",
+  "moe_1024_h": "1,024",
+  "moe_4096_h": "4,096",
+}
+QUICK = ("moe_256_h",)
+
+
+def rows(
+  quick: bool, text: str = "", models: str = ""
+) -> Iterator[figures.Row]:
+  """Yields a row per model."""
+  names = models.split(",") if models else QUICK if quick else tuple(NAMES)
+  with training.folder("unseen_text", quick, text) as runs:
+    for name in names:
+      if name not in NAMES:
+        known = ", ".join(NAMES)
+        raise SystemExit(f"there is no model {name!r}; take of {known}")
+      row = {"model": name}
+      for column, part in PARTS.items():
+        config = scaled(name, text, part, quick, runs)
+        run = training.train(config, runs / f"{name}_{config.train.steps}")
+        # The last is that of all the text.
+        row |= training.report(config, run) | {
+          column: round(run.result["test"]["perplexity"], 2),
+          "words": config.train.steps
+          * config.data.batch_size
+          * config.data.row_length,
+        }
+      yield row
+    yield {
+      "model": "kneser_ney_5",
+      **counted(scaled(QUICK[0], text, 1, quick, runs)),
+    }
+
+
+def scaled(
+  name: str, text: str, part: float, quick: bool, runs: Path
+) -> config_lib.Config:
+  """Returns a row of configs/news for a laptop, and for a part of the text."""
+  config = capacity_curve.scaled(f"news/{name}", 8, text, BATCH_SIZE)
+  config.model.dropout = 0.0
+  if quick:
+    training.shrink(config, runs)
+  with tempfile.TemporaryDirectory() as no_run:
+    data = config_lib.open_corpus(config_lib.parse(config), Path(no_run))
+  steps = len(data.rows("train")) // config.data.batch_size
+  if quick:
+    steps = min(steps, 10)
+  config.train.steps = max(1, int(part * steps))
+  # For the curve; the test is of the best checkpoint, as a rule the last.
+  config.train.eval_every = max(1, int(0.1 * steps))
+  return config
+
+
+def counted(config: config_lib.Config) -> dict[str, float]:
+  """Returns the test perplexity of the 5-gram of each part of the text."""
+  vocabulary, tokens = kneser_ney.read(config)
+  rng, own = np.random.default_rng(SEED), tokens["train"]
+  found = {}
+  for column, part in PARTS.items():
+    chosen = rng.random(own.lengths["target"].size) < part
+    some = own._replace(
+      ids={
+        "target": own.ids["target"][np.repeat(chosen, own.lengths["target"])]
+      },
+      lengths={"target": own.lengths["target"][chosen]},
+    )
+    model = kneser_ney.train(some, vocabulary, 5)
+    found[column] = kneser_ney.perplexity(model, tokens["test"])
+  return harness.rounded(2, **found)
+
+
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
+  """Draws test perplexity over parameters, after either amount of text."""
+  axes = figure.subplots()
+  models = [row for row in table if row["model"] in NAMES]
+  colors = (figures.PALE_SPARSE, figures.SPARSE)
+  labels = ("a tenth of the text", "all of it")
+  for column, color, label in zip(PARTS, colors, labels, strict=True):
+    sparse = [row for row in models if row["cv_load"] is not None]
+    points = [(row["parameters"] / 1e6, row[column]) for row in sparse]
+    figures.lines(axes, {label: points}, (color,))
+    for row in models:
+      at = (row["parameters"] / 1e6, row[column])
+      if row["cv_load"] is None:
+        axes.plot(*at, "s", color=figures.DENSE)
+      if column == "test":
+        dense = row["cv_load"] is None
+        color_of = figures.DENSE if dense else figures.SPARSE
+        figures.label(axes, NAMES[row["model"]], at, color_of)
+  for row in table:
+    if row["model"] not in NAMES:
+      for column, label in zip(PARTS, ("a tenth", "all"), strict=True):
+        figures.level(axes, f"5-gram, {label}", row[column])
+  axes.set_xscale("log")
+  axes.set_yscale("log")
+  axes.margins(x=0.12, y=0.12)
+  figures.plain(axes.xaxis, (0.1, 0.3, 1, 3, 10, 30))
+  figures.plain(axes.yaxis, (40, 50, 60, 80, 100, 150, 200, 300, 400))
+  axes.set_xlabel("million parameters outside embedding and softmax")
+  axes.set_ylabel("test perplexity per word")
+  dense = next((row for row in models if row["cv_load"] is None), None)
+  if dense is None:
+    return "Perplexity after a tenth of the text, and after all of it"
+  leads = []
+  for column in PARTS:
+    best = min((r for r in models if r is not dense), key=lambda r: r[column])
+    leads.append(
+      f"{figures.than(best[column], dense[column])} with"
+      f" {NAMES[best['model']].removesuffix(' experts')} experts"
+    )
+  return (
+    f"After a tenth of the text perplexity is {leads[0]} than with four LSTMs,"
+    f" after all of it {leads[1]}"
+  )
+
+
+if __name__ == "__main__":
+  about = {
+    "text": capacity_curve.TEXT,
+    "models": f"comma-separated, of {', '.join(NAMES)}, in place of all",
+  }
+  harness.main("unseen_text", rows, draw, SEED, **about)
