@@ -117,6 +117,8 @@ class TopK(Router):
 class NoisyTopK(Router):
   """The paper's router (sec. 2.1): noisy top-k in training, top-k otherwise.
 
+  What the paper does not say of it is in docs/decisions.md, 1.
+
   W_g and W_noise start at zero (app. A), so that at first the noise alone
   chooses and load is balanced. It is drawn from the rng stream "router".
   Evaluation has none: before any training all logits tie there, every token
