@@ -156,6 +156,8 @@ class NoisyTopK(Router):
 class Balanced(Router):
   """Strictly balanced gating (app. F): experts choose; thresholds at inference.
 
+  What the paper does not say of it is in docs/decisions.md, 25, 29, 52.
+
   The thresholds are exp of the parameter "log_thresholds". They are as small as
   a softmax over E experts is, and so a step of the optimizer moves them by a
   fraction, and never below zero. They start at 1/E, the mean of that softmax,
