@@ -33,7 +33,7 @@ def top_k(
 
   Its gradient reaches the k logits chosen (none for k = 1, where the gate is
   the constant 1). Of equal logits the lowest expert wins, so a router of all
-  zeros sends every token to experts 0..k-1.
+  zeros sends every token to experts 0..k-1 (docs/decisions.md, 10).
   """
   check_k(k, logits.shape[-1])
   values, expert = _largest(logits, k)
@@ -48,6 +48,8 @@ def noisy_top_k(
   mask: Bool[Array, "G S"] | None = None,
 ) -> Routing:
   """Noisy top-k gating (eq. 3-5) with the smooth load (eq. 8-10).
+
+  What the paper does not say of it is in docs/decisions.md, 3, 4, 53.
 
   `noise_std` is Softplus(x W_noise), not negative. Where it is 0 the load is 1
   for an expert above its threshold and 0 for one at or below it. The noise of a

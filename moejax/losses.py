@@ -2,8 +2,8 @@
 
 Each takes the scope of its balance. "batch" sums over all groups, that is over
 the whole batch of all devices, before anything that is not linear: the mean of
-the groups' CV^2 is another quantity. "group" asks every group to be balanced by
-itself, and takes that mean.
+the groups' CV^2 is another quantity (docs/decisions.md, 6). "group" asks every
+group to be balanced by itself, and takes that mean.
 """
 
 import difflib
@@ -23,7 +23,7 @@ def cv_squared(x: Float[Array, "E"]) -> Float[Array, ""]:
   """Squared coefficient of variation: variance over squared mean.
 
   The population variance, guarded as in the authors' code. Never the square of
-  std / mean, whose gradient is 0/0 at perfect balance.
+  std / mean, whose gradient is 0/0 at perfect balance (docs/decisions.md, 5).
   """
   return jnp.var(x) / (jnp.mean(x) ** 2 + 1e-10)
 
@@ -40,8 +40,8 @@ def importance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
 def load(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   """CV(Load)^2, to be weighed with w_load (eq. 11).
 
-  In a hierarchy, of all leaf experts at once (eq. 14). Constant, without
-  gradient, where load is a count: gating without noise.
+  In a hierarchy, of all leaf experts at once (eq. 14; docs/decisions.md, 7).
+  Constant, without gradient, where load is a count: gating without noise.
   """
   return jax.vmap(cv_squared)(_load(routing, scope)).mean()
 
@@ -101,6 +101,7 @@ def threshold(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   tokens, those chosen less those above T_e. So over M microbatches together it
   counts M times what the mean of theirs does. Where gradients are clipped by
   their common norm it would shrink all others; give it a small weight there.
+  See docs/decisions.md, 29.
   """
   del scope
 

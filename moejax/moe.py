@@ -174,7 +174,8 @@ class MoE(_Layer):
   3.1), in groups of `group_size` consecutive tokens whose capacity is their
   own. The layer leaves its `Routing` in the collection "routing"; what it
   should cost is the trainer's affair (`losses.auxiliary`). With the router
-  `Single` it is one dense expert and reports nothing.
+  `Single` it is one dense expert and reports nothing. Why it may drop tokens,
+  which the paper's does not, says docs/decisions.md, 9.
 
   The parameters lie in one scope named after the layer, {"router": ...,
   "experts": ...}, wherever the router and the experts are made: outside, in
@@ -282,8 +283,9 @@ class HierarchicalMoE(_Layer):
   """A mixture of groups of experts, each a mixture itself (app. B, eq. 12).
 
   The primary router sends tokens to groups; a group's own router sees, and
-  pays for, only those. A group lives whole on one device: tokens move once for
-  each group they visit, and the experts of a group share what arrived.
+  pays for, only those (docs/decisions.md, 25, 50). A group lives whole on one
+  device: tokens move once for each group they visit, and the experts of a group
+  share what arrived.
 
   The one Routing it leaves speaks of all experts, expert j of group i being
   i * Q + j: importance is eq. 13, load becomes eq. 14 in `losses`. Tokens that

@@ -117,6 +117,8 @@ class TopK(Router):
 class NoisyTopK(Router):
   """The paper's router (sec. 2.1): noisy top-k in training, top-k otherwise.
 
+  What the paper does not say of it is in docs/decisions.md, 1.
+
   W_g and W_noise start at zero (app. A), so that at first the noise alone
   chooses and load is balanced. It is drawn from the rng stream "router".
   Evaluation has none: before any training all logits tie there, every token
@@ -153,6 +155,8 @@ class NoisyTopK(Router):
 
 class Balanced(Router):
   """Strictly balanced gating (app. F): experts choose; thresholds at inference.
+
+  What the paper does not say of it is in docs/decisions.md, 25, 29, 52.
 
   The thresholds are exp of the parameter "log_thresholds". They are as small as
   a softmax over E experts is, and so a step of the optimizer moves them by a

@@ -177,6 +177,31 @@ def test_the_twins_have_the_same_ops_per_timestep():
 
 
 @pytest.mark.parametrize(
+  "name", [n for n in NAMES if n.startswith(("lm1b/", "news/")) and "moe" in n]
+)
+def test_mixtures_of_language_models_stand_between_lstms(name):
+  """Sec. 5.1; in app. D experts' states and hidden layers take no room."""
+  config, news = load(name), name.startswith("news/")
+  first, mixture, last = config.model.layers
+  assert first == last == "lstm" != mixture
+  assert config.train.steps == (40_000 if news else 27_000)
+  assert config.optimizer.kind == ("factored_adam" if news else "adam")
+  if mixture != "one_expert":
+    experts = config.model[mixture].get("secondary", config.model[mixture])
+    assert experts.recompute == news
+
+
+@pytest.mark.parametrize("name", [n for n in TRANSLATION if "moe" in n])
+def test_mixtures_of_translation_stand_as_in_the_paper(name):
+  """App. E: between LSTMs 2 and 3, and 1 and 2."""
+  model = load(name).model
+  mixture = model.decoder[1]
+  assert mixture.endswith("moe") and mixture in model
+  assert model.encoder == ("lstm", "lstm", mixture, "lstm")
+  assert model.decoder == ("lstm", mixture, "lstm")
+
+
+@pytest.mark.parametrize(
   "name, tokenizer",
   [
     ("sotu/moe_32", vocab.Vocabulary),

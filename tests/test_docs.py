@@ -4,9 +4,12 @@ Pages are read as a user reads them: every Python snippet is executed, every
 command parsed, every link followed, every number of a result looked up.
 """
 
+import ast
 import csv
+import functools
 import html.parser
 import pathlib
+import pkgutil
 import re
 import runpy
 import shlex
@@ -18,6 +21,7 @@ import pytest
 import yaml
 
 import moejax
+from moejax import config as config_lib
 from moejax import dispatch, main
 from moejax.training import evaluators
 
@@ -166,6 +170,87 @@ def test_paths_and_links_exist(page):
 def test_public_names_are_listed():
   names = re.findall(r"`(\w+)`", PAGES["docs/api.md"].split("Every module")[0])
   assert set(moejax.__all__) - {"testing"} == set(names) - {"moejax"}
+
+
+def table_rows(page):
+  """Yields every row of a page's tables, its cells by their headings."""
+  headings = None
+  for line in PAGES[page].splitlines():
+    cells = [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+    if not cells:
+      headings = None
+    elif headings is None:
+      headings = cells
+    elif not set(line) <= set("|-: "):
+      yield dict(zip(headings, cells, strict=True))
+
+
+def spans(cell):
+  return re.findall("`([^`]+)`", cell)
+
+
+def is_in_moejax(name):
+  try:
+    pkgutil.resolve_name(f"moejax.{name}")
+  except (ImportError, AttributeError):
+    return False
+  return True
+
+
+@functools.cache
+def is_test(name):
+  """Whether tests/ have a file::test, or a file::Class::test."""
+  path, *within = name.split("::")
+  body = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8")).body
+  for part in within:
+    found = [each for each in body if getattr(each, "name", "") == part]
+    if not found:
+      return False
+    body = found[0].body
+  return bool(within) and within[-1].startswith("test_")
+
+
+def test_sentences_of_the_paper_name_what_is_there():
+  rows = [r for r in table_rows("docs/paper.md") if "the paper" in r]
+  assert len(rows) > 100
+  configs, commands = config_lib.packaged(), {"make", "moejax"}
+  for row in rows:
+    for name in spans(row["here"]):
+      path = name.replace(".", "/") + ".py"
+      known = (ROOT / name).exists() or (ROOT / path).exists()
+      known = known or name in configs or name.split()[0] in commands
+      assert known or (is_test if "::" in name else is_in_moejax)(name), name
+    # Where nothing holds it, it says so.
+    assert re.search("::|no test|a result|not built", row["here"]), row
+
+
+def test_decisions_name_what_is_there():
+  """Fields of configs, and what is in moejax; docstrings name theirs."""
+  fields = {
+    field.name.removeprefix("config.")
+    for name in config_lib.packaged()
+    for field in config_lib.fields(config_lib.load(name))
+  }
+  chosen = [row for row in table_rows("docs/decisions.md") if "" in row]
+  assert [row[""] for row in chosen] == [str(i + 1) for i in range(len(chosen))]
+  named = {row[""]: spans(row["to change"]) for row in chosen}
+  assert len(named) > 50 and all(named.values())
+  for name in {name for names in named.values() for name in names}:
+    assert name in fields or is_in_moejax(name), name
+  for text in PAGES.values():
+    assert set(re.findall(r"decision (\d+)", text)) <= set(named)
+  links = [
+    (path.relative_to(ROOT / "moejax").with_suffix(""), number)
+    for path in (ROOT / "moejax").rglob("*.py")
+    for numbers in re.findall(
+      r"docs/decisions\.md,\s+([\d, ]*\d)", path.read_text(encoding="utf-8")
+    )
+    for number in re.findall(r"\d+", numbers)
+  ]
+  assert len(links) > 10
+  for path, number in links:
+    module = ".".join(path.parts)
+    assert any(name.startswith(f"{module}.") for name in named[number]), number
 
 
 def test_numbers_of_tables_are_results():

@@ -40,6 +40,8 @@ def lstm(
 ) -> Float[Array, "B L O"]:
   """Runs an LSTM without peepholes over packed rows, from zero state.
 
+  What the paper does not say of it is in docs/decisions.md, 17.
+
   With (i, f, g, o) = x_t w_in + y_{t-1} w_rec + bias, four blocks of width H:
 
     c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)

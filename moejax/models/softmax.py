@@ -18,7 +18,7 @@ def log_uniform(
   """Draws class ids with p(id) = log(1 + 1/(id+1)) / log(V+1).
 
   Zipf's law for ids sorted by falling frequency. An id that is drawn again
-  counts once.
+  counts once (docs/decisions.md, 46).
 
   Returns:
     The distinct ids of all draws, sorted, in an array of `most_distinct`
@@ -106,8 +106,9 @@ class Softmax(nn.Module):
     width: D.
     num_samples: draws of classes to compare with in training instead of all V
       (sampled softmax as in Jozefowicz et al. 2016: one set a batch, logits
-      less log expected count, for target and samples alike). 0 trains with the
-      full softmax. The rng stream is "softmax". Evaluation is always full.
+      less log expected count, for target and samples alike; docs/decisions.md,
+      23). 0 trains with the full softmax. The rng stream is "softmax".
+      Evaluation is always full.
     multiple: the number of the table's rows is a multiple of it.
   """
 

@@ -3,8 +3,8 @@
 The convention gives the paper's Tables 7 and 8 digit by digit: every entry of a
 matrix is a parameter, and a multiply-add of every token that meets the matrix.
 A router counts W_g and W_noise, an LSTM its projection. A token meets k/E of a
-mixture's experts. Biases, activations and dispatch are free, and capacity does
-not matter.
+mixture's experts. Biases (docs/decisions.md, 17), activations and dispatch are
+free, and capacity does not matter.
 
 A timestep of a translation is one word of the source and one of the target. Of
 attention it has the products with U and W; what every pair of positions costs

@@ -19,15 +19,15 @@ than `prune` below the best finished one's, or worse than `beam` others'. Equals
 keep the order in which they were found, those found together that of their
 predecessors, then of their ids.
 
-What GNMT leaves open: |Y| and the sum over j count `</s>`, whose probability is
-in P and whose step attends like any other. A token that no piece attends to
-counts as the smallest positive float32, so a score stays finite. With alpha > 0
-a longer hypothesis may overtake a finished one although its probability only
-falls; but no continuation of Y, of at most n pieces, scores above
-log P(Y|X) / lp(n), because lp grows, log P is negative and cp at most 0. A row
-is done when by that bound no living hypothesis can come to be kept. A beam of 1
-is the greedy search, whatever the settings: it takes the likeliest piece at
-every step and ends with the first `</s>`.
+What GNMT leaves open (docs/decisions.md, 49, 51): |Y| and the sum over j count
+`</s>`, whose probability is in P and whose step attends like any other. A token
+that no piece attends to counts as the smallest positive float32, so a score
+stays finite. With alpha > 0 a longer hypothesis may overtake a finished one
+although its probability only falls; but no continuation of Y, of at most n
+pieces, scores above log P(Y|X) / lp(n), because lp grows, log P is negative and
+cp at most 0. A row is done when by that bound no living hypothesis can come to
+be kept. A beam of 1 is the greedy search, whatever the settings: it takes the
+likeliest piece at every step and ends with the first `</s>`.
 
 Where the maximum length cuts the living short they are kept without `</s>`, by
 the same rules, but after all finished ones.

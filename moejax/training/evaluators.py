@@ -89,7 +89,7 @@ def numbers(values: Values) -> dict[str, float]:
 
 
 def perplexity(context: Context, params: Any, split: str, say: Say) -> Values:
-  """Returns what `losses_of` does of a split."""
+  """Returns what `losses_of` does of a split (docs/decisions.md, 22)."""
   del say
   return context.losses(params, context.rows(split))
 

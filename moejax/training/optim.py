@@ -26,7 +26,8 @@ def warmup_rsqrt(
 
   .. math:: lr(t) = peak \cdot \min(t / w,\; 1,\; \sqrt{(w + h) / t})
 
-  with t = count + 1, so that the first update (count 0) is not wasted.
+  with t = count + 1, so that the first update (count 0) is not wasted. See
+  docs/decisions.md, 14.
 
   Args:
     peak: the largest learning rate.
@@ -93,7 +94,8 @@ def factored_adam(
   by themselves; its biases keep a second moment of their own. All are corrected
   for their start at zero, as in Adam, which updates everything else.
 
-  A parameter is an expert's where it lies below a field `experts`.
+  A parameter is an expert's where it lies below a field `experts`. See
+  docs/decisions.md, 38, 39.
 
   Args:
     schedule: the learning rate.

@@ -49,10 +49,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """Updates the state by one batch.
 
-  The loss is the mean over the batch's words plus the balance losses. With
-  microbatches the gradient is accumulated over equal parts of the batch, each
-  with its own groups and random draws; where those change nothing, the task's
-  is the same as without, up to rounding.
+  The loss is the mean over the batch's words plus the balance losses
+  (docs/decisions.md, 12). With microbatches the gradient is accumulated over
+  equal parts of the batch, each with its own groups and random draws; where
+  those change nothing, the task's is the same as without, up to rounding.
 
   Balance losses over "microbatch" are taken of each and averaged: another
   quantity, as CV^2 is not linear. Over "batch" they are those of the groups of

@@ -10,7 +10,7 @@ import pytest
 import recurrent
 
 from moejax import sharding
-from moejax.models import layers
+from moejax.models import layers, lstm_lm
 
 projections = pytest.mark.parametrize("projected", [None, 3])
 
@@ -156,6 +156,24 @@ def test_lstm_module_starts_remembering_with_named_axes(width, hidden):
   assert np.abs(params["w_in"]).max() <= (3 / 5) ** 0.5
   expected = layers.lstm(x, start, layers.LSTMWeights(**params))
   np.testing.assert_array_equal(module.apply(boxed, x, start), expected)
+
+
+class Double(nn.Module):
+  """Stands where a mixture does."""
+
+  def __call__(self, x, *, train, mask, ids):
+    return 2 * x
+
+
+def test_outputs_are_dropped_out_before_the_input_is_added():
+  """App. C.1, with dropout that is a factor of 10."""
+  x, start, weights = on_device(*inputs(2, 3, 4, 4))
+  lstm = layers.LSTM(4).bind({"params": weights._asdict()})
+  options = dict(start=start, mask=start, ids=start.astype(int), train=True)
+  got = lstm_lm.residual([lstm, Double()], x, lambda y: 10 * y, **options)
+  want = x + 10 * layers.lstm(x, start, weights)
+  want = want + 10 * nn.sigmoid(2 * want)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_embed_looks_up_and_sums_the_gradients_of_repeats():
