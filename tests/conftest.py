@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 import signal
 
 # What nohup and a shell's background leave ignored would be so in all programs
@@ -21,13 +22,18 @@ os.environ["XLA_FLAGS"] = " ".join(
   )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What takes long to compile is compiled once, for all processes of this session
+# and later ones: the key is the program, the compiler's version and its flags.
+ROOT = pathlib.Path(__file__).parents[1]
+COMPILED = ROOT / ".pytest_cache" / "compiled"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jaxtyping
 
 # Shapes of every public function are checked while the tests run.
 hook = jaxtyping.install_import_hook("moejax", "beartype.beartype")
 
-import pathlib
 import shutil
 
 import hypothesis
@@ -40,8 +46,8 @@ from moejax import files
 jax.devices()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Most programs here are compiled once and run once. The runs in processes of
-# their own and the notebooks are optimised.
+# Most programs here are compiled once and run once. Only those of notebooks are
+# optimized.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # Compiling makes first examples slow; that is no failure.
@@ -55,7 +61,12 @@ hypothesis.settings.load_profile("moejax")
 gc.freeze()
 gc.set_threshold(10_000, 20, 20)
 
-ROOT = pathlib.Path(__file__).parents[1]
+
+def pytest_sessionstart(session):
+  """Removes what earlier sessions have compiled where it takes 2 GB."""
+  size = sum(path.stat().st_size for path in COMPILED.glob("*"))
+  if size > 2e9 and not hasattr(session.config, "workerinput"):
+    shutil.rmtree(COMPILED)
 
 
 @pytest.fixture(scope="module", autouse=True)

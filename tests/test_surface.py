@@ -72,7 +72,7 @@ def test_the_layer_needs_jax_flax_jaxtyping_and_numpy_alone():
 
 def test_a_run_is_loaded_into_python(small_flags, tmp_path):
   """Its model, its best parameters, its vocabulary, its config."""
-  environment = program.plain_environment(tmp_path / "cache")
+  environment = program.plain_environment()
   flags = (*small_flags, "--config.train.steps=3")
   program.end_well(program.start(environment, flags, tmp_path / "run"))
   found = moejax.load(tmp_path / "run")

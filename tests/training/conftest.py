@@ -12,9 +12,8 @@ def _standard(standard_promotion):
 
 
 @pytest.fixture(scope="session")
-def environment(shared):
-  """What processes get; they share their compiled programs."""
-  return program.plain_environment(shared("compiled", lambda folder: None))
+def environment():
+  return program.plain_environment()
 
 
 @pytest.fixture(scope="session")
