@@ -117,18 +117,18 @@ FINAL_TEST = {"module": "checkpoint", "name": "Checkpoints.best", "when": True}
 
 
 def test_a_signal_at_the_end_stops_before_or_in_the_test(
-  environment, small_flags, start, whole, tmp_path
+  environment, small_flags, whole, tmp_path
 ):
   workdir = tmp_path / "run"
   for where, status, said in (
     (LAST_VALIDATION, 128 + signal.SIGTERM, "stopped at step 12 of 12"),
-    (FINAL_TEST, -signal.SIGTERM, "resuming"),
+    (FINAL_TEST, -signal.SIGTERM, "at step 12 of 12"),
   ):
     code = ASKED.format(**where)
     done = program.run_code(environment, code, small_flags, workdir)
     assert done.returncode == status, done.stderr
     assert said in done.stdout and "test perplexity" not in done.stdout
-  assert "at step 12 of 12" in finish(start, workdir, whole)
+    assert curve(workdir) == curve(whole[0])[:-1]
 
 
 def test_what_is_no_number_stops_the_run(start, tmp_path):
