@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pathlib
 import signal
 
 # What nohup and a shell's background leave ignored would be so in all programs
@@ -22,22 +21,18 @@ os.environ["XLA_FLAGS"] = " ".join(
   )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# What takes long to compile is compiled once, for all processes of this session
-# and later ones: the key is the program, the compiler's version and its flags.
-ROOT = pathlib.Path(__file__).parents[1]
-COMPILED = ROOT / ".pytest_cache" / "compiled"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jaxtyping
 
 # Shapes of every public function are checked while the tests run.
 hook = jaxtyping.install_import_hook("moejax", "beartype.beartype")
 
+import functools
 import shutil
 
 import hypothesis
 import jax
+import program
 import pytest
 
 from moejax import files
@@ -49,6 +44,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Most programs here are compiled once and run once. Only those of notebooks are
 # optimized.
 jax.config.update("jax_disable_most_optimizations", True)
+# What takes long to compile is compiled once, for this session and later ones:
+# the key is the program, the compiler's version and its flags.
+jax.config.update("jax_compilation_cache_dir", str(program.COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Compiling makes first examples slow; that is no failure.
 hypothesis.settings.register_profile(
@@ -64,9 +63,9 @@ gc.set_threshold(10_000, 20, 20)
 
 def pytest_sessionstart(session):
   """Removes what earlier sessions have compiled where it takes 2 GB."""
-  size = sum(path.stat().st_size for path in COMPILED.glob("*"))
+  size = sum(path.stat().st_size for path in program.COMPILED.glob("*"))
   if size > 2e9 and not hasattr(session.config, "workerinput"):
-    shutil.rmtree(COMPILED)
+    shutil.rmtree(program.COMPILED)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,6 +145,29 @@ def small_flags(corpus, shared):
   """Flags that make configs/tiny.py train in seconds on the small corpus."""
   data_dir = shared("prepared", lambda folder: None)
   fields = SMALL | {"data.train": corpus, "data.data_dir": data_dir}
-  return [f"--config={ROOT}/configs/tiny.py"] + [
+  return [f"--config={program.ROOT}/configs/tiny.py"] + [
     f"--config.{name}={value}" for name, value in fields.items()
   ]
+
+
+@pytest.fixture(scope="session")
+def environment():
+  return program.plain_environment()
+
+
+@pytest.fixture(scope="session")
+def start(environment, small_flags):
+  """start(workdir, *flags): `moejax train` in a process of its own."""
+  return functools.partial(program.start, environment, small_flags)
+
+
+@pytest.fixture(scope="session")
+def whole(start, shared):
+  """A run that nothing disturbed: its workdir and what it printed."""
+
+  def train(folder):
+    (output,) = program.end_well(start(folder / "run"))
+    (folder / "output.txt").write_text(output)
+
+  folder = shared("whole", train)
+  return folder / "run", (folder / "output.txt").read_text()

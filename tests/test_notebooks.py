@@ -44,7 +44,7 @@ def executed(path, tmp_path_factory):
     "PYTHONPATH": str(ROOT),
     "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
   }
-  for name in ("XLA_FLAGS", "MPLBACKEND", "JAX_COMPILATION_CACHE_DIR"):
+  for name in ("XLA_FLAGS", "MPLBACKEND"):
     env.pop(name, None)
   client.execute(env=env, cleanup_kc=True)
   return notebook
