@@ -41,8 +41,8 @@ from moejax import files
 jax.devices()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Most programs here are compiled once and run once. Only those of notebooks are
-# optimized.
+# Most programs here are compiled once and run once. Those of notebooks, and of
+# runs that learn something (test_run.py), are optimized.
 jax.config.update("jax_disable_most_optimizations", True)
 # What takes long to compile is compiled once, for this session and later ones:
 # the key is the program, the compiler's version and its flags.

@@ -56,6 +56,12 @@ def pairs(count, turn=False):
 
 
 @pytest.fixture(scope="module")
+def environment(environment):
+  """So many steps are worth to be optimized."""
+  return environment | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+
+
+@pytest.fixture(scope="module")
 def files(tmp_path_factory):
   folder = tmp_path_factory.mktemp("pairs")
   lines = [f"{a}\t{b}" for a, b in pairs(600)]
