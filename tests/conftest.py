@@ -1,5 +1,6 @@
 """Strict settings for every test: 8 devices, no promotion, no warnings."""
 
+import gc
 import os
 import signal
 
@@ -9,12 +10,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before jax is imported: it counts its devices once. On a machine that is busy
-# otherwise, eight of them on one core may wait for each other for long.
+# otherwise, eight of them on one core may wait for each other for long. LLVM
+# has half the work with kernels that no fusion emitter has made.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_cpu_use_fusion_emitters=false",
   )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -24,11 +27,12 @@ import jaxtyping
 # Shapes of every public function are checked while the tests run.
 hook = jaxtyping.install_import_hook("moejax", "beartype.beartype")
 
-import pathlib
+import functools
 import shutil
 
 import hypothesis
 import jax
+import program
 import pytest
 
 from moejax import files
@@ -37,9 +41,13 @@ from moejax import files
 jax.devices()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Most programs here are compiled once and run once. The runs in processes of
-# their own and the notebooks are optimised.
+# Most programs here are compiled once and run once. Those of notebooks, and of
+# runs that learn something (test_run.py), are optimized.
 jax.config.update("jax_disable_most_optimizations", True)
+# What takes long to compile is compiled once, for this session and later ones:
+# the key is the program, the compiler's version and its flags.
+jax.config.update("jax_compilation_cache_dir", str(program.COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Compiling makes first examples slow; that is no failure.
 hypothesis.settings.register_profile(
@@ -47,7 +55,17 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("moejax")
 
-ROOT = pathlib.Path(__file__).parents[1]
+# Tracing makes many objects and few cycles: what is imported is never garbage,
+# and to look for the rest ten times as seldom saves a tenth of all time.
+gc.freeze()
+gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_sessionstart(session):
+  """Removes what earlier sessions have compiled where it takes 2 GB."""
+  size = sum(path.stat().st_size for path in program.COMPILED.glob("*"))
+  if size > 2e9 and not hasattr(session.config, "workerinput"):
+    shutil.rmtree(program.COMPILED)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,6 +145,29 @@ def small_flags(corpus, shared):
   """Flags that make configs/tiny.py train in seconds on the small corpus."""
   data_dir = shared("prepared", lambda folder: None)
   fields = SMALL | {"data.train": corpus, "data.data_dir": data_dir}
-  return [f"--config={ROOT}/configs/tiny.py"] + [
+  return [f"--config={program.ROOT}/configs/tiny.py"] + [
     f"--config.{name}={value}" for name, value in fields.items()
   ]
+
+
+@pytest.fixture(scope="session")
+def environment():
+  return program.plain_environment()
+
+
+@pytest.fixture(scope="session")
+def start(environment, small_flags):
+  """start(workdir, *flags): `moejax train` in a process of its own."""
+  return functools.partial(program.start, environment, small_flags)
+
+
+@pytest.fixture(scope="session")
+def whole(start, shared):
+  """A run that nothing disturbed: its workdir and what it printed."""
+
+  def train(folder):
+    (output,) = program.end_well(start(folder / "run"))
+    (folder / "output.txt").write_text(output)
+
+  folder = shared("whole", train)
+  return folder / "run", (folder / "output.txt").read_text()

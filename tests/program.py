@@ -15,6 +15,9 @@ import pytest
 from moejax import workdir as workdir_lib
 from moejax.training import metrics, run
 
+ROOT = pathlib.Path(__file__).parents[1]
+# Programs that some test has compiled.
+COMPILED = ROOT / ".pytest_cache" / "compiled"
 FROM_CLOCK = {"words_per_second"}
 # Seconds, longer than any run here takes on a busy machine.
 PATIENCE = 900
@@ -199,14 +202,14 @@ def damage(path):
   path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-def plain_environment(cache):
-  """What a user's shell has, and a compilation cache to save time."""
-  root = pathlib.Path(__file__).parents[1]
+def plain_environment():
+  """What a user's shell has, but programs are compiled roughly, and once."""
   return os.environ | {
-    "XLA_FLAGS": "",
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
+    "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     # One process may read what another is just writing; it then compiles.
     "PYTHONWARNINGS": "ignore:Error reading persistent",
-    "PYTHONPATH": str(root),
+    "PYTHONPATH": str(ROOT),
   }

@@ -7,7 +7,6 @@ import sys
 
 import jax
 import numpy as np
-import program
 
 import moejax
 from moejax.data import vocab
@@ -70,14 +69,11 @@ def test_the_layer_needs_jax_flax_jaxtyping_and_numpy_alone():
   assert result.stdout.strip() == ""
 
 
-def test_a_run_is_loaded_into_python(small_flags, tmp_path):
+def test_a_run_is_loaded_into_python(whole):
   """Its model, its best parameters, its vocabulary, its config."""
-  environment = program.plain_environment(tmp_path / "cache")
-  flags = (*small_flags, "--config.train.steps=3")
-  program.end_well(program.start(environment, flags, tmp_path / "run"))
-  found = moejax.load(tmp_path / "run")
+  found = moejax.load(whole[0])
   assert isinstance(found.tokenizer, vocab.Vocabulary)
-  assert found.config["train"]["steps"] == 3
+  assert found.config["train"]["steps"] == 12
   shapes = jax.tree.map(np.shape, found.params)
   assert {"embed", "head"} & {re.sub("_.*", "", name) for name in shapes}
   table = max(jax.tree.leaves(shapes, is_leaf=lambda s: isinstance(s, tuple)))

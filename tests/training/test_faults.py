@@ -13,15 +13,12 @@ import pytest
 from moejax.training import run
 
 CHECKPOINTS = "moejax.training.checkpoint:Checkpoints"
-VOTE = "moejax.training.processes vote"
 # One after the other in the life of one run: a function, which of its calls,
 # what must be there then, and the newest checkpoint that is left.
 KILLS = [
   ("moejax.files write_whole", 1, "-", 0),  # before there is a run
-  (VOTE, 2, "-", 0),  # in the second step
   (f"{CHECKPOINTS} _sign", 1, "-", 0),  # in the midst of the first save
   (f"{CHECKPOINTS} save", 1, "checkpoints/3", 3),  # at the end of a save
-  (VOTE, 3, "-", 3),  # in a step after it resumed
   (f"{CHECKPOINTS} save", 2, "checkpoints/*tmp*", 3),
   (f"{CHECKPOINTS} best", 1, "-", 12),  # before the test
 ]

@@ -63,8 +63,8 @@ def test_multiprocess_fault_one_ends_all_and_they_resume(
   assert f"checkpoint of step {newest} cannot be read" in first
   assert "test perplexity" in first
   for output in others:
-    said = [line for line in output.splitlines() if "[Gloo]" not in line]
-    assert not said
+    # Gloo's threads write into each other's lines.
+    assert not re.sub(r"\[Gloo\] Rank|\d is connected to .*|\s", "", output)
   program.assert_close(program.curve(workdir), program.curve(one_process))
 
 

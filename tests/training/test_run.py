@@ -14,7 +14,7 @@ import pytest
 
 from moejax.data.pieces import Pieces
 from moejax.main import main
-from moejax.training import bleu, metrics
+from moejax.training import bleu, metrics, run
 
 COLORS = {
   "red": "rouge",
@@ -53,6 +53,12 @@ def pairs(count, turn=False):
     english = " and ".join(f"the {c} {t}" for c, t in both)
     french = " et ".join(f"le {THINGS[t]} {COLORS[c]}" for c, t in both)
     yield (french, english) if turn else (english, french)
+
+
+@pytest.fixture(scope="module")
+def environment(environment):
+  """So many steps are worth to be optimized."""
+  return environment | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +131,14 @@ def test_a_run_learns_to_translate_and_shows_it(trained):
   assert {"cv_importance", "dropped_fraction"} <= set(lines[0])
 
 
-def test_killed_it_goes_on_to_the_same_end(
+def test_from_a_checkpoint_it_goes_on_to_the_same_end(
   environment, flags, trained, tmp_path
 ):
-  workdir = tmp_path / "run"
-  process = program.start(environment, flags, workdir)
-  program.wait_for_step(process, workdir, 60)
-  process.kill()
-  process.communicate()
-  program.end_well(program.start(environment, flags, workdir))
+  workdir = shutil.copytree(trained[0], tmp_path / "run")
+  shutil.rmtree(workdir / run.CHECKPOINTS / "150")
+  program.forget_the_end(workdir)
+  (output,) = program.end_well(program.start(environment, flags, workdir))
+  assert "at step 100 of 150" in output
   assert program.curve(workdir) == program.curve(trained[0])
 
 
@@ -175,22 +180,22 @@ def test_lines_stay_where_they_are(monkeypatch, capsys, trained):
 
 
 def test_what_it_refuses(monkeypatch, capsys, trained, tmp_path):
-  run = shutil.copytree(trained[0], tmp_path / "run")
-  _, said, status = translate(monkeypatch, capsys, run, b"caf\xe9\n")
+  workdir = shutil.copytree(trained[0], tmp_path / "run")
+  _, said, status = translate(monkeypatch, capsys, workdir, b"caf\xe9\n")
   assert status == 1 and "byte 4 of line 1 is 0xe9" in said
   marked = b"\xef\xbb\xbfcaf\xc3\xa9\n\xe9\n"
-  _, said, status = translate(monkeypatch, capsys, run, marked)
+  _, said, status = translate(monkeypatch, capsys, workdir, marked)
   assert status == 1 and "byte 1 of line 2 is 0xe9" in said
   named = tmp_path / "other.tsv"
   named.write_text("a\tb\n")
-  argv = ["moejax", "eval", f"--workdir={run}", f"--data=de-fr={named}"]
+  argv = ["moejax", "eval", f"--workdir={workdir}", f"--data=de-fr={named}"]
   assert main(argv) == 1
   assert "pairs of de-fr were not trained, only of en-fr" in (
     capsys.readouterr().err
   )
   texts = (text for pair in pairs(300, turn=True) for text in pair)
-  Pieces.train([*texts, "an end"], 300).save(run / Pieces.FILE)
-  _, said, status = translate(monkeypatch, capsys, run, "the red car")
+  Pieces.train([*texts, "an end"], 300).save(workdir / Pieces.FILE)
+  _, said, status = translate(monkeypatch, capsys, workdir, "the red car")
   assert status == 1 and "is not the one that the run was trained with" in said
 
 
