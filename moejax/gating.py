@@ -8,7 +8,7 @@ number of experts is a ValueError.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from moejax import partition, routing, sharding
 from moejax.routing import Routing
@@ -44,7 +44,7 @@ def noisy_top_k(
   logits: Float[Array, "G S E"],
   noise_std: Float[Array, "G S E"],
   k: int,
-  rng: PRNGKeyArray,
+  rng: PRNGKeyArray | Key[Array, "G"],
   mask: Bool[Array, "G S"] | None = None,
 ) -> Routing:
   """Noisy top-k gating (eq. 3-5) with the smooth load (eq. 8-10).
@@ -53,7 +53,8 @@ def noisy_top_k(
 
   `noise_std` is Softplus(x W_noise), not negative. Where it is 0 the load is 1
   for an expert above its threshold and 0 for one at or below it. The noise of a
-  group depends on `rng` and the group's index alone, not on devices.
+  group depends on `rng` and the group's index alone, or on the group's own key,
+  not on devices.
 
   At inference `top_k` of the clean logits takes its place. The gates' gradient
   reaches logits and noise_std of the k chosen, the load's those of every
@@ -113,24 +114,25 @@ def balanced(
 
 def threshold(
   logits: Float[Array, "G S E"],
-  thresholds: Float[Array, "_"],
+  thresholds: Float[Array, "*G _"],
   max_k: int,
   mask: Bool[Array, "G S"] | None = None,
 ) -> Routing:
   """What `balanced` becomes at inference (eq. 19): every expert with X > T.
 
   A token visits at most max_k experts, those with the largest X, because shapes
-  are static; perhaps none. Its gates are their X, renormalized.
+  are static; perhaps none. Its gates are their X, renormalized. Thresholds are
+  those of the experts, or of every token [G S E].
 
   Causal: T stands for the batch. Its gradient reaches the logits of the chosen
   experts, not the thresholds, which `losses.threshold` teaches.
   """
   num_experts = logits.shape[-1]
   check_k(max_k, num_experts, "max_k")
-  _check_length(thresholds, num_experts, "thresholds")
+  thresholds = _beside_logits(thresholds, num_experts, "thresholds")
   x = jax.nn.softmax(logits)
   # -1 is below every X.
-  above = jnp.where(x > thresholds[None, None], x, -1)
+  above = jnp.where(x > thresholds, x, -1)
   values, expert = _largest(above, max_k)
   used = values >= 0
   gate = _softmax_of(jnp.take_along_axis(logits, expert, axis=-1), used)
@@ -152,16 +154,16 @@ def switch(
 
 def gshard_top_2(
   logits: Float[Array, "G S E"],
-  rng: PRNGKeyArray | None = None,
+  rng: PRNGKeyArray | Key[Array, "G"] | None = None,
   mask: Bool[Array, "G S"] | None = None,
 ) -> Routing:
   """The two largest logits, the second at random (2006.16668, algorithm 1).
 
   The gates g1 and g2 are the two largest softmaxes, divided by their sum before
   any edge is dropped. The second choice is used with probability
-  min(1, 2 g2), by a draw that depends on `rng` and the group's index alone;
-  where it is not, g1 stays as it is. Without rng, as in evaluation, it always
-  is.
+  min(1, 2 g2), by a draw that depends on `rng` and the group's index alone, or
+  on the group's own key; where it is not, g1 stays as it is. Without rng, as in
+  evaluation, it always is.
 
   Its gradient reaches both logits.
   """
@@ -224,22 +226,23 @@ def hash_ids(
 
 def sigmoid(
   logits: Float[Array, "G S E"],
-  bias: Float[Array, "_"],
+  bias: Float[Array, "*G _"],
   k: int,
   mask: Bool[Array, "G S"] | None = None,
 ) -> Routing:
   """Gating balanced without a loss (2408.15664; 2412.19437, eq. 13-16).
 
   The k largest of sigmoid(logits) + bias are chosen; their gates are their
-  sigmoids, divided by the sum of these. The bias steers the choice alone.
+  sigmoids, divided by the sum of these. The bias steers the choice alone; it is
+  that of the experts, or of every token [G S E].
 
   Its gradient reaches the logits of the chosen experts (none for k = 1, where
   the gate is the constant 1), not the bias, which `losses.bias` teaches.
   """
   num_experts = logits.shape[-1]
   check_k(k, num_experts)
-  _check_length(bias, num_experts, "bias")
-  _, expert = _largest(jax.nn.sigmoid(logits) + bias[None, None], k)
+  beside = _beside_logits(bias, num_experts, "bias")
+  _, expert = _largest(jax.nn.sigmoid(logits) + beside, k)
   # Scores over their sum, also where all of them underflow.
   chosen = jnp.take_along_axis(logits, expert, axis=-1)
   gate = jax.nn.softmax(jax.nn.log_sigmoid(chosen))
@@ -272,9 +275,10 @@ def _softmax_of(logits, chosen):
 
 
 def _draw(sample, rng, shape, dtype):
-  """Draws for each group of shape [G, ...] by its own index alone."""
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
-  return jax.vmap(lambda key: sample(key, shape[1:], dtype))(keys)
+  """Draws for each group of shape [G, ...] by its index, or key, alone."""
+  if not (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim):
+    rng = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
+  return jax.vmap(lambda key: sample(key, shape[1:], dtype))(rng)
 
 
 def _mix(x):
@@ -345,9 +349,11 @@ def check_k(k: int, num_experts: int, name: str = "k") -> None:
     )
 
 
-def _check_length(values, num_experts, name):
-  if values.size != num_experts:
+def _beside_logits(values, num_experts, name):
+  """Gives values of the experts, or of every token, the axes of logits."""
+  if values.shape[-1] != num_experts:
     raise ValueError(
-      f"{name} has {values.size} entries, but there are {num_experts} experts;"
-      " give one for each."
+      f"{name} has {values.shape[-1]} entries, but there are {num_experts}"
+      " experts; give one for each."
     )
+  return jnp.expand_dims(values, tuple(range(3 - values.ndim)))

@@ -21,6 +21,8 @@ from moejax.slots import num_below
 # A group's rows go together in the least of these sizes that holds them, in
 # eighths of the mean group. Shapes are static, so each size is a loop.
 _EIGHTHS = (4, 6, 7, 8, 9, 10, 12, 16)
+# Sums of what other matrix units would round.
+_EXACT = jax.lax.Precision.HIGHEST
 # Below this many rows a smaller product is no faster.
 _LEAST_ROWS = 8
 
@@ -33,11 +35,41 @@ def grouped_dot(
   rows: Float[Array, "N I"],
   matrices: Float[Array, "E I O"],
   group_sizes: Int[Array, "E"],
+  precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "N O"]:
   """Multiplies the first group_sizes[0] rows by matrices[0], and so on."""
-  return grouped(
-    lambda matrix, rows, dot: dot(rows, matrix), matrices, rows, group_sizes
-  )
+  return grouped(_product, matrices, rows, group_sizes, precision)
+
+
+def _product(matrix, rows, dot):
+  return dot(rows, matrix)
+
+
+@jax.custom_vjp
+def grouped_sum(
+  rows: Float[Array, "N I"],
+  values: Float[Array, "N O"],
+  group_sizes: Int[Array, "E"],
+) -> Float[Array, "E I O"]:
+  """Sums the outer products rows x values of each group, without rounding.
+
+  Its gradient reaches the values alone.
+  """
+  # It is what reaches the matrices backward through `grouped_dot`.
+  shape = (group_sizes.size, rows.shape[1], values.shape[1])
+  matrices = jnp.zeros_like(values, shape=shape)
+  saved = (matrices, rows, group_sizes, ())
+  return _backward(_product, _EXACT, saved, values)[0]
+
+
+grouped_sum.defvjp(
+  lambda *args: (grouped_sum(*args), args),
+  lambda saved, gradient: (
+    None,
+    grouped_dot(saved[0], gradient, saved[2], _EXACT),
+    None,
+  ),
+)
 
 
 def grouped(
@@ -45,6 +77,7 @@ def grouped(
   weights: Any,
   rows: Float[Array, "N I"],
   group_sizes: Int[Array, "E"],
+  precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "N O"]:
   """Applies fn(weights, rows, dot) to the rows of each group.
 
@@ -57,6 +90,7 @@ def grouped(
     weights: a tree of matrices [E, I, O].
     rows: zero past the last group.
     group_sizes: the first group_sizes[0] rows are of group 0, and so on.
+    precision: of the products; None is the device's own.
   """
   # Within `jax.shard_map` weights are the same on all devices and rows are not.
   # The sum over devices of the weights' gradient then comes after the loops.
@@ -65,31 +99,31 @@ def grouped(
   )
   if rows.shape[0] == 0:
     return fn(jax.tree.map(lambda w: w[0], weights), rows, jnp.matmul)
-  return _grouped(fn, weights, rows, group_sizes)
+  return _grouped(fn, precision, weights, rows, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(fn, weights, rows, group_sizes):
-  return _forward(fn, weights, rows, group_sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(fn, precision, weights, rows, group_sizes):
+  return _forward(fn, precision, weights, rows, group_sizes)[0]
 
 
-def _forward(fn, weights, rows, group_sizes):
+def _forward(fn, precision, weights, rows, group_sizes):
   y, products = jax.lax.platform_dependent(
     weights,
     rows,
     group_sizes,
-    tpu=functools.partial(_whole, fn),
-    default=functools.partial(_loop, fn),
+    tpu=functools.partial(_whole, fn, precision),
+    default=functools.partial(_loop, fn, precision),
   )
   return y, (weights, rows, group_sizes, products)
 
 
-def _backward(fn, saved, gradient):
+def _backward(fn, precision, saved, gradient):
   slopes = jax.lax.platform_dependent(
     *saved,
     gradient,
-    tpu=functools.partial(_whole_backward, fn),
-    default=functools.partial(_loop_backward, fn),
+    tpu=functools.partial(_whole_backward, fn, precision),
+    default=functools.partial(_loop_backward, fn, precision),
   )
   return *slopes, None
 
@@ -152,19 +186,25 @@ def _replay(fn, products, by_rows, by_matrix):
 # -- all groups at once -------------------------------------------------------
 
 
-def _whole(fn, weights, rows, group_sizes):
-  product = functools.partial(kernels.rows_by_matrix, group_sizes=group_sizes)
+def _whole(fn, precision, weights, rows, group_sizes):
+  product = functools.partial(
+    kernels.rows_by_matrix, group_sizes=group_sizes, precision=precision
+  )
   return _record(fn, weights, rows, product)
 
 
-def _whole_backward(fn, weights, rows, group_sizes, products, gradient):
+def _whole_backward(
+  fn, precision, weights, rows, group_sizes, products, gradient
+):
   run = _replay(
     fn,
     products,
     lambda gradient, matrices: kernels.rows_by_matrix(
-      gradient, matrices, group_sizes, transposed=True
+      gradient, matrices, group_sizes, transposed=True, precision=precision
     ),
-    lambda rows, gradient: kernels.rows_by_rows(rows, gradient, group_sizes),
+    lambda rows, gradient: kernels.rows_by_rows(
+      rows, gradient, group_sizes, precision=precision
+    ),
   )
   return jax.vjp(run, weights, rows)[1](gradient)
 
@@ -172,11 +212,12 @@ def _whole_backward(fn, weights, rows, group_sizes, products, gradient):
 # -- one group after the other ------------------------------------------------
 
 
-def _loop(fn, weights, rows, group_sizes):
+def _loop(fn, precision, weights, rows, group_sizes):
   num_rows = rows.shape[0]
+  dot = functools.partial(jnp.matmul, precision=precision)
 
   def of_part(group, part):
-    return _record(fn, _index(weights, group), part.take(rows), jnp.matmul)
+    return _record(fn, _index(weights, group), part.take(rows), dot)
 
   def body(carry, group, part, first):
     return jax.tree.map(part.put, carry, of_part(group, part))
@@ -188,14 +229,18 @@ def _loop(fn, weights, rows, group_sizes):
   return _sweep(num_rows, group_sizes, body, empty)
 
 
-def _loop_backward(fn, weights, rows, group_sizes, products, gradient):
+def _loop_backward(
+  fn, precision, weights, rows, group_sizes, products, gradient
+):
+  dot = functools.partial(jnp.matmul, precision=precision)
+
   def body(carry, group, part, first):
     to_weights, to_rows = carry
     run = _replay(
       fn,
       [part.take(product) for product in products],
-      lambda gradient, matrix: jnp.matmul(gradient, matrix.T),
-      lambda rows, gradient: jnp.matmul(rows.T, gradient),
+      lambda gradient, matrix: dot(gradient, matrix.T),
+      lambda rows, gradient: dot(rows.T, gradient),
     )
     pullback = jax.vjp(run, _index(weights, group), part.take(rows))[1]
     # Rows of other groups must not count here.

@@ -5,6 +5,7 @@ of every row with every matrix. The kernels that come with JAX (megablox) do
 not; widths that are no multiple of a vector's lanes are left to the former.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -17,15 +18,20 @@ _TILE_AXIS = 512
 _LANES = 128
 
 
-def _kernel(name: str, left, right, group_sizes, widths, interpret):
+def _kernel(name: str, left, right, group_sizes, widths, precision, interpret):
   """Calls a kernel that comes with JAX, whose own derivative is not needed."""
   # Read where it is used: a CPU traces it, and then throws it away.
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
   tiles = (_TILE_ROWS, *(min(_TILE_AXIS, width) for width in widths))
+  exact = contextlib.nullcontext()
+  if precision is not None:
+    # It takes no precision, but that of all that is traced here.
+    exact = jax.default_matmul_precision(precision.name.lower())
   with (
     jax.numpy_dtype_promotion("standard"),
     jax.numpy_rank_promotion("allow"),
+    exact,
   ):
     return {"gmm": gmm, "tgmm": tgmm}[name](
       left, right, group_sizes, left.dtype, tiles, interpret=interpret
@@ -38,22 +44,23 @@ def rows_by_matrix(
   group_sizes: Int[Array, "E"],
   transposed: bool = False,
   interpret: bool = False,
+  precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "N out"]:
   """Multiplies each group's rows by its matrix, or by its transpose."""
   if transposed:
     matrices = matrices.swapaxes(1, 2)
-  run = functools.partial(_rows_by_matrix, interpret)
+  run = functools.partial(_rows_by_matrix, precision, interpret)
   return jax.custom_batching.sequential_vmap(run)(rows, matrices, group_sizes)
 
 
 # Under `jax.vmap` one product comes after the other: `jax.lax.ragged_dot` has
 # no rule for matrices that all share, nor the kernels one for groups.
-def _rows_by_matrix(interpret, rows, matrices, group_sizes):
+def _rows_by_matrix(precision, interpret, rows, matrices, group_sizes):
   if any(size % _LANES for size in matrices.shape[1:]):
-    return jax.lax.ragged_dot(rows, matrices, group_sizes)
+    return jax.lax.ragged_dot(rows, matrices, group_sizes, precision)
   widths = matrices.shape[1:]
   tiles = _whole_tiles(rows)
-  y = _kernel("gmm", tiles, matrices, group_sizes, widths, interpret)
+  y = _kernel("gmm", tiles, matrices, group_sizes, widths, precision, interpret)
   y = y[: rows.shape[0]]
   # It leaves whatever was in memory past the last group.
   past = jnp.arange(rows.shape[0]) >= group_sizes.sum()
@@ -65,23 +72,28 @@ def rows_by_rows(
   gradient: Float[Array, "N O"],
   group_sizes: Int[Array, "E"],
   interpret: bool = False,
+  precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "E I O"]:
   """Sums the outer products of each group's rows: a matrix's gradient."""
-  run = functools.partial(_rows_by_rows, interpret)
+  run = functools.partial(_rows_by_rows, precision, interpret)
   return jax.custom_batching.sequential_vmap(run)(rows, gradient, group_sizes)
 
 
-def _rows_by_rows(interpret, rows, gradient, group_sizes):
+def _rows_by_rows(precision, interpret, rows, gradient, group_sizes):
   if any(a.shape[1] % _LANES for a in (rows, gradient)):
     dims = jax.lax.RaggedDotDimensionNumbers(
       (((0,), (0,)), ((), ())),
       lhs_ragged_dimensions=[0],
       rhs_group_dimensions=[],
     )
-    return jax.lax.ragged_dot_general(rows, gradient, group_sizes, dims)
+    return jax.lax.ragged_dot_general(
+      rows, gradient, group_sizes, dims, precision
+    )
   left, right = _whole_tiles(rows), _whole_tiles(gradient)
   widths = (rows.shape[1], gradient.shape[1])
-  found = _kernel("tgmm", left.T, right, group_sizes, widths, interpret)
+  found = _kernel(
+    "tgmm", left.T, right, group_sizes, widths, precision, interpret
+  )
   # Nor does it write the gradient of a group without rows.
   return jnp.where((group_sizes == 0)[:, None, None], 0, found)
 

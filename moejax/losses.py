@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.routing import Routing
+from moejax.routing import Routing, per_expert
 
 SCOPES = ("batch", "group")
 
@@ -64,7 +64,13 @@ def switch_balance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
     real = _real(level)[..., None]
 
     def add(x):
-      return _add_groups(jnp.where(real, x, 0).sum(axis=2), scope, axis=1)
+      x = jnp.where(real, x, 0)
+      if level.within is None:
+        return _add_groups(x.sum(axis=2), scope, axis=1)
+      # The rows of all groups of experts stand in one array.
+      P = routing.count.shape[1] // E
+      by_group = per_expert(x[0], level.within, P).swapaxes(0, 1)
+      return _add_groups(by_group, scope, axis=1)
 
     tokens = add(jnp.ones_like(real, jnp.float32))[..., 0]
     first = add(jax.nn.one_hot(jnp.argmax(level.logits, axis=-1), E))
@@ -345,15 +351,17 @@ def _load(routing: Routing, scope: str) -> Float[Array, "_ E"]:
 
 def _levels(routing: Routing) -> list[Routing]:
   """The levels, each with an axis of mixtures in front: P of them, or 1."""
-  if routing.primary is not None:
-    return [*_levels(routing.primary), routing]
+  above = [] if routing.primary is None else _levels(routing.primary)
+  if above and routing.within is None:
+    return [*above, routing]
   mask = routing.mask
   return [
+    *above,
     routing._replace(
       assignment=jax.tree.map(lambda a: a[None], routing.assignment),
       logits=routing.logits[None],
       mask=None if mask is None else mask[None],
-    )
+    ),
   ]
 
 

@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moejax import dispatch as dispatch_lib
 from moejax import experts as experts_lib
-from moejax import partition, sharding
+from moejax import partition, ragged, sharding
 from moejax import routing as routing_lib
 from moejax import slots as slots_lib
 from moejax.experts import Each, Mixed
-from moejax.router import Single
-from moejax.routing import Routing
+from moejax.router import Router, Single, SortedRows
+from moejax.routing import Assignment, Routing
 
 # What a caller may give: arrays of JAX or NumPy.
 ArrayLike = Array | np.ndarray
@@ -252,6 +252,21 @@ class MoE(_Layer):
     )
     return y, _count_dropped(routing, capacity)
 
+  def declare(self, width: int, train: bool) -> tuple[Any, Any, Routing]:
+    """Declares the weights of router and experts, for others to run.
+
+    Returns:
+      The weights of both, and a decision of the router about a row of zeros,
+      which tells what it learns beside them.
+    """
+    self.check_experts()
+    row = jnp.zeros((1, 1, width), jnp.float32)
+    # One row cannot be split as groups of tokens are.
+    with nn.logical_axis_rules(()):
+      routing = self.router(row, train=train)
+    of_router = nn.unbox(self.router.variables.get("params", {}))
+    return of_router, self.experts(width), routing
+
   @nn.nowrap
   def check_experts(self) -> None:
     """Raises ValueError where router and experts differ in their number."""
@@ -305,11 +320,17 @@ class HierarchicalMoE(_Layer):
       first choices, then the second; among these to those of earlier groups.
       Where groups are small for their experts this saves slots, as there are 4
       at least. Data replicas of the experts keep to their own tokens: what it
-      leaves of groups must divide over them.
+      leaves of groups must divide over them. Sorted rows have no slots: there
+      it says no more than what scope "group" balances.
     capacity_factor: a group's slots over its mean load in training. Those of
-      `secondary` multiply with it.
+      `secondary` multiply with it. None at both levels drops nothing.
     eval_capacity_factor: the same in evaluation.
-    dispatch: how rows move to groups: "gather" or "einsum".
+    dispatch: how rows move to groups: "gather" or "einsum" to slots, which
+      without a capacity are as many as tokens, in every group and every expert;
+      "ragged" sorts rows, within groups of experts too, at both levels without
+      a capacity. It needs a secondary router that decides about every token by
+      itself, and experts of one kind that need no slots. "auto" is "ragged"
+      where that can be, else "gather".
   """
 
   primary: nn.Module
@@ -318,7 +339,7 @@ class HierarchicalMoE(_Layer):
   groups_together: int = 1
   capacity_factor: float | None = 1.25
   eval_capacity_factor: float | None = 2.0
-  dispatch: str = "gather"
+  dispatch: str = "auto"
 
   def __post_init__(self) -> None:
     self.primary = _own_router(self, self.primary, "primary")
@@ -346,10 +367,16 @@ class HierarchicalMoE(_Layer):
         " routes what each group of tokens sends it; leave its group_size None"
         f" and set that of the whole layer, now {self.group_size}."
       )
-    if self.dispatch not in ("gather", "einsum"):
+    if self.dispatch not in ("auto", *dispatch_lib.DISPATCH):
       raise ValueError(
         f"unknown dispatch {self.dispatch!r} between groups of experts; choose"
-        " gather or einsum."
+        f" one of auto, {', '.join(dispatch_lib.DISPATCH)}."
+      )
+    unsorted = self._why_unsorted(x, train)
+    if self.dispatch == "ragged" and unsorted:
+      raise ValueError(
+        f"dispatch 'ragged' sorts the tokens of {P} groups of experts, but"
+        f" {unsorted}; or choose auto, gather or einsum."
       )
     if together < 1 or x.shape[0] % together:
       raise ValueError(
@@ -365,12 +392,14 @@ class HierarchicalMoE(_Layer):
       for sums in (routing.load, routing.count)
     )
     routing = routing._replace(load=load, count=count)
+    if self.dispatch in ("auto", "ragged") and not unsorted:
+      y, routing = self._mix_sorted(x, routing, train)
+      return y, routing_lib.merge_groups(routing, together)
     factor = self.capacity_factor if train else self.eval_capacity_factor
     num_edges = routing.assignment.expert.shape[1]
     capacity = slots_lib.capacity(num_edges, x.shape[1], P, factor)
-    sent = dispatch_lib.dispatch(
-      self.dispatch, x, routing.assignment, P, capacity
-    )
+    name = "gather" if self.dispatch == "auto" else self.dispatch
+    sent = dispatch_lib.dispatch(name, x, routing.assignment, P, capacity)
 
     def side_by_side(slots):
       """[P, G, C, ...] -> [P, G / together, together * C, ...]."""
@@ -387,6 +416,84 @@ class HierarchicalMoE(_Layer):
     y = sent.combine([y.reshape(*sent.gate[0].shape, -1)])
     routing = _count_dropped(routing, capacity)
     return y, _flatten(routing_lib.merge_groups(routing, together), inner, gate)
+
+  def _why_unsorted(self, x, train: bool) -> str:
+    """Says what keeps rows in slots, and the way out; "" if nothing does."""
+    inner = self.secondary
+    part = "" if train else "eval_"
+    factors = [
+      getattr(layer, f"{part}capacity_factor") for layer in (self, inner)
+    ]
+    if factors != [None, None]:
+      return (
+        f"drops none, and the {part}capacity_factor of the two levels is"
+        f" {factors[0]} and {factors[1]}; give both None"
+      )
+    gate = inner.router
+    if not (isinstance(gate, Router) and gate.is_by_token(train)):
+      return (
+        f"{type(gate).__name__}(num_experts={gate.num_experts}) within groups"
+        f" decides{' in training' * train} about all that came there at once;"
+        " choose a router that decides about every token by itself"
+      )
+    if isinstance(inner.experts, Mixed) or _need_slots(inner.experts):
+      return (
+        f"experts of {type(inner.experts).__name__} need slots there; choose"
+        " experts of one kind of moejax.experts"
+      )
+    if inner.dispatch not in ("auto", "ragged"):
+      return (
+        f"within groups dispatch is {inner.dispatch!r}; leave that of the"
+        " secondary mixture 'auto'"
+      )
+    if sharding.in_expert():
+      return "this mixture is part of an expert, one of several on a device"
+    if not sharding.is_known("group", x):
+      return "it is not known how the mesh splits them; use a layout"
+    return ""
+
+  def _mix_sorted(self, x, routing: Routing, train: bool):
+    """Mixes rows that are sorted by group, and then by expert."""
+    inner, P = self.secondary, self.primary.num_experts
+    Q = inner.router.num_experts
+    declare = sharding.over_experts(
+      lambda secondary: secondary.declare(x.shape[-1], train), P
+    )
+    of_routers, of_experts, learning = declare(inner)
+    rngs = {}
+    if train and self.has_rng("router"):
+      rngs = {"router": self.make_rng("router")}
+    router = inner.router.clone(parent=None)
+
+    def decide(weights, rows, group_sizes, number, mask):
+      variables = {"params": weights} if weights else {}
+      sorted_rows = SortedRows(rows, group_sizes, number)
+      return router.apply(
+        variables, sorted_rows, train=train, mask=mask, rngs=rngs
+      )
+
+    edges = routing.assignment
+    found = ragged.two_levels(
+      decide, inner.expert_fn(train), (of_routers, of_experts), x, edges, P, Q
+    )
+    # Of the edges between groups each makes K: all first choices come first.
+    G, _, K = found.expert.shape
+    gate = edges.gate[..., None] * found.gate
+    expert, gate = (
+      a.swapaxes(1, 2).reshape(G, -1) for a in (found.expert, gate)
+    )
+    token = None if edges.token is None else jnp.tile(edges.token, (1, K))
+    flat = routing_lib.make_routing(
+      Assignment(expert, gate, token), found.logits, edges.expert < P, P * Q
+    )
+    learned = {
+      name: None if value is None else value.reshape(P * Q)
+      for name in routing_lib.LEARNED
+      for value in [getattr(learning, name)]
+    }
+    flat = flat._replace(load=found.load, within=edges.expert, **learned)
+    primary = _count_dropped(routing, None)
+    return found.y, _count_dropped(flat, None)._replace(primary=primary)
 
 
 def _own_router(layer: nn.Module, module: Any, name: str) -> Any:

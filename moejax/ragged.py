@@ -14,9 +14,13 @@ two forms:
 Shapes are static, so an expert's device sets memory aside for as many rows as
 could come: all n * k * T of them without a capacity. Those that did not come
 are zero and are not computed (see grouped.py).
+
+Two levels (app. B) are the same twice. Rows are sorted by group of experts and
+move once for each; within a device they are sorted again, by expert.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +30,8 @@ from jaxtyping import Array, Float, Int, Num
 from moejax import partition, sharding
 from moejax import routing as routing_lib
 from moejax import slots as slots_lib
-from moejax.routing import Assignment
+from moejax.grouped import grouped_sum
+from moejax.routing import Assignment, Routing
 from moejax.slots import ExpertFn, Slots
 
 
@@ -49,28 +54,159 @@ def ragged(
   """
   total = num_experts if isinstance(num_experts, int) else sum(num_experts)
   slots_lib.check(x, total, capacity)
+
+  def run(weights, rows, group_sizes, origin, here):
+    return expert_fn(weights, rows, group_sizes=group_sizes), (), ()
+
+  return _over_devices(run, weights, x, assignment, num_experts, capacity)[0]
+
+
+class Origin(NamedTuple):
+  """Where sorted rows come from; of those past the last it says nothing.
+
+  Attributes:
+    group: of tokens, counted among those whose rows can come to this device.
+    num_groups: how many these are.
+    number: of the edge, the same however groups lie.
+  """
+
+  group: Int[Array, "N"]
+  num_groups: int
+  number: Int[Array, "N"]
+
+
+class TwoLevels(NamedTuple):
+  """What came of tokens in P groups of Q experts; A edges lead to groups.
+
+  Attributes:
+    y: [G, S, O].
+    expert: of each edge's K, counted through all groups; P * Q is none.
+    gate: G_i(x)_j of these.
+    logits: of each edge, within its group.
+    load: of each token group [G, P * Q], as the groups' own routers have it.
+  """
+
+  y: Float[Array, "G S O"]
+  expert: Int[Array, "G A K"]
+  gate: Float[Array, "G A K"]
+  logits: Float[Array, "G A Q"]
+  load: Float[Array, "G E"]
+
+
+def two_levels(
+  decide: Callable[..., Routing],
+  expert_fn: ExpertFn,
+  weights: tuple[Any, Any],
+  x: Float[Array, "G S D"],
+  assignment: Assignment,
+  num_groups: int,
+  num_experts: int,
+) -> TwoLevels:
+  """Mixes tokens in groups of experts (eq. 12); nothing is dropped.
+
+  The work is that of the edges, however many experts there are. The axis P in
+  front of all weights may be split over devices: rows move to groups as they do
+  to experts by `ragged`.
+
+  Args:
+    decide: (router weights, rows [N, D], group_sizes [P], number [N],
+      mask [N, 1]) -> Routing of rows that are groups by themselves.
+    expert_fn: as for `ragged`.
+    weights: of the P routers, and of the experts [P, Q, ...].
+    x: tokens.
+    assignment: which groups each token visits.
+    num_groups: P.
+    num_experts: Q, of each group.
+
+  Raises:
+    ValueError: rows of whole numbers.
+  """
+  slots_lib.check(x, num_groups * num_experts, None)
+
+  def run(weights, rows, group_sizes, origin, here):
+    of_routers, of_experts = weights
+    end = jnp.cumsum(group_sizes)
+    rank = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    group = slots_lib.num_below(end, rank + 1)[:, None]
+    used = (rank < end[-1])[:, None]
+    routing = decide(of_routers, rows, group_sizes, origin.number, used)
+    expert, gate = routing.assignment.expert, routing.assignment.gate
+    used &= expert < num_experts
+    # Of this device's experts, and of all.
+    mine = jnp.where(
+      used, group * num_experts + expert, here.size * num_experts
+    )
+    total = num_groups * num_experts
+    expert = jnp.where(used, here[0] * num_experts + mine - total, 0)
+
+    flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), of_experts)
+    y, _, _ = _run_sorted(
+      lambda rows, sizes, _: (expert_fn(flat, rows, group_sizes=sizes), (), ()),
+      rows[:, None],
+      Assignment(mine, gate),
+      here.size * num_experts,
+      mine.size,
+    )
+    of_group = jax.nn.one_hot(origin.group, origin.num_groups)
+    load = grouped_sum(of_group, routing.load, group_sizes)
+    return y[:, 0], (expert, gate, routing.logits[:, 0]), (load,)
+
+  y, expert, gate, logits, load = _over_devices(
+    run, weights, x, assignment, num_groups, None, num_notes=3, num_sums=1
+  )
+  # What comes from no device is zero: a sum over them must not count it.
+  return TwoLevels(y, expert + num_groups * num_experts, gate, logits, load)
+
+
+# -- where rows move ----------------------------------------------------------
+
+
+def _over_devices(
+  run, weights, x, assignment, num_experts, capacity, num_notes=0, num_sums=0
+):
+  """Sorts rows by expert, or group of experts, and moves them there and back.
+
+  run(weights, rows, group_sizes, origin, here) works on one device's rows. It
+  returns rows; notes about each row [N, ...], which come back to its edge; and
+  sums [experts here, groups of tokens, ...], which come back to the groups.
+
+  Returns:
+    y; the notes [G, A, ...], zero for edges that were dropped or unused; the
+    sums [G, ...] of all experts.
+  """
+  total = num_experts if isinstance(num_experts, int) else sum(num_experts)
   axis = None
   # Kinds of experts, and those without weights, have no axis E to split.
   one_axis = {w.shape[0] for w in jax.tree.leaves(weights)} == {num_experts}
   if one_axis and total > 1 and sharding.is_known("group", x):
     axis = None if sharding.is_local(x) else sharding.split_over("expert")
 
-  def on_device(weights, x, assignment, here):
+  def on_device(weights, x, assignment, here, group):
     if capacity is not None:
       assignment = slots_lib.drop(assignment, total, capacity)
+    groups, edges = assignment.expert.shape
+    if axis is not None:
+      # Of all tokens whose rows can come here.
+      group = jax.lax.all_gather(group, axis, tiled=True)
 
-    def run(rows, group_sizes):
-      return expert_fn(weights, rows, group_sizes=group_sizes)
+    def visit(rows, group_sizes, place):
+      number = group[place // edges] * edges + place % edges
+      origin = Origin(place // edges, group.size, number)
+      return run(weights, rows, group_sizes, origin, here)
 
     if axis is None:
-      return _run_sorted(run, x, assignment, total, assignment.expert.size)
-    # The most rows that can come to one device.
-    groups, edges = assignment.expert.shape
-    slots = here.size * (x.shape[1] if capacity is None else capacity)
-    buffer_size = jax.lax.axis_size(axis) * groups * min(edges, slots)
-    # A CPU cannot send each row to a device of its own.
-    move = _all_gather if sharding.platform() == "cpu" else _all_to_all
-    return move(run, x, assignment, here, buffer_size, axis)
+      size = assignment.expert.size
+      y, notes, sums = _run_sorted(visit, x, assignment, total, size)
+    else:
+      # The most rows that can come to one device.
+      slots = here.size * (x.shape[1] if capacity is None else capacity)
+      buffer_size = group.size * min(edges, slots)
+      # A CPU cannot send each row to a device of its own.
+      move = _all_gather if sharding.platform() == "cpu" else _all_to_all
+      y, notes, sums = move(visit, x, assignment, here, buffer_size, axis)
+      sums = [jax.lax.all_to_all(each, axis, 1, 0, tiled=True) for each in sums]
+    of_groups = [each.swapaxes(0, 1).reshape(groups, -1) for each in sums]
+    return (y, *notes, *of_groups)
 
   expert = None if axis is None else "expert"
   of_weights = jax.tree.map(
@@ -78,18 +214,22 @@ def ragged(
   )
   of_group = ("group", None, None)
   of_edges = jax.tree.map(lambda _: ("group", None), assignment)
-  in_axes = (of_weights, of_group, of_edges, (expert,))
+  in_axes = (of_weights, of_group, of_edges, (expert,), ("group",))
   all_experts = jnp.arange(total, dtype=jnp.int32)
-  return partition.manual(on_device, in_axes, of_group)(
-    weights, x, assignment, all_experts
+  all_groups = jnp.arange(x.shape[0], dtype=jnp.int32)
+  out_axes = (of_group,) + (("group",),) * (num_notes + num_sums)
+  return partition.manual(on_device, in_axes, out_axes)(
+    weights, x, assignment, all_experts, all_groups
   )
 
 
 def _run_sorted(run, x, assignment, num_experts, buffer_size):
   """Sorts one device's rows and sums up what came back of them.
 
-  run(rows, group_sizes) gives rows back. Edges that lead to none of the
-  num_experts here are unused; buffer_size is no fewer than the used ones.
+  run(rows, group_sizes, place) gives rows back, notes about each that come to
+  its edge, and sums, which it returns as they are. Edge a of group g has place
+  g * A + a. Edges that lead to none of the num_experts here are unused;
+  buffer_size is no fewer than the used ones.
   """
   G, S, D = x.shape
   one = routing_lib.flatten_groups(assignment, S)
@@ -102,9 +242,20 @@ def _run_sorted(run, x, assignment, num_experts, buffer_size):
     ),
   )
   rows = slots_lib.dispatch_gather(x.reshape(G * S, D), slots, one)
-  back = run(rows, jnp.diff(edges.start))
+  # Among the edges of all groups choices are outermost, if tokens choose.
+  A = assignment.expert.shape[1]
+  inner = S if assignment.token is None else A
+  place = jnp.arange(G * A, dtype=jnp.int32).reshape(G, -1, inner)
+  place = slots_lib.take(place.swapaxes(0, 1).reshape(-1), slots.edge)
+  back, notes, sums = run(rows, jnp.diff(edges.start), place)
   y = slots_lib.combine_gather(back, slots, one, G * S)
-  return y.reshape(G, S, -1)
+
+  def of_edges(note):
+    note = slots_lib.take(note, slots.slot)
+    by_group = note.reshape(-1, G, inner, *note.shape[1:]).swapaxes(0, 1)
+    return by_group.reshape(G, A, *note.shape[1:])
+
+  return y.reshape(G, S, -1), tuple(map(of_edges, notes)), sums
 
 
 def _all_gather(run, x, assignment, here, buffer_size, axis):
@@ -115,8 +266,11 @@ def _all_gather(run, x, assignment, here, buffer_size, axis):
   expert = assignment.expert - here[0]
   expert = jnp.where((expert >= 0) & (expert < here.size), expert, here.size)
   assignment = assignment._replace(expert=expert)
-  y = _run_sorted(run, x, assignment, here.size, buffer_size)
-  return jax.lax.psum_scatter(y, axis, tiled=True)
+  y, notes, sums = _run_sorted(run, x, assignment, here.size, buffer_size)
+  y, notes = jax.tree.map(
+    lambda a: jax.lax.psum_scatter(a, axis, tiled=True), (y, notes)
+  )
+  return y, notes, sums
 
 
 def _all_to_all(run, x, assignment, here, buffer_size, axis):
@@ -124,12 +278,18 @@ def _all_to_all(run, x, assignment, here, buffer_size, axis):
   num_edges = assignment.expert.size
   num_experts = here.size * jax.lax.axis_size(axis)
 
-  def visit(rows, group_sizes):
+  def visit(rows, group_sizes, place):
     there, back, arrived = _a2a_splits(group_sizes, here, axis)
     sizes = (num_edges, buffer_size)
-    rows = _exchange(rows, (there, back), sizes, axis)
-    rows = run(rows, arrived)
-    return _exchange(rows, (back, there), sizes[::-1], axis)
+    place = place + jax.lax.axis_index(axis) * num_edges
+    rows, place = (
+      _exchange(a, (there, back), sizes, axis) for a in (rows, place[:, None])
+    )
+    rows, notes, sums = run(rows, arrived, place[:, 0])
+    rows, notes = jax.tree.map(
+      lambda a: _exchange(a, (back, there), sizes[::-1], axis), (rows, notes)
+    )
+    return rows, notes, sums
 
   return _run_sorted(visit, x, assignment, num_experts, num_edges)
 

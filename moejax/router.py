@@ -5,20 +5,50 @@ activations are: a bfloat16 logit moves tokens between experts.
 """
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from moejax import gating, sharding
+from moejax.grouped import grouped_dot
 from moejax.routing import Routing
+from moejax.slots import num_below
 
 _ZEROS = nn.initializers.zeros
 # From zeros, without noise, all experts tie for every token: at first k of them
 # would take all tokens or, where experts choose, all experts the same few.
 _RANDOM = nn.initializers.lecun_normal()
+
+
+class SortedRows(NamedTuple):
+  """Tokens of P routers of one kind, each a group by itself: G = N and S = 1.
+
+  The routers' parameters have an axis P in front.
+
+  Attributes:
+    rows: sorted by their router; zero past the last of them.
+    group_sizes: how many rows each router has.
+    number: of each row, which its noise depends on.
+  """
+
+  rows: Float[Array, "N D"]
+  group_sizes: Int[Array, "P"]
+  number: Int[Array, "N"]
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """As that of x [G, S, D]."""
+    return self.rows.shape[0], 1, self.rows.shape[1]
+
+  def of_rows(self, values: Float[Array, "P E"]) -> Float[Array, "N 1 E"]:
+    """Returns the values of each row's router."""
+    rank = jnp.arange(self.rows.shape[0], dtype=jnp.int32)
+    router = num_below(jnp.cumsum(self.group_sizes), rank + 1)
+    return values.at[router].get(mode="clip")[:, None]
 
 
 class _Logits(nn.Module):
@@ -28,20 +58,31 @@ class _Logits(nn.Module):
   kernel_init: nn.initializers.Initializer
 
   @nn.compact
-  def __call__(self, x: Float[Array, "G S D"]) -> Float[Array, "G S E"]:
+  def __call__(
+    self, x: Float[Array, "G S D"] | SortedRows
+  ) -> Float[Array, "G S E"]:
+    exact = jax.lax.Precision.HIGHEST
     init = sharding.with_axes(self.kernel_init, "embed", None)
+    if isinstance(x, SortedRows):
+      shape = (x.group_sizes.size, x.rows.shape[1], self.num_experts)
+      kernels = self.param("kernel", init, shape, jnp.float32)
+      rows = x.rows.astype(jnp.float32)
+      return grouped_dot(rows, kernels, x.group_sizes, exact)[:, None]
     kernel = self.param(
       "kernel", init, (x.shape[-1], self.num_experts), jnp.float32
     )
     # Over two axes G and S XLA would sum, for the kernel's gradient, along the
     # columns of a transposed copy, and compute all that led there once more.
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    y = jnp.dot(flat, kernel, precision=jax.lax.Precision.HIGHEST)
+    y = jnp.dot(flat, kernel, precision=exact)
     return y.reshape(*x.shape[:-1], self.num_experts)
 
 
 class Router(nn.Module):
   """What all routers share; `decide` is each one's own.
+
+  It reads x by `logits`, `vector` and `key` alone, and so serves tokens in
+  groups, and sorted rows of several routers.
 
   Attributes:
     num_experts: E.
@@ -52,7 +93,7 @@ class Router(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, "G S D"],
+    x: Float[Array, "G S D"] | SortedRows,
     *,
     train: bool,
     mask: Bool[Array, "G S"] | None = None,
@@ -76,19 +117,40 @@ class Router(nn.Module):
     """Makes the decision; parameters must not depend on `train`."""
     raise NotImplementedError
 
+  @nn.nowrap
+  def is_by_token(self, train: bool) -> bool:
+    """Says whether no token's experts depend on the others of its group."""
+    return True
+
   def logits(
     self,
-    x: Float[Array, "G S D"],
+    x: Float[Array, "G S D"] | SortedRows,
     init: nn.initializers.Initializer = _RANDOM,
     name: str = "gate",
   ) -> Float[Array, "G S E"]:
     """H(x) without noise."""
     return _Logits(self.num_experts, init, name=name)(x)
 
-  def vector(self, name: str, start: float) -> Float[Array, "E"]:
-    """A parameter with one entry per expert."""
+  def vector(
+    self, x: Float[Array, "G S D"] | SortedRows, name: str, start: float
+  ) -> Float[Array, "*G E"]:
+    """A parameter with one entry per expert; that of each sorted row."""
     init = sharding.with_axes(nn.initializers.constant(start), None)
-    return self.param(name, init, (self.num_experts,), jnp.float32)
+    of_rows = isinstance(x, SortedRows)
+    shape = (*(x.group_sizes.shape if of_rows else ()), self.num_experts)
+    values = self.param(name, init, shape, jnp.float32)
+    return x.of_rows(values) if of_rows else values
+
+  def key(
+    self, x: Float[Array, "G S D"] | SortedRows
+  ) -> PRNGKeyArray | Key[Array, "G"]:
+    """Draws from the rng stream "router": one key, or one for each row."""
+    key = self.make_rng("router")
+    if not isinstance(x, SortedRows):
+      return key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+      key = jax.random.wrap_key_data(key)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, x.number)
 
 
 class Softmax(Router):
@@ -148,7 +210,7 @@ class NoisyTopK(Router):
       logits,
       nn.softplus(noise_logits) + self.noise_epsilon,
       self.k,
-      self.make_rng("router"),
+      self.key(x),
       mask,
     )
 
@@ -176,7 +238,7 @@ class Balanced(Router):
     gating.check_k(self.k, self.num_experts)
     logits = self.logits(x)
     start = -math.log(self.num_experts)
-    thresholds = jnp.exp(self.vector("log_thresholds", start))
+    thresholds = jnp.exp(self.vector(x, "log_thresholds", start))
     if train:
       routing = gating.balanced(logits, self.k, mask)
       return routing._replace(thresholds=thresholds)
@@ -184,6 +246,10 @@ class Balanced(Router):
     if max_k is None:
       max_k = min(2 * self.k, self.num_experts)
     return gating.threshold(logits, thresholds, max_k, mask)
+
+  @nn.nowrap
+  def is_by_token(self, train):
+    return not train
 
 
 class Switch(Router):
@@ -200,7 +266,7 @@ class GShardTop2(Router):
   """
 
   def decide(self, x, train, mask, ids):
-    rng = self.make_rng("router") if train else None
+    rng = self.key(x) if train else None
     return gating.gshard_top_2(self.logits(x), rng, mask)
 
 
@@ -215,6 +281,10 @@ class ExpertChoice(Router):
 
   def decide(self, x, train, mask, ids):
     return gating.expert_choice(self.logits(x), self.k, mask)
+
+  @nn.nowrap
+  def is_by_token(self, train):
+    return False
 
 
 class Hash(Router):
@@ -249,7 +319,7 @@ class Sigmoid(Router):
 
   def decide(self, x, train, mask, ids):
     return gating.sigmoid(
-      self.logits(x), self.vector("bias", 0.0), self.k, mask
+      self.logits(x), self.vector(x, "bias", 0.0), self.k, mask
     )
 
 

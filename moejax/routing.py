@@ -53,9 +53,13 @@ class Routing(NamedTuple):
     dropped_first: those of `dropped` that were their token's first choice.
     primary: the decision between P groups of experts, where this one was made
       within them (app. B), about the same groups of tokens. Sums, thresholds
-      and biases are then those of the experts of all groups, flat; assignment,
-      logits and mask are each group's own, side by side: no mesh could split P
-      and G as one axis.
+      and biases are then those of the experts of all groups, flat. Assignment,
+      logits and mask are each group's own, side by side, where tokens are in
+      slots: no mesh could split P and G as one axis. Of sorted rows the
+      assignment too is flat, from tokens to experts of all groups; logits and
+      mask have an entry for each edge of `primary`, the rows.
+    within: of sorted rows, the group of experts that each is sent to; P for
+      none.
   """
 
   assignment: Assignment
@@ -69,10 +73,11 @@ class Routing(NamedTuple):
   dropped: Float[Array, "G E"] | None = None
   dropped_first: Float[Array, "G E"] | None = None
   primary: "Routing | None" = None
+  within: Int[Array, "G S"] | None = None
 
 
 # Fields of a Routing by what they are of: tokens, sums of groups, parameters.
-OF_TOKENS = ("assignment", "logits", "mask")
+OF_TOKENS = ("assignment", "logits", "mask", "within")
 SUMS = ("importance", "load", "count", "dropped", "dropped_first")
 LEARNED = ("thresholds", "bias")
 
@@ -83,8 +88,8 @@ def _map(fn: Callable[..., Any], routing: Routing, names: Sequence[str]) -> Any:
 
 
 def per_expert(
-  value: Float[Array, "G A"], expert: Int[Array, "G A"], num_experts: int
-) -> Float[Array, "G E"]:
+  value: Float[Array, "G A *rest"], expert: Int[Array, "G A"], num_experts: int
+) -> Float[Array, "G E *rest"]:
   """Sums a value of the edges over the edges of each expert.
 
   Both forms add in a fixed order. A CPU's scatter does, and takes a hundredth
@@ -94,14 +99,18 @@ def per_expert(
 
   def by_writing(value, expert):
     def of_group(value, expert):
-      return jnp.zeros(num_experts, value.dtype).at[expert].add(value)
+      zeros = jnp.zeros((num_experts, *value.shape[1:]), value.dtype)
+      return zeros.at[expert].add(value)
 
     # Mapped: one write into the whole would fetch all groups to each device.
     return jax.vmap(of_group)(value, expert)
 
   def by_comparing(value, expert):
     chosen = jax.nn.one_hot(expert, num_experts, dtype=value.dtype)
-    return (chosen * value[..., None]).sum(axis=1)
+    if value.ndim == 2:
+      return (chosen * value[..., None]).sum(axis=1)
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum("GAE,GA...->GE...", chosen, value, precision=exact)
 
   return jax.lax.platform_dependent(
     value, expert, cpu=by_writing, default=by_comparing
@@ -135,11 +144,16 @@ def make_routing(
   assignment: Assignment,
   logits: Float[Array, "G S E"],
   mask: Bool[Array, "G S"] | None = None,
+  num_experts: int | None = None,
 ) -> Routing:
-  """Sums up the edges: importance, and a load that is their count."""
+  """Sums up the edges: importance, and a load that is their count.
+
+  There are as many experts as logits, if not said otherwise.
+  """
 
   def add(value):
-    return per_expert(value, assignment.expert, logits.shape[-1])
+    total = logits.shape[-1] if num_experts is None else num_experts
+    return per_expert(value, assignment.expert, total)
 
   # In bfloat16 a count would end at 256.
   count = add(jnp.ones(assignment.gate.shape, jnp.float32))
@@ -178,24 +192,32 @@ def merge_groups(routing: Routing, number: int) -> Routing:
   """Makes one group of every `number` that follow each other.
 
   It has the tokens, edges and sums of all. Tokens stay on the device where they
-  lie, whether it had the whole group or has a part of it now.
+  lie, whether it had the whole group or has a part of it now. Two levels are
+  merged where rows are sorted.
   """
-  S = routing.logits.shape[1]
+  primary = routing.primary
+  S = (primary or routing).logits.shape[1]
   edges = jax.tree.map(
     lambda x: x.reshape(-1, number, x.shape[1]), routing.assignment
   )
 
   def in_a_row(x):
-    return x.reshape(-1, number * S, *x.shape[2:])
+    return x.reshape(-1, number * x.shape[1], *x.shape[2:])
 
   def add(x):
     return x.reshape(-1, number, x.shape[1]).sum(axis=1)
 
   return routing._replace(
     assignment=jax.vmap(lambda each: flatten_groups(each, S))(edges),
-    **_map(in_a_row, routing, ("logits", "mask")),
+    **_map(in_a_row, routing, ("logits", "mask", "within")),
     **_map(add, routing, SUMS),
+    primary=None if primary is None else merge_groups(primary, number),
   )
+
+
+def _in_slots(routing):
+  """Whether the groups of experts are an axis P in front of tokens."""
+  return routing.primary is not None and routing.within is None
 
 
 def stack_microbatches(parts: Routing) -> Routing:
@@ -216,7 +238,7 @@ def stack_microbatches(parts: Routing) -> Routing:
 
   primary = parts.primary
   return Routing(
-    **_map(merge(0 if primary is None else 1), parts, OF_TOKENS),
+    **_map(merge(int(_in_slots(parts))), parts, OF_TOKENS),
     **_map(merge(0), parts, SUMS),
     # What is learned is the same in every batch.
     **_map(lambda x: x[0], parts, LEARNED),
@@ -231,7 +253,7 @@ def axes(routing: Routing) -> Routing:
     return lambda x: (*first, *(None,) * (x.ndim - len(first)))
 
   primary = routing.primary
-  front = () if primary is None else (None,)
+  front = (None,) * _in_slots(routing)
   return Routing(
     **_map(named(*front, "group"), routing, OF_TOKENS),
     **_map(named("group"), routing, SUMS),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from moejax.routing import Assignment
 
@@ -170,7 +170,7 @@ def drop(assignment: Assignment, num_experts: int, capacity: int) -> Assignment:
 # -- by index -----------------------------------------------------------------
 
 
-def take(rows: Float[Array, "N ..."], index: Int[Array, "..."]) -> Array:
+def take(rows: Num[Array, "N ..."], index: Int[Array, "..."]) -> Array:
   """Rows by index; zeros where it is out of range."""
   return rows.at[index].get(mode="fill", fill_value=0)
 

@@ -123,6 +123,27 @@ def test_matches_the_loops_whatever_the_shape(sizes, num_rows):
   agree(sizes, got, loops(rows, matrices, sizes, out), rows)
 
 
+@pytest.mark.parametrize("tpu", [False, True])
+def test_sums_of_groups_are_what_matrices_get_backward(tpu, monkeypatch):
+  """And their own gradient what rows give forward."""
+  if tpu:
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+
+  @jax.jit
+  def sums(rows, matrices, sizes, out):
+    return jax.value_and_grad(
+      lambda out: (grouped.grouped_sum(rows, out, sizes) * matrices).sum()
+    )(out), grouped.grouped_sum(rows, out, sizes)
+
+  for sizes in EXAMPLES:
+    rows, matrices, out = draw(sizes)
+    (score, slope), got = sums(rows, matrices, jnp.asarray(sizes), out)
+    y, _, want = loops(rows, matrices, sizes, out)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slope, y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(score, (y * out).sum(), rtol=1e-4, atol=1e-4)
+
+
 def test_what_other_groups_hold_leaves_no_trace():
   """Neither in an empty group nor in those that stand beside it."""
   sizes = [20, 0, 30]

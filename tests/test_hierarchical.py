@@ -67,12 +67,17 @@ class Case(NamedTuple):
     return {"importance": 0.3, "load": 0.7} | learned
 
 
+SLOTS = ("gather", "auto")
+DROPLESS = Case(
+  factors=(None, None), capacities=(None, None), dispatch=("auto", "auto")
+)
 CASES = {
   "training": Case(),
   "evaluation": Case(train=False),
-  "drop-free": Case(
-    factors=(None, None), capacities=(None, None), masked=False
-  ),
+  "drop-free slots": DROPLESS._replace(masked=False, dispatch=SLOTS),
+  "sorted": DROPLESS._replace(dispatch=("ragged", "ragged"), recompute=True),
+  "sorted together": DROPLESS._replace(together=G),
+  "sorted thresholds": DROPLESS._replace(train=False, strict=True),
   "strict": Case(strict=True, factors=(1.0, 1.0), capacities=(5, 4)),
   "thresholds": Case(train=False, strict=True, factors=(0.6, 0.5)),
   "together": Case(together=G),
@@ -159,6 +164,17 @@ def in_joint_groups(case, x):
   return np.asarray(x).reshape(-1, case.together * S, *x.shape[2:])
 
 
+def is_sorted(name):
+  return name.startswith("sorted")
+
+
+def rows_of(routing, i, h):
+  """The logits of what tokens h sent to group i of experts, in order."""
+  if routing.within is None:
+    return routing.logits[i, h][routing.mask[i, h]]
+  return routing.logits[h][routing.mask[h] & (routing.within[h] == i)]
+
+
 def of_group(tree, i):
   return jax.tree.map(lambda leaf: leaf[i], tree)
 
@@ -202,14 +218,14 @@ def recover_noise(case, at, routing):
   # Who is sent where does not depend on what is drawn there.
   none_yet = [[np.zeros((G * S, Q))] * P] * G
   _, found = in_loops(case, at, noise, none_yet)
-  noisy = np.asarray(routing.logits, np.float64)
-  real, x = np.asarray(routing.mask), in_joint_groups(case, at["x"])
+  x = in_joint_groups(case, at["x"])
   inner = [[None] * P for _ in found]
   for h, levels in enumerate(found):
     for i, tokens in enumerate(levels.sent):
       gate = of_group(at["secondary"]["router"], i)
       logits, std = logits_and_std(gate, x[h][tokens])
-      inner[h][i] = (noisy[i, h][real[i, h]] - logits) / std
+      noisy = np.asarray(rows_of(routing, i, h), np.float64)
+      inner[h][i] = (noisy - logits) / std
   return noise, inner
 
 
@@ -290,17 +306,21 @@ def test_reports_what_each_level_dropped(name):
   sent = np.array([list(map(len, levels.sent)) for levels in found])
   count = np.array([[d.count for d in levels.secondary] for levels in found])
   slots = np.stack([levels.slots.sum(axis=0) for levels in found])
+  arrived = [
+    [len(rows_of(routing, i, h)) for i in range(P)] for h in range(len(found))
+  ]
   for got, want in (
     (routing.primary.count, primary),
     (routing.primary.dropped, primary - sent),
-    (routing.mask.sum(axis=-1).T, sent),
+    (arrived, sent),
     (routing.count, count.reshape(-1, P * Q)),
     (routing.dropped, (count - slots).reshape(-1, P * Q)),
   ):
     np.testing.assert_array_equal(got, want)
   drops = (sent < primary).any(), (slots < count).any()
-  none = ("drop-free", "strict", "strict together")
-  assert drops == (2 * (name not in none,))
+  none = name in ("drop-free slots", "strict", "strict together")
+  assert drops == (2 * (not none and not is_sorted(name),))
+  assert (routing.within is not None) == is_sorted(name)
 
 
 def test_strict_balance_gives_every_expert_the_same():
@@ -314,7 +334,7 @@ def test_strict_balance_gives_every_expert_the_same():
 
 
 @pytest.mark.parametrize(
-  "name", ["training", "evaluation", "strict", "together"]
+  "name", ["training", "evaluation", "strict", "together", "sorted together"]
 )
 def test_gradient_of_the_whole_layer(name):
   """Task and balance losses, to all weights of both levels and to x."""
@@ -345,6 +365,45 @@ def test_how_rows_move_changes_nothing():
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   case = CASES["training"]
   jax.tree.map(close, run(case._replace(**other)), run(case))
+
+
+def test_sorted_edges_are_those_of_a_flat_mixture():
+  """From tokens to all P * Q experts, with the gates of eq. 12."""
+  (_, (_, routing, _)), _ = run(CASES["sorted together"])
+  _, (levels,), _ = expected(CASES["sorted together"])
+  gates, edges = np.zeros((G * S, P * Q)), routing.assignment
+  for s, e, gate in zip(
+    edges.tokens(G * S)[0], edges.expert[0], edges.gate[0], strict=True
+  ):
+    if e < P * Q:
+      gates[s, e] += gate
+    assert (gate > 0) == (e < P * Q)
+  want = levels.gates.reshape(gates.shape)
+  np.testing.assert_allclose(gates, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sorted", "sorted thresholds"])
+def test_a_popular_expert_takes_all_that_come(name):
+  """Every real token comes to it; slots would hold a part of them."""
+  case = CASES[name]
+  at = jax.tree.map(lambda w: w, arguments(case))
+  for level in (at["primary"], at["secondary"]["router"]):
+    kernel = jnp.zeros_like(level["gate"]["kernel"])
+    level["gate"]["kernel"] = kernel.at[..., 0].set(100)
+  at["x"] = jnp.abs(at["x"])
+  (_, (y, routing, _)), _ = compiled(case)(at)
+  np.testing.assert_array_equal(routing.count[:, 0], MASK.sum(axis=1))
+  assert not routing.dropped.any() and not routing.primary.dropped.any()
+  own = of_group(kinds.in_float64(at["secondary"]["experts"]), 0)
+  expert = reference.feed_forward(own)
+  for row, got, real in zip(
+    kinds.in_float64(at["x"]).reshape(-1, D),
+    y.reshape(-1, D),
+    np.asarray(MASK).reshape(-1),
+    strict=True,
+  ):
+    want = expert(0, row) * real
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_nan_in_padding_stays_there():

@@ -5,6 +5,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import kinds
 import numpy as np
@@ -28,6 +29,17 @@ def mixture(gate=None, kind=None, **options):
   """What is within a group."""
   gate = gate or router.NoisyTopK(Q, K)
   return moe.MoE(gate, kind or experts.FeedForward(Q, F), **options)
+
+
+def sorted_layer(gate=None, kind=None, groups=P, **options):
+  """Without a capacity, its rows sorted."""
+  free = {"capacity_factor": None, "eval_capacity_factor": None}
+  return layer(
+    router.NoisyTopK(groups, K),
+    mixture(gate, kind, **free, **options),
+    dispatch="ragged",
+    **free,
+  )
 
 
 def inputs(shape=(G, S)):
@@ -72,16 +84,21 @@ def test_parameters_and_how_they_may_be_split():
     assert len(np.unique(leaf)) == leaf.size
 
 
-def test_every_group_draws_its_own_noise():
+@pytest.mark.parametrize("factor", [1.25, None])
+def test_every_group_draws_its_own_noise(factor):
   """From zeros the logits are noise * (ln 2 + 0.01) and nothing else."""
   shape = groups, tokens = 4, 64
-  secondary = mixture(kind=experts.Identity(Q))
-  module = layer(router.TopK(P, P), secondary, group_size=tokens)
+  free = {"capacity_factor": factor}
+  secondary = mixture(kind=experts.Identity(Q), **free)
+  module = layer(router.TopK(P, P), secondary, group_size=tokens, **free)
   zeros = jax.tree.map(
     jnp.zeros_like, kinds.random_params(module, inputs(shape))
   )
   run = jax.jit(functools.partial(apply, module, train=True))
   noise = run(zeros, inputs(shape))[1].logits / (math.log(2) + 1e-2)
+  if factor is None:
+    # Sorted: the edge of each token to every group, one group after the other.
+    noise = noise.reshape(groups, P, tokens, Q).swapaxes(0, 1)
   assert noise.shape == (P, groups, tokens, Q)
   assert len(np.unique(noise)) > 0.99 * noise.size
   np.testing.assert_allclose(noise.mean(axis=(2, 3)), 0, atol=0.25)
@@ -94,12 +111,14 @@ def make(kind, num_experts):
   return router.ROUTERS[kind](*args)
 
 
+@pytest.mark.parametrize("factor", [1.25, None])
 @pytest.mark.parametrize("kind", router.ROUTERS)
-def test_every_router_serves_at_either_level(kind, together=2):
+def test_every_router_serves_at_either_level(kind, factor, together=2):
   """But for ids, which are not dispatched: they are the primary's."""
   inner = "top_k" if kind == "hash" else kind
-  options = {"groups_together": together}
-  module = layer(make(kind, P), mixture(make(inner, Q)), **options)
+  free = {"capacity_factor": factor}
+  options = free | {"groups_together": together}
+  module = layer(make(kind, P), mixture(make(inner, Q), **free), **options)
 
   def run():
     variables = module.init(KEY, inputs(), ids=IDS)
@@ -107,10 +126,14 @@ def test_every_router_serves_at_either_level(kind, together=2):
 
   y, routing = jax.eval_shape(run)
   assert y.shape == (G, S, D)
-  C = routing.logits.shape[2]
-  assert routing.logits.shape == (P, G // together, C, Q)
-  assert routing.mask.shape == (P, G // together, C)
-  assert C % together == 0
+  *front, _ = routing.logits.shape
+  assert routing.mask.shape == (*front,)
+  by_token = kind not in ("balanced", "expert_choice")
+  if factor is None and by_token:
+    edges = routing.primary.assignment.expert.shape
+    assert routing.within.shape == (*front,) == edges
+  else:
+    assert front[:2] == [P, G // together] and front[2] % together == 0
   for name in ("importance", "load", "count", "dropped", "dropped_first"):
     assert getattr(routing, name).shape == (G // together, P * Q)
     assert getattr(routing.primary, name).shape == (G // together, P)
@@ -137,13 +160,95 @@ def test_every_router_serves_at_either_level(kind, together=2):
     ),
     (layer(router.NoisyTopK(P, P + 1)), rf"k = {P + 1}\b.*\b{P} experts"),
     (layer(capacity_factor=0.0, eval_capacity_factor=0.0), r"0\.0 .* 3 expert"),
-    (layer(dispatch="ragged"), "'ragged' between groups.*gather or einsum"),
+    (layer(dispatch="sorted"), "unknown .* 'sorted' between.*auto, einsum"),
     (layer(secondary=mixture(dispatch="ragged")), "'ragged'.*gather or einsum"),
+    (
+      layer(dispatch="ragged"),
+      r"3 groups.*eval_.* is 2\.0 and 2\.0; give both",
+    ),
+    (sorted_layer(router.ExpertChoice(Q, K)), r"ExpertChoice\(num_experts=4\)"),
+    (
+      sorted_layer(kind=experts.Mixed((experts.Linear(2), experts.Linear(2)))),
+      "experts of Mixed need slots there",
+    ),
+    (sorted_layer(kind=experts.Each(Q, nn.Dense(D))), "of Each need slots"),
+    (sorted_layer(dispatch="gather"), "within groups dispatch is 'gather'"),
   ],
 )
 def test_bad_arguments_are_named(module, message):
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(lambda: module.init(KEY, inputs()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_balanced_gating_sorts_rows_at_inference_alone(train):
+  module = sorted_layer(router.Balanced(Q, K)).clone(dispatch="auto")
+
+  def run():
+    params = module.init(KEY, inputs())["params"]
+    return apply(module, params, inputs(), train)[1]
+
+  routing = jax.eval_shape(run)
+  assert (routing.within is None) == train
+  assert routing.logits.shape == ((P, G, S, Q) if train else (G, S * K, Q))
+
+
+def test_a_mixture_in_every_expert_keeps_its_slots():
+  """A device has several of them."""
+  within = sorted_layer().clone(group_size=None, dispatch="auto")
+  whole = moe.MoE(router.TopK(2, 1), experts.Each(2, within))
+  assert jax.eval_shape(lambda: whole.init(KEY, inputs()))
+
+
+def largest(jaxpr):
+  """The entries of the largest array that a program makes, weights apart."""
+  sizes = [0]
+  for eqn in jaxpr.eqns:
+    sizes += [math.prod(var.aval.shape) for var in eqn.outvars]
+    for inner in jex.core.jaxprs_in_params(eqn.params):
+      sizes.append(largest(inner))
+  return max(sizes)
+
+
+def test_work_is_that_of_edges_not_of_experts():
+  """No expert is given every token: 16 times as many are of no more rows."""
+
+  def memory(groups, size, dispatch):
+    module = sorted_layer(
+      router.NoisyTopK(size, K), experts.FeedForward(size, 8), groups
+    ).clone(dispatch=dispatch)
+    x = jnp.zeros((2, 512, 256))
+    shapes = jax.eval_shape(lambda: module.init(KEY, x))["params"]
+    loss = lambda at, x: apply(module, at, x, True)[0].sum()  # noqa: E731
+    slopes = jax.make_jaxpr(jax.grad(loss, (0, 1)))(shapes, x)
+    return largest(slopes.jaxpr)
+
+  edges = 2 * 512 * K * K
+  assert memory(2, 4, "ragged") == memory(8, 16, "ragged") == edges * 256
+  assert memory(8, 16, "gather") > 10 * edges * 256
+
+
+def test_sorted_rows_and_slots_for_all_are_one_mixture():
+  """In value, in every loss of either scope, in the report, and in gradient."""
+  primary = router.ExpertChoice(P, K)
+  module = sorted_layer(router.Sigmoid(Q, K)).clone(primary=primary)
+  params, x = kinds.random_params(module, inputs()), inputs()
+  weights = dict.fromkeys(("importance", "switch_balance", "z", "bias"), 0.3)
+
+  def score(module, params, x):
+    mask = jnp.arange(G * S).reshape(G, S) % 5 > 0
+    y, routing = apply(module, params, x, True, mask=mask)
+    of_batch, values = losses.auxiliary(routing, weights)
+    of_group, _ = losses.auxiliary(routing, weights, "group")
+    report = y, values, losses.balance(routing), routing.load
+    return (y * jnp.cos(x)).sum() + of_batch + of_group, report
+
+  def run(dispatch):
+    of = functools.partial(score, module.clone(dispatch=dispatch))
+    return jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(params, x)
+
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+  jax.tree.map(close, run("ragged"), run("gather"))
 
 
 def test_ids_do_not_travel_to_groups():

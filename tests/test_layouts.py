@@ -34,12 +34,18 @@ DISPATCHED = 4 * D * E * CAPACITY * B // 8
 MASK = jnp.asarray(np.arange(B * L).reshape(B, L) % 7 > 0)
 BY_SLOTS = pytest.mark.parametrize("name", ["einsum", "gather"])
 # Layers of two levels, and how many groups of tokens are one at the second.
-TWO_LEVELS = {"hierarchical": 1, "half together": B // 2, "all together": B}
+TWO_LEVELS = {
+  "hierarchical": 1,
+  "half together": B // 2,
+  "all together": B,
+  "sorted": 1,
+}
 # Einsum differs from gather within a device alone; more of ragged is in
 # test_ragged.py.
 CASES = [
   *((layout, "gather") for layout in sharding.LAYOUTS),
   *((layout, "hierarchical") for layout in sharding.LAYOUTS),
+  *((layout, "sorted") for layout in sharding.LAYOUTS),
   *((layout, "ragged") for layout in ("replicated", "expert_model", "fsdp")),
   *((layout, "einsum") for layout in ("expert", "data_expert")),
 ]
@@ -49,12 +55,13 @@ INVOLUNTARY = "Involuntary full rematerialization"
 def layer(name, num_experts=E, group_size=L):
   """E experts by a dispatch, or E groups of Q experts."""
   gate = router.NoisyTopK(num_experts, K)
-  options = {"group_size": group_size, "capacity_factor": FACTOR}
+  factor = None if name == "sorted" else FACTOR
+  options = {"group_size": group_size, "capacity_factor": factor}
   if name in TWO_LEVELS:
     within = moe.MoE(
       router.NoisyTopK(Q, K),
       experts.FeedForward(Q, F),
-      capacity_factor=1.0,
+      capacity_factor=factor,
       recompute=True,
     )
     options["groups_together"] = TWO_LEVELS[name]
@@ -104,7 +111,12 @@ def forward(name, params, x):
   aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})
   (routing,) = losses.routings(state)
   first = routing if routing.primary is None else routing.primary
-  report = (y, first.dropped, routing.load, first.logits)
+  # Of sorted rows the noise of both levels, which no layout may change; where
+  # rows go that are none is theirs to say.
+  noisy = first.logits
+  if routing.within is not None:
+    noisy = noisy, jnp.where(routing.mask[..., None], routing.logits, 0)
+  report = (y, first.dropped, routing.load, noisy)
   return jnp.mean(y**2) + aux, report
 
 
@@ -167,7 +179,7 @@ def test_layouts_agree_with_one_device(layout, name):
   assert INVOLUNTARY not in on_mesh.warnings
   got, want = on_mesh.result, on_one_device(name)
   (_, (_, dropped, _, _)), _ = want
-  assert np.asarray(dropped).sum() > 0
+  assert (np.asarray(dropped).sum() > 0) == (name != "sorted")
   assert all(np.abs(slope).max() > 0 for slope in jax.tree.leaves(want[1]))
   close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
   jax.tree.map(close, got, want)
@@ -224,13 +236,13 @@ OF_ROUTER = 4 * (2 * D * E + 2 * E + 1)
 OF_EXPERTS = 4 * 2 * E * D * F
 
 
-@pytest.mark.parametrize("name", ["gather", "ragged", "hierarchical"])
+@pytest.mark.parametrize("name", ["gather", "ragged", "hierarchical", "sorted"])
 def test_replicated_layout_moves_no_token(name):
   found = on_all_devices("replicated", name).found
   assert not moves(found)
   added = sums(found)
   assert set(added) == {("data",)}
-  if name != "hierarchical":
+  if name not in TWO_LEVELS:
     assert added["data",] == OF_ROUTER + OF_EXPERTS
 
 

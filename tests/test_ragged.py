@@ -1,14 +1,17 @@
 """Sorted rows over split experts: both moves, against one device."""
 
+import collections
 import functools
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
-from moejax import dispatch, experts, moe, router, routing, sharding
+from moejax import dispatch, experts, losses, moe, router, routing, sharding
 from moejax.planning import collectives
 
 # Two groups a device, two experts a device where 4 devices share them.
@@ -57,7 +60,9 @@ def emulated(
     & (start + size <= operand.shape[0]).all()
   )
   result = jnp.where(inside.any(axis=1)[:, None], got, output)
-  return jnp.where(right, result, jnp.nan)
+  # No number of an edge is below zero.
+  is_float = jnp.issubdtype(result.dtype, jnp.floating)
+  return jnp.where(right, result, jnp.nan if is_float else -1)
 
 
 def pretend(patch):
@@ -263,6 +268,96 @@ def test_tokens_are_gathered_once_and_sums_scattered_back(layout):
   back = [("all-gather", tokens * D), ("reduce-scatter", tokens * D // n)]
   back += [("reduce-scatter", edges // n)]
   assert moves(run, layout) == sorted(weights + there + back_sums + back)
+
+
+# -- two levels ---------------------------------------------------------------
+
+Q = 3
+
+
+def two_levels():
+  free = {"capacity_factor": None, "eval_capacity_factor": None}
+  within = moe.MoE(router.NoisyTopK(Q, K), experts.FeedForward(Q, F), **free)
+  return moe.HierarchicalMoE(router.NoisyTopK(E, K), within, S, **free)
+
+
+def score_of_layer(params, x):
+  """The noise is that of one key; all that is decided comes out."""
+  y, state = two_levels().apply(
+    {"params": params},
+    x,
+    train=True,
+    mask=x[..., 0] > -1,
+    rngs={"router": jax.random.key(4)},
+    mutable=["routing"],
+  )
+  aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})
+  (routing,) = losses.routings(state)
+  decided = routing.assignment, routing.load, routing.importance
+  real = jnp.where(routing.mask[..., None], routing.logits, 0)
+  return (y * jnp.cos(x)).sum() + aux, (y, decided, real)
+
+
+def to_all(layout, fn):
+  """Traces it for devices that send each row to one of their own."""
+  mesh = sharding.make_mesh(layout)
+  x, module = draw(0)["x"], two_levels()
+  boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), x))["params"]
+  params = kinds.random_params(module, x)
+  there = sharding.shardings(boxed, layout, mesh)
+  batch = sharding.batch_sharding(layout, mesh, G)
+  args = jax.device_put((params, x), (there, batch))
+  with pytest.MonkeyPatch.context() as patch, sharding.use(layout, mesh):
+    patch.setattr(sharding, "platform", lambda: "tpu")
+    return fn(patch, args)
+
+
+def run_emulated(patch, args):
+  pretend(patch)
+  slopes = jax.value_and_grad(score_of_layer, (0, 1), has_aux=True)
+  return jax.jit(slopes)(*args)
+
+
+def test_two_levels_by_all_to_all_are_those_of_one_device():
+  """Values, what is decided, and gradients, of noise that is the same."""
+  got = to_all(sharding.LAYOUTS["data_expert"], run_emulated)
+  params, x = kinds.random_params(two_levels(), draw(0)["x"]), draw(0)["x"]
+  slopes = jax.value_and_grad(score_of_layer, (0, 1), has_aux=True)
+  want = jax.jit(slopes)(params, x)
+  assert (np.asarray(want[0][1][2]) != 0).any()
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
+  jax.tree.map(close, got, want)
+
+
+def lowered(patch, args):
+  slopes = jax.grad(lambda *args: score_of_layer(*args)[0], (0, 1))
+  lowered = jax.jit(slopes).trace(*args).lower(lowering_platforms=("tpu",))
+  return lowered.as_text()
+
+
+def test_tokens_travel_to_groups_of_experts_alone():
+  """Once for each group, and back; nothing of their size is gathered.
+
+  Of every edge comes back which experts took it and with what gates, and the
+  gates' slopes return.
+  """
+  text = to_all(sharding.LAYOUTS["expert"], lowered)
+  of_device, edges, groups = G * S, G * S * K // 8, G // 8
+  op = r"(ragged_all_to_all|all_to_all|all_gather)\b.*-> tensor<(\S+)>"
+  assert collections.Counter(re.findall(op, text)) == {
+    ("ragged_all_to_all", f"{of_device}x{D}xf32"): 2,
+    ("ragged_all_to_all", f"{edges}x{D}xf32"): 2,
+    ("ragged_all_to_all", f"{edges}x{K}xi32"): 1,
+    ("ragged_all_to_all", f"{edges}x{K}xf32"): 1,
+    ("ragged_all_to_all", f"{of_device}x{K}xf32"): 1,
+    # Which edges they are: their noise depends on it, and their load.
+    ("ragged_all_to_all", f"{of_device}x1xi32"): 1,
+    ("all_gather", f"{G}xi32"): 1,
+    ("all_gather", f"8x{E}xi32"): 1,
+    # Load, with its slope.
+    ("all_to_all", f"{E}x{groups}x{Q}xf32"): 1,
+    ("all_to_all", f"1x{G}x{Q}xf32"): 1,
+  }
 
 
 def layer(kind, num_experts):

@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
   config.model.hierarchical_moe.secondary.experts = {"kind": "linear"}
   # An expert gets 9 tokens of a batch in the mean; of a microbatch, 2.
   config.train.microbatches = 1
-  config.model.hierarchical_moe.groups_together = common["GROUPS"]
   config.optimizer.warmup_steps = 200
   config.optimizer.hold_steps = 200
   return config

@@ -6,7 +6,12 @@ frequent words: the paper gives no vocabulary, but its totals leave 75,000 to
 110,000. For the rest the models are those of configs/lm1b/common.py, with
 batches of about 2.5 million words: 19,456 rows of 128, in 128 groups of tokens,
 so that microbatches times devices may be up to 128: here 4 and 32, or for the
-two largest mixtures 2 and 64, and 1 and 128, the paper's devices. Their
+two largest mixtures 2 and 64, and 1 and 128, the paper's devices.
+
+Mixtures drop no token but those two. Without drops each device would set memory
+aside for the rows of 64 or 128 devices (moejax/ragged.py), 10 GB at the door of
+the 131,072 experts and several times that within. They have slots for a quarter
+more than the mean of each level, in evaluation for twice the mean. Their
 secondary mixtures route together what all groups of a microbatch sent (sec.
 3.1): of one group an expert gets less than a token in the mean, and has at
 least 4 slots. So the 131,072 experts are sent 76 tokens each, and have 119
@@ -53,11 +58,18 @@ def two_levels(
   microbatches: int = 4,
   groups_together: int = 1,
 ) -> ConfigDict:
-  """Returns LSTM, MoE, LSTM with 2 experts of each of 2 groups a token."""
+  """Returns LSTM, MoE, LSTM with 2 experts of each of 2 groups a token.
+
+  With groups of tokens together experts have slots.
+  """
   config = lm1b["two_levels"](num_experts, num_groups)
   config.train.microbatches = microbatches
-  config.model.hierarchical_moe.groups_together = groups_together
-  config.model.hierarchical_moe.secondary.recompute = True
+  layer = config.model.hierarchical_moe
+  layer.groups_together = groups_together
+  layer.secondary.recompute = True
+  if groups_together > 1:
+    for level in (layer, layer.secondary):
+      level.capacity_factor, level.eval_capacity_factor = 1.25, 2.0
   return _as_news(config, config.model.hierarchical_moe)
 
 

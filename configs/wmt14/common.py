@@ -21,10 +21,10 @@ It has 64 groups of tokens on either side, so that microbatches times devices
 may be up to 64: here 4 and 16. One device of little memory wants 64
 microbatches.
 
-Flat mixtures drop no token. Those of two levels drop none in training: every
-expert takes as many tokens as it has slots. In evaluation a token may visit
-twice as many experts as in the mean, at either level, and there are slots for
-all of these.
+Mixtures drop no token. In training those of two levels have slots, and every
+expert takes as many tokens as it has. In evaluation a token may visit twice as
+many experts as in the mean, at either level; rows are sorted, and an expert
+takes all that come.
 
 Attention is GNMT's recurrent wiring, of 512 units. The paper gives the time of
 training, not its steps: these are what its devices may have done in that time.
@@ -141,13 +141,13 @@ def two_levels(
       "group_size": BATCH_SIZE * ROW_LENGTH // GROUPS,
       "groups_together": 1,
       "capacity_factor": 1.0,
-      "eval_capacity_factor": 1.0,
+      "eval_capacity_factor": config_dict.placeholder(float),
       "primary": {"kind": "balanced", "k": 2},
       "secondary": {
         "router": {"kind": "balanced", "k": 2},
         "experts": {"kind": "feed_forward", "hidden": 2048},
         "capacity_factor": 1.0,
-        "eval_capacity_factor": 1.0,
+        "eval_capacity_factor": config_dict.placeholder(float),
         "recompute": False,
       },
     },

@@ -81,7 +81,7 @@ def _moe(
 @named.fields_of(
   HierarchicalMoE,
   group_size=Size | None,
-  dispatch=Annotated[str, Names(("gather", "einsum"))],
+  dispatch=Annotated[str, Names(("auto", *DISPATCH))],
 )
 def _hierarchical_moe(
   num_experts: Size,

@@ -18,7 +18,7 @@ from moejax.models.attention import Attention, Memory, attentive_lstm
 from moejax.models.layers import LSTM, Embed, LSTMState, residual, zero_state
 from moejax.models.softmax import Softmax
 from moejax.moe import HierarchicalMoE, MoE
-from moejax.router import ExpertChoice
+from moejax.router import Router
 
 # Of whole pairs, packed. Target: inputs, targets, segment int32 [B, L]; mask,
 # start bool [B, L]. Source: source, source_segment int32 [B, M]; source_start
@@ -185,8 +185,9 @@ def for_decoding(model: GNMT) -> GNMT:
 
   A token is a group of its own and none is dropped, so that a translation
   depends on nothing else in the batch. The parameters are those of `model`.
-  In a mixture of two levels, whose experts have slots, every expert then works
-  on every token: with many of them a translation is slow and takes much memory.
+  Where experts need slots (`Each`; within groups `Mixed` too) every expert
+  works on every token: with many of them a translation is slow and takes much
+  memory.
 
   Raises:
     ValueError: experts choose among the tokens of a batch, in evaluation too.
@@ -203,16 +204,16 @@ def for_decoding(model: GNMT) -> GNMT:
       # It splits into no groups of its own.
       fields["secondary"] = dropless(layer.secondary).clone(group_size=None)
     elif isinstance(layer, MoE):
-      router, fields = layer.router, {"dispatch": "auto"}
+      router, fields = layer.router, {}
     else:
       return layer
-    if isinstance(router, ExpertChoice):
+    if isinstance(router, Router) and not router.is_by_token(train=False):
       raise ValueError(
-        "with the router expert_choice, which experts read a token depends on"
-        " all tokens of a batch, those of the future too: it cannot translate"
-        " piece by piece; choose another router."
+        f"with the router {type(router).__name__}, which experts read a token"
+        " depends on all tokens of a batch, those of the future too: it cannot"
+        " translate piece by piece; choose another router."
       )
-    return layer.clone(**fields, **every)
+    return layer.clone(dispatch="auto", **fields, **every)
 
   return model.clone(
     encoder=tuple(map(dropless, model.encoder)),

@@ -213,7 +213,9 @@ def _steps(
     yield {"config.train.microbatches": microbatches // 2}
   if layer:
     yield {f"{section}.recompute": not layer.get("recompute", False)}
-    if layer.get("capacity_factor", 1.25) != 1.0:
+    factor = layer.get("capacity_factor", 1.25)
+    # Two levels that drop nothing have no slots to save.
+    if factor != 1.0 and (factor is not None or section == path):
       yield {f"{section}.capacity_factor": 1.0}
   if size:
     yield {f"{path}.group_size": 2 * size}

@@ -249,7 +249,7 @@ def test_steps_are_the_whole_pass(name, wiring, form):
 
 
 def test_experts_that_choose_cannot_translate():
-  with pytest.raises(ValueError, match="expert_choice.*another router"):
+  with pytest.raises(ValueError, match="ExpertChoice.*another router"):
     gnmt.for_decoding(make(functools.partial(flat, router.ExpertChoice)))
 
 
