@@ -82,6 +82,7 @@ setuptools.setup(
   install_requires=[
     "absl-py",
     "array_record",
+    "charset-normalizer>=3",
     "etils[epath]>=1.13",
     "flax>=0.12",
     "grain>=0.2.12",

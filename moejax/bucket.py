@@ -35,11 +35,9 @@ _ODD = re.compile(r"[#?*\[\]\x00-\x1f\x7f]|(?:^|/)\.\.(?:/|$)")
 
 
 def path(text: str) -> epath.Path:
-  """Returns the path that gs://BUCKET/FOLDER names.
+  """Returns the path of gs://BUCKET/FOLDER; ValueError where it cannot be one.
 
-  Raises:
-    ValueError: it cannot be one.
-    ImportError: the packages that reach buckets are not installed.
+  ImportError where the packages that reach buckets are not installed.
   """
   name, _, folder = text.removeprefix(SCHEME).partition("/")
   if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", name):
@@ -61,16 +59,17 @@ def path(text: str) -> epath.Path:
 
   # Else epath goes by TensorFlow where that is installed.
   os.environ["EPATH_USE_TF"] = "false"
-  # Other processes write there too.
-  settings = fsspec.config.conf.setdefault("gcs", {})
-  settings.setdefault("use_listings_cache", False)
+  # Other processes write there too: a list of names is soon out of date.
+  fsspec.config.conf.setdefault("gcs", {}).setdefault(
+    "use_listings_cache", False
+  )
   for library in ("fsspec", "gcsfs"):  # They log the errors that they raise.
     logging.getLogger(library).setLevel(logging.CRITICAL + 1)
   return epath.Path(text)
 
 
 def is_in(path: pathlib.PurePath) -> bool:
-  """Whether a path leads into a bucket."""
+  """Returns whether a path leads into a bucket."""
   return os.fspath(path).startswith(SCHEME)
 
 
@@ -78,11 +77,10 @@ class Unreachable(OSError):
   """A bucket does not answer, or not as it is asked."""
 
   def __init__(self, path: epath.Path, error: Exception):
-    first_line = (str(error).splitlines() or [""])[0]
     super().__init__(
-      f"{path} cannot be reached ({type(error).__name__}: {first_line:.300});"
-      " see that the bucket exists, that this machine may use it (`gcloud auth"
-      " application-default login`, or a service account), and the network."
+      f"{path} cannot be reached ({terminal.brief(error)}); see that the bucket"
+      " exists, that this machine may use it (`gcloud auth application-default"
+      " login`, or a service account), and the network."
     )
 
 
@@ -193,27 +191,17 @@ def digests(folder: epath.Path) -> dict[str, str]:
 def alone(
   lock: epath.Path, lease: float = _LEASE
 ) -> Iterator[Callable[[], None]]:
-  """Keeps others out by an object that is made only where there is none.
+  """Keeps others out by an object; BlockingIOError where another one has it.
 
-  A thread renews it. Where it is not renewed for a whole lease, its owner is
-  taken for dead, and whoever waited for that makes the object its own; at once
-  where the owner ran on this machine and has ended. Making, renewing and taking
-  over depend on the object's generation, so that of several only one succeeds,
-  and no clock is compared with that of another machine.
+  It is made only where there is none, and a thread renews it. Where that does
+  not happen for a whole lease, in seconds, the owner is taken for dead, and who
+  waited for that makes it its own; at once where the owner ran on this machine
+  and has ended. All of this depends on the object's generation, so that of
+  several only one succeeds, and no clock is compared with another machine's.
 
   An owner that did not run for a lease, as on a suspended machine, may be
-  followed by another. It notices when it next calls what this yields, and until
-  then may write what it was about to.
-
-  Args:
-    lock: the object.
-    lease: in seconds.
-
-  Yields:
-    A function that raises OSError once the object is another's.
-
-  Raises:
-    BlockingIOError: another process holds it.
+  followed by another. It notices when it next calls what this yields, which
+  raises OSError then, and until then may write what it was about to.
   """
   me = {
     "host": socket.gethostname(),
@@ -254,9 +242,14 @@ def alone(
         " gave no sign of life; this one ends here."
       )
 
-  generation = write(_free(found, lease))
+  before = _free(found, lease)
+  generation = before and write(before)
   if not generation:
-    raise _taken(found)
+    owner = _owner(found.read()[0])
+    raise BlockingIOError(
+      f"another process, process {owner.get('pid')} on {owner.get('host')},"
+      f" trains in {lock.parent}; wait for it, or give another --workdir."
+    )
   thread = threading.Thread(target=keep_renewing, daemon=True)
   thread.start()
   try:
@@ -270,7 +263,10 @@ def alone(
 
 
 def _free(lock: _Object, lease: float) -> bytes:
-  """Returns the generation of a lock without an owner; waits for a lease."""
+  """Waits, a lease at most, until a lock is without an owner.
+
+  Returns its generation then; nothing where the owner is alive.
+  """
   content, before = lock.read()
   owner = _owner(content)
   # A process of this machine that runs no longer, or began at another time.
@@ -289,16 +285,8 @@ def _free(lock: _Object, lease: float) -> bytes:
     if content is None:
       return generation
     if generation != before:
-      raise _taken(lock)
+      return b""
   return before
-
-
-def _taken(lock: _Object) -> BlockingIOError:
-  owner = _owner(lock.read()[0])
-  return BlockingIOError(
-    f"another process, process {owner.get('pid')} on {owner.get('host')},"
-    f" trains in {lock.path.parent}; wait for it, or give another --workdir."
-  )
 
 
 def _owner(content: bytes | None) -> dict[str, Any]:

@@ -58,13 +58,12 @@ def load(
 ) -> ConfigDict:
   """Runs a config file of a user's own or, by its name, of configs/.
 
+  `named.ReadError` says why it is none, or why a change cannot be.
+
   Args:
     name: path of the file, or "sotu/moe_32"; what follows a colon is the
       argument of its get_config.
     changes: what a command line says of its fields, see `named.override`.
-
-  Raises:
-    named.ReadError: it is none, or a change cannot be; says why.
   """
   file, _, argument = name.partition(":")
   if os.path.exists(os.path.expanduser(name)):
@@ -96,10 +95,10 @@ def load(
 def fields(config: ConfigDict | Mapping[str, Any]) -> Iterator[named.Field]:
   """Yields all that a config can hold, also what it leaves out.
 
-  Raises:
-    ValueError: a section is of an unknown kind.
+  ValueError where a section is of an unknown kind.
   """
-  found = named.fields(_WHOLE, "config", ConfigDict(config).to_dict())
+  whole = Annotated[Any, Section(_experiment)]
+  found = named.fields(whole, "config", ConfigDict(config).to_dict())
   next(found)  # The config as a whole.
   return found
 
@@ -197,20 +196,17 @@ class Experiment(NamedTuple):
 def parse(config: ConfigDict | Mapping[str, Any]) -> Experiment:
   """Builds what a config describes.
 
-  Raises:
-    ValueError: names a field that no builder reads, or a value that cannot be,
-      and what may be in its place.
+  ValueError names a field that no builder reads, or a value that cannot be, and
+  what may be in its place.
   """
   values = ConfigDict(config).to_dict()
-  kinds = [
-    section.get("kind") if hasattr(section, "keys") else None
-    for section in (values.get("model"), values.get("data"))
-  ]
-  if all(kinds) and (kinds[0] == "gnmt") != (kinds[1] in ("pairs", "wmt14")):
+  sections = (values.get("model"), values.get("data"))
+  model, data = (s.get("kind") if hasattr(s, "keys") else "" for s in sections)
+  if model and data and (model == "gnmt") != (data in ("pairs", "wmt14")):
     raise ValueError(
-      f"config.model.kind is {kinds[0]!r}, but config.data.kind is"
-      f" {kinds[1]!r}: the model 'gnmt' translates, and pairs of sentences"
-      " ('pairs', 'wmt14') are for it alone; change one of them."
+      f"config.model.kind is {model!r}, but config.data.kind is {data!r}: the"
+      " model 'gnmt' translates, and pairs of sentences ('pairs', 'wmt14') are"
+      " for it alone; change one of them."
     )
   return named.build(_experiment, values, "config", values=values)
 
@@ -373,6 +369,3 @@ def _experiment(
     tx,
     train(),
   )
-
-
-_WHOLE = Annotated[Any, Section(_experiment)]

@@ -34,17 +34,10 @@ _FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/(?!/))", re.IGNORECASE)
 
 
 def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
-  """Opens a regular file, or makes it where `mode` does.
+  """Opens a regular file; OSError says what is there in place of one.
 
-  An object of a bucket is written by `sync` and at the end.
-
-  Args:
-    path: of the file.
-    mode: as of `open`: "rb" reads, through a link too; "ab" and "r+b" write,
-      through none; "xb" makes it.
-
-  Raises:
-    OSError: names the path, and what it is in place of a file.
+  Mode "rb" reads, through a link too; "ab" and "r+b" write, through none; "xb"
+  makes the file. An object of a bucket is written by `sync` and at the end.
   """
   writes = mode != "rb"
   if bucket.is_in(path):
@@ -55,11 +48,8 @@ def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
 
   def opener(name: str, flags: int) -> int:
     # To open a pipe may wait forever, and to open a device may set it going.
-    try:
+    with contextlib.suppress(FileNotFoundError):
       _refuse_odd(path, os.lstat(name) if writes else os.stat(name))
-    except FileNotFoundError:
-      if not flags & os.O_CREAT:
-        raise
     if writes:
       flags |= os.O_NOFOLLOW
     number = os.open(name, flags | os.O_NONBLOCK, 0o666)
@@ -75,13 +65,10 @@ def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
 
 
 def path(text: str) -> Path:
-  """Returns the path that a user's text means.
+  """Returns the path that a user's text means; ValueError says what to write.
 
   A leading ~ or ~USER is a home folder, file:/// leads to a disk, gs:// into a
   bucket.
-
-  Raises:
-    ValueError: it means none; says what to write.
   """
   scheme = bucket.SCHEME
   if text.lower().startswith(scheme):
@@ -174,15 +161,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def locked(
   path: pathlib.Path, wait: bool = True, shared: bool = False
 ) -> Iterator[None]:
-  """Holds a file's lock; the end of the process releases it in any case.
+  """Holds a file's lock, maybe shared with others, until the process ends.
 
-  Args:
-    path: of the file, which is made, and its folder; it is never written to.
-    wait: for another process that holds it, else raise BlockingIOError.
-    shared: with others who share it.
-
-  Raises:
-    OSError: as `open_regular`, or the file system has no locks.
+  The file is made, and its folder, and never written to. Where another process
+  holds it, this one waits or raises BlockingIOError; OSError where the file
+  system has no locks.
   """
   how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
   how |= 0 if wait else fcntl.LOCK_NB
@@ -239,10 +222,9 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def refuse_odd_in(folder: Path, written: bool) -> None:
-  """Raises OSError where a folder holds a pipe, a device or the like.
+  """Raises OSError where a folder, if it is there, holds a pipe or a device.
 
-  For libraries that open what they find in it. It may be missing. Where it is
-  written to, links are odd too.
+  Libraries would open it. Where they write, links are odd too.
   """
   if bucket.is_in(folder):
     return

@@ -16,8 +16,7 @@ _GIB = 2**30
 def check() -> None:
   """Refuses limits that are too low; raises that of open files where it may.
 
-  Raises:
-    OSError: names the limit, what is needed and the command that gives it.
+  OSError names the limit, what is needed and the command that gives it.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   if 0 <= soft < _MANY_FILES:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 from absl import logging
 
 from moejax import bucket, files, limits, named, terminal
-from moejax.named import Names
+from moejax.named import Names, ReadError
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -37,10 +37,6 @@ USAGE = """usage: moejax COMMAND [FLAGS]
 NAME is that of a config that comes with moejax, or a file of your own. moejax
 COMMAND --help lists the flags of a command, with --config=NAME also all fields
 of the config, whether the file has them or not; moejax --version."""
-
-
-class UsageError(Exception):
-  """The command line cannot be understood."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
       terminal.say(f"moejax {importlib.metadata.version('moejax')}")
       return 0
     if argv[1] not in COMMANDS:
-      raise UsageError(
+      raise ReadError(
         f"unknown command {argv[1]!r}; the nearest is"
         f" {named.nearest(argv[1], COMMANDS)!r}.\n{USAGE}"
       )
@@ -77,12 +73,12 @@ def main(argv: Sequence[str]) -> int:
       return 0
     for flag in _flags(command):
       if flag.default is named.EMPTY and not values.get(flag.name):
-        raise UsageError(f"give --{flag.name}={_WANTED[flag.name]}.")
+        raise ReadError(f"give --{flag.name}={_WANTED[flag.name]}.")
     if "workdir" in values:
       workdir = files.path(values["workdir"])
     limits.check()
     return command(**values) or 0
-  except (UsageError, named.ReadError) as error:
+  except ReadError as error:
     terminal.warn(f"moejax: {error}")
     return 2
   except (FloatingPointError, ImportError, OSError, ValueError) as error:
@@ -184,7 +180,7 @@ def _eval(
   from moejax.training import run
 
   if data and split:
-    raise UsageError("--split and --data exclude each other; give one.")
+    raise ReadError("--split and --data exclude each other; give one.")
   run.evaluate_run(files.path(workdir), split or "test", data, layout)
 
 
@@ -292,7 +288,7 @@ def _parse(command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
     elif given:
       given[-1][1].append(word)
     else:
-      raise UsageError(
+      raise ReadError(
         f"what is {word!r}? Flags are written --name=value.\n{USAGE}"
       )
   values: dict[str, Any] = {}
@@ -301,7 +297,7 @@ def _parse(command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
       values[name] = True
     elif name.startswith("config."):
       if "config" not in flags:
-        raise UsageError(
+        raise ReadError(
           f"what is --{name}? A run keeps the config that it was made with;"
           " --layout alone may differ."
         )
@@ -313,9 +309,9 @@ def _parse(command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
     else:
       values[name] = named.value_of(flags[name], said)
       try:
-        named.check_type(values[name], flags[name].annotation, f"--{name}")
+        named.checked(values[name], flags[name].annotation, f"--{name}")
       except ValueError as error:
-        raise UsageError(error) from None
+        raise ReadError(error) from None
   return values
 
 
@@ -330,11 +326,11 @@ def _refuse(
     fields = config_lib.fields(config_lib.load(*config) if any(config) else {})
     end = f".{name.replace('-', '_')}"
     if meant := [each.name for each in fields if each.name.endswith(end)]:
-      raise UsageError(
+      raise ReadError(
         f"there is no flag --{name}; a field of the config is changed by"
         f" {' or '.join(f'--{each}=VALUE' for each in meant)}."
       )
-  raise UsageError(
+  raise ReadError(
     f"there is no flag --{name}; the nearest is"
     f" --{named.nearest(name, [*flags, 'help'])}."
   )

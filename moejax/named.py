@@ -7,6 +7,7 @@ written once, where it is read.
 """
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -122,11 +123,6 @@ def section_of(annotation: Any) -> Section | None:
   return next((about for about in found if isinstance(about, Section)), None)
 
 
-def _entry_of(annotation: Any) -> Any:
-  """Returns the annotation of a list's entries; None of what is no list."""
-  return next((a.entry for a in alternatives(annotation) if a.entry), None)
-
-
 def _is_a(value: Any, kind: type) -> bool:
   if kind is Mapping:
     return hasattr(value, "keys")
@@ -203,30 +199,82 @@ def build(
 ) -> Any:
   """Calls `factory`, of a table or alone, with a section's checked fields.
 
-  Raises:
-    ValueError: names the field, and what may be in its place.
+  ValueError names the field, and what may be in its place.
   """
-  about = Section(factory, given)
-  _check_section(section, about, where)
-  factory, parameters = chosen(about, section, where)
-  arguments = {
-    name: _built(section.get(name), parameter.annotation, f"{where}.{name}")
-    for name, parameter in parameters.items()
-    if name in section or section_of(parameter.annotation)
-  }
+  factory, arguments = _arguments(section, Section(factory, given), where)
   return factory(**arguments, **given)
 
 
-def _built(value: Any, annotation: Any, where: str) -> Any:
-  """Turns sections into functions that build; all else stays as it is."""
-  section, entry = section_of(annotation), _entry_of(annotation)
-  if section and (value is None or _is_a(value, Mapping)):
-    return functools.partial(build, section.factory, value or {}, where)
-  if entry and _is_a(value, Sequence):
+def checked(value: Any, annotation: Any, where: str) -> Any:
+  """Returns what a factory gets: for a section, a function that builds it.
+
+  An int will do for a float. ValueError names the field, its value and what may
+  be in its place.
+  """
+  each_kind = alternatives(annotation)
+  if not each_kind:
+    return value
+  found = next((each for each in each_kind if _is_a(value, each.kind)), None)
+  if found is None:
+    raise ValueError(f"{where} is {value!r}; give it as {worded(annotation)}.")
+  about, entry = found.about, found.entry
+  if isinstance(about, Section):
+    factory, arguments = _arguments(value, about, where)
+    return functools.partial(factory, **arguments)
+  if entry:
+    bounded = any(isinstance(a.about, Range) for a in alternatives(entry))
+    if bounded and not value:
+      raise ValueError(f"{where} is {value}; give at least one.")
+    # Of sections it matters which one it is; of numbers the value tells.
+    place = "{}[{}]" if section_of(entry) else "{}"
     return tuple(
-      _built(each, entry, f"{where}[{i}]") for i, each in enumerate(value)
+      checked(each, entry, place.format(where, i))
+      for i, each in enumerate(value)
     )
+  if isinstance(about, Names):
+    one_of(value, about.known, where)
+  elif isinstance(about, Range):
+    if not about.least <= value < about.below:
+      raise ValueError(f"{where} is {value}; give {about}.")
+  elif isinstance(value, str):
+    try:
+      value.encode()
+    except UnicodeEncodeError:
+      raise ValueError(
+        f"{where} is {value!r}, which is not UTF-8; rename what it names."
+      ) from None
   return value
+
+
+def _arguments(
+  section: Mapping[str, Any], about: Section, where: str
+) -> tuple[Factory, dict[str, Any]]:
+  """Returns what builds a section, and what it gets of the checked fields."""
+  factory, parameters = chosen(about, section, where)
+  for name in section:
+    if name in parameters or (about.kinds and name == "kind"):
+      continue
+    if not parameters:
+      raise ValueError(
+        f"{where}.{name} does not exist, nor any other field there; take it"
+        " out of the config."
+      )
+    raise ValueError(
+      f"{where}.{name} does not exist; the nearest is"
+      f" {where}.{nearest(name, parameters)}."
+    )
+  arguments = {}
+  for name, parameter in parameters.items():
+    annotation, there = parameter.annotation, f"{where}.{name}"
+    if name in section:
+      arguments[name] = checked(section[name], annotation, there)
+    elif parameter.default is EMPTY:
+      raise ValueError(f"{there} is missing; give it a value.")
+    inner = section_of(annotation)
+    if inner and section.get(name) is None:
+      # One that is left out has no fields, which matters if it is built.
+      arguments[name] = functools.partial(build, inner.factory, {}, there)
+  return factory, arguments
 
 
 def chosen(
@@ -247,73 +295,8 @@ def chosen(
   }
 
 
-def check_type(value: Any, annotation: Any, where: str) -> None:
-  """Refuses a value that is not as annotated; an int will do for a float.
-
-  Raises:
-    ValueError: names the field, its value and what may be in its place.
-  """
-  each_kind = alternatives(annotation)
-  if not each_kind:
-    return
-  found = next((each for each in each_kind if _is_a(value, each.kind)), None)
-  if found is None:
-    raise ValueError(f"{where} is {value!r}; give it as {worded(annotation)}.")
-  about, entry = found.about, found.entry
-  if isinstance(about, Names):
-    one_of(value, about.known, where)
-  elif isinstance(about, Range):
-    if not about.least <= value < about.below:
-      raise ValueError(f"{where} is {value}; give {about}.")
-  elif isinstance(about, Section):
-    _check_section(value, about, where)
-  elif entry:
-    sections = section_of(entry)
-    for i, each in enumerate(value):
-      check_type(each, entry, f"{where}[{i}]" if sections else where)
-    bounded = any(isinstance(a.about, Range) for a in alternatives(entry))
-    if bounded and not value:
-      raise ValueError(f"{where} is {value}; give at least one.")
-  elif isinstance(value, str):
-    try:
-      value.encode()
-    except UnicodeEncodeError:
-      raise ValueError(
-        f"{where} is {value!r}, which is not UTF-8; rename what it names."
-      ) from None
-
-
-def _check_section(
-  section: Mapping[str, Any], about: Section, where: str
-) -> None:
-  """Lets no section pass in which a field is unknown, missing or unsound."""
-  _, parameters = chosen(about, section, where)
-  names = list(parameters)
-  for name in section:
-    if name in names or (about.kinds and name == "kind"):
-      continue
-    if not names:
-      raise ValueError(
-        f"{where}.{name} does not exist, nor any other field there; take it"
-        " out of the config."
-      )
-    raise ValueError(
-      f"{where}.{name} does not exist; the nearest is"
-      f" {where}.{nearest(name, names)}."
-    )
-  for name, parameter in parameters.items():
-    if name in section:
-      check_type(section[name], parameter.annotation, f"{where}.{name}")
-    elif parameter.default is EMPTY:
-      raise ValueError(f"{where}.{name} is missing; give it a value.")
-
-
 def one_of(name: Any, names: Collection[str], where: str) -> str:
-  """Returns the name, if it is one of these.
-
-  Raises:
-    ValueError: it is not; lists all names, and says which is the nearest.
-  """
+  """Returns the name; ValueError lists these, and the nearest, if not one."""
   if not isinstance(name, str) or name not in names:
     raise ValueError(
       f"{where} is {name!r}; choose one of {', '.join(map(repr, names))}"
@@ -345,16 +328,17 @@ def fields(
 ) -> Iterator[Field]:
   """Yields a field, see `Field`, and of a section all within, left out or not.
 
-  Raises:
-    ValueError: a section is of an unknown kind.
+  ValueError where a section is of an unknown kind.
   """
-  said = next((a.line for a in alternatives(annotation) if a.line), "")
-  line = "; ".join(filter(None, (line, said)))
+  each_kind = alternatives(annotation)
+  said = [line, *(each.line for each in each_kind)]
+  line = "; ".join(filter(None, said))
   yield Field(where, annotation, value, default, line)
-  entry, about = _entry_of(annotation), section_of(annotation)
-  if entry and section_of(entry) and _is_a(value, Sequence):
+  entry = next((each.entry for each in each_kind if each.entry), None)
+  if section_of(entry) and _is_a(value, Sequence):
     for i, each in enumerate(value):
       yield from fields(entry, f"{where}[{i}]", each)
+  about = section_of(annotation)
   if about is None:
     return
   section = value if _is_a(value, Mapping) else {}
@@ -365,10 +349,8 @@ def fields(
     if kind is EMPTY:
       return
   factory, parameters = chosen(about, section, where)
-  # What kinds have in common need be said of one alone.
-  lines = {}
-  for each in (factory, *about.kinds.values()):
-    lines = _lines(each) | lines
+  # What kinds have in common need be said of one alone; its own line counts.
+  lines = collections.ChainMap(*map(_lines, (factory, *about.kinds.values())))
   for name, each in parameters.items():
     yield from fields(
       each.annotation,
@@ -410,7 +392,7 @@ def sentence(text: str | None) -> str:
 
 
 class ReadError(ValueError):
-  """A command line does not say what a field is to be."""
+  """A command line cannot be understood."""
 
 
 def written(value: Any) -> str:
@@ -428,11 +410,8 @@ def read(text: Any, annotation: Any, where: str) -> Any:
   None, True, False and numbers are written as Python does (1e3 is a whole one),
   a str as it is. A list is parted by commas, with brackets or without; a
   section is a dict as Python writes it or, where it has kinds, the name of one.
-  What stands within these may have been read before.
-
-  Raises:
-    ReadError: the field cannot hold it; says what it can.
-    ValueError: a section has no such kind; says which there are.
+  What stands within these may have been read before. `ReadError` says what the
+  field can hold, ValueError which kinds there are.
   """
   about = section_of(annotation)
   by_kind = {each.kind: each for each in alternatives(annotation)}
@@ -524,19 +503,12 @@ def override(
   A section is set before what is in it, and its kind before its other fields,
   in whatever order they come. By the name of a kind alone a section keeps those
   of its fields that this kind has as well. A field without words becomes True;
-  several are a list, or paths.
-
-  Raises:
-    ReadError: there is no such field, or it cannot hold this; says what there
-      is, or what it can.
-    ValueError: a section is of an unknown kind.
+  several are a list, or paths. Errors as of `read`.
   """
-
-  def depth(change):
-    return len(_steps(change[0].removesuffix(".kind")))
-
   found = {}
-  for name, words in sorted(changes, key=depth):
+  for name, words in sorted(
+    changes, key=lambda change: len(_steps(change[0].removesuffix(".kind")))
+  ):
     found = found or {field.name: field for field in fields_of_config(config)}
     if name not in found:
       raise ReadError(_unknown(name, found))

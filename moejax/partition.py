@@ -264,10 +264,8 @@ def _partitioned(
     numbers = itertools.count()
 
     def factors(split, rank):
-      names = ["g"] if split else []
-      while len(names) < rank:
-        names.append(f"a{next(numbers)}")
-      return " ".join(names)
+      own = [f"a{next(numbers)}" for _ in range(rank - split)]
+      return " ".join(["g"] * split + own)
 
     sides = [
       ", ".join(map(factors, splits, (t.rank for t in types)))

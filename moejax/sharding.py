@@ -127,11 +127,7 @@ def make_mesh(
 
 
 def abstract_mesh(layout: Layout, count: int) -> jax.sharding.AbstractMesh:
-  """Returns the mesh of so many devices that need not be there.
-
-  Raises:
-    ValueError: as `make_mesh`.
-  """
+  """Returns the mesh of so many devices, not at hand; errors as `make_mesh`."""
   shape = list(layout.mesh_shape) if count > 1 else [1, 1, 1]
   if -1 in shape:
     known = -math.prod(shape)
@@ -185,10 +181,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
   """Asks for `x` to lie as its logical axes say; a no-op off the mesh.
 
   Only what the rules name is asked for: of a layout that is everything, of
-  rules of the user's own what they name, and without rules nothing.
-
-  Raises:
-    ValueError: an axis does not divide by the devices it is split over.
+  rules of the user's own what they name, and without rules nothing. ValueError
+  where an axis does not divide by the devices it is split over.
   """
   mesh = jax.sharding.get_abstract_mesh()
   # A layout says of all axes how they lie, of those without a name too.
@@ -298,11 +292,7 @@ def check_divides(
   spec: jax.sharding.PartitionSpec,
   mesh: AnyMesh,
 ) -> None:
-  """Says of which logical axis the size and the devices do not go together.
-
-  Raises:
-    ValueError: an axis does not divide by the devices it is split over.
-  """
+  """Raises ValueError where an axis does not divide by its devices."""
   for axis, size, over in zip(axes, shape, spec, strict=False):
     parts = num_parts(over, mesh)
     if size % parts:
@@ -363,7 +353,6 @@ def over_experts(
   """
 
   def run(module, *args):
-    rules = dict(nn.get_logical_axis_rules())
     axis = expert_axis(num_experts)
     mapped = nn.vmap(
       fn,
@@ -373,13 +362,11 @@ def over_experts(
       metadata_params={nn.PARTITION_NAME: axis},
       spmd_axis_name=split_over(axis) if axis else None,
     )
-    inside = {
-      name: over
-      for name, over in rules.items()
-      if name not in ("group", "group_dispatched", "expert")
-    }
-    if "group_replicated" in rules:
-      there = rules["group_replicated"]
+    inside = dict(nn.get_logical_axis_rules())
+    for name in ("group", "group_dispatched", "expert"):
+      inside.pop(name, None)
+    if "group_replicated" in inside:
+      there = inside["group_replicated"]
       inside |= {"group": there, "group_dispatched": there, "expert": None}
     token = _IN_EXPERT.set(True)
     try:
@@ -452,11 +439,8 @@ def zero3(fn: Callable[..., Any]) -> Callable[..., Any]:
     if primitive.name == "sharding_constraint":
       return any(params["sharding"].spec)
     # Cheaper to do again than to keep.
-    return primitive.name not in (
-      "convert_element_type",
-      "reshape",
-      "transpose",
-    )
+    again = ("convert_element_type", "reshape", "transpose")
+    return primitive.name not in again
 
   def constrained(params, spec):
     return jax.tree.map(
@@ -501,8 +485,7 @@ def unbox(boxed_tree: Any) -> Any:
 def shardings(boxed_tree: Any, layout: Layout, mesh: AnyMesh) -> Any:
   """Returns the sharding between uses of each leaf of a tree of `LogicalAxes`.
 
-  Raises:
-    ValueError: an axis does not divide by the devices it is split over.
+  ValueError where an axis does not divide by the devices it is split over.
   """
   over = dict(layout.rules).get("param_shards")
   in_parts = num_parts(over, mesh) > 1
@@ -531,17 +514,10 @@ def batch_sharding(
 ) -> jax.sharding.NamedSharding:
   """Returns how a batch lies: its first axis over every data replica.
 
-  Raises:
-    ValueError: the rows do not divide over the replicas.
+  ValueError where the rows do not divide over the replicas.
   """
   spec = nn.logical_to_mesh_axes(("batch",), layout.rules)
   check_divides(("batch",), (batch_size,), spec, mesh)
-  return jax.sharding.NamedSharding(mesh, spec)
-
-
-def device_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Returns how an array with one entry a device lies."""
-  spec = jax.sharding.PartitionSpec(mesh.axis_names)
   return jax.sharding.NamedSharding(mesh, spec)
 
 

@@ -59,6 +59,12 @@ def printable(text: str, encoding: str | None = None) -> str:
   return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def brief(error: Exception) -> str:
+  """Returns the kind of an error, and the first line of what it says."""
+  first_line = (str(error).strip().splitlines() or [""])[0]
+  return f"{type(error).__name__}: {first_line:.300}"
+
+
 def one_line(text: object) -> str:
   """Makes a text that users wrote a part of one line, and cuts a long one."""
   text = str(text)
@@ -178,8 +184,7 @@ def stop_waiting() -> None:
 def finish() -> None:
   """Waits until all is printed: as long as it takes, but see `stop_waiting`.
 
-  Raises:
-    OSError: stdout could not be written, though somebody reads it: a full disk.
+  OSError where stdout cannot be written, though somebody reads it: a full disk.
   """
   for outlet in _outlets.values():
     while not outlet.last.wait(_PATIENCE) and _readers_wanted.is_set():

@@ -1,7 +1,7 @@
 """What a run keeps in its workdir, next to what it writes as it goes."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from moejax import files
@@ -17,24 +17,19 @@ Vocabulary = TypeVar("Vocabulary", vocab.Vocabulary, pieces.Pieces)
 # number that the run has come to so far. All others may not.
 _FREE = (
   # Where it is computed: the same, but for rounding, is computed everywhere.
-  "config.layout",
+  "config.layout.",
   # How long: no schedule looks ahead to the end.
-  "config.train.steps",
+  "config.train.steps.",
   # When to look and to save, and what to keep. A validation draws nothing and
   # changes nothing; the best is the best of those that were validated.
-  "config.train.log_every",
-  "config.train.eval_every",
-  "config.train.checkpoint_every",
-  "config.train.keep",
+  *(f"config.train.{each}_every." for each in ("log", "eval", "checkpoint")),
+  "config.train.keep.",
 )
 # Where the text lies, and what is refused in it: whether it is the same text
 # is told by its digest, of every split.
-_TEXT = (
-  "config.data.train",
-  "config.data.validation",
-  "config.data.test",
-  "config.data.data_dir",
-  "config.data.strict",
+_TEXT = tuple(
+  f"config.data.{each}."
+  for each in ("train", "validation", "test", "data_dir", "strict")
 )
 _BACK = "put the file back from a copy, or train in a new --workdir."
 
@@ -56,8 +51,7 @@ def is_run(workdir: files.Path) -> bool:
 def recall(workdir: files.Path) -> dict[str, Any]:
   """Reads the values of the config that a workdir was made with.
 
-  Raises:
-    OSError, ValueError: it is no workdir of a run, or the file is damaged.
+  OSError or ValueError where it is no workdir of a run, or the file is damaged.
   """
   if not is_run(workdir):
     raise FileNotFoundError(
@@ -68,22 +62,19 @@ def recall(workdir: files.Path) -> dict[str, Any]:
 
 
 def check_same(values: Mapping[str, Any], workdir: files.Path) -> None:
-  """Refuses to go on in a workdir with another config than it was made with.
+  """Refuses another config than a workdir was made with; shows the difference.
 
   What cannot change the numbers so far may differ, see _FREE; and so may where
   the text lies, which `check_text` is then to be asked about.
-
-  Raises:
-    OSError, ValueError: shows where the two differ, or as `recall`.
   """
   if not is_run(workdir):
     return
   # A run of an older version noted no text.
   noted = _TEXT if files.exists(workdir / TEXT_FILE) else ()
   lines = [
-    f"  {name}: {old!r} there, {new!r} now"
+    f"  {name[:-1]}: {old!r} there, {new!r} now"
     for name, old, new in _changes(values, workdir)
-    if not _is_of(name, _FREE + noted)
+    if not name.startswith(_FREE + noted)
   ]
   if lines:
     raise ValueError(
@@ -95,7 +86,7 @@ def check_same(values: Mapping[str, Any], workdir: files.Path) -> None:
 
 def other_text(values: Mapping[str, Any], workdir: files.Path) -> bool:
   """Returns whether the text of a run is said to lie elsewhere now."""
-  return any(_is_of(name, _TEXT) for name, _, _ in _changes(values, workdir))
+  return any(name.startswith(_TEXT) for name, _, _ in _changes(values, workdir))
 
 
 def check_text(
@@ -106,9 +97,6 @@ def check_text(
   """Refuses splits whose digests are not those a run began with.
 
   What those were, a checkpoint tells, or else the workdir, if it noted any.
-
-  Raises:
-    OSError, ValueError: names the splits; or what was noted cannot be read.
   """
   if before is None:
     path = workdir / TEXT_FILE
@@ -145,11 +133,7 @@ def remember(
 
 
 def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
-  """Reads the vocabulary that a run was made with.
-
-  Raises:
-    OSError, ValueError: it is gone, or is another one.
-  """
+  """Reads the vocabulary that a run was made with, and takes no other one."""
   path, noted = workdir / kind.FILE, workdir / DIGEST_FILE
   if not files.exists(path):
     raise FileNotFoundError(
@@ -175,25 +159,24 @@ def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
 def _changes(
   values: Mapping[str, Any], workdir: files.Path
 ) -> Iterator[tuple[str, Any, Any]]:
-  """Yields the fields that differ from the workdir's: name, there, now."""
-  old, new = _flat(recall(workdir)), _flat(json.loads(_as_json(values)))
+  """Yields the fields that differ from the workdir's: name, there, now.
+
+  A name is that of the sections within sections, "config.train.steps.".
+  """
+
+  def flat(values, name):
+    if not isinstance(values, dict):
+      return {name: values}
+    inner = (flat(value, f"{name}{key}.") for key, value in values.items())
+    return {k: v for fields in inner for k, v in fields.items()}
+
+  old, new = (
+    flat(each, "config.")
+    for each in (recall(workdir), json.loads(_as_json(values)))
+  )
   for name in sorted(old | new):
     if old.get(name) != new.get(name):
       yield name, old.get(name), new.get(name)
-
-
-def _flat(values: Any, name: str = "config") -> dict[str, Any]:
-  """Returns the fields of sections within sections, by their whole names."""
-  if not isinstance(values, dict):
-    return {name: values}
-  found = {}
-  for key, value in values.items():
-    found |= _flat(value, f"{name}.{key}")
-  return found
-
-
-def _is_of(name: str, fields: Sequence[str]) -> bool:
-  return any(f"{name}.".startswith(f"{field}.") for field in fields)
 
 
 def _sound(path: files.Path) -> dict[str, Any]:

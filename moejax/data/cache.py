@@ -30,15 +30,14 @@ class Cached(NamedTuple):
   folder: pathlib.Path | None
 
 
-def digest(array: np.ndarray) -> str:
+def digest(content: np.ndarray | bytes) -> str:
   """Returns a short name that another content would not have."""
-  return hashlib.blake2b(array, digest_size=8).hexdigest()
+  return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def joined(digests: Iterable[str]) -> str:
-  """Returns one digest for several."""
-  everything = "\n".join(digests).encode()
-  return hashlib.blake2b(everything, digest_size=8).hexdigest()
+def joined(parts: Iterable[object]) -> str:
+  """Returns one digest for several, or for several texts."""
+  return digest("\n".join(map(str, parts)).encode())
 
 
 def key(folder: pathlib.Path, *parts: object) -> str:
@@ -53,8 +52,7 @@ def key(folder: pathlib.Path, *parts: object) -> str:
   for path in sorted(folder.iterdir()):
     if path.is_file():
       found += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-  everything = "\n".join(map(str, found)).encode()
-  return hashlib.blake2b(everything, digest_size=12).hexdigest()
+  return joined(found)
 
 
 def cached(
@@ -78,7 +76,11 @@ def cached(
   """
   if folder is not None:
     try:
-      return _mapped(folder, types, write, what)
+      if found := _found(folder, types):
+        return found
+      with files_lib.locked(folder.parent / "lock"):
+        # Another process may have made them meanwhile.
+        return _found(folder, types) or _make(folder, types, write, what)
     except OSError as error:
       terminal.warn(f"{what} in memory, at every start ({error})")
   drafts = [io.BytesIO() for _ in types]
@@ -88,27 +90,6 @@ def cached(
     for name, draft in zip(types, drafts, strict=True)
   }
   return Cached(arrays, {n: digest(a) for n, a in arrays.items()}, None)
-
-
-def _mapped(
-  folder: pathlib.Path, types: Types, write: Callable[..., None], what: str
-) -> Cached:
-  """Returns `cached` of a folder; raises OSError where it cannot be used."""
-  if found := _found(folder, types):
-    return found
-  folder.parent.mkdir(exist_ok=True)
-  with files_lib.locked(folder.parent / "lock"):
-    # Another process may have made them meanwhile.
-    if found := _found(folder, types):
-      return found
-    if folder.exists():
-      terminal.warn(f"{folder} is damaged; it is made anew")
-      shutil.rmtree(folder)
-    terminal.warn(f"{what} (once), in {folder}")
-    _make(folder, types, write)
-  if found := _found(folder, types):
-    return found
-  raise OSError(f"{folder} does not hold what was just written there")
 
 
 def _found(folder: pathlib.Path, types: Types) -> Cached | None:
@@ -122,7 +103,7 @@ def _found(folder: pathlib.Path, types: Types) -> Cached | None:
     if not all((folder / name).is_file() for name in (_RECORD, *types)):
       return None
     record = json.loads((folder / _RECORD).read_bytes())
-    if record != _record(folder, types):
+    if record != _record(folder, types, folder):
       return None
     arrays = {
       name: np.memmap(folder / name, dtype, mode="r").view(np.ndarray)
@@ -133,9 +114,11 @@ def _found(folder: pathlib.Path, types: Types) -> Cached | None:
   return Cached(arrays, {name: record[name] for name in types}, folder)
 
 
-def _record(folder: pathlib.Path, types: Types, of: str = "") -> dict[str, str]:
-  """Digests the files of a folder, and says which corpus they are of."""
-  record = {"of": of or f"{folder.parent.name}/{folder.name}"}
+def _record(
+  folder: pathlib.Path, types: Types, at: pathlib.Path
+) -> dict[str, str]:
+  """Digests the files of a folder, and says `at` which place they belong."""
+  record = {"of": f"{at.parent.name}/{at.name}"}
   for name in types:
     # Read and not mapped: where a disk fails, that is an error to tell.
     with open(folder / name, "rb") as file:
@@ -145,8 +128,13 @@ def _record(folder: pathlib.Path, types: Types, of: str = "") -> dict[str, str]:
 
 
 def _make(
-  folder: pathlib.Path, types: Types, write: Callable[..., None]
-) -> None:
+  folder: pathlib.Path, types: Types, write: Callable[..., None], what: str
+) -> Cached:
+  """Writes the arrays into a draft, renames it to the folder and maps it."""
+  if folder.exists():
+    terminal.warn(f"{folder} is damaged; it is made anew")
+    shutil.rmtree(folder)
+  terminal.warn(f"{what} (once), in {folder}")
   # By machine: a lock may not reach another one. On this one, a draft that is
   # there is what a killed process left.
   draft = folder.with_suffix(f".{socket.gethostname()}.draft")
@@ -158,8 +146,8 @@ def _make(
       write(*files)
       for file in files:
         files_lib.sync(file)
-    record = _record(draft, types, f"{folder.parent.name}/{folder.name}")
-    files_lib.write_whole(draft / _RECORD, json.dumps(record))
+    record = json.dumps(_record(draft, types, folder))
+    files_lib.write_whole(draft / _RECORD, record)
     draft.rename(folder)
     files_lib.sync_folder(folder.parent)
   except OSError:
@@ -168,3 +156,6 @@ def _make(
       raise
   finally:
     shutil.rmtree(draft, ignore_errors=True)
+  if found := _found(folder, types):
+    return found
+  raise OSError(f"{folder} does not hold what was just written there")

@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-
 from moejax import files as files_lib
 from moejax import terminal
 from moejax.data import packing, text_files, tfds_corpora
@@ -53,23 +51,6 @@ class Corpus(NamedTuple):
     """Names of the parts."""
     return tuple(self.pairs)
 
-  @property
-  def is_translation(self) -> bool:
-    """Whether rows have sources."""
-    return self.source_length > 0
-
-  @property
-  def unit(self) -> str:
-    """Names what the text is cut into."""
-    return "word piece" if self.is_translation else "word"
-
-  @property
-  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a batch's arrays."""
-    return packing.batch_shapes(
-      self.batch_size, self.row_length, self.source_length
-    )
-
   def tokens(self, split: str) -> list[Tokens]:
     """Reads a split as ids, those of each direction."""
     return [packing.tokenize(p, self.vocabulary) for p in self.pairs[split]]
@@ -79,9 +60,6 @@ class Corpus(NamedTuple):
 
     Says how many sentences are in no row, and warns of words that are too few,
     or too often unknown, to be words.
-
-    Raises:
-      ValueError: as `packing.tokenize` and `packing.pack`.
     """
     parts = []
     for pairs, tokens in zip(
@@ -93,7 +71,7 @@ class Corpus(NamedTuple):
       if rows.left_out:
         terminal.warn(f"{pairs}: {rows.left_out}")
       parts.append(rows)
-    if self.is_translation:
+    if self.source_length:
       return packing.MultiDirection(parts, self.temperature)
     (rows,) = parts
     if rows.unknown > _MANY_UNKNOWN or len(self.vocabulary) < _FEW_WORDS:
@@ -118,11 +96,8 @@ def named_files(value: str | Sequence[str]) -> dict[Direction, list[str]]:
   """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
 
   A plain path, whose languages do not matter, is of `NO_LANGUAGES`; one that
-  would pass for a named file begins with "./".
-
-  Raises:
-    ValueError: some paths are plain and others are not, or the languages can be
-      understood in two.
+  would pass for a named file begins with "./". ValueError where some paths are
+  plain and others are not, or languages can be understood in two ways.
   """
   files: dict[Direction, list[str]] = {}
   for item in text_files.find(value):
@@ -183,14 +158,12 @@ def open_pairs(
   """Opens the splits of one's own files; prepares them the first time.
 
   A split for which a direction has no files is carved out of its train files,
-  and of these alone: it says so where directions share a language.
+  and of these alone: it says so where directions share a language. ValueError
+  for files of a direction that has none to train on, or that has its own where
+  those of the other one serve it too.
 
   Returns:
     split -> what there is for each direction, and for each in return.
-
-  Raises:
-    FileNotFoundError, ValueError: files that `PairFiles` cannot use, or of a
-      direction that has none to train on, or that serve one with its own.
   """
   splits = {"train": train, "validation": validation, "test": test}
   for split, files in splits.items():
@@ -225,24 +198,18 @@ def open_pairs(
     builder = tfds_corpora.prepared(
       functools.partial(tfds_corpora.PairFiles, own, data_dir, strict)
     )
-    for split in splits:
+    for split, found in opened.items():
       sides = [Records(builder, split, side) for side in ("source", "target")]
-      opened[split].append(Pairs(direction, split, *sides))
+      found.append(Pairs(direction, split, *sides))
       if both_directions:
-        back = Direction(*direction[::-1])
-        opened[split].append(Pairs(back, split, *sides[::-1]))
+        found.append(Pairs(Direction(*direction[::-1]), split, *sides[::-1]))
   return opened
 
 
 def read_pairs(
   paths: text_files.Paths, direction: Direction, strict: bool = False
 ) -> Pairs:
-  """Reads files of pairs, all in the one split "data".
-
-  Raises:
-    FileNotFoundError, ValueError: as `text_files.check` and
-      `tfds_corpora.pair_lines`.
-  """
+  """Reads files of pairs, all in the one split "data"."""
   found: list[tuple[str, str]] = []
   for path in map(pathlib.Path, paths):
     text_files.check(path)
@@ -252,12 +219,7 @@ def read_pairs(
 
 
 def read_lines(paths: text_files.Paths) -> list[str]:
-  """Reads the lines of text files, and warns of what may not be meant.
-
-  Raises:
-    FileNotFoundError, ValueError: as `text_files.check` and
-      `tfds_corpora.text_lines`.
-  """
+  """Reads the lines of text files, and warns of what may not be meant."""
   found: list[str] = []
   for path in map(pathlib.Path, paths):
     tfds_corpora.TextFiles.check(path)
@@ -382,11 +344,9 @@ def _lm1b(
     builder = tfds_corpora.downloaded("lm1b", _data_dir(data_dir))
     count = builder.info.splits["test"].num_examples
     few = max(1, count // _VALIDATION_PART)
-    parts = {"validation": f"test[:{few}]", "test": f"test[{few}:]"}
-    texts = {
-      split: Records(builder, part)
-      for split, part in ({"train": "train"} | parts).items()
-    }
+    parts = {"train": "train", "validation": f"test[:{few}]"}
+    parts["test"] = f"test[{few}:]"
+    texts = {split: Records(builder, part) for split, part in parts.items()}
     if test:
       texts["test"] = read_lines([_local(test)])
       tested = set(texts["test"])

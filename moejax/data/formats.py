@@ -14,28 +14,23 @@ import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
+import charset_normalizer
+
 from moejax import terminal
 
 STDIN = "standard input"
 
 
 class Origin(NamedTuple):
-  """Where bytes come from, for messages.
+  """Where bytes come from, for messages."""
 
-  Attributes:
-    name: of the file, or STDIN.
-    unpack: the command that decompresses it, such as "gzip -dc"; "" if plain.
-  """
-
-  name: str
-  unpack: str = ""
+  name: str  # Of the file, or STDIN.
+  unpack: str = ""  # The command that decompresses it, such as "gzip -dc".
 
   def cure(self, how: str) -> str:
     """Returns what to type, or to do.
 
-    Args:
-      how: "| COMMAND" is a command that the content goes through; in all else
-        {} is the path.
+    "| COMMAND" is one that the content goes through; else {} is the path.
     """
     path = "FILE" if self.name == STDIN else shlex.quote(self.name)
     command = how.removeprefix("| ")
@@ -73,19 +68,26 @@ _PARAGRAPHS = rf"perl -pe 's/<\/\w+:p>/\n/g' | {_NO_TAGS} > new.txt"
 _SAVE = "save it as plain text in UTF-8, by the program that wrote it"
 _OTHER = "name a file of text"
 
-# How what is no text begins, what it is, and the cure.
+# How compressed files begin, by what, and the command that decompresses them.
+COMPRESSED = (
+  (rb"\x1f\x8b", "gzip", "gzip -dc"),
+  (rb"\x1f\x9d", "compress", "gzip -dc"),
+  (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bzip2", "bzip2 -dc"),
+  (rb"\xfd7zXZ\0|\x5d\0\0", "xz", "xz -dc"),  # .xz, .lzma
+  (rb"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
+  (rb"\x04\x22\x4d\x18", "lz4", "lz4 -dc"),
+  (rb"LZIP\x01", "lzip", "lzip -dc"),
+)
+# How what else is no text begins, what it is, and the cure.
 _SIGNATURES = tuple(
   (re.compile(begin, re.DOTALL), what, how)
   for begin, what, how in (
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32", _TO_UTF8("UTF-32")),
     (rb"\xff\xfe|\xfe\xff", "text in UTF-16", _TO_UTF8("UTF-16")),
-    (rb"\x1f\x8b", "compressed by gzip", "| gzip -dc"),
-    (rb"\x1f\x9d", "compressed by compress", "| gzip -dc"),
-    (rb"BZh[1-9](1AY&SY|\x17rE8P)", "compressed by bzip2", "| bzip2 -dc"),
-    (rb"\xfd7zXZ\0", "compressed by xz", "| xz -dc"),
-    (rb"\x28\xb5\x2f\xfd", "compressed by zstd", "| zstd -dc"),
-    (rb"\x04\x22\x4d\x18", "compressed by lz4", "| lz4 -dc"),
-    (rb"LZIP\x01", "compressed by lzip", "| lzip -dc"),
+    *(
+      (begin, f"compressed by {by}", f"| {how}")
+      for begin, by, how in COMPRESSED
+    ),
     (rb".{257}ustar", "a tar archive", "| tar -xOf -"),
     (
       rb"PK\x03\x04.*word/document\.xml",
@@ -124,8 +126,12 @@ _SIGNATURES = tuple(
 )
 _OLD_LINES = "text whose lines end in carriage returns", r"| tr '\r' '\n'"
 
-# Of letters in two or four bytes, without a mark that says so.
-_WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+# Of letters in two or four bytes, without a mark that says so; as iconv has it.
+_WIDE = {
+  f"utf_{bits}_{order}": f"UTF-{bits}{order.upper()}"
+  for bits in (32, 16)
+  for order in ("le", "be")
+}
 # Those that text is in where it is not in UTF-8, as Python and iconv name them:
 # such as have few letters beyond ASCII, and such as have many.
 _OF_FEW = ("CP1252", "CP1250", "CP1254", "CP850", "MACINTOSH")
@@ -134,7 +140,6 @@ _OF_MANY = (
   *("CP932", "EUC-JP", "GBK", "BIG5", "CP949"),
 )
 _CONTROL = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
-_SPACE = " \t\r\n"
 # Letters without a line break that are no sentence.
 _LONG = 10_000
 
@@ -142,12 +147,11 @@ _LONG = 10_000
 def check(head: bytes, origin: Origin) -> str:
   """Looks at the first bytes of what should be text, and returns their text.
 
-  Raises:
-    ValueError: they are no text in UTF-8, or have line ends of another kind.
+  ValueError where they are no text in UTF-8, or have line ends of another kind.
   """
   if found := _signature(head):
     raise origin.refused(*found)
-  text = _begun("UTF-8", head) or _begun("UTF-8", head, "replace")
+  text = _begun("UTF-8", head, "replace")
   # What Latin-1 makes of bytes that never were of it.
   as_was = text[:1024].encode("latin-1", "replace")
   if found := _signature(as_was):
@@ -178,17 +182,14 @@ def line_text(
   mixed: bool,
   origin: Origin,
 ) -> str:
-  """Decodes a line with its line break.
+  """Decodes a line with its break; ValueError where it is no text in UTF-8.
 
   Args:
     line: with its break.
     number: counted from 1.
-    origin: the file that it is of.
     more: reads some of the bytes that follow.
     mixed: whether lines before it have letters beyond ASCII, in UTF-8.
-
-  Raises:
-    ValueError: it is not UTF-8, or holds what no text does.
+    origin: the file that it is of.
   """
   if b"\0" in line:
     raise origin.refused(
@@ -229,22 +230,8 @@ def _controls(text: str) -> float:
 
 def _wide(head: bytes) -> str:
   """Names the encoding of letters of two or four bytes, or returns ""."""
-  plain = _begun("UTF-8", head)
-  # Half of English, and of what else has an alphabet, is NUL or control. A
-  # stray NUL must not make Chinese of two letters each.
-  if plain is not None and _controls(plain) < 0.1:
-    return ""
-  least = 0.0 if plain is None else 0.02
-  for name in _WIDE:
-    if (text := _begun(name, head)) is None:
-      continue
-    kinds = [unicodedata.category(letter) for letter in text]
-    odd = sum(kind in ("Cc", "Cn", "Co") for kind in kinds)
-    spaces = sum(letter in _SPACE for letter in text)
-    odd -= sum(letter in "\t\r\n" for letter in text)
-    if odd <= 0.02 * len(text) and spaces > least * len(text):
-      return name
-  return ""
+  found = charset_normalizer.from_bytes(head, cp_isolation=[*_WIDE]).best()
+  return _WIDE[found.encoding] if found else ""
 
 
 def _encodings(line: bytes, more: bytes, mixed: bool, origin: Origin) -> str:
@@ -286,8 +273,7 @@ def _fits(encoding: str, block: bytes) -> bool:
   beyond = [unicodedata.category(letter) for letter in text if letter > "\x7f"]
   words = sum(kind[0] in "LMP" for kind in beyond)
   # Capitals come first in a word.
-  pairs = itertools.pairwise(beyond)
-  turned = sum(pair == ("Ll", "Lu") for pair in pairs)
+  turned = sum(pair == ("Ll", "Lu") for pair in itertools.pairwise(beyond))
   return (
     words >= 0.9 * len(beyond)
     and turned <= 0.1 * len(beyond)

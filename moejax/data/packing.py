@@ -123,11 +123,8 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
   """Returns the ids of a split; those of a prepared corpus are made once.
 
   A source begins with the tag of its target's language where the tokenizer has
-  tags.
-
-  Raises:
-    ValueError: no pair has words on all sides, or a language has no tag where
-      others have, or the tokenizer does not have an id.
+  tags. ValueError where no pair has words on all sides, or the language has no
+  tag, or the cache holds an id that the tokenizer does not have.
   """
   sides = pairs.sides
   tag = []
@@ -138,13 +135,13 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
 
   def write(*files):
     empty = True
-    streams = [iter(texts) for texts in sides.values()]
-    while any(
-      block := [list(itertools.islice(texts, _BLOCK)) for texts in streams]
-    ):
-      encoded = list(zip(*map(tokenizer.encode_all, block), strict=True))
+    texts = zip(*sides.values(), strict=True)
+    while block := list(itertools.islice(texts, _BLOCK)):
+      by_side = map(tokenizer.encode_all, zip(*block, strict=True))
+      encoded = list(zip(*by_side, strict=True))
       empty &= not any(map(all, encoded))
       for i, name in enumerate(sides):
+        # A pair without words on one side has no ids on the other either.
         first = tag if name == "source" else []
         closed = [
           [*first, *ids[i], tokenizer.end] if all(ids) else []
@@ -195,12 +192,9 @@ def pack(tokens: Tokens, row_length: int, source_length: int = 0) -> Packing:
 
   A sentence without a source that is longer than a row is cut into spans of
   `row_length` and a rest; all are placed in order. A pair stays whole; pairs
-  that are empty or too long are left out. Of every 10,000 pairs the long ones
-  are placed first, as there is room for the short ones beside them. The result
-  depends on the arguments alone.
-
-  Raises:
-    ValueError: no pair fits.
+  that are empty or too long are left out, and ValueError says that all are. Of
+  every 10,000 pairs the long ones are placed first, as there is room for the
+  short ones beside them. The result depends on the arguments alone.
   """
   types = {"first": np.int64}
   for side in tokens.ids:
@@ -290,6 +284,7 @@ def _assign(
     memoryview(source_lengths), memoryview(target_lengths), strict=True
   ):
     free, left, row = row_length, source_length, rows
+    # The lowest bit is the fullest row; those with too little room are cleared.
     room = targets >> target << target
     while room:
       lowest = (room & -room).bit_length() - 1
@@ -358,18 +353,15 @@ class PackedRows:
     )
     self.unknown = unknown / targets.size
     count = len(tokens.lengths["target"])
-    empty = count - np.count_nonzero(tokens.lengths["target"])
-    why = [f"{empty:,} without words"]
+    out = empty = count - np.count_nonzero(tokens.lengths["target"])
+    why = f"{empty:,} without words"
     if source_length:
-      long = count - empty - len(self._packing.begin["source"])
-      empty += long
-      why.append(
-        f"{long:,} of more than source_length={source_length} or"
+      out = count - len(self._packing.begin["source"])
+      why += (
+        f", {out - empty:,} of more than source_length={source_length} or"
         f" row_length={row_length} word pieces"
       )
-    self.left_out = ""
-    if empty:
-      self.left_out = f"{empty:,} of {count:,} left out: {', '.join(why)}"
+    self.left_out = f"{out:,} of {count:,} left out: {why}" if out else ""
 
   def __len__(self) -> int:
     return len(self._packing.first) - 1
@@ -444,11 +436,7 @@ class MultiDirection:
   unknown = 0.0
 
   def __init__(self, parts: Sequence[PackedRows], temperature: float = 1.0):
-    """Takes rows of one shape.
-
-    Raises:
-      ValueError: temperature is not above 0.
-    """
+    """Takes rows of one shape; ValueError for a temperature not above 0."""
     if not temperature > 0:
       raise ValueError(f"temperature must be above 0, got {temperature}")
     self._parts = tuple(parts)

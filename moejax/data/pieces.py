@@ -1,6 +1,5 @@
 """Word pieces: one vocabulary for source and target (sec. 5.3, app. E)."""
 
-import hashlib
 import io
 import random
 import re
@@ -9,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 
 from moejax import files, terminal
+from moejax.data import cache
 
 # What it is trained on is at most so many sentences, drawn evenly, and of each
 # so many letters: sentencepiece leaves out what is longer than 4192 bytes.
@@ -42,11 +42,7 @@ class Pieces:
   FILE = "pieces.model"
 
   def __init__(self, model: bytes):
-    """Takes what sentencepiece trained.
-
-    Raises:
-      ValueError: it is no such model, or one with other special pieces.
-    """
+    """Takes a model of sentencepiece; ValueError for other special pieces."""
     processor = sentencepiece.SentencePieceProcessor()
     try:
       parsed = model and processor.LoadFromSerializedProto(model)
@@ -64,7 +60,7 @@ class Pieces:
         " 2 are wanted; train it by Pieces.train"
       )
     self._model = model
-    self.digest = hashlib.blake2b(model, digest_size=8).hexdigest()
+    self.digest = cache.digest(model)
     special = filter(processor.is_control, range(len(self)))
     named = ((i, _TAG.fullmatch(processor.id_to_piece(i))) for i in special)
     self._tags = {found[1]: i for i, found in named if found}
@@ -78,11 +74,8 @@ class Pieces:
 
     Of more than a million texts a million are used, always the same, and of
     each the first thousand letters. It says how many are not used whole. The
-    size counts special pieces, among them the tags of languages, and 256 bytes.
-
-    Raises:
-      ValueError: there is no text, or too little for the size, or too small a
-        size for the letters.
+    size counts special pieces, among them the tags of languages, and 256 bytes;
+    ValueError where it is too large for the text, or too small for its letters.
     """
     # Drawn evenly, of any number of sentences.
     sample, count, long, rng = [], 0, 0, random.Random(0)
@@ -138,12 +131,7 @@ class Pieces:
 
   @classmethod
   def load(cls, path: files.Path) -> "Pieces":
-    """Reads a file that `save` wrote.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds no such model.
-    """
+    """Reads a file that `save` wrote; ValueError where it is none."""
     try:
       return cls(files.read(path))
     except ValueError as error:
@@ -173,10 +161,8 @@ class Pieces:
   def tag(self, language: str) -> int:
     """Returns the id of the piece that asks for a language.
 
-    Its subtags come after "_", or "-", which is the same.
-
-    Raises:
-      ValueError: it was not trained.
+    Subtags come after "_", or "-", which is the same; ValueError where the
+    language was not trained.
     """
     found = self._tags.get(language, self._tags.get(language.replace("-", "_")))
     if found is None:

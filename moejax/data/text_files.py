@@ -34,20 +34,13 @@ _LONGEST = 1 << 26
 
 
 def find(words: str | Sequence[str]) -> list[str]:
-  """Finds the files that users name.
+  """Finds the files that users name, by a config or words of a command line.
 
   Paths are parted by commas, with spaces around them or without, and may begin
   with languages, as in "en-fr=a.tsv". `~` is the home folder, as `files.local`
   has it, and patterns (`*`, `?`, `[ab]`) stand for the files that match, in
-  order. A file whose own name has commas, brackets or "=" is meant by this
-  name.
-
-  Args:
-    words: a value of a config; several words of a command line.
-
-  Raises:
-    FileNotFoundError: no file matches a pattern.
-    ValueError: as `files.local`.
+  order; FileNotFoundError where none does. A file whose own name has commas,
+  brackets or "=" is meant by this name.
   """
   found = []
   for word in [words] if isinstance(words, str) else words:
@@ -77,6 +70,7 @@ def _readings(item: str) -> list[tuple[str, str]]:
 
 
 def _matches(item: str) -> list[str]:
+  """Returns the files that an item means; itself, if it is no pattern."""
   readings = _readings(item)
   for languages, path in readings:
     if os.path.exists(path):
@@ -101,13 +95,13 @@ def _open_zstd(file: io.BufferedIOBase) -> io.BufferedIOBase:
   return io.BufferedReader(stream)
 
 
-# How compressed files begin, what opens them, and the command that does.
-_COMPRESSED = (
-  (rb"\x1f\x8b", gzip.open, "gzip -dc"),
-  (rb"BZh[1-9](1AY&|\x17rE8)", bz2.open, "bzip2 -dc"),
-  (rb"\xfd7zXZ\0|\x5d\0\0", lzma.open, "xz -dc"),  # .xz, .lzma
-  (rb"\x28\xb5\x2f\xfd", _open_zstd, "zstd -dc"),
-)
+# Those of `formats.COMPRESSED` that are read as they are.
+_OPEN = {
+  "gzip": gzip.open,
+  "bzip2": bz2.open,
+  "xz": lzma.open,
+  "zstd": _open_zstd,
+}
 _SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 
 
@@ -122,8 +116,7 @@ def check_path(path: files_lib.Path) -> None:
 def check(path: files_lib.Path) -> tuple[str, Origin]:
   """Returns what text a file begins with, and where that is from.
 
-  Raises:
-    FileNotFoundError, ValueError: as `check_path` and `formats.check`.
+  Raises what `check_path` and `formats.check` do.
   """
   check_path(path)
   with _opened(path) as (file, origin):
@@ -136,21 +129,13 @@ def lines(path: files_lib.Path) -> Iterator[str]:
 
 
 def as_written(path: files_lib.Path) -> Iterator[str]:
-  """Yields each line, with all that is in it.
-
-  Raises:
-    ValueError: the file is not UTF-8, or damaged.
-  """
+  """Yields each line as it is; ValueError where it is not UTF-8, or damaged."""
   with _opened(path) as (file, origin):
     yield from _decoded(file, origin)
 
 
 def of_stdin(content: bytes) -> list[str]:
-  """Returns the lines of what came in by standard input.
-
-  Raises:
-    ValueError: it is no text in UTF-8.
-  """
+  """Returns the lines of standard input; ValueError as `as_written`."""
   origin = Origin(formats.STDIN)
   formats.check(content[:_HEAD], origin)
   return list(map(_plain, _decoded(io.BytesIO(content), origin)))
@@ -175,9 +160,13 @@ def _plain(line: str) -> str:
 def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
   """Opens a file by what it begins with, whatever its name says."""
   with files_lib.open_regular(path) as file:
-    begin = file.read(8)
+    begin = file.read(10)
     file.seek(0)
-    found = [kind for kind in _COMPRESSED if re.match(kind[0], begin)]
+    found = [
+      (_OPEN[by], command)
+      for start, by, command in formats.COMPRESSED
+      if by in _OPEN and re.match(start, begin)
+    ]
     if begin and not found and path.suffix in _SUFFIXES:
       raise ValueError(
         f"{path} is damaged, or not compressed as its name says; copy it again,"
@@ -185,7 +174,7 @@ def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
       )
     try:
       if found:
-        _, unpacked, command = found[0]
+        unpacked, command = found[0]
         with unpacked(file) as text:
           yield text, Origin(str(path), command)
       else:

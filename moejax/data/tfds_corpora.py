@@ -45,10 +45,8 @@ DataDir = str | os.PathLike | None
 
 def split_of(index: int, held_out: Collection[str] = tuple(_HELD_OUT)) -> str:
   """Returns the split of a document: 1 in 20 for each that is held out."""
-  for split in held_out:
-    if index % _CYCLE == _HELD_OUT[split]:
-      return split
-  return "train"
+  place = index % _CYCLE
+  return next((each for each in held_out if place == _HELD_OUT[each]), "train")
 
 
 def lines_of_block(lines: int) -> int:
@@ -60,11 +58,7 @@ def lines_of_block(lines: int) -> int:
 
 
 def text_lines(path: pathlib.Path) -> Iterator[tuple[str]]:
-  """Yields the lines that are not blank, without the space around them.
-
-  Raises:
-    ValueError: there are none, or as `text_files.lines`.
-  """
+  """Yields the lines that are not blank, stripped; ValueError without any."""
   empty = True
   for line in text_files.lines(path):
     if text := line.strip():
@@ -80,11 +74,8 @@ def pair_lines(
   """Yields (source, target) of the lines that have both, parted by a tab.
 
   A line that is no pair is refused if strict, else left out; loud says at the
-  end how many are, why, and where the first of them are.
-
-  Raises:
-    ValueError: there is no pair, a line is none where that is refused, or as
-      `text_files.lines`.
+  end how many are, why, and where the first of them are. ValueError without any
+  pair.
   """
   left_out: dict[str, list[int]] = {}
   number, empty = 0, True
@@ -139,11 +130,10 @@ def _readable(folder: Callable[[], str | os.PathLike]) -> Iterator[None]:
   except tfds.core.DatasetNotFoundError:
     raise
   except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
-    first_line = (str(error).strip().splitlines() or [""])[0]
     raise ValueError(
-      f"what is prepared in {folder()} cannot be read ({type(error).__name__}:"
-      f" {first_line:.200}); remove that folder, and prepare it again as it was"
-      " the first time."
+      f"what is prepared in {folder()} cannot be read"
+      f" ({terminal.brief(error)}); remove that folder, and prepare it again as"
+      " it was the first time."
     ) from error
 
 
@@ -163,12 +153,7 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
   sources: Sequence[pathlib.Path] = ()
 
   def __init__(self, *, data_dir: DataDir = None, **options):
-    """Opens the prepared copy, where there is one.
-
-    Raises:
-      OSError: something in it is neither a folder nor a regular file.
-      ValueError: it is damaged.
-    """
+    """Opens the prepared copy; ValueError where there is a damaged one."""
     _refuse_odd(self.name, data_dir)
     with _readable(lambda: self._data_dir):
       super().__init__(data_dir=data_dir, **options)
@@ -231,9 +216,7 @@ class TextFiles(Prose, skip_registration=True):
   def __init__(self, files: Mapping[str, Paths], data_dir: DataDir = None):
     """Takes the files of train and, maybe, of validation and test.
 
-    Raises:
-      FileNotFoundError: a file does not exist.
-      ValueError: a path is a directory, or there is no train file.
+    Raises what `text_files.check_path` does; ValueError without a train file.
     """
     self._files = {
       split: [pathlib.Path(path) for path in files.get(split, ())]
@@ -337,10 +320,8 @@ def prepared(make: Callable[[], Prose]) -> Prose:
   """Returns what `make` does, with a prepared copy: made the first time.
 
   It lies in the builder's `data_dir`; None is where TFDS keeps them,
-  $TFDS_DATA_DIR or ~/tensorflow_datasets.
-
-  Raises:
-    ValueError: it is made of files that are no text, or change meanwhile.
+  $TFDS_DATA_DIR or ~/tensorflow_datasets. ValueError for files that are no
+  text, or change meanwhile.
   """
   with quiet():
     builder = make()
@@ -350,13 +331,6 @@ def prepared(make: Callable[[], Prose]) -> Prose:
     _protect(builder)
   if builder.is_prepared():
     return builder
-  _prepare(builder)
-  with quiet():
-    # A new builder: one that lost a race describes its own, removed copy.
-    return make()
-
-
-def _prepare(builder: Prose) -> None:
   where = pathlib.Path(builder.data_dir)
   if names := list(dict.fromkeys(path.name for path in builder.sources)):
     more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
@@ -386,10 +360,10 @@ def _prepare(builder: Prose) -> None:
         raise
     except RuntimeError as error:
       # Of array_record, where it cannot write.
-      first_line = (str(error).splitlines() or [""])[0]
       raise OSError(
         f"{builder.name} could not be prepared in {where}"
-        f" ({first_line:.300}); make room, if there is none, and start again."
+        f" ({terminal.brief(error)}); make room, if there is none, and start"
+        " again."
       ) from error
   if builder.sources and builder.own_name() != builder.builder_config.name:
     shutil.rmtree(where)
@@ -397,6 +371,9 @@ def _prepare(builder: Prose) -> None:
       f"{' or '.join(map(str, builder.sources))} changed while it was read;"
       " start again when it is whole"
     )
+  with quiet():
+    # A new builder: one that lost a race describes its own, removed copy.
+    return make()
 
 
 def _protect(builder: Prose) -> None:
@@ -424,11 +401,8 @@ def _protect(builder: Prose) -> None:
 def downloaded(name: str, data_dir: DataDir = None) -> tfds.core.DatasetBuilder:
   """Returns the builder of a corpus that TFDS downloaded and prepared.
 
-  Raises:
-    FileNotFoundError: it is not prepared there.
-    OSError: something there is neither a folder nor a regular file.
-    ValueError: what is prepared there cannot be read without TensorFlow, or at
-      all.
+  FileNotFoundError where it is not prepared there; ValueError where what is
+  prepared cannot be read without TensorFlow, or at all.
   """
   folder = _refuse_odd(name, data_dir)
   there = False

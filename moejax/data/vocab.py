@@ -1,12 +1,12 @@
 """Sentences and words of raw text, and the word vocabulary."""
 
 import collections
-import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
 from moejax import files
-from moejax.data import text_files
+from moejax.data import cache, text_files
 from moejax.data.formats import Origin
 
 END, START, UNKNOWN = "</S>", "<S>", "<UNK>"
@@ -166,8 +166,7 @@ class Vocabulary:
   def __init__(self, entries: Sequence[str]):
     """Makes the vocabulary whose entry i has id i, special symbols included.
 
-    Raises:
-      ValueError: a special symbol is missing or an entry occurs twice.
+    ValueError where a special symbol is missing or an entry occurs twice.
     """
     self._entries = tuple(entries)
     ids = {entry: i for i, entry in enumerate(self._entries)}
@@ -187,22 +186,19 @@ class Vocabulary:
     self.end, self.start = ids.pop(END), ids.pop(START)
     self.unknown = ids.pop(UNKNOWN)
     self._ids = ids
-    everything = "\n".join(self._entries).encode()
-    self.digest = hashlib.blake2b(everything, digest_size=8).hexdigest()
+    self.digest = cache.joined(self._entries)
 
   @classmethod
   def build(cls, texts: Iterable[str], min_count: int) -> "Vocabulary":
     """Counts the words of raw texts and numbers them by falling count.
 
     `</S>` is 0, `<S>` is 1, `<UNK>` is 2; words of equal count are in
-    alphabetical order. Words seen less than min_count times become `<UNK>`.
-
-    Raises:
-      ValueError: no word is frequent enough.
+    alphabetical order. Words seen less than min_count times become `<UNK>`;
+    ValueError where no word is frequent enough.
     """
-    counts = collections.Counter()
-    for text in texts:
-      counts.update(words(text))
+    counts = collections.Counter(
+      itertools.chain.from_iterable(map(words, texts))
+    )
     for special in (END, START, UNKNOWN):
       counts.pop(special, None)
     ranked = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
@@ -219,10 +215,8 @@ class Vocabulary:
   def load(cls, path: files.Path) -> "Vocabulary":
     """Reads a file of one entry a line; the line number is the id.
 
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no text in UTF-8, or a special symbol is missing or an
-        entry occurs twice.
+    FileNotFoundError where there is none; ValueError where it is no text in
+    UTF-8, or no vocabulary.
     """
     text_files.check(path)
     # Marks of byte order inside are of entries, as an older text has them.

@@ -55,13 +55,9 @@ class Checkpoints:
   """Saves in the background; restores the newest or the best that is sound.
 
   With several processes all call every method; the directory is one that all
-  of them see.
-
-  Args:
-    directory: has one folder a step.
-    keep: how many of the last to keep, besides the one with the lowest
-      validation perplexity.
-    read_only: changes nothing in the directory, for a run that may be alive.
+  of them see, and has one folder a step. The last `keep` are kept, and the one
+  of the lowest validation perplexity. Where it is read_only nothing in the
+  directory is changed, for a run that may be alive.
   """
 
   def __init__(
@@ -94,14 +90,13 @@ class Checkpoints:
   ) -> None:
     """Begins to save; returns once the state may be changed.
 
+    OSError where this, or the one before, could not be written.
+
     Args:
       state: what is saved.
       step: the same step, known to the host.
       progress: plain values, such as the position in the data.
       perplexity: of the validation set, where it was measured at this step.
-
-    Raises:
-      OSError: it, or the one before, could not be written.
     """
     items: dict[str, Any] = {
       "state": ocp.args.StandardSave(state),
@@ -109,15 +104,15 @@ class Checkpoints:
     }
     if perplexity is not None:
       # The step too: folders, or their files, may have been exchanged.
-      metrics = {"perplexity": perplexity, "step": step}
-      items["metrics"] = ocp.args.JsonSave(metrics)
+      items["metrics"] = ocp.args.JsonSave(
+        {"perplexity": perplexity, "step": step}
+      )
     self.wait()
     self._saving = step
     self._shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
     self._perplexity[step] = perplexity
     with self._reporting():
-      args = ocp.args.Composite(**items)
-      self._manager.save(step, args=args, force=True)
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   def check(self) -> None:
     """Raises OSError where what is being saved has failed; does not wait."""
@@ -125,17 +120,12 @@ class Checkpoints:
       self._manager.check_for_errors()
 
   def latest(self, target: TrainState) -> Restored | None:
-    """Restores the newest checkpoint that can be read; None without any.
+    """Restores into a target (`state.abstract_state`); None without any.
 
-    A damaged one, cut short by a crash or a full disk, is reported and renamed
-    to damaged-STEP-..., and the one before is taken.
-
-    Args:
-      target: as of `state.abstract_state`, to restore into.
-
-    Raises:
-      OSError: a file cannot be read, which does not say that it is damaged.
-      ValueError: there are checkpoints, but all are damaged.
+    A damaged checkpoint, cut short by a crash or a full disk, is reported and
+    renamed to damaged-STEP-..., and the one before is taken; ValueError where
+    all are damaged. OSError where a file cannot be read, which does not say
+    that it is damaged.
     """
     restored = self._first_sound(target, lambda step: -step)
     if self._damaged and not self._read_only:
@@ -190,10 +180,9 @@ class Checkpoints:
     return math.inf if perplexity is None else perplexity, -step
 
   def _open(self) -> None:
-    """Opens the directory, and looks at what is there.
+    """Opens the directory, and reads which steps are there, and how good.
 
-    Orbax does not read the perplexities: it would take them as they come, and
-    refuse the whole directory where one is no JSON.
+    Orbax would refuse the whole directory where a perplexity is no JSON.
     """
     # A folder that may be listed but not entered would pass for an empty one.
     with _all_or_none(), contextlib.suppress(FileNotFoundError):
@@ -212,25 +201,21 @@ class Checkpoints:
     self._damaged &= steps
     self._perplexity = {}
     for step in sorted(steps - self._damaged):
+      folder, perplexity = self._directory / str(step), None
       try:
         with _all_or_none():
-          self._perplexity[step] = self._measured(step)
+          if _verify(folder, lambda name: name == _PERPLEXITY):
+            metrics = files_lib.read_json(folder / _PERPLEXITY)
+            # Older versions wrote no step.
+            _check_step(metrics.get("step", step), step)
+            perplexity = float(metrics["perplexity"])
+        self._perplexity[step] = perplexity
       except FileNotFoundError:
         # Training goes on and deletes it; or the folder is called 09.
-        if not self._read_only and (self._directory / str(step)).is_dir():
+        if not self._read_only and folder.is_dir():
           raise
       except ValueError as error:
         self._leave_out(step, str(error))
-
-  def _measured(self, step: int) -> float | None:
-    """Reads the perplexity of a step, where it was measured."""
-    folder = self._directory / str(step)
-    if not _verify(folder, lambda name: name == _PERPLEXITY):
-      return None
-    metrics = files_lib.read_json(folder / _PERPLEXITY)
-    # Older versions wrote no step.
-    _check_step(metrics.get("step", step), step)
-    return float(metrics["perplexity"])
 
   def _first_sound(
     self, target: TrainState, order: Callable[[int], Any]
@@ -248,8 +233,7 @@ class Checkpoints:
           raise
       except Exception as error:  # Orbax raises many kinds on damage.
         if not self._has_changed():
-          first_line = (str(error).splitlines() or [""])[0]
-          self._leave_out(step, f"{type(error).__name__}: {first_line:.200}")
+          self._leave_out(step, terminal.brief(error))
     if self._damaged:
       raise ValueError(
         f"none of the {len(self._damaged)} checkpoints in {self._directory}"
@@ -280,17 +264,14 @@ class Checkpoints:
     # Every process reads a share of the files; all come to the same answer, as
     # a restore that fails on some would keep the others waiting.
     turn = itertools.cycle(range(jax.process_count()))
+    folder = self._directory / str(step)
     with _all_or_none():
-      folder = self._directory / str(step)
       _verify(folder, lambda name: next(turn) == jax.process_index())
+    wanted = ocp.args.Composite(
+      state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+    )
     try:
-      items = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(target),
-          progress=ocp.args.JsonRestore(),
-        ),
-      )
+      items = self._manager.restore(step, args=wanted)
     except Exception as error:
       # A bucket has all that was written, and gives it or nothing.
       if self._in_bucket and not isinstance(error, _NOT_OF_FILES):
@@ -303,8 +284,7 @@ class Checkpoints:
   def _sign(self) -> None:
     """Writes the digests, just before a checkpoint gets its final name.
 
-    Raises:
-      OSError: not all is there that a restore needs.
+    OSError where not all is there that a restore needs.
     """
     if not processes.first():
       return
@@ -370,9 +350,7 @@ def _plain_path(directory: files_lib.Path) -> Iterator[files_lib.Path]:
 def _all_or_none() -> Iterator[None]:
   """Fails on all processes where one fails: none waits for it.
 
-  Raises:
-    OSError: a file cannot be read, on some process.
-    ValueError: one is damaged, by some process.
+  With OSError where a file cannot be read, or ValueError where it is damaged.
   """
   caught = None
   try:
@@ -415,13 +393,10 @@ def _check_complete(
   store = tensorstore.KvStore.open(base).result()
   keys = store.list().result()
   # Each array has one entry about it, and one for each of its parts.
-  wanted = len(arrays) + sum(
-    math.prod(
-      -(-size // part)
-      for size, part in zip(array.shape, array.storage.chunk_shape, strict=True)
-    )
-    for array in arrays
-  )
+  wanted = len(arrays)
+  for array in arrays:
+    parts = zip(array.shape, array.storage.chunk_shape, strict=True)
+    wanted += math.prod(-(-size // part) for size, part in parts)
   # The last byte of each, in whichever file it lies: none where that is gone.
   last = slice(-1, None)
   reads = [store.read(key, byte_range=last) for key in keys]
@@ -433,8 +408,7 @@ def _check_complete(
 def _files(folder: files_lib.Path) -> list[str]:
   """Lists the files in a folder and below, by their paths from there.
 
-  Without those that begin with a dot, which file systems and file managers
-  leave.
+  Those that begin with a dot are of file systems and file managers.
   """
   if bucket.is_in(folder):
     if found := list(bucket.digests(folder)):
@@ -467,13 +441,9 @@ def _digests(
 
 
 def _verify(folder: files_lib.Path, wanted: Callable[[str], bool]) -> list[str]:
-  """Compares files with their digests, in the order of their names.
+  """Compares the files that are wanted, which it returns, with their digests.
 
-  Returns:
-    The names of those that were wanted.
-
-  Raises:
-    ValueError: a file is not what was written, or they are not those that were.
+  ValueError where one is not what was written, or is one too many or too few.
   """
   files = _files(folder)
   sums_file = next((name for name in _HASHES if name in files), None)

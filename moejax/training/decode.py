@@ -85,7 +85,7 @@ def beam_search(
   beta: float = 0.2,
   prune: float = 3.0,
 ) -> Hypotheses:
-  """Finds translations of a high score.
+  """Finds translations of a high score; ValueError for an option out of range.
 
   Args:
     step_fn: the model's step, of B * beam rows.
@@ -99,9 +99,6 @@ def beam_search(
     alpha: of length normalization; 0 is none.
     beta: of the coverage penalty; 0 is none.
     prune: nats; infinity is no pruning.
-
-  Raises:
-    ValueError: an option is out of its range.
   """
   check_beam(beam)
   for name, value in (("alpha", alpha), ("beta", beta), ("prune", prune)):
@@ -152,9 +149,7 @@ def beam_search(
     # A row that is done stays as it is.
     done = ~is_going(living, finished)
     living, finished = jax.tree.map(
-      lambda new, old: jnp.where(
-        done.reshape(-1, *[1] * (old.ndim - 1)), old, new
-      ),
+      lambda new, old: jax.vmap(jnp.where)(done, old, new),
       (_take(going, kept), closed),
       (living, finished),
     )

@@ -35,25 +35,23 @@ _LONGEST, _NAMED = 100_000, 8
 def meet(
   address: str, number: int, count: int, say: Callable[[str], None]
 ) -> None:
-  """Waits until all processes are there.
+  """Waits until all processes are there; ConnectionError where they are not.
+
+  It says which did not come or do not fit each other, and what to do.
 
   Args:
     address: host:port of process 0.
     number: of this process.
     count: of all.
     say: is told, every few seconds, which processes are missing.
-
-  Raises:
-    ConnectionError: some did not come or do not fit each other, or the address
-      is another program's; says which, and what to do.
   """
 
   async def run() -> None:
     begun = time.monotonic()
-    async with contextlib.AsyncExitStack() as stack:
-      if number == 0:
-        host = _host(address, count, begun, say)
-        await stack.enter_async_context(host)
+    host = contextlib.nullcontext()
+    if number == 0:
+      host = _host(address, count, begun, say)
+    async with host:
       # Process 0 too: it must find itself at the address.
       await _connect(address, number, count, begun, say)
 
@@ -96,32 +94,28 @@ async def _host(
         return
       present[number] = machine
       try:
-        await wait_with(reader, writer)
+        while missing := wanted():
+          if time.monotonic() > begun + PATIENCE:
+            who = f"{_named(missing)} of {count}"
+            apart = _apart(f"{who} did not come to {address}")
+            await _send(writer, {"refused": apart})
+            return
+          await _send(writer, {"missing": missing})
+          # It sends no more: what can be read is its end.
+          with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reader.read(), _SIGN)
+            raise ConnectionResetError
+        await _send(writer, {"all": True})
       except OSError:
         # It has left; started again, it may come again.
         del present[number]
 
-  async def wait_with(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-  ) -> None:
+  def wanted() -> list[int]:
     nonlocal complete
-    while True:
-      missing = [n for n in range(count) if n not in present]
-      # For good: some may be told, and have left, before others are told.
-      complete = complete or not missing
-      if complete:
-        await _send(writer, {"all": True})
-        return
-      if time.monotonic() > begun + PATIENCE:
-        who = f"{_named(missing)} of {count}"
-        apart = _apart(f"{who} did not come to {address}")
-        await _send(writer, {"refused": apart})
-        return
-      await _send(writer, {"missing": missing})
-      # It sends no more: what can be read is its end.
-      with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(reader.read(), _SIGN)
-        raise ConnectionResetError
+    missing = [n for n in range(count) if n not in present]
+    # For good: some may be told, and have left, before others are told.
+    complete = complete or not missing
+    return [] if complete else missing
 
   # Where JAX listens afterwards.
   bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")

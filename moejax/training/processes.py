@@ -14,15 +14,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import bucket, files, sharding, terminal
+from moejax import bucket, files, terminal
 from moejax.training import meeting
 
 _Made = TypeVar("_Made")
@@ -55,16 +54,12 @@ def join(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Connects with the other processes, where there are any.
+  """Connects with the other processes; ConnectionError where they do not come.
 
   What is not given is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
   JAX_PROCESS_ID; under SLURM and on a TPU pod JAX finds all three by itself.
-  Without any of that there is one process. To be called before any other use of
-  JAX.
-
-  Raises:
-    ValueError: some of the three are missing, or do not fit each other.
-    ConnectionError: the others did not come.
+  Without any of that there is one process; ValueError where some are missing,
+  or do not fit each other. To be called before any other use of JAX.
   """
   given = _cluster(
     coordinator_address=coordinator_address,
@@ -76,28 +71,20 @@ def join(
   if not (given or scheduled or on_tpu):
     return
 
-  def waiting(text: str) -> None:
-    terminal.warn(f"moejax: {text}")
-
   if given:
     address, count, number = given.values()
-    meeting.meet(address, number, count, waiting)
+    meeting.meet(
+      address, number, count, lambda text: terminal.warn(f"moejax: {text}")
+    )
   atexit.register(_dismiss)
   _last_word(
     f"the processes did not meet within {meeting.PATIENCE:.0f} seconds; start"
     " all of them within that time, with one address that each can reach."
   )
-  connected = threading.Event()
-
-  def remind() -> None:  # JAX waits in silence.
-    while not connected.wait(meeting.WORD):
-      waiting("waiting for the other processes")
-
-  threading.Thread(target=remind, daemon=True).start()
   try:
     jax.distributed.initialize(
       **given,
-      local_device_ids=_own_devices(os.environ),
+      local_device_ids=_own_devices(),
       initialization_timeout=int(meeting.PATIENCE),
       heartbeat_timeout_seconds=_SILENCE,
       shutdown_timeout_seconds=_SILENCE,
@@ -106,8 +93,6 @@ def join(
     # A single TPU machine may know nothing of a cluster.
     if given or scheduled:
       raise
-  finally:
-    connected.set()
   if not several():
     _dismiss()
     return
@@ -156,17 +141,16 @@ def _cluster(**given: Any) -> dict[str, Any]:
   return given
 
 
-def _own_devices(environ: Mapping[str, str]) -> list[int] | None:
+def _own_devices() -> list[int] | None:
   """Returns [], all that this process sees, where SLURM made them its own.
 
   None leaves it to JAX, which under SLURM gives every process one GPU of those
   that it sees: right where the processes of a machine see the same.
   """
-  if environ.get("JAX_LOCAL_DEVICE_IDS"):
-    return None
-  tasks = environ.get("SLURM_STEP_NUM_TASKS")
-  one_a_node = tasks and tasks == environ.get("SLURM_STEP_NUM_NODES")
-  return [] if one_a_node or "SLURM_GPUS_PER_TASK" in environ else None
+  tasks = os.environ.get("SLURM_STEP_NUM_TASKS")
+  one_a_node = tasks and tasks == os.environ.get("SLURM_STEP_NUM_NODES")
+  own = one_a_node or "SLURM_GPUS_PER_TASK" in os.environ
+  return [] if own and not os.environ.get("JAX_LOCAL_DEVICE_IDS") else None
 
 
 def _last_word(text: str) -> None:
@@ -174,9 +158,8 @@ def _last_word(text: str) -> None:
   if not _WATCHERS:
     command = [sys.executable, "-c", _WATCH]
     _WATCHERS.append(subprocess.Popen(command, stdin=subprocess.PIPE))
-  pipe = _WATCHERS[0].stdin
-  pipe.write(f"moejax: {text}\n".encode())
-  pipe.flush()
+  _WATCHERS[0].stdin.write(f"moejax: {text}\n".encode())
+  _WATCHERS[0].stdin.flush()
 
 
 def _dismiss() -> None:
@@ -291,16 +274,17 @@ def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
 
   A step that takes it along costs no exchange of its own.
   """
-  wanted = votes(mesh)
-  entry = np.full(1, here, wanted.dtype)
+  like = votes(mesh)
+  entry = np.full(1, here, like.dtype)
   return jax.make_array_from_callback(
-    wanted.shape, wanted.sharding, lambda _: entry
+    like.shape, like.sharding, lambda _: entry
   )
 
 
 def votes(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
   """Returns the shape, type and sharding of what `vote` makes."""
-  one_a_device = sharding.device_sharding(mesh)
+  spec = jax.sharding.PartitionSpec(mesh.axis_names)
+  one_a_device = jax.sharding.NamedSharding(mesh, spec)
   return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=one_a_device)
 
 
@@ -316,27 +300,21 @@ def ends_with_the_others(goes_on_from: Callable[[], str]) -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     if not several():
       raise
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
     terminal.warn(
       f"moejax: process {jax.process_index()} of {jax.process_count()} lost"
-      f" another one ({first_line:.200}); start all of them again: they go on"
-      f" from {goes_on_from()}.",
+      f" another one ({terminal.brief(error)}); start all of them again: they"
+      f" go on from {goes_on_from()}.",
     )
     leave(1)
 
 
 @contextlib.contextmanager
 def alone_in(workdir: files.Path) -> Iterator[Callable[[], None]]:
-  """Keeps a second training out of a workdir; lets go when the process ends.
+  """Keeps a second training out of a workdir, where it gets BlockingIOError.
 
-  A workdir that it makes is removed if nothing else comes to lie there.
-
-  Yields:
-    A function that raises OSError where another trains there all the same, as
-    can happen in a bucket (`bucket.alone`).
-
-  Raises:
-    BlockingIOError: another one trains there.
+  A workdir that it makes is removed if nothing else comes to lie there. Yields
+  a function that raises OSError where another trains there all the same, as can
+  happen in a bucket (`bucket.alone`).
   """
   lock = workdir / LOCK_FILE
   if bucket.is_in(workdir):

@@ -22,9 +22,8 @@ FOLDERS = (CHECKPOINTS, evaluators.TRANSLATIONS, "tensorboard")
 def recall(workdir: files_lib.Path, layout: str = "") -> config_lib.Experiment:
   """Reads what a run trains, its layout replaced if one is named.
 
-  Raises:
-    FileNotFoundError: there is no run in the workdir.
-    ValueError: its config is damaged, or of another version.
+  FileNotFoundError where there is no run in the workdir; ValueError where its
+  config is damaged, or of another version.
   """
   values = workdir_lib.recall(workdir)
   try:
@@ -44,11 +43,9 @@ def open_run(
 ) -> evaluators.Context:
   """Opens a run: what it trains, on devices, and its corpus.
 
-  Files are read as the only split "data", in place of the corpus.
-
-  Raises:
-    FileNotFoundError: there is no run in the workdir, or no such file.
-    ValueError: the vocabulary is not the run's, or as `recall`.
+  Files are read as the only split "data", in place of the corpus. Errors as of
+  `recall`; FileNotFoundError where a file, and ValueError where the run's own
+  vocabulary is missing.
   """
   experiment = recall(workdir, layout)
   data = config_lib.open_corpus(experiment, workdir, files)
@@ -75,9 +72,8 @@ class Loaded(NamedTuple):
 def load(workdir: str | files_lib.Path, layout: str = "") -> Loaded:
   """Loads a run by its best checkpoint, even while it trains.
 
-  Raises:
-    FileNotFoundError: there is no run in the workdir.
-    ValueError: the run has no checkpoint yet, or its vocabulary is another.
+  FileNotFoundError where there is no run in the workdir; ValueError where the
+  run has no checkpoint yet, or its vocabulary is another.
   """
   workdir = files_lib.path(str(workdir))
   experiment = recall(workdir, layout)
@@ -96,15 +92,13 @@ def evaluate_run(
 ) -> dict[str, Any]:
   """Evaluates the best checkpoint on a split, or on files in its place.
 
+  FileNotFoundError where there is no run in the workdir, or no such file;
+  ValueError where the run has no checkpoint yet, the files hold no text, or the
+  vocabulary or the split's text is not the run's.
+
   Returns:
     What the evaluators of the test return, and the checkpoint's step; of a
-    language model also the fraction of words that are unknown to its
-    vocabulary.
-
-  Raises:
-    FileNotFoundError: there is no run in the workdir, or no such file.
-    ValueError: the run has no checkpoint yet, or the files no text, or the
-      vocabulary or the split's text is not the run's.
+    language model also the fraction of words unknown to its vocabulary.
   """
   context = open_run(workdir, layout, files)
   experiment = context.session.experiment
@@ -133,7 +127,9 @@ def translate_run(
   layout: str = "",
   **search: Any,
 ) -> list[str]:
-  """Translates lines by the best checkpoint of a run.
+  """Translates lines by the best checkpoint of a run; errors as of `load`.
+
+  ValueError also where the run does not translate, or not into the language.
 
   Args:
     workdir: of the run.
@@ -143,12 +139,6 @@ def translate_run(
     advance: is told how many more parts of lines are done.
     layout: name of one to take in place of the run's own.
     **search: see `decode.beam_search`.
-
-  Raises:
-    FileNotFoundError: there is no run in the workdir.
-    ValueError: the run has no checkpoint yet, or is none of translations, or
-      did not learn the language, or learned several and none is given, or the
-      vocabulary is not the run's.
   """
   experiment = recall(workdir, layout)
   if not experiment.translates:
@@ -178,11 +168,8 @@ def translate_run(
 def best(workdir: files_lib.Path, built: session.Session) -> TrainState:
   """Restores the best checkpoint of a run, which may still be training.
 
-  Says so where a better one is damaged or gone.
-
-  Raises:
-    OSError: something among them is neither a folder nor a regular file.
-    ValueError: it has no checkpoint yet, or none that can be read.
+  Says so where a better one is damaged or gone; ValueError where there is no
+  checkpoint yet, or none that can be read.
   """
   files_lib.refuse_odd_in(workdir / CHECKPOINTS, written=False)
   checkpoints = checkpoint.Checkpoints(workdir / CHECKPOINTS, read_only=True)
@@ -204,10 +191,8 @@ def lost_best(
 ) -> int | None:
   """Returns the step of the best validation, if its checkpoint is lost.
 
-  Args:
-    workdir: of the run, whose metrics tell.
-    left: the best checkpoint that can be read.
-    newest: step of the newest one; what comes after it may not be saved yet.
+  `left` is the best that can be read; what the metrics in the workdir tell of
+  steps after the `newest` checkpoint may not be saved yet.
   """
   bar = math.inf if left.perplexity is None else left.perplexity
   measured = [

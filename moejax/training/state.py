@@ -37,10 +37,8 @@ def abstract_state(
 ) -> TrainState:
   """Returns the state's shapes, types and shardings; allocates nothing.
 
-  A checkpoint is restored into it, on whatever mesh it was saved.
-
-  Raises:
-    ValueError: an axis does not divide by the devices it is split over.
+  A checkpoint is restored into it, on whatever mesh it was saved. ValueError
+  where an axis does not divide by the devices it is split over.
   """
   with sharding.use(layout, mesh):
     boxed = jax.eval_shape(lambda: _init(model, tx, batch, 0))
@@ -59,10 +57,8 @@ def check_fits(
 ) -> None:
   """Refuses a state that a device cannot hold, activations left aside.
 
-  Raises:
-    ValueError: names the bytes of parameters, gradients and optimizer state on
-      a device, those that it has, and the layouts in which they would fit, with
-      more devices where these are too few.
+  The ValueError names the bytes that it takes with gradients, those that the
+  device has, and the layouts that would fit, with more devices if need be.
   """
   has = device_memory(mesh.local_devices[0])
   needs = with_gradients(abstract)
@@ -148,10 +144,9 @@ def create(
   layout: sharding.Layout,
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """Creates the first state.
+  """Creates the first state, by one program, in its own shardings.
 
-  Parameters and optimizer state come out of one jitted function in their own
-  shardings: no device ever holds a full copy of a split array.
+  So no device ever holds a full copy of a split array.
   """
   abstract = abstract_state(model, tx, batch, layout, mesh)
 

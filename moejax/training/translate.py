@@ -19,8 +19,7 @@ from moejax.training.decode import Hypotheses
 class Translator:
   """Translates lines of text by a model, whatever its parameters.
 
-  It follows a number of hypotheses at once, whole beams, one for each device at
-  the least. All processes give it the same lines, and each gets all of them.
+  All processes give it the same lines, and each gets all of them.
   """
 
   def __init__(
@@ -34,7 +33,7 @@ class Translator:
     beam: int = 8,
     **search: Any,
   ):
-    """Compiles nothing yet.
+    """Compiles nothing yet; ValueError for a source_length or beam too small.
 
     Args:
       model: has the methods `encode`, `begin` and `step` of `gnmt.GNMT`. A
@@ -42,13 +41,10 @@ class Translator:
         nothing (`gnmt.for_decoding`).
       pieces: of both languages.
       source_length: pieces of a source; a longer line is cut (`batches.cut`).
-      hypotheses: to follow at once, over all devices.
+      hypotheses: to follow at once over all devices, in whole beams.
       layout, mesh: where arrays lie.
       beam: hypotheses of each line.
       **search: how else to search, see `decode.beam_search`.
-
-    Raises:
-      ValueError: source_length or beam is too small.
     """
     # Here, as else training would only fail when it first shows examples.
     batches.check_length(source_length)
@@ -79,8 +75,7 @@ class Translator:
   def tag(self, language: str) -> int | None:
     """Returns what a source begins with to be translated into a language.
 
-    Raises:
-      ValueError: there are several languages, and it is none of them.
+    ValueError where there are several languages, and it is none of them.
     """
     return self._pieces.tag(language) if self._pieces.languages else None
 
@@ -101,17 +96,13 @@ class Translator:
     language: str,
     advance: Callable[[int], object] = lambda rows: None,
   ) -> list[str]:
-    """Translates each line by itself, and keeps their order.
+    """Translates each line by itself, and keeps their order; errors as `tag`.
 
     Args:
       params: of the model.
       texts: lines. One without words becomes "".
       language: to translate into, where there are several.
-      advance: is told after each batch how many rows of lines it had, to show
-        how far the work is.
-
-    Raises:
-      ValueError: as `tag`.
+      advance: is told after each batch how many parts of lines it had.
     """
     # Of each line its parts, which may come in any order.
     found: list[dict[int, str]] = [{} for _ in texts]

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from moejax.data import corpora, text_files, tfds_corpora, vocab
 from moejax.data.corpora import NO_LANGUAGES, Corpus, named_files
-from moejax.data.packing import Direction, MultiDirection, Pairs, batch_shapes
+from moejax.data.packing import Direction, MultiDirection, Pairs
 from moejax.data.pieces import Pieces
 from moejax.data.vocab import Vocabulary
 
@@ -84,8 +84,7 @@ def test_a_text_has_words_of_its_own_or_of_the_run(tmp_path):
   data = opened("text", train=str(path), min_count=21, data_dir=str(tmp_path))
   assert data.splits == SPLITS
   assert data.vocabulary.decode(range(3, len(data.vocabulary))) == ["a", "b"]
-  assert (data.unit, data.is_translation) == ("word", False)
-  assert data.batch_shapes == batch_shapes(2, 24)
+  assert (data.batch_size, data.row_length, data.source_length) == (2, 24, 0)
   assert len(data.rows("train")) > 0
   (tokens,) = data.tokens("test")
   assert tokens.lengths["target"].tolist() == [3, 5]
@@ -217,8 +216,7 @@ def pairs(tmp_path_factory):
 
 def test_pairs_serve_one_direction_or_both(pairs):
   one = opened("pairs", **pairs)
-  assert one.unit == "word piece" and one.is_translation
-  assert one.batch_shapes == batch_shapes(2, 24, 30)
+  assert (one.batch_size, one.row_length, one.source_length) == (2, 24, 30)
   assert one.vocabulary.languages == () and len(one.vocabulary) == 290
   both = opened("pairs", both_directions=True, temperature=2.0, **pairs)
   assert both.vocabulary.languages == ("en", "fr")
