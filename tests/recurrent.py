@@ -51,12 +51,26 @@ def look(form, y, segment, states, source, u, w, v):
 
 
 def layer(weights, x, start):
-  names = ("w_in", "w_rec", "bias", "w_out")
-  return lstm(x, start, *(weights[name] for name in names))
+  """Of either direction, or of both: each sentence of a row by itself."""
+  if "forward" not in weights:
+    names = ("w_in", "w_rec", "bias", "w_out")
+    return lstm(x, start, *(weights.get(name) for name in names))
+  there, back = (weights[name] for name in ("forward", "backward"))
+  out = []
+  for row, starts in zip(x, start, strict=True):
+    ends = [*np.flatnonzero(starts)[1:], len(row)]
+    for begin, end in zip(np.flatnonzero(starts), ends, strict=True):
+      only, first = row[None, begin:end], np.arange(end - begin)[None] == 0
+      turned = layer(back, only[:, ::-1], first)[:, ::-1]
+      out.append(np.concatenate([layer(there, only, first), turned], -1)[0])
+  return np.concatenate(out).reshape(*start.shape, -1)
 
 
 def first_layer(params, form, wiring, x, batch, states):
-  """The decoder's first LSTM and its attention, one place after the other."""
+  """The decoder's first LSTM and its attention, one place after the other.
+
+  Returns its outputs, and the contexts.
+  """
   weights = [params["attention"][name] for name in "uw"]
   weights.append(params["attention"]["v"][:, 0])
   source, start = batch["source_segment"], batch["start"]
@@ -76,40 +90,58 @@ def first_layer(params, form, wiring, x, batch, states):
       contexts[b, t] = context(b, t, y)
       both = np.concatenate([x[b], contexts[b]], -1)[None, : t + 1]
       out[b, t] = layer(params["decoder_0"], both, start[b : b + 1])[0, t]
-  return x + out + (contexts if wiring == "parallel" else 0)
+  return out, contexts
 
 
 def mix(weights, k, x, mask):
-  """x + sigmoid(MoE(x)) of top-k gating, all rows being one group."""
+  """sigmoid(MoE(x)) of top-k gating, all rows being one group."""
   tokens, mask = x.reshape(-1, x.shape[-1]), mask.reshape(-1)
   logits = tokens @ weights["router"]["gate"]["kernel"]
   gates = reference.top_k(logits, k, mask).gates
   expert = reference.feed_forward(weights["experts"])
-  return x + sigmoid(reference.mixture(tokens, gates, expert)).reshape(x.shape)
+  return sigmoid(reference.mixture(tokens, gates, expert)).reshape(x.shape)
 
 
-def stack(params, names, k, x, start, mask):
-  """LSTMs and mixtures, whichever has weights of these names."""
-  for name in names:
+def stack(params, names, k, x, start, mask, plain=0, beside=None):
+  """LSTMs and mixtures, whichever has weights of these names.
+
+  The first `plain` of them have no residual; LSTMs read `beside` too.
+  """
+  for number, name in enumerate(names):
     if "router" in params[name]:
-      x = mix(params[name], k, x, mask)
+      y = mix(params[name], k, x, mask)
     else:
-      x = x + layer(params[name], x, start)
+      both = x if beside is None else np.concatenate([x, beside], -1)
+      y = layer(params[name], both, start)
+    x = y if number < plain else x + y
   return x
 
 
-def gnmt_loss(params, k, form, wiring, batch):
-  """The loss of every place, in float64."""
+def gnmt_loss(params, k, form, wiring, batch, plain=0):
+  """The loss of every place, in float64.
+
+  The first `plain` layers of encoder and decoder have no residual.
+  """
   encoder, decoder = (
     sorted(name for name in params if name.startswith(side))
     for side in ("encoder", "decoder")
   )
   x = params["embed_source"]["table"][batch["source"]]
   real = batch["source_segment"] > 0
-  states = stack(params, encoder, k, x, batch["source_start"], real)
+  states = stack(params, encoder, k, x, batch["source_start"], real, plain)
   x = params["embed_target"]["table"][batch["inputs"]]
-  x = first_layer(params, form, wiring, x, batch, states)
-  h = stack(params, decoder[1:], k, x, batch["start"], batch["mask"])
+  y, contexts = first_layer(params, form, wiring, x, batch, states)
+  x = (y if plain else x + y) + (contexts if wiring == "parallel" else 0)
+  h = stack(
+    params,
+    decoder[1:],
+    k,
+    x,
+    batch["start"],
+    batch["mask"],
+    plain - 1,
+    contexts if wiring == "every_layer" else None,
+  )
   out = np.zeros(batch["mask"].shape)
   for b, t in zip(*np.nonzero(batch["mask"]), strict=True):
     p = reference.softmax(params["head"]["table"] @ h[b, t])

@@ -15,7 +15,7 @@ from moejax.dispatch import DISPATCH
 from moejax.experts import FeedForward, Identity, Linear, Mixed
 from moejax.models.attention import FORMS, Attention
 from moejax.models.gnmt import GNMT, WIRINGS
-from moejax.models.layers import LSTM
+from moejax.models.layers import LSTM, BidirectionalLSTM
 from moejax.models.lstm_lm import LSTMLM
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.named import Names, Range, Section, Size
@@ -128,6 +128,9 @@ class _Layers(NamedTuple):
     """Builds a layer for each name."""
     builders = {
       "lstm": lambda: self.lstm(width=width),
+      "bidirectional_lstm": lambda: BidirectionalLSTM(
+        self.lstm(width=width), self.lstm(width=width)
+      ),
       "moe": self.moe,
       "hierarchical_moe": self.hierarchical_moe,
       "one_expert": lambda: MoE(Single(), self.one_expert(num_experts=1)),
@@ -136,6 +139,10 @@ class _Layers(NamedTuple):
 
 
 _Stack = Sequence[Annotated[str, Names(_Layers._fields)]]
+# Which reads the future, as no decoder can.
+_Encoder = Sequence[
+  Annotated[str, Names((*_Layers._fields, "bidirectional_lstm"))]
+]
 _DType = Annotated[str, Names(DTYPES)]
 _SHARED = {
   "width": Size,
@@ -171,15 +178,16 @@ def _attention(
   """Makes an Attention.
 
   Args:
-    wiring: "recurrent" is GNMT's; "parallel" asks for all contexts at once.
+    wiring: who reads the contexts; "every_layer" is GNMT's, and "parallel" asks
+      for all of them at once.
   """
   return Attention(**fields), wiring
 
 
-@named.fields_of(_Layers, GNMT, **_SHARED)
+@named.fields_of(_Layers, GNMT, residual_from=Size, **_SHARED)
 def _gnmt(
   vocab_size,
-  encoder: _Stack,
+  encoder: _Encoder,
   decoder: _Stack,
   attention: Annotated[Callable, Section(_attention)] | None = None,
   dtype: _DType = "float32",
@@ -189,7 +197,8 @@ def _gnmt(
   """Makes a GNMT.
 
   Args:
-    encoder: sections of layers by name, one after the other.
+    encoder: sections of layers by name, one after the other; what
+      "bidirectional_lstm" is made of says the section of the LSTM.
     decoder: the same; the first is an LSTM.
   """
   if tuple(decoder[:1]) != ("lstm",):

@@ -264,6 +264,31 @@ class LSTM(nn.Module):
     return LSTMState(_project(m, weights, x.dtype), c)
 
 
+class BidirectionalLSTM(nn.Module):
+  """Two LSTMs, one from each end of a sentence (1609.08144, sec. 3.2).
+
+  Attributes:
+    forward: reads from the first token of a sentence to its last.
+    backward: from the last to the first.
+  """
+
+  forward: LSTM
+  backward: LSTM
+
+  def __call__(
+    self, x: Float[Array, "B L D"], start: Bool[Array, "B L"]
+  ) -> Float[Array, "B L both"]:
+    """Puts what both give side by side; `start` as for `LSTM`, and at padding.
+
+    Padding that does not start anything would come before the last sentence of
+    a row for the one that reads backward.
+    """
+    # A row that is turned around starts a sentence where one ended.
+    end = jnp.concatenate([start[:, 1:], jnp.ones_like(start[:, :1])], axis=1)
+    back = self.backward(jnp.flip(x, 1), jnp.flip(end, 1))
+    return jnp.concatenate([self.forward(x, start), jnp.flip(back, 1)], axis=-1)
+
+
 def residual(
   layers: Sequence[nn.Module],
   x: Float[Array, "B L D"],
@@ -273,19 +298,48 @@ def residual(
   mask: Bool[Array, "B L"],
   ids: Int[Array, "B L"],
   train: bool,
-) -> Float[Array, "B L D"]:
-  """Runs layers of one width, each as x + drop(layer(x)) (app. C.1, E).
+  context: Float[Array, "B L _"] | None = None,
+  residual_from: int = 1,
+) -> Float[Array, "B L O"]:
+  """Runs layers, each as x + drop(layer(x)) (app. C.1, E).
 
   Layers are LSTMs, which forget where a sentence starts, and modules called
   as MoE is. These go through a sigmoid before dropout, so that a token all of
   whose experts were full adds the constant 0.5.
+
+  Args:
+    layers: one after the other.
+    x: what the first of them reads.
+    drop: drops out a layer's output.
+    start: the first token of each sentence.
+    mask: real tokens.
+    ids: the tokens' ids in the vocabulary.
+    train: as for MoE.
+    context: what every LSTM reads beside its input.
+    residual_from: number, from 1, of the first layer to whose output its input
+      is added.
+
+  Raises:
+    ValueError: an input is to be added to an output of another width.
   """
-  for layer in layers:
-    if isinstance(layer, LSTM):
-      y = layer(x, start)
+  for number, layer in enumerate(layers, 1):
+    if isinstance(layer, BidirectionalLSTM):
+      y = layer(x, start | ~mask)
+    elif isinstance(layer, LSTM):
+      both = [x] if context is None else [x, context.astype(x.dtype)]
+      y = layer(jnp.concatenate(both, axis=-1), start)
     else:
       y = nn.sigmoid(layer(x, train=train, mask=mask, ids=ids))
-    x = x + drop(y)
+    y = drop(y)
+    if number >= residual_from:
+      if y.shape != x.shape:
+        raise ValueError(
+          f"layer {number} makes {y.shape[-1]} entries of {x.shape[-1]}, so its"
+          " input cannot be added to its output; let residual_from be"
+          f" {number + 1} or more, or choose layers of one width."
+        )
+      y = x + y
+    x = y
   return x
 
 
