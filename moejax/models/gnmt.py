@@ -1,9 +1,10 @@
 """The paper's translation model (sec. 5.3, app. E): a small GNMT with mixtures.
 
 Encoder and decoder are stacks of LSTMs and mixtures; the first LSTM of the
-decoder attends to the encoder's states (app. G). GNMT itself (1609.08144), which the
-paper compares with, is the same module with a bidirectional layer at the bottom
-of the encoder, the wiring "every_layer", and residuals from the third layer on.
+decoder attends to the encoder's states (app. G). GNMT itself (1609.08144), which
+the paper compares with, is the same module with a bidirectional layer at the
+bottom of the encoder, the wiring "every_layer", and residuals from the third
+layer on.
 """
 
 import functools
@@ -17,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax import named
 from moejax.models.attention import Attention, Memory, attentive_lstm
-from moejax.models.layers import LSTM, Embed, LSTMState, residual, zero_state
+from moejax.models.layers import LSTM, Embed, LSTMState, zero_state
 from moejax.models.softmax import Softmax
+from moejax.models.stack import residual
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.router import Router
 
@@ -49,10 +51,10 @@ class GNMT(nn.Module):
     decoder: LSTMs, of which one is first, and modules called as MoE is.
     attention: of the decoder's first LSTM to the encoder's states.
     wiring: "recurrent": the LSTM's last output, zero where a pair starts, asks
-      for a context that is part of its next input. "every_layer" is GNMT's: the
-      context is part of what the LSTMs above read at that step, too. "parallel":
-      its outputs ask, all at once, and the context is added to what the next
-      layer reads.
+      for a context that is part of its next input. "every_layer" is GNMT's: at
+      that step the context is part of what the LSTMs above read, too.
+      "parallel": its outputs ask, all at once, and the context is added to what
+      the next layer reads.
     residual_from: number, from 1, of the first layer of either side to whose
       output its input is added: 3 in GNMT.
     dropout: chance of zeroing an output; the rng stream is "dropout".
