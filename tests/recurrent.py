@@ -1,5 +1,7 @@
 """LSTM, attention and the translation model in NumPy loops (app. C, E, G)."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import reference
@@ -7,6 +9,16 @@ import reference
 
 def sigmoid(x):
   return 1 / (1 + np.exp(-x))
+
+
+def cell(z, c):
+  """The next m and c, one unit at a time."""
+  m, c, hidden = np.zeros_like(c), c.copy(), len(c)
+  for u in range(hidden):
+    i, f, g, o = z[u], z[u + hidden], z[u + 2 * hidden], z[u + 3 * hidden]
+    c[u] = sigmoid(f) * c[u] + sigmoid(i) * np.tanh(g)
+    m[u] = sigmoid(o) * np.tanh(c[u])
+  return m, c
 
 
 def lstm(x, start, w_in, w_rec, bias, w_out=None):
@@ -18,14 +30,50 @@ def lstm(x, start, w_in, w_rec, bias, w_out=None):
     for t in range(x.shape[1]):
       if start[b, t]:
         y, c = np.zeros(width), np.zeros(hidden)
-      z = x[b, t] @ w_in + y @ w_rec + bias
-      m = np.zeros(hidden)
-      for u in range(hidden):
-        i, f, g, o = z[u], z[u + hidden], z[u + 2 * hidden], z[u + 3 * hidden]
-        c[u] = sigmoid(f) * c[u] + sigmoid(i) * np.tanh(g)
-        m[u] = sigmoid(o) * np.tanh(c[u])
+      m, c = cell(x[b, t] @ w_in + y @ w_rec + bias, c)
       y = out[b, t] = m if w_out is None else m @ w_out
   return out
+
+
+class Mixed(NamedTuple):
+  """What a recurrent mixture gives; sums are of all steps.
+
+  Attributes:
+    y: [B, L, u].
+    importance, load: [E], eq. 6 and 10.
+    logits, noise_std: [B, L, E], of which only those of real tokens.
+  """
+
+  y: np.ndarray
+  importance: np.ndarray
+  load: np.ndarray
+  logits: np.ndarray
+  noise_std: np.ndarray
+
+
+def mixed_lstm(params, k, x, start, mask, noise):
+  """The LSTM whose matrices are a mixture (sec. 3.1), noise [B, L, E] given."""
+  w, router = params["mixture"]["experts"]["w"], params["mixture"]["router"]
+  bias, experts = params["bias"], len(w)
+  out = np.zeros((*start.shape, len(bias) // 4))
+  sums = np.zeros((2, experts))
+  logits, stds = np.zeros((2, *start.shape, experts))
+  for b in range(len(x)):
+    y, c = np.zeros((2, len(bias) // 4))
+    for t in range(x.shape[1]):
+      if start[b, t]:
+        y, c = np.zeros((2, len(c)))
+      v, z = np.concatenate([x[b, t], y]), bias.copy()
+      if mask[b, t]:
+        logits[b, t] = v @ router["gate"]["kernel"]
+        stds[b, t] = np.logaddexp(0, v @ router["noise"]["kernel"]) + 1e-2
+        given = logits[b, t, None], noise[b, t, None], stds[b, t, None]
+        decided = reference.noisy_top_k(*given, k)
+        z += sum(g * (v @ w[e]) for e, g in enumerate(decided.gates[0]))
+        sums += decided.gates.sum(0), decided.load
+      y, c = cell(z, c)
+      out[b, t] = y
+  return Mixed(out, *sums, logits, stds)
 
 
 def score(form, x, y, u, w, v):

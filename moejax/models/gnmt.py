@@ -1,8 +1,8 @@
 """The paper's translation model (sec. 5.3, app. E): a small GNMT with mixtures.
 
 Encoder and decoder are stacks of LSTMs and mixtures; the first LSTM of the
-decoder attends to the encoder's states (app. G). GNMT itself (1609.08144), which
-the paper compares with, is the same module with a bidirectional layer at the
+decoder attends to the encoder's states (app. G). GNMT itself (1609.08144), with
+which the paper compares, is the same module with a bidirectional layer at the
 bottom of the encoder, the wiring "every_layer", and residuals from the third
 layer on.
 """

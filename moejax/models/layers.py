@@ -7,7 +7,6 @@ emits the gradients of the pre-activations, from which each weight's gradient
 is one matrix product over all steps.
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -206,7 +205,7 @@ _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 _UNIT_ROWS = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
 
 
-def _forget_one(key, shape, dtype):
+def forget_one(key, shape, dtype):
   """Zero biases, but one for the forget gates: at first the cells remember."""
   del key
   width = shape[0] // 4
@@ -243,7 +242,7 @@ class LSTM(nn.Module):
     width, units = self.width, self.hidden or self.width
     w_in = declare(self, "w_in", ("embed", "hidden"), (inputs, 4 * units))
     w_rec = declare(self, "w_rec", (None, "hidden"), (width, 4 * units))
-    bias = declare(self, "bias", ("hidden",), (4 * units,), _forget_one)
+    bias = declare(self, "bias", ("hidden",), (4 * units,), forget_one)
     w_out = None
     if self.hidden is not None:
       w_out = declare(self, "w_out", ("hidden", "embed"), (units, width))
@@ -287,60 +286,6 @@ class BidirectionalLSTM(nn.Module):
     end = jnp.concatenate([start[:, 1:], jnp.ones_like(start[:, :1])], axis=1)
     back = self.backward(jnp.flip(x, 1), jnp.flip(end, 1))
     return jnp.concatenate([self.forward(x, start), jnp.flip(back, 1)], axis=-1)
-
-
-def residual(
-  layers: Sequence[nn.Module],
-  x: Float[Array, "B L D"],
-  drop: Callable[[Array], Array],
-  *,
-  start: Bool[Array, "B L"],
-  mask: Bool[Array, "B L"],
-  ids: Int[Array, "B L"],
-  train: bool,
-  context: Float[Array, "B L _"] | None = None,
-  residual_from: int = 1,
-) -> Float[Array, "B L O"]:
-  """Runs layers, each as x + drop(layer(x)) (app. C.1, E).
-
-  Layers are LSTMs, which forget where a sentence starts, and modules called
-  as MoE is. These go through a sigmoid before dropout, so that a token all of
-  whose experts were full adds the constant 0.5.
-
-  Args:
-    layers: one after the other.
-    x: what the first of them reads.
-    drop: drops out a layer's output.
-    start: the first token of each sentence.
-    mask: real tokens.
-    ids: the tokens' ids in the vocabulary.
-    train: as for MoE.
-    context: what every LSTM reads beside its input.
-    residual_from: number, from 1, of the first layer to whose output its input
-      is added.
-
-  Raises:
-    ValueError: an input is to be added to an output of another width.
-  """
-  for number, layer in enumerate(layers, 1):
-    if isinstance(layer, BidirectionalLSTM):
-      y = layer(x, start | ~mask)
-    elif isinstance(layer, LSTM):
-      both = [x] if context is None else [x, context.astype(x.dtype)]
-      y = layer(jnp.concatenate(both, axis=-1), start)
-    else:
-      y = nn.sigmoid(layer(x, train=train, mask=mask, ids=ids))
-    y = drop(y)
-    if number >= residual_from:
-      if y.shape != x.shape:
-        raise ValueError(
-          f"layer {number} makes {y.shape[-1]} entries of {x.shape[-1]}, so its"
-          " input cannot be added to its output; let residual_from be"
-          f" {number + 1} or more, or choose layers of one width."
-        )
-      y = x + y
-    x = y
-  return x
 
 
 def table_rows(vocab_size: int, multiple: int) -> int:

@@ -77,7 +77,8 @@ EXACT_TRANSLATION = {
 @functools.cache
 def count_of(name):
   config = load(name)
-  return cost.count(config_lib.parse(config), config.data.vocab_size)
+  size = config.data.get("vocab_size", VOCABULARY)
+  return cost.count(config_lib.parse(config), size)
 
 
 @pytest.mark.parametrize("name", EXACT | EXACT_TRANSLATION)
@@ -93,6 +94,14 @@ def test_counts_of_the_paper(name):
   assert (
     count.total == count.parameters + count.biases + (2 + translates) * table
   )
+
+
+def test_a_recurrent_mixture_costs_what_one_between_lstms_does():
+  """2 of 16 matrices of 128 by 256, two LSTMs; biases are of all three."""
+  counts = [count_of(f"sotu/{name}") for name in ("recurrent_moe", "moe_32")]
+  assert {count.ops for count in counts} == {2 * 32_768 + 65_536 + 4096}
+  assert {count.parameters for count in counts} == {65_536 + 524_288 + 4096}
+  assert [count.biases for count in counts] == [3 * 256, 2 * 256]
 
 
 def test_biases_gates_and_attention_are_told_apart():
