@@ -268,6 +268,17 @@ def test_steps_are_the_whole_pass(name, wiring, form):
   close(alone[0], log_p[1])
 
 
+def test_widths_that_do_not_fit_are_refused():
+  """Both directions of an LSTM are twice as wide as the model."""
+  for residual_from, complaint in [
+    (1, "layer 1 makes 8 entries of 4, .* residual_from be 2"),
+    (2, "ends in 8 entries for a width of 4; put an LSTM above"),
+  ]:
+    model = make(wiring="every_layer", residual_from=residual_from)
+    with pytest.raises(ValueError, match=complaint):
+      parameters(model.clone(encoder=model.encoder[:1]))
+
+
 def test_experts_that_choose_cannot_translate():
   with pytest.raises(ValueError, match="ExpertChoice.*another router"):
     gnmt.for_decoding(make(functools.partial(flat, router.ExpertChoice)))
