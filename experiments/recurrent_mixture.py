@@ -8,7 +8,13 @@ of the router: the same steps on the same batches. Perplexity per word, `</S>`
 counted, by the full softmax; the test is that of the checkpoint of lowest
 validation perplexity.
 
-Result: to be written.
+Result: test perplexity 75.99 with the recurrent mixture, 79.73 with the mixture
+between LSTMs and 79.97 with LSTMs alone (one seed, one core of an AMD EPYC that
+others used too, results/recurrent_mixture.csv). It is behind at the first
+validation and ahead from the second on. The peak rate, 2e-2, is the one found
+for moe_32.py and its twin; it was not searched for the others. Where the two
+others read 11,100 and 11,400 words a second, it reads 8,000: its time steps
+come one after the other, and each is run twice.
 """
 
 from collections.abc import Iterator
