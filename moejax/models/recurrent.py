@@ -5,6 +5,10 @@ itself said last, so the time steps of a batch cannot be routed together, and an
 expert sees the tokens of one step at a time. The remedy that the paper names is
 to have more rows in memory, by keeping less of each: the backward pass runs
 segments of time steps again (1606.03401).
+
+Every dispatch works within the loop. At each time step rows move, where a
+layout splits experts, and the gradients of router and bias are summed over the
+devices.
 """
 
 import functools

@@ -200,12 +200,13 @@ def test_what_it_refuses(monkeypatch, capsys, trained, tmp_path):
 
 
 def test_two_ways_at_once(environment, flags, monkeypatch, capsys, tmp_path):
-  """By GNMT, with a mixture in its decoder."""
+  """By a small GNMT."""
   workdir = tmp_path / "both"
   both = ["--config.data.both_directions=True", "--config.data.temperature=2.0"]
   few = ["--config.train.steps=40", "--config.train.eval_every=40"]
-  own = ["encoder=bidirectional_lstm,lstm,lstm", "residual_from=3"]
-  own += ["attention.wiring=every_layer", "attention.form=sum"]
+  own = ["encoder=bidirectional_lstm,lstm,lstm", "decoder=lstm,lstm,lstm"]
+  own += ["residual_from=3", "attention.wiring=every_layer"]
+  own += ["attention.form=sum"]
   own = [f"--config.model.{each}" for each in own]
   start = program.start(environment, [*flags, *both, *few, *own], workdir)
   (output,) = program.end_well(start)
