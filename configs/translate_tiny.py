@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
         "attention": {
           "width": 128,
           "form": "product",  # or "sum", GNMT's
-          "wiring": "recurrent",  # or "parallel"
+          "wiring": "recurrent",  # or "every_layer", "parallel"
         },
         "dropout": 0.2,
         "dtype": "float32",  # of activations; or "bfloat16"

@@ -11,7 +11,6 @@ which cuts sums otherwise, gives 79.73 and 82.05). The peak rate, 2e-2, is the
 better of 1e-2 and 2e-2 for both.
 """
 
-import statistics
 from collections.abc import Iterator
 
 from experiments import figures, harness, training
@@ -30,19 +29,8 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         if quick:
           training.shrink(config, runs)
         run = training.train(config, runs / f"{name}_{seed}")
-        train = [ln for ln in run.lines if ln["split"] == "train"]
-        speed = statistics.median_high(ln["words_per_second"] for ln in train)
-        for line in run.lines:
-          if line["split"] != "train":
-            yield {
-              "config": name,
-              "seed": seed,
-              "split": line["split"],
-              "step": line["step"],
-              "perplexity": round(line["perplexity"], 2),
-              "seconds": round(run.result["seconds"]),
-              "words_per_second": round(speed),
-            }
+        for row in training.perplexities(run):
+          yield {"config": name, "seed": seed, **row}
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:

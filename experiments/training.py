@@ -5,6 +5,7 @@ import functools
 import hashlib
 import pathlib
 import runpy
+import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -83,6 +84,8 @@ def shrink(config: config_lib.Config, folder: pathlib.Path) -> None:
   data = {"kind": "text", "train": str(path), "data_dir": str(folder)}
   config.data.update(data)
   regroup(config, config.data.batch_size * config.data.row_length // 8)
+  if "recurrent_moe" in config.model:
+    config.model.recurrent_moe.group_size = config.data.batch_size // 8
 
 
 def regroup(config: config_lib.Config, tokens: int) -> None:
@@ -130,6 +133,21 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
   if "signal" in result:
     raise SystemExit(128 + result["signal"])
   return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
+
+
+def perplexities(run: Run) -> Iterator[figures.Row]:
+  """Yields a row per validation, and one per test."""
+  train = [line for line in run.lines if line["split"] == "train"]
+  speed = statistics.median_high(line["words_per_second"] for line in train)
+  for line in run.lines:
+    if line["split"] != "train":
+      yield {
+        "split": line["split"],
+        "step": line["step"],
+        "perplexity": round(line["perplexity"], 2),
+        "seconds": round(run.result["seconds"]),
+        "words_per_second": round(speed),
+      }
 
 
 def report(config: config_lib.Config, run: Run) -> figures.Row:

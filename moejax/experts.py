@@ -100,7 +100,7 @@ class Experts(nn.Module):
     train: bool = False,
     *,
     group_sizes: Int[Array, "E"] | None = None,
-  ) -> Float[Array, "*E N D"]:
+  ) -> Float[Array, "*E N O"]:
     """Maps each expert's rows, in slots or sorted."""
     raise NotImplementedError
 
@@ -161,13 +161,20 @@ class FeedForward(Experts):
 
 
 class Linear(Experts):
-  """x W: the experts of the paper's earlier draft (512 x 512 maps)."""
+  """x W: the experts of the paper's earlier draft (512 x 512 maps).
+
+  Attributes:
+    num_experts: E.
+    out: entries of the output; None makes as many as there are of x.
+  """
 
   num_experts: int
+  out: int | None = None
 
   @nn.compact
   def __call__(self, width):
-    return {"w": _matrices(self, "w", (width, width), "embed", None)}
+    shape = (width, self.out or width)
+    return {"w": _matrices(self, "w", shape, "embed", None)}
 
   @nn.nowrap
   def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):

@@ -38,7 +38,7 @@ class _Layer(nn.Module):
     *,
     mask: Shaped[ArrayLike, "..."] | None = None,
     ids: Int[ArrayLike, "..."] | None = None,
-  ) -> Float[Array, "*batch D"]:
+  ) -> Float[Array, "*batch O"]:
     """Mixes; a token whose every edge was dropped, or padding, gives zero.
 
     Args:
@@ -89,14 +89,14 @@ class _Layer(nn.Module):
         f"dispatch {self.dispatch!r} has no derivative forward (jax.jvp,"
         " jax.linearize, jax.hessian); choose dispatch='einsum' for it."
       ) from error
-    # What init leaves behind would be counted a second time by apply.
-    if not single and not self.is_initializing():
-      self._report(routing)
+    if not single:
+      self.report(routing)
     return y
 
-  def _report(self, routing: Routing) -> None:
+  def report(self, routing: Routing) -> None:
     """Adds the decision to those that the layer made before in this step."""
-    if not self.is_mutable_collection(ROUTING):
+    # What init leaves behind would be counted a second time by apply.
+    if self.is_initializing() or not self.is_mutable_collection(ROUTING):
       return
     # These counters are what all copies of a module share in one `apply`, in
     # whatever `nn.scan` or `nn.remat` they are, and nothing after it.
@@ -163,7 +163,8 @@ def _mix_single(module, x, mask, ids, train):
   module.check_experts()
   rows = x.reshape(1, -1, x.shape[-1])
   weights = module.experts(x.shape[-1])
-  y = module.expert_fn(train)(weights, rows, taken).reshape(x.shape)
+  y = module.expert_fn(train)(weights, rows, taken)
+  y = y.reshape(*x.shape[:-1], -1)
   return y if mask is None else jnp.where(mask[..., None], y, 0), (), ()
 
 
@@ -213,7 +214,7 @@ class MoE(_Layer):
     train: bool,
     mask: Bool[Array, "G S"] | None,
     ids: Int[Array, "G S"] | None,
-  ) -> tuple[Float[Array, "G S D"], Routing]:
+  ) -> tuple[Float[Array, "G S O"], Routing]:
     """Mixes tokens that are in groups; reports nothing but what it returns."""
     self.check_experts()
     experts, num_experts = self.experts, self.router.num_experts

@@ -1,5 +1,7 @@
 """LSTM, attention and the translation model in NumPy loops (app. C, E, G)."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import reference
@@ -7,6 +9,16 @@ import reference
 
 def sigmoid(x):
   return 1 / (1 + np.exp(-x))
+
+
+def cell(z, c):
+  """The next m and c, one unit at a time."""
+  m, c, hidden = np.zeros_like(c), c.copy(), len(c)
+  for u in range(hidden):
+    i, f, g, o = z[u], z[u + hidden], z[u + 2 * hidden], z[u + 3 * hidden]
+    c[u] = sigmoid(f) * c[u] + sigmoid(i) * np.tanh(g)
+    m[u] = sigmoid(o) * np.tanh(c[u])
+  return m, c
 
 
 def lstm(x, start, w_in, w_rec, bias, w_out=None):
@@ -18,14 +30,50 @@ def lstm(x, start, w_in, w_rec, bias, w_out=None):
     for t in range(x.shape[1]):
       if start[b, t]:
         y, c = np.zeros(width), np.zeros(hidden)
-      z = x[b, t] @ w_in + y @ w_rec + bias
-      m = np.zeros(hidden)
-      for u in range(hidden):
-        i, f, g, o = z[u], z[u + hidden], z[u + 2 * hidden], z[u + 3 * hidden]
-        c[u] = sigmoid(f) * c[u] + sigmoid(i) * np.tanh(g)
-        m[u] = sigmoid(o) * np.tanh(c[u])
+      m, c = cell(x[b, t] @ w_in + y @ w_rec + bias, c)
       y = out[b, t] = m if w_out is None else m @ w_out
   return out
+
+
+class Mixed(NamedTuple):
+  """What a recurrent mixture gives; sums are of all steps.
+
+  Attributes:
+    y: [B, L, u].
+    importance, load: [E], eq. 6 and 10.
+    logits, noise_std: [B, L, E], of which only those of real tokens.
+  """
+
+  y: np.ndarray
+  importance: np.ndarray
+  load: np.ndarray
+  logits: np.ndarray
+  noise_std: np.ndarray
+
+
+def mixed_lstm(params, k, x, start, mask, noise):
+  """The LSTM whose matrices are a mixture (sec. 3.1), noise [B, L, E] given."""
+  w, router = params["mixture"]["experts"]["w"], params["mixture"]["router"]
+  bias, experts = params["bias"], len(w)
+  out = np.zeros((*start.shape, len(bias) // 4))
+  sums = np.zeros((2, experts))
+  logits, stds = np.zeros((2, *start.shape, experts))
+  for b in range(len(x)):
+    y, c = np.zeros((2, len(bias) // 4))
+    for t in range(x.shape[1]):
+      if start[b, t]:
+        y, c = np.zeros((2, len(c)))
+      v, z = np.concatenate([x[b, t], y]), bias.copy()
+      if mask[b, t]:
+        logits[b, t] = v @ router["gate"]["kernel"]
+        stds[b, t] = np.logaddexp(0, v @ router["noise"]["kernel"]) + 1e-2
+        given = logits[b, t, None], noise[b, t, None], stds[b, t, None]
+        decided = reference.noisy_top_k(*given, k)
+        z += sum(g * (v @ w[e]) for e, g in enumerate(decided.gates[0]))
+        sums += decided.gates.sum(0), decided.load
+      y, c = cell(z, c)
+      out[b, t] = y
+  return Mixed(out, *sums, logits, stds)
 
 
 def score(form, x, y, u, w, v):
@@ -51,12 +99,26 @@ def look(form, y, segment, states, source, u, w, v):
 
 
 def layer(weights, x, start):
-  names = ("w_in", "w_rec", "bias", "w_out")
-  return lstm(x, start, *(weights[name] for name in names))
+  """Of either direction, or of both: each sentence of a row by itself."""
+  if "forward" not in weights:
+    names = ("w_in", "w_rec", "bias", "w_out")
+    return lstm(x, start, *(weights.get(name) for name in names))
+  there, back = (weights[name] for name in ("forward", "backward"))
+  out = []
+  for row, starts in zip(x, start, strict=True):
+    ends = [*np.flatnonzero(starts)[1:], len(row)]
+    for begin, end in zip(np.flatnonzero(starts), ends, strict=True):
+      only, first = row[None, begin:end], np.arange(end - begin)[None] == 0
+      turned = layer(back, only[:, ::-1], first)[:, ::-1]
+      out.append(np.concatenate([layer(there, only, first), turned], -1)[0])
+  return np.concatenate(out).reshape(*start.shape, -1)
 
 
 def first_layer(params, form, wiring, x, batch, states):
-  """The decoder's first LSTM and its attention, one place after the other."""
+  """The decoder's first LSTM and its attention, one place after the other.
+
+  Returns its outputs, and the contexts.
+  """
   weights = [params["attention"][name] for name in "uw"]
   weights.append(params["attention"]["v"][:, 0])
   source, start = batch["source_segment"], batch["start"]
@@ -76,40 +138,58 @@ def first_layer(params, form, wiring, x, batch, states):
       contexts[b, t] = context(b, t, y)
       both = np.concatenate([x[b], contexts[b]], -1)[None, : t + 1]
       out[b, t] = layer(params["decoder_0"], both, start[b : b + 1])[0, t]
-  return x + out + (contexts if wiring == "parallel" else 0)
+  return out, contexts
 
 
 def mix(weights, k, x, mask):
-  """x + sigmoid(MoE(x)) of top-k gating, all rows being one group."""
+  """sigmoid(MoE(x)) of top-k gating, all rows being one group."""
   tokens, mask = x.reshape(-1, x.shape[-1]), mask.reshape(-1)
   logits = tokens @ weights["router"]["gate"]["kernel"]
   gates = reference.top_k(logits, k, mask).gates
   expert = reference.feed_forward(weights["experts"])
-  return x + sigmoid(reference.mixture(tokens, gates, expert)).reshape(x.shape)
+  return sigmoid(reference.mixture(tokens, gates, expert)).reshape(x.shape)
 
 
-def stack(params, names, k, x, start, mask):
-  """LSTMs and mixtures, whichever has weights of these names."""
-  for name in names:
+def stack(params, names, k, x, start, mask, plain=0, beside=None):
+  """LSTMs and mixtures, whichever has weights of these names.
+
+  The first `plain` of them have no residual; LSTMs read `beside` too.
+  """
+  for number, name in enumerate(names):
     if "router" in params[name]:
-      x = mix(params[name], k, x, mask)
+      y = mix(params[name], k, x, mask)
     else:
-      x = x + layer(params[name], x, start)
+      both = x if beside is None else np.concatenate([x, beside], -1)
+      y = layer(params[name], both, start)
+    x = y if number < plain else x + y
   return x
 
 
-def gnmt_loss(params, k, form, wiring, batch):
-  """The loss of every place, in float64."""
+def gnmt_loss(params, k, form, wiring, batch, plain=0):
+  """The loss of every place, in float64.
+
+  The first `plain` layers of encoder and decoder have no residual.
+  """
   encoder, decoder = (
     sorted(name for name in params if name.startswith(side))
     for side in ("encoder", "decoder")
   )
   x = params["embed_source"]["table"][batch["source"]]
   real = batch["source_segment"] > 0
-  states = stack(params, encoder, k, x, batch["source_start"], real)
+  states = stack(params, encoder, k, x, batch["source_start"], real, plain)
   x = params["embed_target"]["table"][batch["inputs"]]
-  x = first_layer(params, form, wiring, x, batch, states)
-  h = stack(params, decoder[1:], k, x, batch["start"], batch["mask"])
+  y, contexts = first_layer(params, form, wiring, x, batch, states)
+  x = (y if plain else x + y) + (contexts if wiring == "parallel" else 0)
+  h = stack(
+    params,
+    decoder[1:],
+    k,
+    x,
+    batch["start"],
+    batch["mask"],
+    plain - 1,
+    contexts if wiring == "every_layer" else None,
+  )
   out = np.zeros(batch["mask"].shape)
   for b, t in zip(*np.nonzero(batch["mask"]), strict=True):
     p = reference.softmax(params["head"]["table"] @ h[b, t])

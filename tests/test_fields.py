@@ -85,7 +85,7 @@ def is_read(config, name):
   stacks = (model.get(n, ()) for n in ("layers", "encoder", "decoder"))
   used = {name for stack in stacks for name in stack}
   _, section, layer, *_ = *name.split("."), ""
-  layers = ("lstm", "moe", "hierarchical_moe", "one_expert")
+  layers = ("lstm", "moe", "hierarchical_moe", "one_expert", "recurrent_moe")
   return section != "model" or layer not in layers or layer in used
 
 
@@ -334,6 +334,9 @@ def test_a_value_that_cannot_be_is_named(field, value, complaint):
     ("model.attention.with", 4, r"attention\.with .*attention\.width"),
     ("model.lstm", {"hidden": 0}, r"model\.lstm\.hidden is 0; give 1 or more"),
     ("model.dropout", 1.0, r"dropout is 1\.0"),
+    ("model.residual_from", 0, r"residual_from is 0; give 1 or more"),
+    ("model.encoder", ("recurrent_moe",), r"encoder is 'recurrent_moe'"),
+    ("model.decoder", ("lstm", "bidirectional_lstm"), r"is 'bidirectional_ls"),
   ],
 )
 def test_a_translation_model_that_cannot_be(field, value, complaint):

@@ -74,7 +74,7 @@ def model(pair: str, steps: int, mixture: str, **fields: Any) -> ConfigDict:
         "attention": {
           "width": 512,
           "form": "product",  # or "sum", GNMT's
-          "wiring": "recurrent",  # or "parallel"
+          "wiring": "recurrent",  # or "every_layer", "parallel"
         },
         "dropout": 0.4,
         "dtype": "float32",  # of activations; or "bfloat16"
@@ -107,6 +107,30 @@ def model(pair: str, steps: int, mixture: str, **fields: Any) -> ConfigDict:
 def no_mixture(pair: str, steps: int) -> ConfigDict:
   """Returns LSTMs alone."""
   return model(pair, steps, "")
+
+
+def gnmt(pair: str, steps: int, dropout: float) -> ConfigDict:
+  """Returns the paper's baseline, GNMT itself (1609.08144).
+
+  Its layers and its attention are GNMT's, and so are dropout and the norm at
+  which gradients are cut. What it is trained by is the same as of the others,
+  Adam all the way, where GNMT goes on with plain gradient descent: they read
+  the same text in the same steps.
+  """
+  config = model(
+    pair,
+    steps,
+    "",
+    width=1024,
+    encoder=("bidirectional_lstm", *("lstm",) * 7),
+    decoder=("lstm",) * 8,
+    lstm={"hidden": config_dict.placeholder(int)},  # no projection
+    attention={"width": 1024, "form": "sum", "wiring": "every_layer"},
+    residual_from=3,
+    dropout=dropout,
+  )
+  config.optimizer.clip_norm = 5.0
+  return config
 
 
 def flat(pair: str, steps: int, num_experts: int) -> ConfigDict:

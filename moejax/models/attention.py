@@ -114,12 +114,15 @@ def attentive_lstm(
   w_query: Float[Array, "O keys"],
   lstm: LSTMWeights,
   form: str,
-) -> Float[Array, "B L O"]:
+) -> tuple[Float[Array, "B L O"], Float[Array, "B L _"]]:
   """Runs an LSTM that reads, beside x, what its last output attends to.
 
   The first layer of GNMT's decoder: with C the context that y_{t-1} W asks for
   (W is `w_query`), the input of step t is (x_t, C), of whose width the weights
   are. For all else see `models.layers.lstm`.
+
+  Returns:
+    y, and C of every step.
   """
   from_x, from_context = jnp.split(lstm.w_in, [x.shape[-1]])
   weights = {
@@ -136,12 +139,13 @@ def attentive_lstm(
   } | {"gates": z}
   keep = 1 - start.T.astype(jnp.float32)
   steps = keep[:, :, None], segment.T
-  y = _scan(form, x.dtype, steps, memory, offsets, weights)
-  return y.astype(x.dtype).swapaxes(0, 1)
+  out = _scan(form, x.dtype, steps, memory, offsets, weights)
+  y, context = (each.astype(x.dtype).swapaxes(0, 1) for each in out)
+  return y, context
 
 
 def _run(form, dtype, steps, memory, offsets, weights):
-  """Runs time-major; returns y [L B O], and each step's left operands.
+  """Runs time-major; returns (y, C), and each step's left operands.
 
   The product with each of the `weights` gets the offset of its name added, of
   which all have a leading axis L.
@@ -161,7 +165,7 @@ def _run(form, dtype, steps, memory, offsets, weights):
     z = dot("gates", jnp.concatenate([context[:, 0], y], axis=-1))
     c, m, _ = layers.update_cells(z, c)
     y = dot("out", m) if "out" in weights else m
-    return LSTMState(y, c), (y, operands)
+    return LSTMState(y, c), ((y, context[:, 0]), operands)
 
   _, rows, gates = offsets["gates"].shape
   zero = layers.zero_state(rows, len(weights["query"]), gates)
@@ -179,14 +183,14 @@ def _forward(form, dtype, steps, memory, offsets, weights):
   def run(memory, offsets):
     return _run(form, dtype, steps, memory, offsets, weights)
 
-  y, pull, operands = jax.vjp(run, memory, offsets, has_aux=True)
-  return y, (pull, operands)
+  out, pull, operands = jax.vjp(run, memory, offsets, has_aux=True)
+  return out, (pull, operands)
 
 
-def _backward(form, dtype, saved, dy):
+def _backward(form, dtype, saved, d_out):
   """The gradient of a product's offset is that of the product."""
   pull, operands = saved
-  d_memory, d_offsets = pull(dy)
+  d_memory, d_offsets = pull(d_out)
   d_weights = {
     name: product("LBM,LBN->MN", a, d_offsets[name], dtype)
     for name, a in operands.items()

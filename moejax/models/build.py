@@ -15,8 +15,9 @@ from moejax.dispatch import DISPATCH
 from moejax.experts import FeedForward, Identity, Linear, Mixed
 from moejax.models.attention import FORMS, Attention
 from moejax.models.gnmt import GNMT, WIRINGS
-from moejax.models.layers import LSTM
+from moejax.models.layers import LSTM, BidirectionalLSTM
 from moejax.models.lstm_lm import LSTMLM
+from moejax.models.recurrent import RecurrentMoE
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.named import Names, Range, Section, Size
 from moejax.router import ROUTERS, Single
@@ -38,10 +39,20 @@ def _feed_forward(
   return FeedForward(activation=ACTIVATIONS[activation], **fields)
 
 
+@named.fields_of(Linear, num_experts=Size)
+def _linear(out=None, **fields: Any) -> Linear:
+  """Makes a Linear, whose output is as wide as its input: there are residuals.
+
+  Args:
+    num_experts: how many there are.
+  """
+  return Linear(**fields)
+
+
 # The kinds that are missing here take a module, which no config can hold.
 EXPERTS = {
   "feed_forward": _feed_forward,
-  "linear": named.limited(Linear, num_experts=Size),
+  "linear": _linear,
   "identity": named.limited(Identity, num_experts=Size),
 }
 _Experts = Annotated[_Build, Section(EXPERTS, given=("num_experts",))]
@@ -106,6 +117,35 @@ def _hierarchical_moe(
   return HierarchicalMoE(primary(num_experts=num_groups), within, **fields)
 
 
+@named.fields_of(
+  MoE,
+  group_size=Size | None,
+  dispatch=Annotated[str, Names(("auto", *DISPATCH))],
+)
+def _recurrent_moe(
+  width,
+  num_experts: Size,
+  router: _Router,
+  segment: Size | None = None,
+  experts=None,  # are matrices
+  recompute=False,  # of no hidden layer
+  **fields: Any,
+) -> RecurrentMoE:
+  """Makes a RecurrentMoE.
+
+  Args:
+    num_experts: how many there are.
+    router: chooses among them.
+    segment: time steps that the backward pass runs again at once; None keeps
+      what all of them computed.
+    group_size: rows of a batch that are routed together at a time step; None
+      takes all rows as one group.
+  """
+  cells = Linear(num_experts, 4 * width)
+  mixture = MoE(router(num_experts=num_experts), cells, **fields)
+  return RecurrentMoE(width, mixture, segment)
+
+
 _LSTM = named.limited(LSTM, hidden=Size | None)
 
 
@@ -117,25 +157,38 @@ class _Layers(NamedTuple):
     moe: a mixture of experts.
     hierarchical_moe: a mixture of two levels.
     one_expert: the single expert of MoE-1-Wide and MoE-1-Deep.
+    recurrent_moe: an LSTM whose matrices are a mixture; of language models.
   """
 
   lstm: Annotated[_Build, Section(_LSTM, given=("width",))] | None = None
   moe: Annotated[_Build, Section(_moe)] | None = None
   hierarchical_moe: Annotated[_Build, Section(_hierarchical_moe)] | None = None
   one_expert: _Experts | None = None
+  recurrent_moe: (
+    Annotated[_Build, Section(_recurrent_moe, given=("width",))] | None
+  ) = None
 
   def stack(self, names: Iterable[str], width: int) -> tuple[nn.Module, ...]:
     """Builds a layer for each name."""
     builders = {
       "lstm": lambda: self.lstm(width=width),
+      "bidirectional_lstm": lambda: BidirectionalLSTM(
+        self.lstm(width=width), self.lstm(width=width)
+      ),
       "moe": self.moe,
       "hierarchical_moe": self.hierarchical_moe,
+      "recurrent_moe": lambda: self.recurrent_moe(width=width),
       "one_expert": lambda: MoE(Single(), self.one_expert(num_experts=1)),
     }
     return tuple(builders[name]() for name in names)
 
 
 _Stack = Sequence[Annotated[str, Names(_Layers._fields)]]
+# A recurrent mixture has no step of decoding, a layer that reads the future
+# cannot have one.
+_DECODER = tuple(n for n in _Layers._fields if n != "recurrent_moe")
+_Decoder = Sequence[Annotated[str, Names(_DECODER)]]
+_Encoder = Sequence[Annotated[str, Names((*_DECODER, "bidirectional_lstm"))]]
 _DType = Annotated[str, Names(DTYPES)]
 _SHARED = {
   "width": Size,
@@ -171,16 +224,17 @@ def _attention(
   """Makes an Attention.
 
   Args:
-    wiring: "recurrent" is GNMT's; "parallel" asks for all contexts at once.
+    wiring: who reads the contexts; "every_layer" is GNMT's, and "parallel" asks
+      for all of them at once.
   """
   return Attention(**fields), wiring
 
 
-@named.fields_of(_Layers, GNMT, **_SHARED)
+@named.fields_of(_Layers, GNMT, residual_from=Size, **_SHARED)
 def _gnmt(
   vocab_size,
-  encoder: _Stack,
-  decoder: _Stack,
+  encoder: _Encoder,
+  decoder: _Decoder,
   attention: Annotated[Callable, Section(_attention)] | None = None,
   dtype: _DType = "float32",
   wiring=None,  # is one of the section's
@@ -189,7 +243,8 @@ def _gnmt(
   """Makes a GNMT.
 
   Args:
-    encoder: sections of layers by name, one after the other.
+    encoder: sections of layers by name, one after the other; what
+      "bidirectional_lstm" is made of says the section of the LSTM.
     decoder: the same; the first is an LSTM.
   """
   if tuple(decoder[:1]) != ("lstm",):

@@ -1,7 +1,10 @@
 """The paper's translation model (sec. 5.3, app. E): a small GNMT with mixtures.
 
 Encoder and decoder are stacks of LSTMs and mixtures; the first LSTM of the
-decoder attends to the encoder's states (app. G).
+decoder attends to the encoder's states (app. G). GNMT itself (1609.08144), with
+which the paper compares, is the same module with a bidirectional layer at the
+bottom of the encoder, the wiring "every_layer", and residuals from the third
+layer on.
 """
 
 import functools
@@ -15,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax import named
 from moejax.models.attention import Attention, Memory, attentive_lstm
-from moejax.models.layers import LSTM, Embed, LSTMState, residual, zero_state
+from moejax.models.layers import LSTM, Embed, LSTMState, zero_state
 from moejax.models.softmax import Softmax
+from moejax.models.stack import residual
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.router import Router
 
@@ -26,7 +30,7 @@ from moejax.router import Router
 # padding.
 Batch = Mapping[str, Array]
 
-WIRINGS = ("recurrent", "parallel")
+WIRINGS = ("recurrent", "every_layer", "parallel")
 
 # One for each LSTM of the decoder.
 State = tuple[LSTMState, ...]
@@ -42,14 +46,17 @@ class GNMT(nn.Module):
 
   Attributes:
     vocab_size: V.
-    width: D of the embeddings and of every layer.
-    encoder: LSTMs, and modules called as MoE is.
-    decoder: the same; the first is an LSTM.
+    width: D of the embeddings and of what the last layer of either side gives.
+    encoder: LSTMs, bidirectional ones too, and modules called as MoE is.
+    decoder: LSTMs, of which one is first, and modules called as MoE is.
     attention: of the decoder's first LSTM to the encoder's states.
-    wiring: "recurrent" is GNMT's: the LSTM's last output, zero where a pair
-      starts, asks for a context that is part of its next input. "parallel": its
-      outputs ask, all at once, and the context is added to what the next layer
-      reads.
+    wiring: "recurrent": the LSTM's last output, zero where a pair starts, asks
+      for a context that is part of its next input. "every_layer" is GNMT's: at
+      that step the context is part of what the LSTMs above read, too.
+      "parallel": its outputs ask, all at once, and the context is added to what
+      the next layer reads.
+    residual_from: number, from 1, of the first layer of either side to whose
+      output its input is added: 3 in GNMT.
     dropout: chance of zeroing an output; the rng stream is "dropout".
     dtype: of the activations and of the operands of matrix products. Whatever
       it is, parameters, routers, cells of LSTMs and every softmax are float32.
@@ -62,6 +69,7 @@ class GNMT(nn.Module):
   decoder: Sequence[nn.Module]
   attention: Attention
   wiring: str = "recurrent"
+  residual_from: int = 1
   dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
   vocab_multiple: int = 1
@@ -87,17 +95,30 @@ class GNMT(nn.Module):
     x = drop(self.embed["target"](batch["inputs"]).astype(self.dtype))
     start, segment = batch["start"], batch["segment"]
     first, *rest = self.decoder
-    if self.wiring == "recurrent":
-      _, w_query, _ = self.attention.weights(self.width)
-      weights = first.weights(2 * self.width), self.attention.form
-      y = attentive_lstm(x, start, segment, memory, w_query, *weights)
-      x = x + drop(y)
-    else:
+    if self.wiring == "parallel":
       y = first(x, start)
       context, _ = self.attention(y, segment, memory)
-      x = x + drop(y) + context.astype(x.dtype)
-    mask, ids = batch["mask"], batch["inputs"]
-    return residual(rest, x, drop, start=start, mask=mask, ids=ids, train=train)
+      x = self._join(1, x, drop(y)) + context.astype(x.dtype)
+    else:
+      _, w_query, _ = self.attention.weights(self.width)
+      weights = first.weights(2 * self.width), self.attention.form
+      y, context = attentive_lstm(x, start, segment, memory, w_query, *weights)
+      x = self._join(1, x, drop(y))
+    return residual(
+      rest,
+      x,
+      drop,
+      start=start,
+      mask=batch["mask"],
+      ids=batch["inputs"],
+      train=train,
+      context=context if self.wiring == "every_layer" else None,
+      residual_from=self.residual_from - 1,
+    )
+
+  def _join(self, number, x, y):
+    """Adds a layer's input x to its output y, where there is a residual."""
+    return x + y if number >= self.residual_from else y
 
   def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
     """Returns nats per target piece, 0 at padding."""
@@ -113,7 +134,11 @@ class GNMT(nn.Module):
     *,
     train: bool = False,
   ) -> Memory:
-    """Returns what the decoder reads of the source; arguments as in `Batch`."""
+    """Returns what the decoder reads of the source; arguments as in `Batch`.
+
+    Raises:
+      ValueError: the last layer gives more than the width.
+    """
     drop = functools.partial(self.drop, deterministic=not train)
     states = residual(
       self.encoder,
@@ -123,7 +148,13 @@ class GNMT(nn.Module):
       mask=source_segment > 0,
       ids=source,
       train=train,
+      residual_from=self.residual_from,
     )
+    if states.shape[-1] != self.width:
+      raise ValueError(
+        f"the encoder ends in {states.shape[-1]} entries for a width of"
+        f" {self.width}; put an LSTM above the bidirectional one."
+      )
     return self.attention.remember(states, source_segment)
 
   def begin(self, rows: int) -> State:
@@ -154,23 +185,26 @@ class GNMT(nn.Module):
     first, *rest = self.decoder
     before = iter(state)
     reached = next(before)
-    if self.wiring == "recurrent":
-      context, weights = self._attend(reached.y, memory)
-      both = jnp.concatenate([x, context.astype(x.dtype)], axis=-1)
-      reached = first.step(both, reached)
-      x = x + reached.y.astype(x.dtype)
-    else:
+    if self.wiring == "parallel":
       reached = first.step(x, reached)
       context, weights = self._attend(reached.y, memory)
-      x = x + reached.y.astype(x.dtype) + context.astype(x.dtype)
+      context = context.astype(x.dtype)
+      x = self._join(1, x, reached.y.astype(x.dtype)) + context
+    else:
+      context, weights = self._attend(reached.y, memory)
+      context = context.astype(x.dtype)
+      reached = first.step(jnp.concatenate([x, context], axis=-1), reached)
+      x = self._join(1, x, reached.y.astype(x.dtype))
     after = [reached]
-    for layer in rest:
+    for number, layer in enumerate(rest, 2):
       if isinstance(layer, LSTM):
-        after.append(layer.step(x, next(before)))
-        x = x + after[-1].y.astype(x.dtype)
+        both = [x, context] if self.wiring == "every_layer" else [x]
+        state = layer.step(jnp.concatenate(both, axis=-1), next(before))
+        after.append(state)
+        y = state.y.astype(x.dtype)
       else:
-        y = layer(x[:, None], ids=ids[:, None])[:, 0]
-        x = x + nn.sigmoid(y)
+        y = nn.sigmoid(layer(x[:, None], ids=ids[:, None])[:, 0])
+      x = self._join(number, x, y)
     logits = self.head.logits(x[:, None])[:, 0, : self.vocab_size]
     return tuple(after), jax.nn.log_softmax(logits), weights
 

@@ -7,7 +7,6 @@ emits the gradients of the pre-activations, from which each weight's gradient
 is one matrix product over all steps.
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -206,7 +205,7 @@ _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 _UNIT_ROWS = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
 
 
-def _forget_one(key, shape, dtype):
+def forget_one(key, shape, dtype):
   """Zero biases, but one for the forget gates: at first the cells remember."""
   del key
   width = shape[0] // 4
@@ -243,7 +242,7 @@ class LSTM(nn.Module):
     width, units = self.width, self.hidden or self.width
     w_in = declare(self, "w_in", ("embed", "hidden"), (inputs, 4 * units))
     w_rec = declare(self, "w_rec", (None, "hidden"), (width, 4 * units))
-    bias = declare(self, "bias", ("hidden",), (4 * units,), _forget_one)
+    bias = declare(self, "bias", ("hidden",), (4 * units,), forget_one)
     w_out = None
     if self.hidden is not None:
       w_out = declare(self, "w_out", ("hidden", "embed"), (units, width))
@@ -264,29 +263,29 @@ class LSTM(nn.Module):
     return LSTMState(_project(m, weights, x.dtype), c)
 
 
-def residual(
-  layers: Sequence[nn.Module],
-  x: Float[Array, "B L D"],
-  drop: Callable[[Array], Array],
-  *,
-  start: Bool[Array, "B L"],
-  mask: Bool[Array, "B L"],
-  ids: Int[Array, "B L"],
-  train: bool,
-) -> Float[Array, "B L D"]:
-  """Runs layers of one width, each as x + drop(layer(x)) (app. C.1, E).
+class BidirectionalLSTM(nn.Module):
+  """Two LSTMs, one from each end of a sentence (1609.08144, sec. 3.2).
 
-  Layers are LSTMs, which forget where a sentence starts, and modules called
-  as MoE is. These go through a sigmoid before dropout, so that a token all of
-  whose experts were full adds the constant 0.5.
+  Attributes:
+    forward: reads from the first token of a sentence to its last.
+    backward: from the last to the first.
   """
-  for layer in layers:
-    if isinstance(layer, LSTM):
-      y = layer(x, start)
-    else:
-      y = nn.sigmoid(layer(x, train=train, mask=mask, ids=ids))
-    x = x + drop(y)
-  return x
+
+  forward: LSTM
+  backward: LSTM
+
+  def __call__(
+    self, x: Float[Array, "B L D"], start: Bool[Array, "B L"]
+  ) -> Float[Array, "B L both"]:
+    """Puts what both give side by side; `start` as for `LSTM`, and at padding.
+
+    Padding that does not start anything would come before the last sentence of
+    a row for the one that reads backward.
+    """
+    # A row that is turned around starts a sentence where one ended.
+    end = jnp.concatenate([start[:, 1:], jnp.ones_like(start[:, :1])], axis=1)
+    back = self.backward(jnp.flip(x, 1), jnp.flip(end, 1))
+    return jnp.concatenate([self.forward(x, start), jnp.flip(back, 1)], axis=-1)
 
 
 def table_rows(vocab_size: int, multiple: int) -> int:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from moejax.models.layers import Embed, residual
+from moejax.models.layers import Embed
 from moejax.models.softmax import Softmax
+from moejax.models.stack import residual
 
 # inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/text.py.
 Batch = Mapping[str, Array]
@@ -18,12 +19,12 @@ Batch = Mapping[str, Array]
 class LSTMLM(nn.Module):
   """Embedding, layers of one width, softmax over the next word.
 
-  How layers are joined and dropped out says `models.layers.residual`.
+  How layers are joined and dropped out says `models.stack.residual`.
 
   Attributes:
     vocab_size: V.
     width: D of the embedding and of every layer.
-    layers: LSTMs, and modules called as MoE is.
+    layers: LSTMs, recurrent mixtures, and modules called as MoE is.
     dropout: chance of zeroing an output; the rng stream is "dropout".
     num_samples: classes of the sampled softmax; 0 is the full one.
     dtype: of the activations and of the operands of matrix products. Whatever

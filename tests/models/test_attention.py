@@ -113,17 +113,17 @@ def naive(form, given):
     both = jnp.concatenate([x, jnp.concatenate(contexts, 1)], -1)
     y = layers.lstm(both, start[:, : t + 1], lstm_weights(given))[:, -1]
     outputs.append(y)
-  return jnp.stack(outputs, 1)
+  return jnp.stack(outputs, 1), jnp.concatenate(contexts, 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def gradients(fn, form, given):
-  """Gradients of a weighted sum of all outputs, and these."""
-  pull = np.random.default_rng(9).normal(size=given["x"].shape)
+  """Gradients of a weighted sum of all outputs and contexts, and these."""
+  pull = np.random.default_rng(9).normal(size=(2, *given["x"].shape))
 
   def total(given):
-    y = fn(form, given).astype(jnp.float32)
-    return (y * jnp.asarray(pull, jnp.float32)).sum(), y
+    out = jnp.stack(fn(form, given)).astype(jnp.float32)
+    return (out * jnp.asarray(pull, jnp.float32)).sum(), out
 
   return jax.grad(total, has_aux=True)(given)
 
@@ -147,7 +147,7 @@ def test_values_and_gradients_are_those_of_plain_steps(form, projected):
 def test_bfloat16_rounds_the_operands_only(form):
   given = draw()
   half = {name: given[name].astype(jnp.bfloat16) for name in ("x", "states")}
-  assert run(form, given | half).dtype == jnp.bfloat16
+  assert all(a.dtype == jnp.bfloat16 for a in run(form, given | half))
   narrow, y = gradients(run, form, given | half)
   wide, y_wide = gradients(run, form, given)
   np.testing.assert_allclose(y, y_wide, atol=0.04)

@@ -70,11 +70,16 @@ def two_levels(choose=router.NoisyTopK, **options):
 
 
 def make(mixture=flat, form="product", wiring="recurrent", **fields):
+  """GNMT's own encoder and residuals where the wiring is GNMT's."""
   lstm = layers.LSTM(D, H)
+  encoder = (lstm, mixture())
+  if wiring == "every_layer":
+    both = layers.BidirectionalLSTM(lstm.clone(), lstm.clone())
+    encoder, fields = (both, *encoder), {"residual_from": 3} | fields
   return gnmt.GNMT(
     V,
     D,
-    (lstm, mixture()),
+    encoder,
     (lstm.clone(), mixture(), lstm.clone()),
     attention.Attention(N, form),
     wiring,
@@ -114,7 +119,12 @@ def close(got, want):
 
 @pytest.mark.parametrize(
   "form, wiring",
-  [("product", "recurrent"), ("sum", "recurrent"), ("product", "parallel")],
+  [
+    ("product", "recurrent"),
+    ("sum", "recurrent"),
+    ("sum", "every_layer"),
+    ("product", "parallel"),
+  ],
 )
 def test_loss_and_gradient_are_those_of_the_loops(form, wiring):
   """The gradient along one direction of all the weights."""
@@ -134,7 +144,8 @@ def test_loss_and_gradient_are_those_of_the_loops(form, wiring):
     moved = jax.tree.map(
       lambda a, b: a + by * b, kinds.in_float64(params), direction
     )
-    return recurrent.gnmt_loss(moved, K, form, wiring, given)
+    plain = model.residual_from - 1
+    return recurrent.gnmt_loss(moved, K, form, wiring, given, plain)
 
   np.testing.assert_allclose(nats, want(0), rtol=1e-4, atol=1e-5)
   got = jax.tree.map(lambda a, b: (a * b).sum(), slopes, direction)
@@ -169,7 +180,12 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize(
-  "name, wiring", [("balanced", "recurrent"), ("hierarchical", "parallel")]
+  "name, wiring",
+  [
+    ("balanced", "recurrent"),
+    ("balanced", "every_layer"),
+    ("hierarchical", "parallel"),
+  ],
 )
 def test_padding_changes_no_loss_or_figure(name, wiring):
   """Whatever stands in it, and however much of it there is."""
@@ -184,6 +200,9 @@ def test_padding_changes_no_loss_or_figure(name, wiring):
 
   # Noise depends on where a token stands, so there is none in longer rows.
   filled = [pack(sized(), filler=V - 1)]
+  # No start needs to be marked in padding.
+  for side, real in (("", "segment"), ("source_", "source_segment")):
+    filled[0][f"{side}start"] &= filled[0][real] > 0
   if name == "balanced":
     filled.append(pack(sized(), L + 2, M + 2, 1))
   nats, *figures = run(params, pack(sized()))
@@ -219,6 +238,7 @@ def translate(model, params, batch):
   [
     ("noisy", "recurrent", "product"),
     ("balanced", "recurrent", "sum"),
+    ("noisy", "every_layer", "sum"),
     ("hierarchical", "parallel", "product"),
     ("hierarchical balanced", "parallel", "sum"),
   ],
@@ -246,6 +266,17 @@ def test_steps_are_the_whole_pass(name, wiring, form):
   # A translation depends on nothing else in the batch.
   _, (alone, _) = run(params, pack([[b], [], []]))
   close(alone[0], log_p[1])
+
+
+def test_widths_that_do_not_fit_are_refused():
+  """Both directions of an LSTM are twice as wide as the model."""
+  for residual_from, complaint in [
+    (1, "layer 1 makes 8 entries of 4, .* residual_from be 2"),
+    (2, "ends in 8 entries for a width of 4; put an LSTM above"),
+  ]:
+    model = make(wiring="every_layer", residual_from=residual_from)
+    with pytest.raises(ValueError, match=complaint):
+      parameters(model.clone(encoder=model.encoder[:1]))
 
 
 def test_experts_that_choose_cannot_translate():

@@ -57,6 +57,10 @@ TRANSLATION = {
     8 * 2_097_152 + 2 * 512 * (32 + 2 * 64),
   ),
 }
+# Two LSTMs at the bottom of the encoder, one that reads both, six more; eight
+# that read a context too; U and W.
+GNMT = 2 * 8_388_608 + 12_582_912 + 6 * 8_388_608 + 8 * 12_582_912
+GNMT_CONFIGS = ["wmt14/en_fr_gnmt", "wmt14/en_de_gnmt", "multilingual/gnmt"]
 EXACT_TRANSLATION = {
   f"wmt14/{pair}_{name}": tuple(LSTMS_OF_TRANSLATION + n for n in counts)
   for pair in ("en_fr", "en_de")
@@ -65,14 +69,16 @@ EXACT_TRANSLATION = {
   "multilingual/moe_512": (
     LSTMS_OF_TRANSLATION + 2 * 512 * 8_388_608 + 2 * 2 * 512 * 512,
     LSTMS_OF_TRANSLATION + 4 * 8_388_608 + 2 * 2 * 512 * 512,
-  )
+  ),
+  **dict.fromkeys(GNMT_CONFIGS, (GNMT + 2 * 1024 * 1024,) * 2),
 }
 
 
 @functools.cache
 def count_of(name):
   config = load(name)
-  return cost.count(config_lib.parse(config), config.data.vocab_size)
+  size = config.data.get("vocab_size", VOCABULARY)
+  return cost.count(config_lib.parse(config), size)
 
 
 @pytest.mark.parametrize("name", EXACT | EXACT_TRANSLATION)
@@ -88,6 +94,14 @@ def test_counts_of_the_paper(name):
   assert (
     count.total == count.parameters + count.biases + (2 + translates) * table
   )
+
+
+def test_a_recurrent_mixture_costs_what_one_between_lstms_does():
+  """2 of 16 matrices of 128 by 256, two LSTMs; biases are of all three."""
+  counts = [count_of(f"sotu/{name}") for name in ("recurrent_moe", "moe_32")]
+  assert {count.ops for count in counts} == {2 * 32_768 + 65_536 + 4096}
+  assert {count.parameters for count in counts} == {65_536 + 524_288 + 4096}
+  assert [count.biases for count in counts] == [3 * 256, 2 * 256]
 
 
 def test_biases_gates_and_attention_are_told_apart():
@@ -128,14 +142,29 @@ def test_a_step_counts_the_classes_of_a_sample_once():
 
 
 def test_one_printed_cell_is_not_ours():
-  """Of 46 of language models and 6 of translation; the total of MoE-34M too."""
+  """Of 46 of language models and 6 of translation; the total of MoE-34M too.
+
+  And of GNMT its total, and the ops that Table 5 prints.
+  """
   table = list(paper_counts.rows(quick=True))
-  assert [len(paper_counts.PAPER), len(paper_counts.TRANSLATION)] == [23, 3]
+  assert [len(paper_counts.PAPER), len(paper_counts.TRANSLATION)] == [23, 6]
   unlike = {row["config"]: row["unlike"] for row in table if row["unlike"]}
-  assert len(table) == 26 and unlike == {"lm1b/moe_256": "ops"}
+  assert len(table) == 29 and unlike == {
+    "lm1b/moe_256": "ops",
+    **dict.fromkeys(GNMT_CONFIGS[:2], "total"),
+    GNMT_CONFIGS[2]: "ops total",
+  }
   total = [row["config"] for row in table if row["ours_B"] != row["paper_B"]]
-  assert total == ["lm1b/moe_34m"]
-  assert [row["ours_ops_M"] for row in table[-3:]] == ["85", "85", "102"]
+  assert total == ["lm1b/moe_34m", *GNMT_CONFIGS]
+  ops = [row["ours_ops_M"] for row in table[-6:]]
+  assert ops == ["85", "85", "102", "214", "214", "214"]
+
+
+def test_the_parameters_of_gnmt_are_those_of_other_tables():
+  """Published is 278 million: three tables of 32,000 pieces, no attention."""
+  count = cost.count(experiment(GNMT_CONFIGS[0]), 32_000)
+  matrices = count.parameters - count.attention
+  assert matrices + count.embedding + count.softmax == 278_659_072
 
 
 # -- one layer ----------------------------------------------------------------

@@ -200,10 +200,15 @@ def test_what_it_refuses(monkeypatch, capsys, trained, tmp_path):
 
 
 def test_two_ways_at_once(environment, flags, monkeypatch, capsys, tmp_path):
+  """By a small GNMT."""
   workdir = tmp_path / "both"
   both = ["--config.data.both_directions=True", "--config.data.temperature=2.0"]
   few = ["--config.train.steps=40", "--config.train.eval_every=40"]
-  start = program.start(environment, [*flags, *both, *few], workdir)
+  own = ["encoder=bidirectional_lstm,lstm,lstm", "decoder=lstm,lstm,lstm"]
+  own += ["residual_from=3", "attention.wiring=every_layer"]
+  own += ["attention.form=sum"]
+  own = [f"--config.model.{each}" for each in own]
+  start = program.start(environment, [*flags, *both, *few, *own], workdir)
   (output,) = program.end_well(start)
   assert "  en: " in output and "  fr: " in output
   test = program.result(workdir)["test"]
