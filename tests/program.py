@@ -15,7 +15,7 @@ import pytest
 from moejax import workdir as workdir_lib
 from moejax.training import metrics, run
 
-FROM_CLOCK = {"words_per_second"}
+FROM_CLOCK = {"words_per_second", "tflops_per_device"}
 # Seconds, longer than any run here takes on a busy machine.
 PATIENCE = 900
 
