@@ -261,8 +261,14 @@ def describe(values: Mapping[str, float], unit: str) -> str:
     f"perplexity {values['perplexity']:,.2f} per {unit}"
     f" ({values['words']:,.0f} {unit}s)"
   )
-  if "bleu" in values:
-    said += f", BLEU {values['bleu']:.2f}, chrF {values['chrf']:.2f}"
+  return said + (f", {describe_scores(values)}" if "bleu" in values else "")
+
+
+def describe_scores(values: Mapping[str, Any]) -> str:
+  """Returns scores of translations in words, those that there are."""
+  said = f"BLEU {values['bleu']:.2f}, chrF {values['chrf']:.2f}"
+  if values.get("moses_bleu") is not None:
+    said += f", BLEU of Moses tokens {values['moses_bleu']:.2f}"
   return said
 
 
