@@ -12,7 +12,7 @@ import pytest
 from moejax.main import main
 from moejax.training import checkpoint, evaluators, metrics, run, session
 
-STEPS, LOG, EVAL, SAVE = 7, 2, 3, 4
+STEPS, LOG, EVAL, SAVE = 7, 2, 3, 100
 PEAK, WARMUP, HOLD = 0.005, 2, 2
 FLAGS = {
   "train.steps": STEPS,
