@@ -48,6 +48,7 @@ TEST = [
   "pytest",
   "pytest-xdist",
   "pyyaml",  # reads CITATION.cff
+  "sacremoses",
   "ruff",
   "setuptools>=70.1",  # builds the wheel of tests/test_wheel.py
 ]
@@ -108,6 +109,7 @@ setuptools.setup(
     "experiments": EXPERIMENTS,
     "docs": DOCS,
     "gcs": ["gcsfs>=2024.9"],  # for --workdir=gs://...
+    "moses": ["sacremoses"],  # the paper's BLEU, of Moses tokens
     "notebooks": ["ipykernel", "jupyterlab", "matplotlib"],
     "test": TEST,
     "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it

@@ -95,25 +95,36 @@ def main(
     seed: recorded with the results.
     argv: the arguments; those of the command line by default.
     **options: further ones that take a text, and what they are. One that is
-      given becomes part of the files' stem: its results are others.
+      given becomes part of the files' stem: its results are others. Beside
+      "config" there may be --config.FIELD=VALUE, which `rows` gets as its
+      `changes`.
 
   Returns:
     The rows.
   """
   argv = sys.argv[1:] if argv is None else argv
-  parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
+  parser = argparse.ArgumentParser(
+    prog=f"python -m experiments.{name}", allow_abbrev=False
+  )
   parser.add_argument("--quick", action="store_true", help="small and rough")
   folder = "folder for the files (full runs: experiments/results)"
   parser.add_argument("--out", type=pathlib.Path, help=folder)
   for option, meaning in options.items():
     parser.add_argument(f"--{option}", default="", help=meaning)
-  args = parser.parse_args(argv)
+  args, more = parser.parse_known_args(argv)
+  changes = [word for word in more if word.startswith("--config.")]
+  if more != (changes if "config" in options else []):
+    parser.error(f"what are {' '.join(more)}? --help lists the options")
   # Orbax warns of what is no trouble.
   logging.set_verbosity(logging.ERROR)
   begin = time.perf_counter()
   table = []
   given = {option: getattr(args, option) for option in options}
-  for row in rows(args.quick, **given):
+  more = {}
+  if changes:
+    fields = (word.removeprefix("--").partition("=") for word in changes)
+    more = {"changes": [(field, [said]) for field, _, said in fields]}
+  for row in rows(args.quick, **given, **more):
     table.append(row)
     passed = time.perf_counter() - begin
     cells = " ".join(f"{name}={value}" for name, value in row.items())

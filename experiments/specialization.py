@@ -2,18 +2,19 @@
 
 Method: a finished run, that of translation_capacity with 32 experts or another
 --workdir, of which the encoder's first mixture is looked at, or the first of a
-language model. The test text goes through its best checkpoint, each distinct
-sentence once. `context` is where an expert has its largest gates G(x)_i, the
-piece between **. `bits` are how much an expert's pieces differ from everyone's:
-KL(p(piece | expert) || p(piece)), counted over edges; `shuffled` is the same by
-luck, after the pieces have changed places at random, mean of ten times.
-Contexts are of the six experts of most bits above that, among those with half
-the mean `load` or more. The row `piece` is the mean over edges: the information
-that the choice of an expert carries about the piece. `previous` is what it
-carries about the piece before, where the piece itself is known; only places of
-the same piece change there. `most` is what could be: the entropy of the choice,
-less that among the experts of one place. Experts do not specialize if bits are
-as many as shuffled.
+language model; of one of two levels, as the paper's, the experts of all groups,
+j of group i being i * Q + j, whose gates are the product of both. The test text
+goes through its best checkpoint, each distinct sentence once. `context` is
+where an expert has its largest gates G(x)_i, the piece between **. `bits` are
+how much an expert's pieces differ from everyone's: KL(p(piece | expert) ||
+p(piece)), counted over edges; `shuffled` is the same by luck, after the pieces
+have changed places at random, mean of ten times. Contexts are of the six
+experts of most bits above that, among those with half the mean `load` or more.
+The row `piece` is the mean over edges: the information that the choice of an
+expert carries about the piece. `previous` is what it carries about the piece
+before, where the piece itself is known; only places of the same piece change
+there. `most` is what could be: the entropy of the choice, less that among the
+experts of one place. Experts do not specialize if bits are as many as shuffled.
 
 Result: of translation_capacity's English to French (32 experts, 4 a token) the
 choice of an expert carries 2.22 bits about the piece, of 2.99 that it could, by
@@ -68,8 +69,9 @@ def rows(quick: bool, workdir: str = "") -> Iterator[figures.Row]:
   with training.folder("translation_capacity", quick) as runs:
     run = files_lib.path(workdir) if workdir else runs / "en-fr_moe_32"
     if quick and not workdir:
+      # Of two levels, as the paper's.
       files = translating.pair_files("", ["fr"], runs, quick)
-      config = translation_capacity.config_of("moe_32", files, runs, quick)
+      config = translation_capacity.config_of("moe_512_h", files, runs, quick)
       training.train(config, run)
     places = read(run)
     vocabulary = workdir_lib.vocabulary(Pieces, run)
@@ -99,7 +101,8 @@ def read(workdir: files_lib.Path) -> Places:
     mixtures = {name: sown[name] for name in sown if name.startswith(side)}
     routing = losses.routings(mixtures)[0]
     gates = training.gates(routing)
-    ids, real = batch[text].reshape(-1), np.reshape(routing.mask, -1)
+    mask = training.tokens_of(routing).mask
+    ids, real = batch[text].reshape(-1), np.reshape(mask, -1)
     starts = np.flatnonzero(batch[start])
     for first, last in zip(starts, [*starts[1:], ids.size], strict=True):
       sentence = ids[first:last]

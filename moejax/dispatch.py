@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from moejax import sharding
 from moejax import slots as slots_lib
@@ -53,12 +53,14 @@ class Dispatched(NamedTuple):
     rows: [E, G, C, D]; zeros in empty slots.
     mask: which slots are taken, [E, G, C].
     gate: of the edge in each slot, [E, G, C].
+    token: the same.
     combine: takes the experts' outputs, [E, G, C, O] each, back to [G, S, O].
   """
 
   rows: list[Float[Array, "E G C D"]]
   mask: list[Bool[Array, "E G C"]]
   gate: list[Float[Array, "E G C"]]
+  token: list[Int[Array, "E G C"]]
   combine: Callable[[Sequence[Array]], Array]
 
 
@@ -103,10 +105,14 @@ def dispatch(
     return jax.vmap(lambda *args: combine(*args, S))(rows, slots, assignment)
 
   gate = jax.vmap(slots_lib.take)(assignment.gate, slots.edge)
+  token = jax.vmap(lambda of, at: of.at[at].get(mode="fill", fill_value=0))(
+    assignment.tokens(S), slots.edge
+  )
   return Dispatched(
     to_experts(jax.vmap(move)(x, slots, assignment)),
     to_experts(slots.edge < assignment.expert.shape[1]),
     to_experts(gate),
+    to_experts(token),
     back,
   )
 

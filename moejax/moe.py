@@ -409,14 +409,23 @@ class HierarchicalMoE(_Layer):
       axes = (sharding.expert_axis(P), "group_replicated")
       return sharding.constrain(slots, *axes, *(None,) * (slots.ndim - 2))
 
-    rows, taken, gate = (side_by_side(slots) for (slots,) in sent[:3])
+    # Tokens of groups that are together follow each other.
+    first = jnp.arange(x.shape[0], dtype=jnp.int32) % together * x.shape[1]
+    of_slots = (
+      *(each for (each,) in sent[:3]),
+      sent.token[0] + first[None, :, None],
+    )
+    rows, taken, gate, token = map(side_by_side, of_slots)
+    group = jnp.arange(P, dtype=jnp.int32)[:, None, None]
+    filled = Assignment(jnp.where(taken, group, P), gate, token)
     mix = sharding.over_experts(
       lambda secondary, rows, taken: secondary.mix(rows, train, taken, None), P
     )
     y, inner = mix(self.secondary, rows, taken)
     y = sent.combine([y.reshape(*sent.gate[0].shape, -1)])
     routing = _count_dropped(routing, capacity)
-    return y, _flatten(routing_lib.merge_groups(routing, together), inner, gate)
+    primary = routing_lib.merge_groups(routing, together)
+    return y, _flatten(primary, inner, filled)
 
   def _why_unsorted(self, x, train: bool) -> str:
     """Says what keeps rows in slots, and the way out; "" if nothing does."""
@@ -528,10 +537,10 @@ def _count_dropped(routing: Routing, capacity: int | None) -> Routing:
   )
 
 
-def _flatten(primary: Routing, inner: Routing, gate) -> Routing:
+def _flatten(primary: Routing, inner: Routing, sent: Assignment) -> Routing:
   """Makes one decision over all P * Q experts of the P groups' own.
 
-  `gate` is the primary one of each slot, [P, G, C].
+  `sent` are the primary's edges in the slots, [P, G, C].
   """
   P, G, C, Q = inner.logits.shape
 
@@ -543,7 +552,7 @@ def _flatten(primary: Routing, inner: Routing, gate) -> Routing:
     )
 
   # Eq. 13: each secondary gate counts as much as the primary one before it.
-  importance = jax.vmap(importance_of)(inner.assignment, gate)
+  importance = jax.vmap(importance_of)(inner.assignment, sent.gate)
   sums = inner._replace(importance=importance)
   flat = {
     name: getattr(sums, name).swapaxes(0, 1).reshape(G, P * Q)
@@ -553,4 +562,4 @@ def _flatten(primary: Routing, inner: Routing, gate) -> Routing:
     lambda value: value.reshape(P * Q),
     {"thresholds": inner.thresholds, "bias": inner.bias},
   )
-  return inner._replace(primary=primary, **flat, **learned)
+  return inner._replace(primary=primary, sent=sent, **flat, **learned)

@@ -60,6 +60,8 @@ class Routing(NamedTuple):
       mask have an entry for each edge of `primary`, the rows.
     within: of sorted rows, the group of experts that each is sent to; P for
       none.
+    sent: where tokens are in slots of groups of experts, the edge of `primary`
+      that fills each, [P, G, C]; P marks an empty one. `edges` reads it.
   """
 
   assignment: Assignment
@@ -74,10 +76,11 @@ class Routing(NamedTuple):
   dropped_first: Float[Array, "G E"] | None = None
   primary: "Routing | None" = None
   within: Int[Array, "G S"] | None = None
+  sent: Assignment | None = None
 
 
 # Fields of a Routing by what they are of: tokens, sums of groups, parameters.
-OF_TOKENS = ("assignment", "logits", "mask", "within")
+OF_TOKENS = ("assignment", "logits", "mask", "within", "sent")
 SUMS = ("importance", "load", "count", "dropped", "dropped_first")
 LEARNED = ("thresholds", "bias")
 
@@ -165,6 +168,29 @@ def make_routing(
     count=count,
     mask=mask,
   )
+
+
+def edges(routing: Routing) -> Assignment:
+  """Returns the edges from tokens to experts, of one level or two.
+
+  Of two, expert j of group i is i * Q + j, and a gate the product of both (eq.
+  12). They are then in no order of priority.
+  """
+  sent, inner = routing.sent, routing.assignment
+  if sent is None:
+    return inner
+  P, G, C, Q = routing.logits.shape
+  slot = inner.tokens(C)
+  group, gate, token = (
+    jnp.take_along_axis(x, slot, axis=2, mode="clip") for x in sent
+  )
+  used = (group < P) & (inner.expert < Q)
+  flat = Assignment(
+    jnp.where(used, group * Q + inner.expert, P * Q),
+    jnp.where(used, gate * inner.gate, 0),
+    token,
+  )
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(G, -1), flat)
 
 
 def flatten_groups(assignment: Assignment, num_tokens: int) -> Assignment:

@@ -18,7 +18,7 @@ from moejax.training import metrics, run
 ROOT = pathlib.Path(__file__).parents[1]
 # Programs that some test has compiled.
 COMPILED = ROOT / ".pytest_cache" / "compiled"
-FROM_CLOCK = {"words_per_second"}
+FROM_CLOCK = {"words_per_second", "tflops_per_device"}
 # Seconds, longer than any run here takes on a busy machine.
 PATIENCE = 900
 

@@ -77,8 +77,8 @@ def check_capacity_curve(table):
 
 def check_specialization(table):
   experts = [row for row in table if row["about"] == "expert"]
-  assert [row["expert"] for row in experts] == list(range(32))
-  mean = sum(row["load"] for row in experts) / 32
+  assert [row["expert"] for row in experts] == list(range(512))
+  mean = sum(row["load"] for row in experts) / 512
   assert mean == pytest.approx(1, abs=0.01)
   assert any(row["about"] == "context" for row in table)
 

@@ -3,11 +3,14 @@
 import collections
 import functools
 import itertools
+import re
 
 import numpy as np
 import pytest
 
-from experiments import kneser_ney, training
+from experiments import harness, kneser_ney, training
+from moejax import config as config_lib
+from moejax import named
 from moejax.data import packing
 from moejax.data.vocab import END, START, UNKNOWN, Vocabulary
 
@@ -194,3 +197,36 @@ def test_reads_any_config(corpus, tmp_path):
   found = kneser_ney.perplexities(config, 3)
   assert set(found) == {"validation", "test"}
   assert found != kneser_ney.perplexities(config, 1)
+
+
+def test_the_command_reads_any_config(corpus, tmp_path, capsys):
+  argv = ["--quick", "--config=tiny", "--config.data.kind=text"]
+  argv += [
+    f"--config.data.train={corpus}",
+    f"--config.data.data_dir={tmp_path}",
+  ]
+  about = {"config": "a config"}
+  run = functools.partial(
+    harness.main, "kneser_ney", kneser_ney.rows, kneser_ney.draw, **about
+  )
+  table = run(argv=[*argv, f"--out={tmp_path}"])
+  assert (tmp_path / "kneser_ney_config.png").stat().st_size > 1000
+  config = config_lib.load(
+    "tiny",
+    [
+      ("config.data.kind", ["text"]),
+      ("config.data.train", [str(corpus)]),
+      ("config.data.data_dir", [str(tmp_path)]),
+    ],
+  )
+  want = kneser_ney.perplexities(config, 2)
+  found = {row["split"]: row["perplexity"] for row in table[-2:]}
+  assert found == {split: round(value, 2) for split, value in want.items()}
+  assert re.search(r"counting [\d,]+ words; .* GB", capsys.readouterr().out)
+  with pytest.raises(SystemExit, match="the config translates"):
+    run(argv=["--quick", "--config=translate_tiny"])
+  for wrong in ("--confg=tiny", "--data.kind=text"):
+    with pytest.raises(SystemExit):
+      run(argv=["--quick", wrong])
+  with pytest.raises(named.ReadError, match="nearest is"):
+    run(argv=["--quick", "--config=tiny", "--config.data.kin=text"])

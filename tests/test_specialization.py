@@ -1,10 +1,14 @@
 """What experts specialise in, by hand."""
 
+import jax
+import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
-from experiments import specialization
+from experiments import specialization, training
 from experiments.specialization import Places
+from moejax import experts, losses, moe, router
 
 WORDS = ["", "", "", "the", "red", "car", "house", "is", "here"]
 
@@ -53,6 +57,41 @@ def test_contexts_are_those_of_the_largest_gates():
   assert not list(
     specialization.contexts(places(ids, begins, gates), 0, Words())
   )
+
+
+def test_gates_of_two_levels_are_those_of_what_comes_out():
+  """Of 3 groups of 4 experts, over two groups of tokens that are together."""
+  inner = moe.MoE(
+    router.TopK(4, 2),
+    experts.Linear(4),
+    capacity_factor=None,
+    eval_capacity_factor=None,
+  )
+  layer = moe.HierarchicalMoE(
+    router.TopK(3, 2),
+    inner,
+    group_size=8,
+    groups_together=2,
+    capacity_factor=None,
+    eval_capacity_factor=None,
+    dispatch="gather",
+  )
+  x = jax.random.normal(jax.random.key(0), (4, 8, 5))
+  mask = jnp.arange(32).reshape(4, 8) % 5 > 0
+  params = kinds.random_params(layer, x)
+  y, sown = layer.apply({"params": params}, x, mask=mask, mutable=["routing"])
+  (routing,) = losses.routings(sown)
+  gates = training.gates(routing)
+  assert gates.shape == (32, 12)
+  real = np.count_nonzero(gates, axis=1)
+  np.testing.assert_array_equal(real, 4 * np.ravel(mask))
+  np.testing.assert_allclose(gates.sum(axis=1), np.ravel(mask), rtol=1e-6)
+  np.testing.assert_allclose(
+    gates.reshape(2, 16, 12).sum(axis=1), routing.importance, rtol=1e-5
+  )
+  w = params["secondary"]["experts"]["w"].reshape(12, 5, 5)
+  want = np.einsum("te,td,edf->tf", gates, x.reshape(-1, 5), w)
+  np.testing.assert_allclose(y.reshape(-1, 5), want, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_that_know_the_piece_and_those_that_know_nothing():

@@ -51,6 +51,15 @@ def most_distinct(num_samples: int, vocab_size: int) -> int:
   return min(math.ceil(seen.sum() + margin), num_samples, vocab_size)
 
 
+def mean_distinct(num_samples: int, vocab_size: int) -> float:
+  """Returns the mean number of classes that `num_samples` draws are of.
+
+  8192 draws from 793,471 words are of 4585.
+  """
+  ids = np.arange(vocab_size)
+  return float(_chance_of_any(np, ids, num_samples, vocab_size).sum())
+
+
 def log_expected_count(
   ids: Int[Array, "..."], num_samples: int, vocab_size: int
 ) -> Float[Array, "..."]:

@@ -8,7 +8,7 @@ free, and capacity does not matter.
 
 A timestep of a translation is one word of the source and one of the target. Of
 attention it has the products with U and W; what every pair of positions costs
-depends on lengths, and only `flops_per_step` counts it.
+depends on lengths, and only `flops_per_word` counts it.
 """
 
 import fractions
@@ -21,6 +21,7 @@ import jax
 
 from moejax import config as config_lib
 from moejax.models import softmax
+from moejax.moe import HierarchicalMoE, MoE
 from moejax.routing import Routing
 
 # A part of a mixture -> the router that chooses among its copies.
@@ -42,6 +43,8 @@ class Count(NamedTuple):
     gates: the part of `ops` in routers.
     attention: the part of `ops` in attention.
     source: the part of `ops` that a word of a translation's source costs.
+    experts: the part of `ops` in experts.
+    expert_io: numbers that a timestep's experts read and return.
   """
 
   parameters: int
@@ -52,11 +55,23 @@ class Count(NamedTuple):
   gates: int
   attention: int
   source: int
+  experts: int
+  expert_io: int
 
   @property
   def total(self) -> int:
     """Of all arrays that training changes."""
     return self.parameters + self.biases + self.embedding + self.softmax
+
+  @property
+  def ops_per_io(self) -> float | None:
+    """Ratio of an expert's computation to its input and output (sec. 3.2).
+
+    Experts wait for the network where it is below the ratio of what devices
+    compute to what they exchange. With one hidden layer it is that layer's
+    size. None without experts.
+    """
+    return self.experts / self.expert_io if self.expert_io else None
 
 
 def count(experiment: config_lib.Experiment, vocab_size: int) -> Count:
@@ -75,21 +90,28 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
   Its children "embed..." are embeddings, "head" is the softmax, "encoder..."
   reads the source.
   """
-  shares = {}
+  active, shares, widths = {}, {}, {}
 
-  def note_share(call, args, kwargs, context):
-    """Notes which share of its experts each router sends a token to."""
+  def note(call, args, kwargs, context):
+    """Notes how many, and which share, of its experts a router sends a token.
+
+    Of mixtures it notes the numbers that go in and come out.
+    """
     result, module = call(*args, **kwargs), context.module
+    is_mixture = isinstance(module, MoE | HierarchicalMoE)
+    if is_mixture and context.method_name == "__call__":
+      widths[module.path] = args[0].shape[-1] + result.shape[-1]
     if isinstance(result, Routing):
       tokens, num_experts = result.logits.shape[-2:]
       edges = result.assignment.expert.shape[-1]
       # Experts that choose round what they take; k is what they mean.
       k = getattr(module, "k", fractions.Fraction(edges, tokens))
-      shares[module.path] = fractions.Fraction(k) / num_experts
+      active[module.path] = fractions.Fraction(k)
+      shares[module.path] = active[module.path] / num_experts
     return result
 
   keys = {n: jax.random.key(0) for n in ("params", "router", "dropout")}
-  with nn.intercept_methods(note_share):
+  with nn.intercept_methods(note):
     shapes = jax.eval_shape(
       lambda inputs: model.init(keys, *inputs, method=method), inputs
     )
@@ -118,30 +140,60 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     sums["source"] += ops * (
       where.startswith("encoder") or path == ("attention", "u")
     )
+    sums["experts"] += ops * ("experts" in path)
+  for path, width in widths.items():
+    # A mixture that is an expert reads what that one does.
+    if "experts" not in path:
+      levels = ("router",), ("primary",), ("secondary", "router")
+      of_token = (active.get((*path, *level), 1) for level in levels)
+      sums["expert_io"] += width * math.prod(of_token)
   return Count(**{name: int(value) for name, value in sums.items()})
+
+
+def experts_share(
+  experiment: config_lib.Experiment, vocab_size: int, count: Count
+) -> float:
+  """Returns the experts' part of a timestep in training, softmax included."""
+  return count.experts / (count.ops + _softmax_ops(experiment, vocab_size))
+
+
+def flops_per_word(
+  experiment: config_lib.Experiment, vocab_size: int, count: Count
+) -> tuple[int, int]:
+  """Counts what training needs to compute, in floating-point operations.
+
+  A multiply-add is two, and the backward pass costs twice the forward pass (the
+  TFLOPS of sec. 5.1). Softmax is included, embedding excluded; where the
+  softmax is sampled, it has the target and as many classes as the draws are of
+  in the mean. A word of a translation attends to every position of its row's
+  source, whatever pair that is of. Empty slots, dispatch, padding, and what is
+  computed again to save memory count nothing.
+
+  Returns:
+    FLOPs of a word of the target, and of a word of a translation's source.
+  """
+  target = count.ops - count.source + _softmax_ops(experiment, vocab_size)
+  model = experiment.model(vocab_size)
+  if attention := getattr(model, "attention", None):
+    # Of a score and of a context, one entry each.
+    pair = attention.width + model.width
+    target += experiment.shapes["source"].shape[1] * pair
+  return 6 * target, 6 * count.source
 
 
 def flops_per_step(
   experiment: config_lib.Experiment, vocab_size: int, count: Count
 ) -> int:
-  """Counts what a training step needs to compute, in floating-point operations.
+  """Counts the FLOPs of a training step without padding: `flops_per_word`."""
+  target, source = flops_per_word(experiment, vocab_size, count)
+  flops = target * math.prod(experiment.shapes["mask"].shape)
+  if experiment.translates:
+    flops += source * math.prod(experiment.shapes["source"].shape)
+  return flops
 
-  A multiply-add is two, and the backward pass costs twice the forward pass.
-  Every position counts, embedding excluded, softmax included; where the softmax
-  is sampled, with the target and at most as many classes as it draws. In a
-  translation every position of a row attends to every position of its source,
-  whatever pairs they belong to. Empty slots, dispatch, and what is computed
-  again to save memory count nothing.
-  """
-  model = experiment.model(vocab_size)
-  classes, (batch_size, length) = vocab_size, experiment.shapes["mask"].shape
+
+def _softmax_ops(experiment: config_lib.Experiment, vocab_size: int) -> int:
+  model, classes = experiment.model(vocab_size), vocab_size
   if samples := getattr(model, "num_samples", 0):
-    classes = softmax.most_distinct(samples, vocab_size) + 1
-  target = count.ops - count.source + model.width * classes
-  ops = length * target
-  if attention := getattr(model, "attention", None):
-    # Of a score and of a context, one entry each.
-    pair = attention.width + model.width
-    source_length = experiment.shapes["source"].shape[1]
-    ops += source_length * (count.source + length * pair)
-  return 6 * ops * batch_size
+    classes = round(softmax.mean_distinct(samples, vocab_size)) + 1
+  return model.width * classes

@@ -89,6 +89,8 @@ class Plan(NamedTuple):
     parameters: all of them, vectors too.
     memory: of one device.
     model_flops: of one device in a step, by `cost.flops_per_step`.
+    experts_share: the experts' part of them.
+    ops_per_io: as of `cost.Count`.
     flops: of one device in a step, of the compiled program.
     is_bounded: whether the lengths of all loops are known; else FLOPs,
       collectives and estimate are the least there may be.
@@ -108,6 +110,8 @@ class Plan(NamedTuple):
   parameters: int
   memory: Memory
   model_flops: float
+  experts_share: float
+  ops_per_io: float | None
   flops: int
   is_bounded: bool
   collectives: list[collectives.Collective]
@@ -128,6 +132,11 @@ class Plan(NamedTuple):
     if self.estimate is None:
       return None
     return self.model_flops / (self.peak_flops * self.estimate.seconds)
+
+  @property
+  def tflops_per_device(self) -> float | None:
+    """The model's own FLOPs, in 1e12 a second of the step that ran."""
+    return self.measured and self.model_flops / self.measured / 1e12
 
 
 class Refusal(NamedTuple):
@@ -217,6 +226,8 @@ def make(
     parameters=count.total,
     memory=memory,
     model_flops=flops / len(topology.devices),
+    experts_share=cost.experts_share(experiment, vocab_size, count),
+    ops_per_io=count.ops_per_io,
     flops=sum(each.flops for each in done),
     is_bounded=all(each.is_bounded for each in done),
     collectives=found,

@@ -91,6 +91,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     "needs": memory.needs,
     "fits": memory.fits,
   }
+  values["tflops_per_device"] = outcome.tflops_per_device
   values["collectives"] = [each._asdict() for each in outcome.collectives]
   values["estimate"] = estimate and estimate._asdict() | {
     "seconds": estimate.seconds,
@@ -167,7 +168,10 @@ def _cells(outcome: Outcome) -> dict[str, str]:
     "fits": "yes" if memory.fits else "no",
     "FLOPs": with_prefix(outcome.flops),
     "over the model's": f"{outcome.flops / outcome.model_flops:.2f}",
+    "experts, of the model's": f"{outcome.experts_share:.1%}",
   }
+  if outcome.ops_per_io:
+    cells["ops per number to or from experts"] = f"{outcome.ops_per_io:,.0f}"
   if estimate:
     for name in estimate._fields:
       cells[f"ms {name}"] = f"{1e3 * getattr(estimate, name):,.1f}"
@@ -179,6 +183,7 @@ def _cells(outcome: Outcome) -> dict[str, str]:
     }
   if outcome.measured:
     cells["ms a step, measured"] = f"{1e3 * outcome.measured:,.1f}"
+    cells["TFLOPS a device, measured"] = f"{outcome.tflops_per_device:.3g}"
   return cells | {"s to compile": f"{outcome.compile_seconds:.0f}"}
 
 

@@ -1,5 +1,9 @@
-"""BLEU and chrF, as the `sacrebleu` command computes and signs them."""
+"""BLEU and chrF, as the `sacrebleu` command computes and signs them.
 
+And the paper's BLEU, of Moses tokens (`multi-bleu.perl`), by `sacremoses`.
+"""
+
+import importlib.metadata
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +22,8 @@ class Scores(NamedTuple):
     bleu_signature: how it was computed, in sacrebleu's words.
     chrf_signature: the same of chrF.
     doubt: what speaks against the tokenizer that was taken; "" if nothing.
+    moses_bleu: BLEU of Moses tokens; None where there are none.
+    moses_bleu_signature: how it was computed, or why not.
   """
 
   bleu: float
@@ -25,6 +31,8 @@ class Scores(NamedTuple):
   bleu_signature: str
   chrf_signature: str
   doubt: str
+  moses_bleu: float | None
+  moses_bleu_signature: str
 
 
 _DEFAULT = "13a"
@@ -81,9 +89,9 @@ def scores(
   """Scores lines of plain text, one reference each.
 
   sacrebleu cuts both into words by its "13a"; where there are no spaces between
-  them, by what `tokenizer` chooses. The paper's tokenized BLEU (multi-bleu.pl)
-  is another number: that of text which has been tokenized before, with
-  sacrebleu's tokenize="none".
+  them, by what `tokenizer` chooses. The paper's BLEU (sec. 5.3) is another
+  number, `moses_bleu`: Moses' tokenizer cuts both before, by the rules of the
+  language, and sacrebleu takes what it finds between spaces.
 
   Raises:
     ValueError: there are no lines, or not equally many.
@@ -100,4 +108,36 @@ def scores(
     for metric in (bleu, chrf)
   ]
   signatures = str(bleu.get_signature()), str(chrf.get_signature())
-  return Scores(*found, *signatures, doubt)
+  return Scores(
+    *found, *signatures, doubt, *_moses(hypotheses, references, language, cut)
+  )
+
+
+def _moses(
+  hypotheses: Sequence[str], references: Sequence[str], language: str, cut: str
+) -> tuple[float | None, str]:
+  """Returns the BLEU of Moses tokens and its signature, or why there is none.
+
+  It is unsmoothed, as that of `multi-bleu.perl`.
+  """
+  if cut != _DEFAULT:
+    return None, "none, as Moses cuts words by spaces, which are not written"
+  try:
+    # Imported late: it is an extra.
+    import sacremoses
+  except ImportError:
+    return None, "none, as sacremoses is not installed; see the extra 'moses'"
+  # It knows languages by ISO 639-1, and takes those that it does not know for
+  # English.
+  code = re.split("[-_]", language.lower())[0] or "en"
+  split = sacremoses.MosesTokenizer(code).tokenize
+  sides = (
+    [split(line, return_str=True) for line in lines]
+    for lines in (hypotheses, references)
+  )
+  # By force, or it would warn that the text looks tokenized.
+  bleu = metrics.BLEU(tokenize="none", smooth_method="none", force=True)
+  translated, wanted = sides
+  score = bleu.corpus_score(translated, [wanted]).score
+  version = importlib.metadata.version("sacremoses")
+  return score, f"{bleu.get_signature()} on sacremoses {version}, {code!r}"

@@ -20,7 +20,7 @@ from moejax.data import corpora
 from moejax.data.packing import Pairs, Rows
 from moejax.data.pieces import Pieces
 from moejax.models import gnmt
-from moejax.training import bleu, processes, session, step
+from moejax.training import bleu, metrics, processes, session, step
 from moejax.training.translate import Translator
 
 TRANSLATIONS = "translations"
@@ -199,8 +199,9 @@ def translation_eval(
   signature.
 
   Returns:
-    BLEU and chrF, over several directions their means and those of each; and
-    under "signatures" how both are counted, in sacrebleu's words.
+    BLEU, chrF and BLEU of Moses tokens (`bleu.scores`), over several directions
+    their means and those of each; and under "signatures" how each is counted,
+    in sacrebleu's words. No mean of what one of the directions lacks.
   """
   if not _translates(context):
     return {}
@@ -217,10 +218,11 @@ def translation_eval(
     if scores[direction].doubt and processes.first():
       terminal.warn(f"{direction}: {scores[direction].doubt}")
   means, each, signatures = {}, {}, {}
-  for name in ("bleu", "chrf"):
+  for name in ("bleu", "chrf", "moses_bleu"):
     values = {to: getattr(score, name) for to, score in scores.items()}
-    means[name] = sum(values.values()) / len(values)
-    each |= {f"{name}_{to}": value for to, value in values.items()}
+    if None not in values.values():
+      means[name] = sum(values.values()) / len(values)
+    each |= {f"{name}_{to}": v for to, v in values.items() if v is not None}
     how = {to: getattr(s, f"{name}_signature") for to, s in scores.items()}
     (signatures[name], *others) = dict.fromkeys(how.values())
     # Directions differ in theirs where languages are cut differently.
@@ -228,7 +230,7 @@ def translation_eval(
       signatures[name] = ", ".join(f"{to} {said}" for to, said in how.items())
   if len(scores) > 1:
     for direction, score in scores.items():
-      say(f"{direction}: BLEU {score.bleu:.2f}, chrF {score.chrf:.2f}")
+      say(f"{direction}: {metrics.describe_scores(score._asdict())}")
     means |= each
   for name, signature in signatures.items():
     say(f"{name}: {signature}")

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import json
 import math
+import operator
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from moejax import files as files_lib
 from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import batches
+from moejax.planning import cost
 from moejax.training import (
   evaluators,
   metrics,
@@ -188,6 +191,8 @@ class _Run:
         f"resuming {self.workdir} at step {self.done} of {self.options.steps}"
       )
     self.speed = metrics.Speed()
+    about = self.experiment, len(data.vocabulary)
+    self.flops_per_word = cost.flops_per_word(*about, cost.count(*about))
     # Metrics of a step, on devices, that are not yet reported.
     self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
     # The number of a signal to any process; 0 before one came.
@@ -215,10 +220,14 @@ class _Run:
       while self.done < options.steps and not stops():
         batch = step.place(next(self.batches), self.built.batch_sharding)
         asked = processes.vote(stopped(), self.built.mesh)
+        # A device that waits for the host has ended its step by now. The next
+        # may end too before anybody looks; this one's clock must not run on.
+        waits = self.pending and self.pending[1]["loss"].is_ready()
+        ended = time.monotonic() if waits else None
         self.state, measured = self.step_fn(self.state, batch, asked)
         self.done += 1
         # One step late, so that the device need not wait for the host.
-        self._settle()
+        self._settle(ended)
         self.pending = (self.done, measured)
         self.progress.advance(self.done)
         if self.done == options.steps or self.done % options.eval_every == 0:
@@ -236,14 +245,18 @@ class _Run:
       )
     return stopping
 
-  def _settle(self) -> None:
-    """Brings the last step's metrics to the host, checks and reports them."""
+  def _settle(self, ended: float | None = None) -> None:
+    """Brings the last step's metrics to the host, checks and reports them.
+
+    It ends when they are there, or at a time that was seen before.
+    """
     for check in self.checks:
       check()
     if self.pending is None:
       return
     (at, measured), self.pending = self.pending, None
     values = {name: float(v) for name, v in jax.device_get(measured).items()}
+    ended = ended or time.monotonic()
     self.all_stop = int(values.pop("asked")) or self.all_stop
     for name in ("loss", "grad_norm", "param_norm"):
       if not math.isfinite(values[name]):
@@ -255,17 +268,20 @@ class _Run:
           " config.optimizer.clip_norm."
         )
     self.checkpoints.check()
-    self.speed.add(values.pop("words"))
+    words = values.pop("words"), values.pop("source_words", 0.0)
+    flops = sum(map(operator.mul, words, self.flops_per_word))
+    self.speed.add(words[0], flops, ended)
     if at % self.options.log_every:
       return
     # Of few words, the loss is no perplexity of the model.
     sampled = "sampled_" if getattr(self.built.model, "num_samples", 0) else ""
-    loss = values.pop("loss")
+    loss, (words_per_second, flops) = values.pop("loss"), self.speed.read()
     values |= {
       f"{sampled}loss": loss,
       f"{sampled}perplexity": evaluators.exp(loss),
       "learning_rate": float(self.experiment.schedule(at - 1)),
-      "words_per_second": self.speed.read(),
+      "words_per_second": words_per_second,
+      "tflops_per_device": flops / 1e12 / self.built.mesh.size,
     }
     self.writer.write(at, "train", values)
     self.progress.report(at, values)
@@ -319,6 +335,13 @@ class _Run:
       "steps": self.done,
       "seconds": self.seconds,
     }
+    speeds = [
+      line["tflops_per_device"]
+      for line in metrics.read(self.workdir / metrics.METRICS_FILE)
+      if line.get("tflops_per_device")
+    ]
+    if speeds:
+      result["tflops_per_device"] = statistics.median(speeds)
     result |= {name: v for name, v in values.items() if name not in test}
     if lost := run_lib.lost_best(self.workdir, best, self.done):
       result["lost_best_step"] = lost

@@ -193,18 +193,19 @@ class Progress:
     name = "loss" if "loss" in values else "sampled_loss"
     text = (
       f"{name.replace('_', ' ')} {values[name]:.3f}"
-      f"  {values['words_per_second']:,.0f}"
-      f" {self._unit}s/s{self._validation}"
+      f"  {values['words_per_second']:,.0f} {self._unit}s/s"
     )
     if self._live:
-      self._bar.set_postfix_str(text)
+      # A bar has no room for more.
+      self._bar.set_postfix_str(text + self._validation)
       return
+    text += f"  {values['tflops_per_device']:.3g} TFLOPS a device"
     left = "time left unknown yet"
     begin, first = self._begin or (0.0, step)
     if step > first:
       seconds = (time.monotonic() - begin) / (step - first)
       left = f"{clock((self._steps - step) * seconds)} left"
-    self.say(f"step {step}/{self._steps}  {text}  {left}")
+    self.say(f"step {step}/{self._steps}  {text}{self._validation}  {left}")
 
   def validated(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a validation, and keeps it in sight."""
@@ -230,30 +231,28 @@ class Silent:
 
 
 class Speed:
-  """Words per second; the first step, which compiles, is left out."""
+  """Words and FLOPs per second; the first step, which compiles, is left out."""
 
   def __init__(self):
     self.restart()
 
   def restart(self) -> None:
     """Forgets the time that something else has taken."""
-    self._words, self._since = 0.0, None
+    self._since, self._work = None, (0.0, 0.0)
 
-  def add(self, words: float) -> None:
-    """Counts the words of a step that has just ended."""
+  def add(self, words: float, flops: float, ended: float) -> None:
+    """Counts a step that ended at a time of `time.monotonic`."""
     if self._since is None:
-      self._since = time.monotonic()
+      self._since = ended
     else:
-      self._words += words
+      self._work = self._work[0] + words, self._work[1] + flops
+    self._ended = ended
 
-  def read(self) -> float:
-    """Returns the speed since the last reading, 0 before there is one."""
-    if not self._words:
-      return 0.0
-    now = time.monotonic()
-    speed = self._words / (now - self._since)
-    self._words, self._since = 0.0, now
-    return speed
+  def read(self) -> tuple[float, float]:
+    """Returns both of the steps since the last reading; 0 if there is none."""
+    seconds, (words, flops) = self._ended - self._since, self._work
+    self._since, self._work = self._ended, (0.0, 0.0)
+    return (words / seconds, flops / seconds) if words else (0.0, 0.0)
 
 
 def describe(values: Mapping[str, float], unit: str) -> str:
@@ -262,8 +261,14 @@ def describe(values: Mapping[str, float], unit: str) -> str:
     f"perplexity {values['perplexity']:,.2f} per {unit}"
     f" ({values['words']:,.0f} {unit}s)"
   )
-  if "bleu" in values:
-    said += f", BLEU {values['bleu']:.2f}, chrF {values['chrf']:.2f}"
+  return said + (f", {describe_scores(values)}" if "bleu" in values else "")
+
+
+def describe_scores(values: Mapping[str, Any]) -> str:
+  """Returns scores of translations in words, those that there are."""
+  said = f"BLEU {values['bleu']:.2f}, chrF {values['chrf']:.2f}"
+  if values.get("moses_bleu") is not None:
+    said += f", BLEU of Moses tokens {values['moses_bleu']:.2f}"
   return said
 
 

@@ -133,6 +133,10 @@ def train_step(
     "param_norm": optax.tree.norm(params),
     "words": words,
   }
+  if "source_segment" in batch:
+    metrics["source_words"] = (batch["source_segment"] > 0).sum(
+      dtype=jnp.float32
+    )
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

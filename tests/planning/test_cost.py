@@ -5,13 +5,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from config_shapes import VOCABULARY, experiment, load
 
 from experiments import paper_counts
 from moejax import config as config_lib
 from moejax import experts, moe, router
-from moejax.models import layers, softmax
+from moejax.models import layers
 from moejax.planning import cost
 
 # name -> parameters, ops/timestep, by hand from sec. 5.1, app. C and D.
@@ -128,17 +129,23 @@ def test_a_step_of_translation_reads_both_sides(wiring, inputs):
   built = config_lib.parse(config)
   count = cost.count(built, VOCABULARY)
   assert cost.flops_per_step(built, VOCABULARY, count) == 6 * 2 * want
+  words = cost.flops_per_word(built, VOCABULARY, count)
+  assert words == (6 * (target + 5 * (512 + 512)), 6 * source)
 
 
 def test_a_step_counts_the_classes_of_a_sample_once():
   config = load("lm1b/moe_1_wide")
   config.data.batch_size, config.data.row_length = 2, 3
-  classes = softmax.most_distinct(8192, VOCABULARY)
+  # 1 - (1 - p)^8192 of each, and the target.
+  vocab_size = 10_000
+  p = np.log1p(1 / np.arange(1, vocab_size + 1)) / np.log(vocab_size + 1)
+  classes = round((1 - (1 - p) ** 8192).sum())
   assert classes < 8192
   want = 8_388_608 + 512 * (classes + 1)
   built = config_lib.parse(config)
-  count = cost.count(built, VOCABULARY)
-  assert cost.flops_per_step(built, VOCABULARY, count) == 6 * 2 * 3 * want
+  count = cost.count(built, vocab_size)
+  assert cost.flops_per_step(built, vocab_size, count) == 6 * 2 * 3 * want
+  assert cost.flops_per_word(built, vocab_size, count) == (6 * want, 0)
 
 
 def test_one_printed_cell_is_not_ours():
@@ -158,6 +165,21 @@ def test_one_printed_cell_is_not_ours():
   assert total == ["lm1b/moe_34m", *GNMT_CONFIGS]
   ops = [row["ours_ops_M"] for row in table[-6:]]
   assert ops == ["85", "85", "102", "214", "214", "214"]
+  # "Between 37% and 46%" in sec. 5.1, and the size of a hidden layer.
+  about = {row["config"]: row for row in table}
+  shares = [
+    about[f"lm1b/moe_{name}"]["experts_percent"]
+    for name in ("32", "256", "256_h", "1024_h", "4096_h", "34m", "143m")
+  ]
+  assert (min(shares), max(shares)) == (37.2, 45.5)
+  ratios = {
+    "lm1b/four_lstm_512": None,
+    "lm1b/moe_1_deep": 4096,
+    "lm1b/moe_4096_h": 1024,
+    "lm1b/moe_143m": 8192,
+    "wmt14/en_de_moe_2048_h": 2048,
+  }
+  assert {name: about[name]["ops_per_io"] for name in ratios} == ratios
 
 
 def test_the_parameters_of_gnmt_are_those_of_other_tables():
@@ -211,6 +233,8 @@ def test_a_token_meets_k_experts_of_every_router(
   assert got.ops == gates * GATE + active * EXPERT
   assert (got.gates, got.biases) == (gates * GATE, biases)
   assert got.parameters == gates * GATE + E * EXPERT
+  assert (got.experts, got.expert_io) == (active * EXPERT, active * 2 * D)
+  assert got.ops_per_io == F
 
 
 def test_every_router_is_counted():
@@ -242,6 +266,7 @@ KINDS = [experts.Linear(6), experts.FeedForward(1, 3), experts.Identity(1)]
 def test_every_kind_of_expert_is_counted(module, ops, biases):
   got = count(moe.MoE(router.TopK(E, 2), module))
   assert (got.ops, got.biases) == (GATE + ops, biases)
+  assert (got.experts, got.expert_io) == (ops, 2 * 2 * D)
 
 
 def test_two_levels_meet_the_gates_of_the_groups_they_visit():
@@ -250,6 +275,7 @@ def test_two_levels_meet_the_gates_of_the_groups_they_visit():
   got = count(moe.HierarchicalMoE(router.NoisyTopK(4, 3), within))
   assert got.gates == 2 * D * 4 + 3 * (2 * D * 3)
   assert got.ops == got.gates + 3 * EXPERT
+  assert (got.experts, got.ops_per_io) == (3 * EXPERT, F)
   assert got.parameters == 2 * D * 4 + 12 * EXPERT + 2 * D * 12
   balanced = moe.MoE(router.Sigmoid(3, 1), experts.FeedForward(3, F))
   assert count(moe.HierarchicalMoE(router.TopK(4, 3), balanced)).biases == 12

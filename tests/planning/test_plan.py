@@ -7,11 +7,13 @@ import re
 
 import config_shapes
 import jax
+import numpy as np
 import pytest
 import topology
 
 from moejax import config as config_lib
 from moejax import slots as slots_lib
+from moejax.models import softmax
 from moejax.planning import chips, command, cost, plan, report
 from moejax.planning.collectives import Collective
 from moejax.planning.work import Work
@@ -65,17 +67,30 @@ def test_parameters_and_their_memory():
   assert (got.topology, got.layout, got.devices) == ("8 x cpu", "expert", 8)
 
 
+def distinct():
+  """Classes that the 256 draws of a step are of, in the mean."""
+  p = np.log1p(1 / np.arange(1, VOCABULARY + 1)) / np.log(VOCABULARY + 1)
+  return (1 - (1 - p) ** 256).sum()
+
+
 def test_work_is_the_models_and_that_of_empty_slots():
   config, got = tiny(), here()
   tokens = math.prod(config.shapes["mask"].shape)
   count = cost.count(config, VOCABULARY)
   needed = cost.flops_per_step(config, VOCABULARY, count)
   assert 8 * got.model_flops == needed
+  assert got.tflops_per_device == needed / 8 / got.measured / 1e12
+  of_word = count.ops + 32 * (round(distinct()) + 1)
+  assert got.experts_share == 2 * 2 * 32 * 64 / of_word
+  assert got.ops_per_io == 64
   slots = slots_lib.capacity(2 * 128, 128, 8, 1.25) * 8
   spare = slots / (2 * 128) - 1
   of_experts = 6 * (2 * 2 * 32 * 64) * tokens
+  # Places for classes that no draw takes.
+  classes = softmax.most_distinct(256, VOCABULARY) - round(distinct())
+  needed += spare * of_experts + 6 * 32 * classes * tokens
   # The embedding, whose gradient is no product, and the target's own score.
-  assert 8 * got.flops == pytest.approx(needed + spare * of_experts, rel=0.03)
+  assert 8 * got.flops == pytest.approx(needed, rel=0.03)
 
 
 def test_collectives_are_those_of_the_layout():
@@ -118,6 +133,7 @@ def test_only_a_cpu_at_hand_saves_beside_a_step():
   # And the counters of step and words.
   assert 0 <= here().memory.needs - there.memory.needs - kept < 100
   assert there.measured is there.estimate is there.memory.has is None
+  assert there.tflops_per_device is None
 
 
 def test_too_little_memory_is_seen_before_anything_is_compiled():
@@ -173,6 +189,8 @@ MADE = plan.Plan(
   parameters=3_000,
   memory=plan.Memory(1 * 10**9, 2 * 10**9, 4 * 10**9, 16 * 10**9),
   model_flops=2e12,
+  experts_share=0.4,
+  ops_per_io=1024.0,
   flops=3 * 10**12,
   is_bounded=True,
   collectives=[
@@ -213,6 +231,8 @@ def test_every_number_of_a_table_is_what_it_is_called():
     "fits": "yes",
     "FLOPs": "3 T",
     "over the model's": "1.50",
+    "experts, of the model's": "40.0%",
+    "ops per number to or from experts": "1,024",
     "ms matrix": "3.0",
     "ms memory": "5.0",
     "ms network": "2.0",
@@ -221,6 +241,7 @@ def test_every_number_of_a_table_is_what_it_is_called():
     "words/s": "800,000",
     "utilization": "20.0%",
     "ms a step, measured": "12.0",
+    "TFLOPS a device, measured": "167",
     "s to compile": "7",
   }
   others = {n: other for n, (_, other) in cells.items() if other != "-"}
@@ -260,6 +281,7 @@ def test_files_hold_all_that_is_known(tmp_path):
     "words_per_second": pytest.approx(800_000),
     "utilization": pytest.approx(0.2),
   }
+  assert first["tflops_per_device"] == pytest.approx(2 / 0.012)
   assert len(first["collectives"]) == 4
   assert second == REFUSED._asdict()
   assert (tmp_path / report.FIGURE_FILE).stat().st_size > 5000

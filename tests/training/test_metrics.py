@@ -53,7 +53,11 @@ def test_a_line_cut_short_is_left_out(tmp_path):
 
 def test_progress_tells_time_left_off_a_terminal(capsys, monkeypatch):
   progress = metrics.Progress(0, 10)
-  values = {"loss": 1.0, "words_per_second": 1234.5}
+  values = {
+    "loss": 1.0,
+    "words_per_second": 1234.5,
+    "tflops_per_device": 0.00123,
+  }
   for step, now in ((1, 100.0), (3, 120.0)):
     monkeypatch.setattr(time, "monotonic", lambda now=now: now)
     progress.advance(step)
@@ -61,10 +65,13 @@ def test_progress_tells_time_left_off_a_terminal(capsys, monkeypatch):
     progress.validated(step, {"perplexity": 2.71, "words": 30.0})
   progress.close()
   first, scored, second, _ = capsys.readouterr().out.splitlines()
-  assert first == "step 1/10  loss 1.000  1,234 words/s  time left unknown yet"
+  assert first == (
+    "step 1/10  loss 1.000  1,234 words/s  0.00123 TFLOPS a device"
+    "  time left unknown yet"
+  )
   assert scored == "step 1: validation perplexity 2.71 per word (30 words)"
   # The first step, which compiles, is left out.
-  assert second.endswith("1,234 words/s  validation 2.7  01:10 left")
+  assert second.endswith("TFLOPS a device  validation 2.7  01:10 left")
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
@@ -83,16 +90,18 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
   assert "loss 1.500  1,234 words/s" in seen
 
 
-def test_speed_leaves_the_first_step_out(monkeypatch):
+def test_speed_leaves_the_first_step_out():
   speed, seen = metrics.Speed(), []
-  for now, words in ((10.0, 1e9), (12.0, 8.0), (14.0, 12.0), (None, 1e9)):
-    if now is None:
+  for now, words in ((10.0, 1e9), (12.0, 8.0), (14.0, 12.0), (15.0, 1e9)):
+    if now == 15:
       speed.restart()
-    else:
-      monkeypatch.setattr(time, "monotonic", lambda now=now: now)
-    speed.add(words)
+    speed.add(words, 100 * words, now)
     seen.append(speed.read())
-  assert seen == [0.0, 4.0, 6.0, 0.0]
+  assert seen == [(0.0, 0.0), (4.0, 400.0), (6.0, 600.0), (0.0, 0.0)]
+  # Several steps between readings.
+  for now, words in ((17.0, 2.0), (20.0, 8.0)):
+    speed.add(words, words, now)
+  assert speed.read() == (2.0, 2.0)
 
 
 DAMAGED = [

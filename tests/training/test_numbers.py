@@ -6,12 +6,13 @@ import re
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from moejax.main import main
-from moejax.training import checkpoint, evaluators, metrics, run
+from moejax.training import checkpoint, evaluators, metrics, run, session
 
-STEPS, LOG, EVAL, SAVE = 7, 2, 3, 4
+STEPS, LOG, EVAL, SAVE = 7, 2, 3, 100
 PEAK, WARMUP, HOLD = 0.005, 2, 2
 FLAGS = {
   "train.steps": STEPS,
@@ -24,6 +25,8 @@ FLAGS = {
   "optimizer.hold_steps": HOLD,
 }
 WORSE = 10.0
+# Of each step, as the run itself did it.
+TOOK = []
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,23 @@ def told(small_flags, tmp_path_factory):
   argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
   argv += [f"--config.{name}={value}" for name, value in FLAGS.items()]
   begin = time.monotonic()
+
+  def slow(built):
+    step_fn = compiled(built)
+
+    def run(*args):
+      """Ends when it returns, as a device that waits for the host."""
+      begin = time.monotonic()
+      result = jax.block_until_ready(step_fn(*args))
+      time.sleep(0.1)
+      TOOK.append(time.monotonic() - begin)
+      return result
+
+    return run
+
+  compiled = session.compiled
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(session, "compiled", slow)
     patch.setitem(evaluators.AT_VALIDATION, "perplexity", worse)
     patch.setattr("moejax.terminal.say", lines.append)
     assert main(argv) == 0
@@ -74,6 +93,7 @@ def test_the_metrics_of_training(told):
     said = (
       f"step {at}/{STEPS}  sampled loss {line['sampled_loss']:.3f}"
       f"  {line['words_per_second']:,.0f} words/s"
+      f"  {line['tflops_per_device']:.3g} TFLOPS a device"
     )
     assert sum(text.startswith(said) for text in lines) == 1
     # The steps since the line or the validation before, but for the first one.
@@ -81,7 +101,25 @@ def test_the_metrics_of_training(told):
     assert (line["words_per_second"] == 0) == (steps == 0)
     # A batch has 128 places for words, of which few are empty.
     seconds += steps and 100 * steps / line["words_per_second"]
+    took = sum(TOOK[at - steps : at])
+    assert line["words_per_second"] * took <= 128 * steps
   assert 0 < seconds < elapsed
+
+
+def test_tflops_are_those_of_the_models_formula(told):
+  """Two LSTMs of 8 units, a router of 8 experts, 2 of 8 x 8 x 8, a softmax."""
+  workdir, _, _ = told
+  vocab_size = len(run.open_run(workdir).data.vocabulary)
+  p = np.log1p(1 / np.arange(1, vocab_size + 1)) / np.log(vocab_size + 1)
+  classes = round((1 - (1 - p) ** 16).sum()) + 1
+  ops = 2 * 4 * (8 + 8) * 8 + 2 * 8 * 8 + 2 * 2 * 8 * 8 + 8 * classes
+  found = []
+  for line in of_split(workdir, "train").values():
+    flops = 2 * 3 * ops * line["words_per_second"] / jax.device_count()
+    assert line["tflops_per_device"] == pytest.approx(flops / 1e12)
+    found += [line["tflops_per_device"]] if flops else []
+  result = json.loads((workdir / "result.json").read_text())
+  assert result["tflops_per_device"] == pytest.approx(np.median(found))
 
 
 def test_the_sizes(told):

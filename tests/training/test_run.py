@@ -14,6 +14,7 @@ import pytest
 
 from moejax.data.pieces import Pieces
 from moejax.main import main
+from moejax.planning import cost
 from moejax.training import bleu, metrics, run
 
 COLORS = {
@@ -121,6 +122,8 @@ def test_a_run_learns_to_translate_and_shows_it(trained):
   assert "per word piece" in output
   signatures = program.result(workdir)["signatures"]
   assert "tok:13a" in signatures["bleu"] and "nc:6" in signatures["chrf"]
+  assert "'fr'" in signatures["moses_bleu"] and test["moses_bleu"] > 50
+  assert f"moses_bleu: {signatures['moses_bleu']}" in output
   stem = workdir / "translations/test.en-fr"
   found, want = (f"{stem}.{side}" for side in ("translation", "reference"))
   assert sacrebleu(want, found) == pytest.approx(test["bleu"], abs=0.05 + 1e-6)
@@ -129,6 +132,17 @@ def test_a_run_learns_to_translate_and_shows_it(trained):
   lines = metrics.read(workdir / metrics.METRICS_FILE)
   assert lines[-1]["split"] == "test" and lines[-1]["bleu"] == test["bleu"]
   assert {"cv_importance", "dropped_fraction"} <= set(lines[0])
+  # Both sides of a batch count.
+  built = run.open_run(workdir)
+  about = built.session.experiment, len(built.data.vocabulary)
+  of_target, of_source = cost.flops_per_word(*about, cost.count(*about))
+  for line in lines[:-1]:
+    if line.get("words_per_second"):
+      # The run has one device.
+      flops = 1e12 * line["tflops_per_device"] / line["words_per_second"]
+      source = flops - of_target
+      # A word of the source is about one of the target, as French is English.
+      assert 0.3 < source / of_source < 3
 
 
 def test_from_a_checkpoint_it_goes_on_to_the_same_end(
@@ -155,7 +169,7 @@ def test_eval_scores_what_translate_writes(
   text = "".join(f"{line}\n" for line in sources)
   found, _, _ = translate(monkeypatch, capsys, workdir, text)
   want = bleu.scores(found.splitlines(), targets, "fr")
-  assert f"BLEU {want.bleu:.2f}, chrF {want.chrf:.2f} (checkpoint of" in said
+  assert f"BLEU {want.bleu:.2f}, chrF {want.chrf:.2f}, BLEU of Moses" in said
   assert f"bleu: {want.bleu_signature}" in said
 
 
@@ -213,6 +227,8 @@ def test_two_ways_at_once(environment, flags, monkeypatch, capsys, tmp_path):
   assert "  en: " in output and "  fr: " in output
   test = program.result(workdir)["test"]
   assert {"bleu_en-fr", "bleu_fr-en", "bleu"} <= set(test)
+  each = [test[f"moses_bleu_{to}"] for to in ("en-fr", "fr-en")]
+  assert test["moses_bleu"] == pytest.approx(sum(each) / 2)
   _, said, status = translate(monkeypatch, capsys, workdir, "the red car")
   assert status == 1 and "ask for one by --language: en, fr" in said
   _, said, status = translate(
