@@ -59,15 +59,16 @@ def noisy_top_k(
   reaches logits and noise_std of the k chosen, the load's those of every
   expert, through the threshold too.
 
-  With k = E there is no k-th other expert to beat: all are chosen, noise could
-  only blur the gates and is left out, and load is the (constant) count.
+  With k = E all are chosen, and the noise is in the gates alone: there is no
+  k-th other expert to beat, and load is the (constant) count, as in the
+  authors' code.
   """
   num_experts = logits.shape[-1]
   check_k(k, num_experts)
-  if k == num_experts:
-    return top_k(logits, k, mask)
   noise = _draw(jax.random.normal, rng, logits.shape, logits.dtype)
   noisy = logits + noise_std * noise
+  if k == num_experts:
+    return top_k(noisy, k, mask)
   values, expert = _largest(noisy, k + 1)
   gate = jax.nn.softmax(values[..., :k])
   decision = _route_tokens(noisy, expert[..., :k], gate, mask)

@@ -121,12 +121,12 @@ def top_k(logits, k, mask=None):
 def noisy_top_k(logits, noise, noise_std, k, mask=None):
   """Eq. 3 to 5 with the noise given, and the load of eq. 8 to 10.
 
-  Where all experts are chosen there is none to compare with, nor any noise.
+  Where all experts are chosen there is none to compare with: load is a count.
   """
   tokens, experts = logits.shape
-  if k == experts:
-    return top_k(logits, k, mask)
   noisy = logits + noise * noise_std
+  if k == experts:
+    return top_k(noisy, k, mask)
   load = np.zeros(experts)
   for s in real_tokens(tokens, mask):
     for i in range(experts):

@@ -67,8 +67,10 @@ def test_matches_the_paper_at_the_edges(name, tokens, experts, k):
   assert got.assignment.expert.shape[1] == num_edges(name, tokens, experts, k)
 
 
-@NAMES
-def test_gradient_matches_finite_differences(name):
+@pytest.mark.parametrize(
+  "name, k", [*((name, K) for name in CASES), ("noisy_top_k", E)]
+)
+def test_gradient_matches_finite_differences(name, k):
   logits, noise_std, mask = draw(11, masked=True)
   random = np.random.default_rng(12)
   to_gates, to_importance, to_load = (
@@ -78,7 +80,7 @@ def test_gradient_matches_finite_differences(name):
   @jax.jit
   @functools.partial(jax.grad, argnums=(0, 1))
   def slopes(logits, noise_std):
-    got = CASES[name].run(logits, noise_std, mask, K)
+    got = CASES[name].run(logits, noise_std, mask, k)
     terms = (
       (dense(got.assignment), to_gates),
       (got.importance, to_importance),
@@ -86,11 +88,11 @@ def test_gradient_matches_finite_differences(name):
     )
     return sum((a * jnp.asarray(b, a.dtype)).sum() for a, b in terms)
 
-  drawn = case(name).run(logits, noise_std, mask, K)
+  drawn = case(name).run(logits, noise_std, mask, k)
   noise = noise_of(drawn, logits, noise_std)
 
   def reference_score(at):
-    decisions = decide(name, at["logits"], noise, at["noise_std"], mask)
+    decisions = decide(name, at["logits"], noise, at["noise_std"], mask, k)
     return sum(
       (d.gates * to_gates[g]).sum()
       + (d.importance * to_importance[g]).sum()
@@ -392,18 +394,20 @@ def drawn(sample, groups, shape):
   return np.stack([sample(key, shape) for key in keys])
 
 
-def test_noise_depends_on_the_group_alone():
+@pytest.mark.parametrize("k", [K, E])
+def test_noise_depends_on_the_group_alone(k):
+  """It is drawn where all experts are chosen too (MoE-4)."""
   logits, noise_std = jnp.zeros((6, S, E)), jnp.ones((6, S, E))
   run = case("noisy_top_k").run
-  six = run(logits, noise_std, None, K).logits
-  two = run(logits[:2], noise_std[:2], None, K).logits
+  six = run(logits, noise_std, None, k).logits
+  two = run(logits[:2], noise_std[:2], None, k).logits
   np.testing.assert_array_equal(six[:2], two)
   np.testing.assert_allclose(
     six, drawn(jax.random.normal, 6, (S, E)), rtol=1e-5
   )
   # And no two numbers of it are the same.
   assert len(np.unique(six)) == six.size
-  other = gating.noisy_top_k(logits, noise_std, K, jax.random.key(8)).logits
+  other = gating.noisy_top_k(logits, noise_std, k, jax.random.key(8)).logits
   assert not np.isin(np.asarray(other), np.asarray(six)).any()
 
 
