@@ -6,12 +6,14 @@ and needs no statistics of the batch unless it says so. A k below 1 or above the
 number of experts is a ValueError.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax import partition, routing, sharding
-from moejax.routing import Routing
+from moejax.routing import SCOPES, Routing
 
 
 def softmax(
@@ -86,20 +88,34 @@ def balanced(
   logits: Float[Array, "G S E"],
   k: int,
   mask: Bool[Array, "G S"] | None = None,
+  scope: str = "group",
 ) -> Routing:
   """Strictly balanced gating (app. F, eq. 15, 16, 18): the experts choose.
 
-  Of the n real tokens of a group every expert takes m = k n / E (to the nearest
-  integer, halves up, and at least one): those with the largest softmax X for
-  it, and of equal ones the lowest. A token's gates are its X, renormalized over
-  the experts that took it: k on average, perhaps none.
+  Of the n real tokens of the scope every expert takes m = k n / E (to the
+  nearest integer, halves up, and at least one): those with the largest softmax
+  X for it, and of equal ones the first. A token's gates are its X, renormalized
+  over the experts that took it: k on average, perhaps none.
 
-  Not causal: who takes a token depends on all tokens of its group. It needs
+  The scope "batch" is the paper's: the tokens of all groups, on all devices.
+  Only counts travel between these. A group then has its share of an expert's m
+  tokens, as it comes, where "group" gives each group the same. Shapes being
+  static, the edges to an expert are at most twice their mean, of small means
+  more (`_most_of_group`): should a group have a larger share, which takes one
+  that is no random sample of the batch, the tokens of least X are `dropped`,
+  and a token's gates are those of the experts that are left. Larger groups
+  have room for more.
+
+  Not causal: who takes a token depends on all tokens of the scope. It needs
   this statistic of the batch, so `threshold` takes its place at inference. Its
   gradient reaches the logits of the experts that took the token (none where a
   single one did, whose gate is the constant 1).
   """
-  token, used = _best_tokens(logits, k, mask)
+  if scope not in SCOPES:
+    raise ValueError(
+      f"balanced gating is over {scope!r}; choose 'batch' or 'group'."
+    )
+  token, used, share = _best_tokens(logits, k, mask, scope)
 
   def mark(token, used):
     # No expert takes a token twice.
@@ -109,7 +125,12 @@ def balanced(
   # Mapped: one write into the whole would fetch all groups to each device.
   taken = jax.vmap(jax.vmap(mark))(token, used)
   gate = _softmax_of(logits, taken.swapaxes(1, 2))
-  return _route_experts(logits, gate, token, used, mask)
+  decision = _route_experts(logits, gate, token, used, mask)
+  # In bfloat16 a count would end at 256.
+  share = jnp.broadcast_to(share, decision.count.shape).astype(jnp.float32)
+  return decision._replace(
+    load=share, count=share, dropped=share - decision.count
+  )
 
 
 def threshold(
@@ -197,7 +218,7 @@ def expert_choice(
   future. It needs this statistic of the batch. Its gradient reaches every logit
   of the tokens that were taken.
   """
-  token, used = _best_tokens(logits, k, mask)
+  token, used, _ = _best_tokens(logits, k, mask, "group")
   return _route_experts(logits, jax.nn.softmax(logits), token, used, mask)
 
 
@@ -294,26 +315,83 @@ def _chance_above(margin, noise_std):
   return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
 
 
-def _best_tokens(logits, k, mask):
+def _best_tokens(logits, k, mask, scope):
   """Each expert's tokens with the largest X, best first, and which to use.
 
-  Both are [G, E, C].
+  Both are [G, E, C]. With them come the tokens that each group's share is,
+  [G, E] or [G, 1], of which C may be too few.
   """
-  S, E = logits.shape[1:]
+  G, S, E = logits.shape
   check_k(k, E)
 
-  def share(tokens):
+  def portion(tokens):
+    """m of so many tokens (eq. 18)."""
     return (tokens * k + E // 2) // E
 
   if mask is None:
     mask = jnp.ones(logits.shape[:2], bool)
   # Padding comes last. Shapes are those of a group without any.
-  x = jnp.where(mask[..., None], jax.nn.softmax(logits), -1)
-  _, token = _largest(x.swapaxes(1, 2), max(1, share(S)))
+  x = jax.nn.softmax(logits).astype(jnp.float32)
+  x = jnp.where(mask[..., None], x, -1)
   real = mask.sum(axis=1, dtype=jnp.int32)
-  m = jnp.clip(share(real), 1, real)
+  most = max(1, portion(S))
+  if scope == "batch":
+    most = min(_most_of_group(most), S, max(1, portion(G * S)))
+    n = real.sum()
+    share = _shares_of_groups(x, jnp.clip(portion(n), 1, n))
+  else:
+    share = jnp.clip(portion(real), 1, real)[:, None]
+  _, token = _largest(x.swapaxes(1, 2), most)
   rank = jax.lax.broadcasted_iota(jnp.int32, token.shape, 2)
-  return token, rank < m[:, None, None]
+  return token, rank < share[..., None], share
+
+
+def _most_of_group(mean):
+  """Tokens that an expert may take of one group, which takes `mean` on average.
+
+  Twice the mean, or eight standard deviations above it, those of rare events.
+  """
+  return mean + max(mean, math.ceil(8 * math.sqrt(mean)))
+
+
+def _shares_of_groups(x, m):
+  """How many of each column's m largest each group has: [G, E] of x [G, S, E].
+
+  Of equal ones the first are taken, in the order of groups, so that it is m.
+
+  The m-th largest is found bit by bit, as is the last group to have a part in
+  it: every bit takes one sum over devices, of E counts, and no sorting.
+  """
+  G, _, E = x.shape
+  # A float's bits have its order, if it is not negative; padding stays below.
+  bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.int32)
+
+  def largest(holds, num_bits):
+    """The largest number of so many bits for which it holds, as for 0."""
+
+    def set_bit(i, found):
+      more = found | (1 << (num_bits - 1 - i))
+      return jnp.where(holds(more), more, found)
+
+    none = partition.vary_as(x, jnp.zeros(E, jnp.int32))
+    return jax.lax.fori_loop(0, num_bits, set_bit, none)
+
+  def count(chosen, axis):
+    return chosen.sum(axis, dtype=jnp.int32)
+
+  # 1.0 has 30 bits.
+  mth = largest(lambda least: count(bits >= least[None, None], (0, 1)) >= m, 30)
+  above = count(bits > mth[None, None], 1)
+  tied = count(bits == mth[None, None], 1)
+  left = m - above.sum(axis=0)
+  group = jnp.arange(G, dtype=jnp.int32)[:, None]
+
+  def before(last):
+    return jnp.where(group < last[None], tied, 0).sum(axis=0)
+
+  last = largest(lambda last: before(last) <= left, G.bit_length())
+  part = jnp.where(group == last[None], (left - before(last))[None], 0)
+  return above + jnp.where(group < last[None], tied, part)
 
 
 def _route_experts(logits, gate, token, used, mask) -> Routing:

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.routing import Routing
-
-SCOPES = ("batch", "group")
+from moejax.routing import SCOPES, Routing
 
 
 def cv_squared(x: Float[Array, "E"]) -> Float[Array, ""]:

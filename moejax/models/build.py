@@ -19,7 +19,8 @@ from moejax.models.layers import LSTM
 from moejax.models.lstm_lm import LSTMLM
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.named import Names, Range, Section, Size
-from moejax.router import ROUTERS, Single
+from moejax.router import ROUTERS, Balanced, Single
+from moejax.routing import SCOPES
 
 ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -45,7 +46,10 @@ EXPERTS = {
   "identity": named.limited(Identity, num_experts=Size),
 }
 _Experts = Annotated[_Build, Section(EXPERTS, given=("num_experts",))]
-_Router = Annotated[_Build, Section(ROUTERS, given=("num_experts",))]
+_Routers = ROUTERS | {
+  "balanced": named.limited(Balanced, scope=Annotated[str, Names(SCOPES)])
+}
+_Router = Annotated[_Build, Section(_Routers, given=("num_experts",))]
 
 
 @named.fields_of(
