@@ -88,34 +88,40 @@ def balanced(
   logits: Float[Array, "G S E"],
   k: int,
   mask: Bool[Array, "G S"] | None = None,
-  scope: str = "group",
+  over: str = "group",
+  group_factor: float = 2.0,
 ) -> Routing:
   """Strictly balanced gating (app. F, eq. 15, 16, 18): the experts choose.
 
-  Of the n real tokens of the scope every expert takes m = k n / E (to the
+  Of the n real tokens it is over, every expert takes m = k n / E (to the
   nearest integer, halves up, and at least one): those with the largest softmax
   X for it, and of equal ones the first. A token's gates are its X, renormalized
   over the experts that took it: k on average, perhaps none.
 
-  The scope "batch" is the paper's: the tokens of all groups, on all devices.
+  Over "batch" it is the paper's: the tokens of all groups, on all devices.
   Only counts travel between these. A group then has its share of an expert's m
-  tokens, as it comes, where "group" gives each group the same. Shapes being
-  static, the edges to an expert are at most twice their mean, of small means
-  more (`_most_of_group`): should a group have a larger share, which takes one
-  that is no random sample of the batch, the tokens of least X are `dropped`,
-  and a token's gates are those of the experts that are left. Larger groups
-  have room for more.
+  tokens, as it comes, where "group" gives each group the same. As shapes are
+  static, there is room for `group_factor` times the mean share, of small means
+  for more (`_most_of_group`). A group that is no random sample of the batch may
+  have a larger share: its tokens of least X are then `dropped`, and their gates
+  are those of the experts that are left. Larger groups differ less.
 
-  Not causal: who takes a token depends on all tokens of the scope. It needs
+  Not causal: who takes a token depends on all tokens it is over. It needs
   this statistic of the batch, so `threshold` takes its place at inference. Its
   gradient reaches the logits of the experts that took the token (none where a
   single one did, whose gate is the constant 1).
   """
-  if scope not in SCOPES:
+  if over not in SCOPES:
     raise ValueError(
-      f"balanced gating is over {scope!r}; choose 'batch' or 'group'."
+      f"balanced gating is over {over!r}; choose 'batch' or 'group'."
     )
-  token, used, share = _best_tokens(logits, k, mask, scope)
+  if not group_factor >= 1:
+    raise ValueError(
+      f"group_factor is {group_factor}, but a group has the mean share of an"
+      " expert's tokens or more; give 1 or more (2 is usual)."
+    )
+  factor = group_factor if over == "batch" else None
+  token, used, share = _best_tokens(logits, k, mask, factor)
 
   def mark(token, used):
     # No expert takes a token twice.
@@ -218,7 +224,7 @@ def expert_choice(
   future. It needs this statistic of the batch. Its gradient reaches every logit
   of the tokens that were taken.
   """
-  token, used, _ = _best_tokens(logits, k, mask, "group")
+  token, used, _ = _best_tokens(logits, k, mask)
   return _route_experts(logits, jax.nn.softmax(logits), token, used, mask)
 
 
@@ -315,11 +321,11 @@ def _chance_above(margin, noise_std):
   return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
 
 
-def _best_tokens(logits, k, mask, scope):
+def _best_tokens(logits, k, mask, group_factor=None):
   """Each expert's tokens with the largest X, best first, and which to use.
 
-  Both are [G, E, C]. With them come the tokens that each group's share is,
-  [G, E] or [G, 1], of which C may be too few.
+  Both are [G, E, C]. With them comes how many each group's share is: [G, 1],
+  or, where a factor bounds that of the whole batch, [G, E], which may exceed C.
   """
   G, S, E = logits.shape
   check_k(k, E)
@@ -335,8 +341,9 @@ def _best_tokens(logits, k, mask, scope):
   x = jnp.where(mask[..., None], x, -1)
   real = mask.sum(axis=1, dtype=jnp.int32)
   most = max(1, portion(S))
-  if scope == "batch":
-    most = min(_most_of_group(most), S, max(1, portion(G * S)))
+  if group_factor is not None:
+    most = _most_of_group(most, group_factor)
+    most = min(most, S, max(1, portion(G * S)))
     n = real.sum()
     share = _shares_of_groups(x, jnp.clip(portion(n), 1, n))
   else:
@@ -346,12 +353,12 @@ def _best_tokens(logits, k, mask, scope):
   return token, rank < share[..., None], share
 
 
-def _most_of_group(mean):
-  """Tokens that an expert may take of one group, which takes `mean` on average.
+def _most_of_group(mean, factor):
+  """The room for an expert's tokens of one group, of which it has so many.
 
-  Twice the mean, or eight standard deviations above it, those of rare events.
+  At least eight standard deviations above the mean, those of rare events.
   """
-  return mean + max(mean, math.ceil(8 * math.sqrt(mean)))
+  return math.ceil(max(mean * factor, mean + 8 * math.sqrt(mean)))
 
 
 def _shares_of_groups(x, m):

@@ -119,18 +119,26 @@ def test_a_translation_of_the_paper_is_trained_as_in_the_paper(name):
 
 @pytest.mark.parametrize("name", ["moe_512_h", "moe_2048_h"])
 def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
-  """In evaluation for twice the mean at either level: all that may come."""
+  """In training for what a group may have; in evaluation for twice the mean."""
   layer = experiment(f"wmt14/en_fr_{name}").model(VOCABULARY).encoder[2]
   inner, size = layer.secondary, layer.group_size
   groups, experts = layer.primary.num_experts, inner.router.num_experts
-  for factor, within, most in (
-    (layer.capacity_factor, inner.capacity_factor, 2),
-    (layer.eval_capacity_factor, inner.eval_capacity_factor, 4),
-  ):
-    rows = slots_lib.capacity(most * size, size, groups, factor)
-    slots = slots_lib.capacity(most * rows, rows, experts, within)
-    assert rows == most * size // groups
-    assert slots == most * rows // experts
+  mean = 2 * size // groups
+  room = int(layer.primary.group_factor * mean)
+  assert layer.primary.over == "batch" and 2 * room == 3 * mean
+  rows = slots_lib.capacity(room * groups, size, groups, layer.capacity_factor)
+  assert rows == room
+  # Two experts take what has arrived, which fills two in three of the slots.
+  arrived, taken = layer.groups_together * rows, layer.groups_together * mean
+  slots = slots_lib.capacity(
+    2 * arrived, arrived, experts, inner.capacity_factor
+  )
+  assert slots == 2 * taken // experts
+  rows = slots_lib.capacity(4 * size, size, groups, layer.eval_capacity_factor)
+  slots = slots_lib.capacity(
+    4 * rows, rows, experts, inner.eval_capacity_factor
+  )
+  assert rows == 4 * size // groups and slots == 4 * rows // experts
 
 
 def test_every_row_of_the_tables_has_a_config():

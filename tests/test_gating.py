@@ -297,14 +297,15 @@ def test_ties_over_the_batch_go_to_the_first_groups(k):
   agree(got, reference.balanced_batch(np.float64(logits), k, mask))
 
 
-def test_what_one_group_has_no_room_for_is_counted():
+@pytest.mark.parametrize("factor, room", [(1.0, 48), (3.5, 56)])
+def test_what_one_group_has_no_room_for_is_counted(factor, room):
   """Of 16 tokens in the mean an expert takes 48 of a group, not all 64."""
   groups, tokens, experts = 4, 64, 4
   logits = jax.random.normal(KEY, (groups, tokens, experts))
   # The first expert wants those of the first group, and the rest are others'.
   logits = logits.at[0, :, 0].add(20).at[1:, :, 0].add(-20)
   layer = moe.MoE(
-    router.Balanced(experts, 1, scope="batch"),
+    router.Balanced(experts, 1, over="batch", group_factor=factor),
     experts_lib.Identity(experts),
     group_size=tokens,
     capacity_factor=None,
@@ -317,13 +318,13 @@ def test_what_one_group_has_no_room_for_is_counted():
   (got,) = losses.routings(sown)
   np.testing.assert_array_equal(got.count.sum(axis=0), [64] * experts)
   np.testing.assert_array_equal(got.count[:, 0], [64, 0, 0, 0])
-  np.testing.assert_array_equal(got.dropped[:, 0], [16, 0, 0, 0])
-  assert got.dropped.sum() == 16
+  np.testing.assert_array_equal(got.dropped[:, 0], [64 - room, 0, 0, 0])
+  assert got.dropped.sum() == 64 - room
   # The largest of the group are left, and weigh what no drop would change.
   listed = [(s, w) for s, e, w in edges(got.assignment, 0, 64, 4) if e == 0]
   x = np.asarray(jax.nn.softmax(logits))[0, :, 0]
   np.testing.assert_array_equal(
-    [s for s, _ in listed], np.argsort(-x, kind="stable")[:48]
+    [s for s, _ in listed], np.argsort(-x, kind="stable")[:room]
   )
 
 

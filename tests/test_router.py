@@ -270,8 +270,8 @@ def test_balanced_bounds_the_experts_of_a_token(k, max_k, want):
 
 
 def test_balanced_over_the_batch():
-  """The scope is the router's, eq. 19 and 20 being what they are."""
-  module = router.Balanced(E, K, scope="batch")
+  """Over what is the router's, eq. 19 and 20 being what they are."""
+  module = router.Balanced(E, K, over="batch")
   params = random_params(module)
   got = apply(module, params, inputs(), train=True, mask=MASK)
   logits = inputs() @ params["gate"]["kernel"]
@@ -282,8 +282,12 @@ def test_balanced_over_the_batch():
     apply(module, params, inputs()),
     apply(router.Balanced(E, K), params, inputs()),
   )
-  with pytest.raises(ValueError, match="over 'bach'; choose 'batch' or 'gr"):
-    apply(router.Balanced(E, K, scope="bach"), params, inputs(), train=True)
+  for wrong, said in (
+    ({"over": "bach"}, "over 'bach'; choose 'batch' or 'group'"),
+    ({"group_factor": 0.9}, "group_factor is 0.9, .* 1 or more"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      apply(router.Balanced(E, K, **wrong), params, inputs(), train=True)
 
 
 def learn(module, loss, rate, groups=1):
@@ -314,11 +318,11 @@ def learn(module, loss, rate, groups=1):
   return np.asarray(counts)
 
 
-@pytest.mark.parametrize("scope", routing.SCOPES)
-def test_thresholds_learn_to_be_balanced(scope):
+@pytest.mark.parametrize("over", routing.SCOPES)
+def test_thresholds_learn_to_be_balanced(over):
   """By eq. 20 the experts of inference become those of training."""
-  module = router.Balanced(E, K, scope=scope)
-  groups = 4 if scope == "batch" else 1
+  module = router.Balanced(E, K, over=over)
+  groups = 4 if over == "batch" else 1
   trained, before, after = learn(module, losses.threshold, 0.03, groups)
   np.testing.assert_array_equal(trained, [60 * K / E] * E)
   assert np.abs(before - trained).max() > 5

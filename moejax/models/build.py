@@ -47,7 +47,11 @@ EXPERTS = {
 }
 _Experts = Annotated[_Build, Section(EXPERTS, given=("num_experts",))]
 _Routers = ROUTERS | {
-  "balanced": named.limited(Balanced, scope=Annotated[str, Names(SCOPES)])
+  "balanced": named.limited(
+    Balanced,
+    over=Annotated[str, Names(SCOPES)],
+    group_factor=Annotated[float, Range(1)],
+  )
 }
 _Router = Annotated[_Build, Section(_Routers, given=("num_experts",))]
 
