@@ -293,3 +293,25 @@ def test_a_list_of_experts_is_a_mixed_layer():
   experts = parameters(config)["layers_1"]["experts"]
   assert experts["kinds_0"]["w_in"].shape == (4, 32, 16)
   assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)
+
+
+@pytest.mark.parametrize("field", ["config.data", "config.data.kind"])
+def test_news_reads_any_text_and_that_once(field):
+  """Another kind leaves behind the fields that it has not."""
+  config = load("news/moe_32")
+  changes = [("config.data.train", ["a.txt"]), (field, ["text"])]
+  config_lib.override(config, changes)
+  built = config_lib.parse(config)
+  assert set(config.data) == {
+    *("kind", "train", "test", "data_dir", "row_length", "batch_size")
+  }
+  assert built.train.passes == 1 and built.batch_size == 19_456
+
+
+def test_balance_is_over_the_batch_where_there_is_any():
+  """Models of the paper without a mixture do not run forward twice."""
+  for name in NAMES:
+    built = experiment(name)
+    if name.split("/")[0] in ("lm1b", "news", "wmt14", "multilingual"):
+      mixed = "moe_" in name and "moe_1_" not in name or "draft" in name
+      assert built.train.balance_over == ("batch" if mixed else "microbatch")
