@@ -29,11 +29,12 @@ It has 64 groups of tokens on either side, so that microbatches times devices
 may be up to 64: here 4 and 16. One device of little memory wants 64
 microbatches, and then groups_together=1.
 
-No token is dropped in training unless a group of 16,384 tokens has more than
-half again the mean share of an expert, or a group of experts: groups are random
-samples, whose shares differ by few per cent (`dropped_fraction` tells). In
-evaluation a token may visit twice as many experts as in the mean, at either
-level; there are slots for all of these in the mean, in flat mixtures for all.
+No token is dropped in training unless a group of 16,384 tokens, a random sample
+of rows, has more than half again the mean share of an expert, or of a group of
+experts; `dropped_fraction` tells. In evaluation a token may visit twice as many
+experts as in the mean, at either level. Flat mixtures drop none there; those of
+two levels have slots for so many in the mean, of which a popular expert fills
+its own and drops the rest.
 
 Attention is GNMT's recurrent wiring, of 512 units. The paper gives the time of
 training, not its steps: these are what its devices may have done in that time.
