@@ -118,7 +118,9 @@ class Train(NamedTuple):
   """The section `train`: how long, and how often to do what.
 
   Attributes:
-    steps: updates in all.
+    steps: updates in all, should the text not end before.
+    passes: how often the text may be read, which is then the end of training:
+      1 is for a text that is never seen twice. None reads it again and again.
     microbatches: parts of a batch whose gradients are added up; evaluation
       reads as many rows at once as one has.
     balance_over: what the balance losses are taken over, each "microbatch" or
@@ -130,6 +132,7 @@ class Train(NamedTuple):
   """
 
   steps: Size
+  passes: Size | None = None
   microbatches: Size = 1
   balance_over: Annotated[str, Names(step.BALANCE_OVER)] = "microbatch"
   log_every: Size = 10

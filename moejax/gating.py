@@ -6,12 +6,14 @@ and needs no statistics of the batch unless it says so. A k below 1 or above the
 number of experts is a ValueError.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from moejax import partition, routing, sharding
-from moejax.routing import Routing
+from moejax.routing import SCOPES, Routing
 
 
 def softmax(
@@ -60,15 +62,16 @@ def noisy_top_k(
   reaches logits and noise_std of the k chosen, the load's those of every
   expert, through the threshold too.
 
-  With k = E there is no k-th other expert to beat: all are chosen, noise could
-  only blur the gates and is left out, and load is the (constant) count.
+  With k = E all are chosen, and the noise is in the gates alone: there is no
+  k-th other expert to beat, and load is the (constant) count, as in the
+  authors' code.
   """
   num_experts = logits.shape[-1]
   check_k(k, num_experts)
-  if k == num_experts:
-    return top_k(logits, k, mask)
   noise = _draw(jax.random.normal, rng, logits.shape, logits.dtype)
   noisy = logits + noise_std * noise
+  if k == num_experts:
+    return top_k(noisy, k, mask)
   values, expert = _largest(noisy, k + 1)
   gate = jax.nn.softmax(values[..., :k])
   decision = _route_tokens(noisy, expert[..., :k], gate, mask)
@@ -86,20 +89,40 @@ def balanced(
   logits: Float[Array, "G S E"],
   k: int,
   mask: Bool[Array, "G S"] | None = None,
+  over: str = "group",
+  group_factor: float = 2.0,
 ) -> Routing:
   """Strictly balanced gating (app. F, eq. 15, 16, 18): the experts choose.
 
-  Of the n real tokens of a group every expert takes m = k n / E (to the nearest
-  integer, halves up, and at least one): those with the largest softmax X for
-  it, and of equal ones the lowest. A token's gates are its X, renormalized over
-  the experts that took it: k on average, perhaps none.
+  Of the n real tokens it is over, every expert takes m = k n / E (to the
+  nearest integer, halves up, and at least one): those with the largest softmax
+  X for it, and of equal ones the first. A token's gates are its X, renormalized
+  over the experts that took it: k on average, perhaps none.
 
-  Not causal: who takes a token depends on all tokens of its group. It needs
+  Over "batch" it is the paper's: the tokens of all groups, on all devices.
+  Only counts travel between these. A group then has its share of an expert's m
+  tokens, as it comes, where "group" gives each group the same. As shapes are
+  static, there is room for `group_factor` times the mean share, of small means
+  for more (`_most_of_group`). A group that is no random sample of the batch may
+  have a larger share: its tokens of least X are then `dropped`, and their gates
+  are those of the experts that are left. Larger groups differ less.
+
+  Not causal: who takes a token depends on all tokens it is over. It needs
   this statistic of the batch, so `threshold` takes its place at inference. Its
   gradient reaches the logits of the experts that took the token (none where a
   single one did, whose gate is the constant 1).
   """
-  token, used = _best_tokens(logits, k, mask)
+  if over not in SCOPES:
+    raise ValueError(
+      f"balanced gating is over {over!r}; choose 'batch' or 'group'."
+    )
+  if not group_factor >= 1:
+    raise ValueError(
+      f"group_factor is {group_factor}, but a group has the mean share of an"
+      " expert's tokens or more; give 1 or more (2 is usual)."
+    )
+  factor = group_factor if over == "batch" else None
+  token, used, share = _best_tokens(logits, k, mask, factor)
 
   def mark(token, used):
     # No expert takes a token twice.
@@ -109,7 +132,12 @@ def balanced(
   # Mapped: one write into the whole would fetch all groups to each device.
   taken = jax.vmap(jax.vmap(mark))(token, used)
   gate = _softmax_of(logits, taken.swapaxes(1, 2))
-  return _route_experts(logits, gate, token, used, mask)
+  decision = _route_experts(logits, gate, token, used, mask)
+  # In bfloat16 a count would end at 256.
+  share = jnp.broadcast_to(share, decision.count.shape).astype(jnp.float32)
+  return decision._replace(
+    load=share, count=share, dropped=share - decision.count
+  )
 
 
 def threshold(
@@ -198,7 +226,7 @@ def expert_choice(
   future. It needs this statistic of the batch. Its gradient reaches every logit
   of the tokens that were taken.
   """
-  token, used = _best_tokens(logits, k, mask)
+  token, used, _ = _best_tokens(logits, k, mask)
   return _route_experts(logits, jax.nn.softmax(logits), token, used, mask)
 
 
@@ -297,26 +325,84 @@ def _chance_above(margin, noise_std):
   return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
 
 
-def _best_tokens(logits, k, mask):
+def _best_tokens(logits, k, mask, group_factor=None):
   """Each expert's tokens with the largest X, best first, and which to use.
 
-  Both are [G, E, C].
+  Both are [G, E, C]. With them comes how many each group's share is: [G, 1],
+  or, where a factor bounds that of the whole batch, [G, E], which may exceed C.
   """
-  S, E = logits.shape[1:]
+  G, S, E = logits.shape
   check_k(k, E)
 
-  def share(tokens):
+  def portion(tokens):
+    """m of so many tokens (eq. 18)."""
     return (tokens * k + E // 2) // E
 
   if mask is None:
     mask = jnp.ones(logits.shape[:2], bool)
   # Padding comes last. Shapes are those of a group without any.
-  x = jnp.where(mask[..., None], jax.nn.softmax(logits), -1)
-  _, token = _largest(x.swapaxes(1, 2), max(1, share(S)))
+  x = jax.nn.softmax(logits).astype(jnp.float32)
+  x = jnp.where(mask[..., None], x, -1)
   real = mask.sum(axis=1, dtype=jnp.int32)
-  m = jnp.clip(share(real), 1, real)
+  most = max(1, portion(S))
+  if group_factor is not None:
+    most = _most_of_group(most, group_factor)
+    most = min(most, S, max(1, portion(G * S)))
+    n = real.sum()
+    share = _shares_of_groups(x, jnp.clip(portion(n), 1, n))
+  else:
+    share = jnp.clip(portion(real), 1, real)[:, None]
+  _, token = _largest(x.swapaxes(1, 2), most)
   rank = jax.lax.broadcasted_iota(jnp.int32, token.shape, 2)
-  return token, rank < m[:, None, None]
+  return token, rank < share[..., None], share
+
+
+def _most_of_group(mean, factor):
+  """The room for an expert's tokens of one group, of which it has so many.
+
+  At least eight standard deviations above the mean, those of rare events.
+  """
+  return math.ceil(max(mean * factor, mean + 8 * math.sqrt(mean)))
+
+
+def _shares_of_groups(x, m):
+  """How many of each column's m largest each group has: [G, E] of x [G, S, E].
+
+  Of equal ones the first are taken, in the order of groups, so that it is m.
+
+  The m-th largest is found bit by bit, as is the last group to have a part in
+  it: every bit takes one sum over devices, of E counts, and no sorting.
+  """
+  G, _, E = x.shape
+  # A float's bits have its order, if it is not negative; padding stays below.
+  bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.int32)
+
+  def largest(holds, num_bits):
+    """The largest number of so many bits for which it holds, as for 0."""
+
+    def set_bit(i, found):
+      more = found | (1 << (num_bits - 1 - i))
+      return jnp.where(holds(more), more, found)
+
+    none = partition.vary_as(x, jnp.zeros(E, jnp.int32))
+    return jax.lax.fori_loop(0, num_bits, set_bit, none)
+
+  def count(chosen, axis):
+    return chosen.sum(axis, dtype=jnp.int32)
+
+  # 1.0 has 30 bits.
+  mth = largest(lambda least: count(bits >= least[None, None], (0, 1)) >= m, 30)
+  above = count(bits > mth[None, None], 1)
+  tied = count(bits == mth[None, None], 1)
+  left = m - above.sum(axis=0)
+  group = jnp.arange(G, dtype=jnp.int32)[:, None]
+
+  def before(last):
+    return jnp.where(group < last[None], tied, 0).sum(axis=0)
+
+  last = largest(lambda last: before(last) <= left, G.bit_length())
+  part = jnp.where(group == last[None], (left - before(last))[None], 0)
+  return above + jnp.where(group < last[None], tied, part)
 
 
 def _route_experts(logits, gate, token, used, mask) -> Routing:

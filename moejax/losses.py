@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.routing import Routing, per_expert
-
-SCOPES = ("batch", "group")
+from moejax.routing import SCOPES, Routing, per_expert
 
 
 def cv_squared(x: Float[Array, "E"]) -> Float[Array, ""]:

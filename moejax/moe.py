@@ -521,8 +521,10 @@ def _need_slots(experts: nn.Module) -> bool:
 def _count_dropped(routing: Routing, capacity: int | None) -> Routing:
   """Says how many edges are beyond the capacity, first come, first served."""
   zero = jnp.zeros_like(routing.count)
+  # Edges that the router counted and had no place for, the last ones.
+  left_out = zero if routing.dropped is None else routing.dropped
   if capacity is None:
-    return routing._replace(dropped=zero, dropped_first=zero)
+    return routing._replace(dropped=left_out, dropped_first=zero)
   assignment, first = routing.assignment, zero
   if assignment.token is None:
     num_tokens = routing.logits.shape[1]
@@ -532,7 +534,7 @@ def _count_dropped(routing: Routing, capacity: int | None) -> Routing:
       ones, assignment.expert[:, :num_tokens], zero.shape[1]
     )
   return routing._replace(
-    dropped=jnp.maximum(routing.count - capacity, 0),
+    dropped=jnp.maximum(routing.count - capacity, left_out),
     dropped_first=jnp.maximum(first - capacity, 0),
   )
 

@@ -501,9 +501,9 @@ def override(
   """Sets fields to what a command line says, whether the file has them or not.
 
   A section is set before what is in it, and its kind before its other fields,
-  in whatever order they come. By the name of a kind alone a section keeps those
-  of its fields that this kind has as well. A field without words becomes True;
-  several are a list, or paths. Errors as of `read`.
+  in whatever order they come. By the name of a kind, of its own or as "kind", a
+  section keeps those of its fields that this kind has as well. A field without
+  words becomes True; several are a list, or paths. Errors as of `read`.
   """
   found = {}
   for name, words in sorted(
@@ -512,9 +512,13 @@ def override(
     found = found or {field.name: field for field in fields_of_config(config)}
     if name not in found:
       raise ReadError(_unknown(name, found))
-    set_field(config, name, value_of(found[name], words))
+    value = value_of(found[name], words)
+    section = name.removesuffix(".kind")
+    if section != name and found[section].value is not EMPTY:
+      name, value = section, value_of(found[section], [value])
+    set_field(config, name, value)
     # By another kind there are other fields.
-    if section_of(found[name].annotation) or name.endswith(".kind"):
+    if section_of(found[name].annotation):
       found = {}
 
 

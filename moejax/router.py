@@ -223,15 +223,21 @@ class Balanced(Router):
   The thresholds are exp of the parameter "log_thresholds". They are as small as
   a softmax over E experts is, and so a step of the optimizer moves them by a
   fraction, and never below zero. They start at 1/E, the mean of that softmax,
-  and learn by `losses.threshold` alone.
+  and learn by `losses.threshold` alone, eq. 20, over the same.
 
   Attributes:
     k: experts per token, on average.
     max_k: the most that a token may visit at inference; 2k by default, or all.
+    over: what every expert takes its share of in training, the "batch" as in
+      the paper, or every "group" by itself; of microbatches it is each.
+    group_factor: room in a group's edges for an expert's share of the batch,
+      over the mean share; what exceeds it is dropped, and counted so.
   """
 
   k: int
   max_k: int | None = None
+  over: str = "group"
+  group_factor: float = 2.0
 
   def decide(self, x, train, mask, ids):
     # In evaluation too, where only max_k is read: training comes after init.
@@ -240,7 +246,9 @@ class Balanced(Router):
     start = -math.log(self.num_experts)
     thresholds = jnp.exp(self.vector(x, "log_thresholds", start))
     if train:
-      routing = gating.balanced(logits, self.k, mask)
+      routing = gating.balanced(
+        logits, self.k, mask, self.over, self.group_factor
+      )
       return routing._replace(thresholds=thresholds)
     max_k = self.max_k
     if max_k is None:

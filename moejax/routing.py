@@ -49,7 +49,8 @@ class Routing(NamedTuple):
     mask: the real tokens; None where all are.
     thresholds: T (eq. 19), where the router is learning them.
     bias: what a loss-free router adds to the scores, where it is learning it.
-    dropped: the edges beyond capacity; the layer fills it in.
+    dropped: the edges beyond capacity, which the layer fills in; at first those
+      counted that the assignment had no place for, if any.
     dropped_first: those of `dropped` that were their token's first choice.
     primary: the decision between P groups of experts, where this one was made
       within them (app. B), about the same groups of tokens. Sums, thresholds
@@ -78,6 +79,9 @@ class Routing(NamedTuple):
   within: Int[Array, "G S"] | None = None
   sent: Assignment | None = None
 
+
+# What is balanced: all groups together, or each by itself.
+SCOPES = ("batch", "group")
 
 # Fields of a Routing by what they are of: tokens, sums of groups, parameters.
 OF_TOKENS = ("assignment", "logits", "mask", "within", "sent")

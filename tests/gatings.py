@@ -20,10 +20,12 @@ class Case(NamedTuple):
 
   Attributes:
     run: (logits, noise_std, mask, k) -> Routing, of all groups.
-    reference: (logits, noise, noise_std, mask, k) -> Decision, of one group.
+    reference: (logits, noise, noise_std, mask, k) -> Decision, of one group;
+      of all groups a list, where these are decided about together.
     choices: (E, k) -> experts of every token; None where that varies.
     edges: (S, E, k) -> A; None where it is S * choices.
     gates: what a token's gates add up to.
+    together: whether what one group gets depends on the others.
   """
 
   run: Callable
@@ -31,6 +33,7 @@ class Case(NamedTuple):
   choices: Callable | None
   edges: Callable | None = None
   gates: str = "one"
+  together: bool = False
 
 
 def thresholds(experts):
@@ -77,6 +80,19 @@ CASES = {
     None,
     lambda tokens, experts, k: experts * picks(tokens, experts, k),
     "one or none",
+  ),
+  "balanced batch": Case(
+    lambda logits, std, mask, k: gating.balanced(logits, k, mask, "batch"),
+    lambda logits, noise, std, mask, k: reference.balanced_batch(
+      logits, k, mask
+    ),
+    None,
+    # Of few tokens an expert may take all of a group.
+    lambda tokens, experts, k: (
+      experts * min(tokens, picks(G * tokens, experts, k))
+    ),
+    "one or none",
+    together=True,
   ),
   "threshold": Case(
     lambda logits, std, mask, k: gating.threshold(
@@ -167,6 +183,8 @@ def decide(name, logits, noise, noise_std, mask, k=K):
   logits, noise, noise_std = (
     np.asarray(a, np.float64) for a in (logits, noise, noise_std)
   )
+  if case(name).together:
+    return case(name).reference(logits, noise, noise_std, mask, k)
   return [
     case(name).reference(
       logits[g], noise[g], noise_std[g], None if mask is None else mask[g], k

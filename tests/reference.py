@@ -98,9 +98,10 @@ def tokens_choose(shape, chosen):
 def experts_choose(picks, gates):
   """Orders each expert's list of tokens, which has the best first."""
   edges = []
-  for rank in range(len(picks[0])):
+  for rank in range(max(map(len, picks))):
     for e, tokens in enumerate(picks):
-      edges.append((tokens[rank], e, gates[tokens[rank], e]))
+      if rank < len(tokens):
+        edges.append((tokens[rank], e, gates[tokens[rank], e]))
   return decision(gates.shape, edges)
 
 
@@ -121,12 +122,12 @@ def top_k(logits, k, mask=None):
 def noisy_top_k(logits, noise, noise_std, k, mask=None):
   """Eq. 3 to 5 with the noise given, and the load of eq. 8 to 10.
 
-  Where all experts are chosen there is none to compare with, nor any noise.
+  Where all experts are chosen there is none to compare with: load is a count.
   """
   tokens, experts = logits.shape
-  if k == experts:
-    return top_k(logits, k, mask)
   noisy = logits + noise * noise_std
+  if k == experts:
+    return top_k(noisy, k, mask)
   load = np.zeros(experts)
   for s in real_tokens(tokens, mask):
     for i in range(experts):
@@ -152,12 +153,31 @@ def balanced(logits, k, mask=None):
   """Eq. 15, 16 and 18."""
   x = np.array([softmax(row) for row in logits])
   picks = batchwise(x, k, mask)
+  return experts_choose(picks, renormalized(x, picks))
+
+
+def renormalized(x, picks):
+  """Eq. 16."""
   gates = np.zeros_like(x)
   for s in range(len(x)):
     mine = [e for e, tokens in enumerate(picks) if s in tokens]
     for e in mine:
       gates[s, e] = x[s, e] / sum(x[s, j] for j in mine)
-  return experts_choose(picks, gates)
+  return gates
+
+
+def balanced_batch(logits, k, mask=None):
+  """The same of all groups [G, S, E]; what each has of it, in turn."""
+  groups, tokens, experts = logits.shape
+  x = np.array([softmax(row) for row in logits.reshape(-1, experts)])
+  picks = batchwise(x, k, None if mask is None else np.ravel(mask))
+  gates = renormalized(x, picks).reshape(logits.shape)
+  found = []
+  for g in range(groups):
+    own = range(g * tokens, (g + 1) * tokens)
+    mine = [[s - own.start for s in each if s in own] for each in picks]
+    found.append(experts_choose(mine, gates[g]))
+  return found
 
 
 def threshold(logits, thresholds, max_k, mask=None):

@@ -133,14 +133,21 @@ def test_a_translation_of_the_paper_is_trained_as_in_the_paper(name):
 
 @pytest.mark.parametrize("name", ["moe_512_h", "moe_2048_h"])
 def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
-  """In training, where every expert takes as many tokens as the others."""
+  """In training, for what a group may have of the batch's mask."""
   layer = experiment(f"wmt14/en_fr_{name}").model(VOCABULARY).encoder[2]
   inner, size = layer.secondary, layer.group_size
   groups, experts = layer.primary.num_experts, inner.router.num_experts
-  rows = slots_lib.capacity(2 * size, size, groups, layer.capacity_factor)
-  slots = slots_lib.capacity(2 * rows, rows, experts, inner.capacity_factor)
-  assert rows == 2 * size // groups
-  assert slots == 2 * rows // experts
+  mean = 2 * size // groups
+  room = int(layer.primary.group_factor * mean)
+  assert layer.primary.over == "batch" and 2 * room == 3 * mean
+  rows = slots_lib.capacity(room * groups, size, groups, layer.capacity_factor)
+  assert rows == room
+  # Two experts take what has arrived, which fills two in three of the slots.
+  arrived, taken = layer.groups_together * rows, layer.groups_together * mean
+  slots = slots_lib.capacity(
+    2 * arrived, arrived, experts, inner.capacity_factor
+  )
+  assert slots == 2 * taken // experts
 
 
 def test_every_row_of_the_tables_has_a_config():
@@ -295,3 +302,25 @@ def test_a_list_of_experts_is_a_mixed_layer():
   experts = parameters(config)["layers_1"]["experts"]
   assert experts["kinds_0"]["w_in"].shape == (4, 32, 16)
   assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)
+
+
+@pytest.mark.parametrize("field", ["config.data", "config.data.kind"])
+def test_news_reads_any_text_and_that_once(field):
+  """Another kind leaves behind the fields that it has not."""
+  config = load("news/moe_32")
+  changes = [("config.data.train", ["a.txt"]), (field, ["text"])]
+  config_lib.override(config, changes)
+  built = config_lib.parse(config)
+  assert set(config.data) == {
+    *("kind", "train", "test", "data_dir", "row_length", "batch_size")
+  }
+  assert built.train.passes == 1 and built.batch_size == 19_456
+
+
+def test_balance_is_over_the_batch_where_there_is_any():
+  """Models of the paper without a mixture do not run forward twice."""
+  for name in NAMES:
+    built = experiment(name)
+    if name.split("/")[0] in ("lm1b", "news", "wmt14", "multilingual"):
+      mixed = "moe_" in name and "moe_1_" not in name or "draft" in name
+      assert built.train.balance_over == ("batch" if mixed else "microbatch")

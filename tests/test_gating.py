@@ -28,12 +28,13 @@ from gatings import (
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from moejax import gating, sharding
+from moejax import experts as experts_lib
+from moejax import gating, losses, moe, router, sharding
 
 NAMES = pytest.mark.parametrize("name", CASES)
 
 WITHOUT_K = ("softmax", "switch", "gshard_top_2")
-NOT_CAUSAL = ("balanced", "expert_choice")
+NOT_CAUSAL = ("balanced", "balanced batch", "expert_choice")
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -67,8 +68,10 @@ def test_matches_the_paper_at_the_edges(name, tokens, experts, k):
   assert got.assignment.expert.shape[1] == num_edges(name, tokens, experts, k)
 
 
-@NAMES
-def test_gradient_matches_finite_differences(name):
+@pytest.mark.parametrize(
+  "name, k", [*((name, K) for name in CASES), ("noisy_top_k", E)]
+)
+def test_gradient_matches_finite_differences(name, k):
   logits, noise_std, mask = draw(11, masked=True)
   random = np.random.default_rng(12)
   to_gates, to_importance, to_load = (
@@ -78,7 +81,7 @@ def test_gradient_matches_finite_differences(name):
   @jax.jit
   @functools.partial(jax.grad, argnums=(0, 1))
   def slopes(logits, noise_std):
-    got = CASES[name].run(logits, noise_std, mask, K)
+    got = CASES[name].run(logits, noise_std, mask, k)
     terms = (
       (dense(got.assignment), to_gates),
       (got.importance, to_importance),
@@ -86,11 +89,11 @@ def test_gradient_matches_finite_differences(name):
     )
     return sum((a * jnp.asarray(b, a.dtype)).sum() for a, b in terms)
 
-  drawn = case(name).run(logits, noise_std, mask, K)
+  drawn = case(name).run(logits, noise_std, mask, k)
   noise = noise_of(drawn, logits, noise_std)
 
   def reference_score(at):
-    decisions = decide(name, at["logits"], noise, at["noise_std"], mask)
+    decisions = decide(name, at["logits"], noise, at["noise_std"], mask, k)
     return sum(
       (d.gates * to_gates[g]).sum()
       + (d.importance * to_importance[g]).sum()
@@ -160,6 +163,9 @@ def test_properties(name, k, logits, mask):
   gate = np.asarray(got.assignment.gate)
   assert (gate >= 0).all()
   choices = case(name).choices and case(name).choices(E, k)
+  if case(name).together:
+    m = min(mask.sum(), picks(mask.sum(), E, k))
+    assert (np.asarray(got.count).sum(0) == m).all()
   for g in range(G):
     listed = edges(got.assignment, g)
     pairs = [edge[:2] for edge in listed]
@@ -177,7 +183,7 @@ def test_properties(name, k, logits, mask):
       assert (by_token[mask[g]] == choices).all()
     elif name == "threshold":
       assert (by_token <= k).all()
-    else:
+    elif not case(name).together:
       real = mask[g].sum()
       assert (by_expert == min(real, picks(real, E, k))).all()
     want = {"one": mask[g], "one or none": by_token > 0, "at most one": 1}
@@ -274,6 +280,52 @@ def test_ties_go_to_the_lowest_tokens(name):
   got = case(name).run(same, jnp.zeros_like(same), mask, K)
   np.testing.assert_array_equal(got.count, np.full((G, E), 2))
   np.testing.assert_array_equal(got.assignment.token[0], [1] * E + [2] * E)
+
+
+@pytest.mark.parametrize("k", [1, K, E])
+def test_ties_over_the_batch_go_to_the_first_groups(k):
+  """Exactly m survive, though many are equal in many groups."""
+  random = np.random.default_rng(k)
+  kinds = random.normal(size=(3, E)).astype("float32")
+  logits = jnp.asarray(kinds[random.integers(0, 3, (7, S))])
+  mask = jnp.asarray(random.random((7, S)) < 0.8)
+  got = gating.balanced(logits, k, mask, "batch")
+  m = picks(np.asarray(mask).sum(), E, k)
+  np.testing.assert_array_equal(got.count.sum(axis=0), [m] * E)
+  x = np.sort(np.asarray(jax.nn.softmax(logits))[np.asarray(mask)], axis=0)
+  assert k == E or (x[-m] == x[-m - 1]).any()
+  agree(got, reference.balanced_batch(np.float64(logits), k, mask))
+
+
+@pytest.mark.parametrize("factor, room", [(1.0, 48), (3.5, 56)])
+def test_what_one_group_has_no_room_for_is_counted(factor, room):
+  """Of 16 tokens in the mean an expert takes 48 of a group, not all 64."""
+  groups, tokens, experts = 4, 64, 4
+  logits = jax.random.normal(KEY, (groups, tokens, experts))
+  # The first expert wants those of the first group, and the rest are others'.
+  logits = logits.at[0, :, 0].add(20).at[1:, :, 0].add(-20)
+  layer = moe.MoE(
+    router.Balanced(experts, 1, over="batch", group_factor=factor),
+    experts_lib.Identity(experts),
+    group_size=tokens,
+    capacity_factor=None,
+  )
+  params = {"gate": {"kernel": jnp.eye(experts)}}
+  params["log_thresholds"] = jnp.zeros(experts)
+  _, sown = layer.apply(
+    {"params": {"router": params}}, logits, train=True, mutable=["routing"]
+  )
+  (got,) = losses.routings(sown)
+  np.testing.assert_array_equal(got.count.sum(axis=0), [64] * experts)
+  np.testing.assert_array_equal(got.count[:, 0], [64, 0, 0, 0])
+  np.testing.assert_array_equal(got.dropped[:, 0], [64 - room, 0, 0, 0])
+  assert got.dropped.sum() == 64 - room
+  # The largest of the group are left, and weigh what no drop would change.
+  listed = [(s, w) for s, e, w in edges(got.assignment, 0, 64, 4) if e == 0]
+  x = np.asarray(jax.nn.softmax(logits))[0, :, 0]
+  np.testing.assert_array_equal(
+    [s for s, _ in listed], np.argsort(-x, kind="stable")[:room]
+  )
 
 
 def chi_squared(counts):
@@ -392,18 +444,20 @@ def drawn(sample, groups, shape):
   return np.stack([sample(key, shape) for key in keys])
 
 
-def test_noise_depends_on_the_group_alone():
+@pytest.mark.parametrize("k", [K, E])
+def test_noise_depends_on_the_group_alone(k):
+  """It is drawn where all experts are chosen too (MoE-4)."""
   logits, noise_std = jnp.zeros((6, S, E)), jnp.ones((6, S, E))
   run = case("noisy_top_k").run
-  six = run(logits, noise_std, None, K).logits
-  two = run(logits[:2], noise_std[:2], None, K).logits
+  six = run(logits, noise_std, None, k).logits
+  two = run(logits[:2], noise_std[:2], None, k).logits
   np.testing.assert_array_equal(six[:2], two)
   np.testing.assert_allclose(
     six, drawn(jax.random.normal, 6, (S, E)), rtol=1e-5
   )
   # And no two numbers of it are the same.
   assert len(np.unique(six)) == six.size
-  other = gating.noisy_top_k(logits, noise_std, K, jax.random.key(8)).logits
+  other = gating.noisy_top_k(logits, noise_std, k, jax.random.key(8)).logits
   assert not np.isin(np.asarray(other), np.asarray(six)).any()
 
 

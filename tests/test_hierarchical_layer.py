@@ -257,18 +257,31 @@ def test_ids_do_not_travel_to_groups():
     jax.eval_shape(lambda: module.init(KEY, inputs(), ids=IDS))
 
 
-def test_devices_judge_the_balance_without_fetching_tokens():
-  """Logits stay where they are, though both levels' losses read them."""
+@pytest.mark.parametrize(
+  "gate, learned",
+  [
+    (functools.partial(router.NoisyTopK, k=K), ()),
+    (functools.partial(router.Balanced, k=K, over="batch"), ("threshold",)),
+  ],
+  ids=["noisy", "balanced over the batch"],
+)
+def test_devices_judge_the_balance_without_fetching_tokens(gate, learned):
+  """Logits stay where they are, though both levels' losses read them.
+
+  So they do where experts take their share of the tokens of all devices.
+  """
   layout = sharding.LAYOUTS["data_expert"]
   mesh = sharding.make_mesh(layout)
-  gate = functools.partial(router.NoisyTopK, k=K)
   module = layer(gate(8), mixture(gate(8), experts.FeedForward(8, F)))
   x = inputs((8, S))
-  weights = dict.fromkeys(("importance", "load", "switch_balance", "z"), 0.1)
+  names = ("importance", "load", "switch_balance", "z", *learned)
+  weights = dict.fromkeys(names, 0.1)
 
   def report(params, x):
-    _, routing = apply(module, params, x, train=True, mask=x[..., 0] > 0)
-    return losses.auxiliary(routing, weights), losses.balance(routing)
+    y, sown = apply(module, params, x, train=True, mask=x[..., 0] > 0)
+    (routing,) = losses.routings(sown)
+    counts = routing.count, routing.primary.count
+    return y, counts, losses.auxiliary(sown, weights), losses.balance(sown)
 
   params = kinds.random_params(module, inputs((8, S)))
   want = jax.jit(report)(params, x)
@@ -276,5 +289,10 @@ def test_devices_judge_the_balance_without_fetching_tokens():
   with sharding.use(layout, mesh):
     compiled = jax.jit(report).lower(params, x).compile()
   assert "all-gather" not in compiled.as_text()
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   jax.tree.map(close, compiled(params, x), want)
+  for level in map(np.asarray, want[1]):
+    # Alike for every expert, and not for every group of tokens.
+    every = level.sum(axis=0)
+    assert (every == every[0]).all() == bool(learned)
+    assert (level != level[:1]).any()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import gating, losses, router
+from moejax import gating, losses, router, routing
 
 G, S, D, E, K = 2, 4, 3, 5, 2
 MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 3 > 0)
@@ -269,9 +269,30 @@ def test_balanced_bounds_the_experts_of_a_token(k, max_k, want):
   np.testing.assert_array_equal(got.count.sum(-1), [want * S] * G)
 
 
-def learn(module, loss, rate):
+def test_balanced_over_the_batch():
+  """Over what is the router's, eq. 19 and 20 being what they are."""
+  module = router.Balanced(E, K, over="batch")
+  params = random_params(module)
+  got = apply(module, params, inputs(), train=True, mask=MASK)
+  logits = inputs() @ params["gate"]["kernel"]
+  want = gating.balanced(logits, K, MASK, "batch")
+  same(got.count, want.count)
+  assert (np.asarray(got.count[0]) != np.asarray(got.count[1])).any()
+  same(
+    apply(module, params, inputs()),
+    apply(router.Balanced(E, K), params, inputs()),
+  )
+  for wrong, said in (
+    ({"over": "bach"}, "over 'bach'; choose 'batch' or 'group'"),
+    ({"group_factor": 0.9}, "group_factor is 0.9, .* 1 or more"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      apply(router.Balanced(E, K, **wrong), params, inputs(), train=True)
+
+
+def learn(module, loss, rate, groups=1):
   """Descends one loss; returns counts in training, before and after."""
-  x = jax.random.normal(jax.random.key(3), (1, 60, D))
+  x = jax.random.normal(jax.random.key(3), (groups, 60 // groups, D))
   params = random_params(module)
 
   def score(params):
@@ -289,7 +310,7 @@ def learn(module, loss, rate):
       apply(module, params, x, ids=None),
       apply(module, learned, x, ids=None),
     )
-    return learned, [decision.count[0] for decision in decisions]
+    return learned, [decision.count.sum(axis=0) for decision in decisions]
 
   learned, counts = run(params)
   # Neither loss says anything about the gating weights.
@@ -297,9 +318,12 @@ def learn(module, loss, rate):
   return np.asarray(counts)
 
 
-def test_thresholds_learn_to_be_balanced():
+@pytest.mark.parametrize("over", routing.SCOPES)
+def test_thresholds_learn_to_be_balanced(over):
   """By eq. 20 the experts of inference become those of training."""
-  trained, before, after = learn(make("balanced"), losses.threshold, 0.03)
+  module = router.Balanced(E, K, over=over)
+  groups = 4 if over == "batch" else 1
+  trained, before, after = learn(module, losses.threshold, 0.03, groups)
   np.testing.assert_array_equal(trained, [60 * K / E] * E)
   assert np.abs(before - trained).max() > 5
   assert np.abs(after - trained).max() <= 1

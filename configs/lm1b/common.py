@@ -7,6 +7,15 @@ Each row is a file here that calls one of these functions, and runs this file by
 its path: a config is read by a program that need not know the folder. The
 perplexities they name are the paper's; none was measured here.
 
+The rows LSTM-512-512, LSTM-1024-512 and 2xLSTM-8192-1024 the paper quotes from
+Jozefowicz et al. 2016. Here they train by the recipe of the mixtures: Adam with
+a schedule, 10 epochs, batches of 300,000 words of whole sentences, the state
+zero at each, residual layers. In theirs (by their code) Adagrad at a rate of
+0.2, to convergence, batches of 128 rows of 20 words of a running text, the
+state carried on, LSTM gradients clipped at 10 and their weights averaged; the
+samples of the softmax, 8192, are the same. So their perplexities are no target
+of these configs. LSTM-2048-512 the paper has both quoted and trained itself.
+
 What the paper does not say is chosen as follows.
 
 A batch is about 300,000 words: 2304 rows of 128, packed with sentences so that
@@ -18,6 +27,12 @@ Mixtures drop no token, as in the paper, those of two levels included. For that
 a device sets memory aside for as many rows as could come to it, those of all
 devices that share the experts (moejax/ragged.py): with many devices a
 capacity_factor at both levels, as 1.25, takes less of it and drops 1 to 2 %.
+
+The balance losses are those of the whole batch, not the mean of its
+microbatches': that runs the forward pass twice, about a third more of a step's
+products, and keeps the routing of every microbatch, and costs nothing where
+there is one alone (`--config.train.microbatches=1`). The mean is to be had by
+`--config.train.balance_over=microbatch`.
 
 The paper gives no peak of the learning rate, no constants of Adam and no number
 of samples; these are the usual ones, to be tuned.
@@ -75,6 +90,7 @@ def model(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
       },
       "train": {
         "steps": 27_000,  # 10 epochs
+        "passes": config_dict.placeholder(int),
         "microbatches": 4,
         "balance_over": "microbatch",
         "log_every": 10,
@@ -94,9 +110,16 @@ def one_expert(hidden: int | tuple[int, ...]) -> ConfigDict:
   )
 
 
+def _balanced(layers: tuple[str, ...], **fields: Any) -> ConfigDict:
+  """Returns the config of a model that has balance to lose."""
+  config = model(layers, **fields)
+  config.train.balance_over = "batch"
+  return config
+
+
 def flat(num_experts: int) -> ConfigDict:
   """Returns LSTM, MoE, LSTM with 4 of `num_experts` experts a token."""
-  return model(
+  return _balanced(
     ("lstm", "moe", "lstm"),
     moe={
       "num_experts": num_experts,
@@ -114,7 +137,7 @@ def two_levels(
   num_experts: int, num_groups: int, hidden: int = 1024, **fields: Any
 ) -> ConfigDict:
   """Returns LSTM, MoE, LSTM with 2 experts of each of 2 groups a token."""
-  return model(
+  return _balanced(
     ("lstm", "hierarchical_moe", "lstm"),
     hierarchical_moe={
       "num_experts": num_experts,

@@ -1,6 +1,7 @@
 """LSTM-1024-512: one LSTM of 1024 units, projected to 512.
 
 Table 7: perplexity 48.2 in the end, from Jozefowicz et al. 2016.
+The paper quotes it; common.py says how the training here differs.
 """
 
 import pathlib

@@ -1,6 +1,7 @@
 """MoE-4: 4 of 4 experts a token, all of them on.
 
-Table 7: perplexity 45.0 after 10 epochs.
+Table 7: perplexity 45.0 after 10 epochs. Where all are on the noise is in the
+gates alone, and the load, a constant, has no loss to speak of.
 """
 
 import pathlib

@@ -9,8 +9,9 @@ of pairs will do; small ones are read more often than their share.
 
 The model is that of configs/wmt14/common.py, but for its mixtures: flat, with
 noisy top-k gating (eq. 3-5), and no dropout, which the paper has for single
-pairs. The steps are those in which three billion pairs are read, at 32 pieces
-a pair.
+pairs. The balance losses are over the whole batch, of all microbatches, which
+runs the forward pass twice. The steps are those in which three billion pairs
+are read, at 32 pieces a pair.
 """
 
 import pathlib

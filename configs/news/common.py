@@ -23,8 +23,19 @@ of all words of a batch would travel (`moejax plan` shows 5 GB, four times).
 
 The paper's memory (app. D): an expert's hidden units are computed again in the
 backward pass, and the optimizer holds no first moment of experts and a factored
-second one. No dropout: no word comes twice in the paper's run of one epoch, for
-which `steps` is.
+second one.
+
+No dropout: no word comes twice in the paper's run of one epoch, for which
+`steps` is. `passes` keeps to that: of a smaller text, as the benchmark is, one
+pass ends the training, after some 330 steps of its 829 million words. Any text
+of one's own is read in its place by
+
+  --config.data.kind=text --config.data.train='news/*.txt.gz'
+
+with the words that it has `min_count` times or more.
+
+The balance losses are over the whole batch, as in configs/lm1b; where there is
+one microbatch that costs nothing.
 """
 
 import pathlib
@@ -81,6 +92,7 @@ def _as_news(config: ConfigDict, *mixtures: Any) -> ConfigDict:
   config.model.dropout = 0.0
   config.optimizer.kind = "factored_adam"
   config.train.steps = 40_000
+  config.train.passes = 1
   for mixture in mixtures:
     mixture.group_size = BATCH_SIZE * config.data.row_length // GROUPS
   return config

@@ -5,7 +5,9 @@ moejax train --config=configs/wmt14/en_fr_moe_32.py --workdir=runs/en_fr \
 
 Each model is a file here that calls one of these functions, and runs this file
 by its path: a config is read by a program that need not know the folder. The
-scores they name are the paper's; none was measured here.
+scores they name are the paper's; none was measured here. The paper validates by
+newstest2012 and 2013; TFDS prepares the former by itself, as the message says
+that asks for it, and `--config.data.validation=newstest2013` does without.
 
 The models differ in their mixtures alone: none, 32 experts of which 4 read a
 token, or two levels of 2 of 16 groups and 2 of their 32 experts, or 2 of 32 and
@@ -13,18 +15,24 @@ token, or two levels of 2 of 16 groups and 2 of their 32 experts, or 2 of 32 and
 it has: the load is equal by itself, so only importance is asked for, and the
 thresholds of inference are learned.
 
+Experts take their share of all tokens of a microbatch, as eq. 18 has it of the
+batch (one microbatch, `--config.train.microbatches=1`, is the whole), and of
+two levels groups of experts do; experts within them take theirs of all that
+their group of experts got. The thresholds (eq. 20) and importance are over all
+microbatches, for which the forward pass runs twice.
+
 What the paper does not say is chosen as follows.
 
 A batch is the paper's largest, 64 devices of about 16,000 words: 8192 rows of
 128 pieces of the target, beside as many of the source, packed with whole pairs.
 It has 64 groups of tokens on either side, so that microbatches times devices
 may be up to 64: here 4 and 16. One device of little memory wants 64
-microbatches.
+microbatches, and then groups_together=1.
 
-Mixtures drop no token. In training those of two levels have slots, and every
-expert takes as many tokens as it has. In evaluation a token may visit twice as
-many experts as in the mean, at either level; rows are sorted, and an expert
-takes all that come.
+No token is dropped in training unless a group of 16,384 tokens, a random sample
+of rows, has more than half again the mean share of an expert, or of a group of
+experts; `dropped_fraction` tells. In evaluation a token may visit twice as many
+experts as in the mean, at either level; rows are sorted, and none is dropped.
 
 Attention is GNMT's recurrent wiring, of 512 units. The paper gives the time of
 training, not its steps: these are what its devices may have done in that time.
@@ -39,7 +47,9 @@ from ml_collections import ConfigDict, config_dict
 ROW_LENGTH = 128
 BATCH_SIZE = 8192
 GROUPS = 64
+MICROBATCHES = 4
 BALANCED = {"importance": 0.01, "threshold": 1.0}
+OVER_BATCH = {"over": "batch", "group_factor": 1.5}
 
 
 def model(pair: str, steps: int, mixture: str, **fields: Any) -> ConfigDict:
@@ -60,6 +70,7 @@ def model(pair: str, steps: int, mixture: str, **fields: Any) -> ConfigDict:
         "kind": "wmt14",
         "pair": pair,
         "data_dir": "",  # where it was prepared; "" is TFDS's own place
+        "validation": ("newstest2012", "newstest2013"),
         "vocab_size": 32_768,
         "row_length": ROW_LENGTH,
         "source_length": ROW_LENGTH,
@@ -93,8 +104,8 @@ def model(pair: str, steps: int, mixture: str, **fields: Any) -> ConfigDict:
       },
       "train": {
         "steps": steps,
-        "microbatches": 4,
-        "balance_over": "microbatch",
+        "microbatches": MICROBATCHES,
+        "balance_over": "batch" if mixture else "microbatch",
         "log_every": 10,
         "eval_every": 1000,
         "checkpoint_every": 500,
@@ -141,7 +152,7 @@ def flat(pair: str, steps: int, num_experts: int) -> ConfigDict:
     "moe",
     moe={
       "num_experts": num_experts,
-      "router": {"kind": "balanced", "k": 4},
+      "router": {"kind": "balanced", "k": 4, **OVER_BATCH},
       "experts": {"kind": "feed_forward", "hidden": 2048},
       "group_size": BATCH_SIZE * ROW_LENGTH // GROUPS,
       "capacity_factor": config_dict.placeholder(float),
@@ -163,14 +174,15 @@ def two_levels(
       "num_experts": num_experts,
       "num_groups": num_groups,
       "group_size": BATCH_SIZE * ROW_LENGTH // GROUPS,
-      "groups_together": 1,
+      "groups_together": GROUPS // MICROBATCHES,
       "capacity_factor": 1.0,
       "eval_capacity_factor": config_dict.placeholder(float),
-      "primary": {"kind": "balanced", "k": 2},
+      "primary": {"kind": "balanced", "k": 2, **OVER_BATCH},
       "secondary": {
         "router": {"kind": "balanced", "k": 2},
         "experts": {"kind": "feed_forward", "hidden": 2048},
-        "capacity_factor": 1.0,
+        # Of the slots that arrive two in three are taken.
+        "capacity_factor": 1 / OVER_BATCH["group_factor"],
         "eval_capacity_factor": config_dict.placeholder(float),
         "recompute": False,
       },

@@ -26,25 +26,35 @@ def train_batches(
   seed: int,
   process_index: int = 0,
   process_count: int = 1,
+  passes: int | None = None,
 ) -> grain.DatasetIterator:
-  """Iterates without end over this process's part of the training batches.
+  """Iterates over this process's part of the training batches.
 
-  Rows come as their `order` has them. Batches run across the end of an epoch,
-  so no row is left out. The parts of all processes, each array [batch_size /
-  process_count, L], one after the other, are the same batch for any
-  process_count. The iterator's state is {"next_index": step}, from
-  `get_state()` and for `set_state()`.
+  Rows come as their `order` has them: without end, or until one would be read
+  more than `passes` times. Batches run across the end of an epoch, so no row is
+  left out but, in the end, those that are less than a batch. The parts of all
+  processes, each array [batch_size / process_count, L], one after the other,
+  are the same batch for any process_count. The iterator's state is
+  {"next_index": step}, from `get_state()` and for `set_state()`.
 
   Raises:
     ValueError: batch_size does not divide, or there are fewer rows.
   """
-  if len(rows) < batch_size:
+  order = rows.order(seed, passes)
+  if min(len(rows), len(order)) < batch_size:
     raise ValueError(
       f"a batch of {batch_size} rows is more than the corpus has,"
-      f" {len(rows)} rows of {rows.row_length} words; lower batch_size or"
-      " give more text"
+      f" {min(len(rows), len(order))} rows of {rows.row_length} words; lower"
+      " batch_size or give more text"
     )
-  return _iterate(rows.order(seed), batch_size, process_index, process_count)
+  if passes is not None:
+    order = order[: len(order) // batch_size * batch_size]
+  return _iterate(order, batch_size, process_index, process_count)
+
+
+def num_batches(rows: Rows, batch_size: int, passes: int) -> int:
+  """Returns after how many batches a row has been read `passes` times."""
+  return len(rows.order(0, passes)) // batch_size
 
 
 def eval_batches(

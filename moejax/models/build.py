@@ -20,7 +20,8 @@ from moejax.models.lstm_lm import LSTMLM
 from moejax.models.recurrent import RecurrentMoE
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.named import Names, Range, Section, Size
-from moejax.router import ROUTERS, Single
+from moejax.router import ROUTERS, Balanced, Single
+from moejax.routing import SCOPES
 
 ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -56,7 +57,14 @@ EXPERTS = {
   "identity": named.limited(Identity, num_experts=Size),
 }
 _Experts = Annotated[_Build, Section(EXPERTS, given=("num_experts",))]
-_Router = Annotated[_Build, Section(ROUTERS, given=("num_experts",))]
+_Routers = ROUTERS | {
+  "balanced": named.limited(
+    Balanced,
+    over=Annotated[str, Names(SCOPES)],
+    group_factor=Annotated[float, Range(1)],
+  )
+}
+_Router = Annotated[_Build, Section(_Routers, given=("num_experts",))]
 
 
 @named.fields_of(

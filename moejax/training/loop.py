@@ -133,13 +133,26 @@ class _Run:
     self.built, self.workdir = context.session, context.workdir
     self.experiment, data = self.built.experiment, context.data
     self.options = self.experiment.train
+    rows, passes = context.rows("train"), self.options.passes
     self.batches = batches.train_batches(
-      context.rows("train"),
+      rows,
       data.batch_size,
       self.experiment.seed,
       jax.process_index(),
       jax.process_count(),
+      passes,
     )
+    # The last step: what comes first, the steps asked for or the text's end.
+    self.last, self.text_ends = self.options.steps, False
+    if passes:
+      enough = batches.num_batches(rows, data.batch_size, passes)
+      self.last, self.text_ends = min(self.last, enough), enough <= self.last
+      if enough < self.options.steps:
+        _say(
+          f"read {passes:,} time(s), as config.train.passes promises, the text"
+          f" is good for {enough:,} of the {self.options.steps:,} steps of"
+          " config.train.steps: training ends there; give more text for more."
+        )
     words = ", ".join(
       f"{split} {rows.num_words:,}"
       + (f" ({rows.unknown:.1%} unknown)" if rows.unknown else "")
@@ -182,13 +195,13 @@ class _Run:
     if processes.first():
       self.writer = metrics.Writer(self.workdir, self.done)
       self.progress = metrics.Progress(
-        self.done, self.options.steps, self.experiment.unit
+        self.done, self.last, self.experiment.unit
       )
     stack.enter_context(contextlib.closing(self.writer))
     stack.enter_context(contextlib.closing(self.progress))
     if self.done:
       self.progress.say(
-        f"resuming {self.workdir} at step {self.done} of {self.options.steps}"
+        f"resuming {self.workdir} at step {self.done} of {self.last}"
       )
     self.speed = metrics.Speed()
     about = self.experiment, len(data.vocabulary)
@@ -217,7 +230,7 @@ class _Run:
       def stops() -> int:
         return self.all_stop or (0 if processes.several() else stopped())
 
-      while self.done < options.steps and not stops():
+      while self.done < self.last and not stops():
         batch = step.place(next(self.batches), self.built.batch_sharding)
         asked = processes.vote(stopped(), self.built.mesh)
         # A device that waits for the host has ended its step by now. The next
@@ -230,7 +243,7 @@ class _Run:
         self._settle(ended)
         self.pending = (self.done, measured)
         self.progress.advance(self.done)
-        if self.done == options.steps or self.done % options.eval_every == 0:
+        if self.done == self.last or self.done % options.eval_every == 0:
           self._save(self._validate())
         elif self.done % options.checkpoint_every == 0:
           self._save()
@@ -240,7 +253,7 @@ class _Run:
       stopping = stops()
     if stopping:
       self.progress.say(
-        f"stopped at step {self.done} of {options.steps}, saved in"
+        f"stopped at step {self.done} of {self.last}, saved in"
         f" {self.workdir}; the same command goes on from there."
       )
     return stopping
@@ -343,6 +356,8 @@ class _Run:
     if speeds:
       result["tflops_per_device"] = statistics.median(speeds)
     result |= {name: v for name, v in values.items() if name not in test}
+    if self.text_ends:
+      result["passes"] = self.options.passes
     if lost := run_lib.lost_best(self.workdir, best, self.done):
       result["lost_best_step"] = lost
     self.writer.write(self.done, "test", test)
@@ -367,7 +382,9 @@ def _finished(
   try:
     result = metrics.numbers(files_lib.read_json(path))
     _outcome(result, experiment, workdir)
-    return result if result["steps"] >= experiment.train.steps else None
+    # More steps would not help where the text has come to its end.
+    ended = result["steps"] >= experiment.train.steps or "passes" in result
+    return result if ended else None
   except (ValueError, LookupError, TypeError, AttributeError):
     raise ValueError(
       f"{path} is damaged; remove it, and the same command tests the best"

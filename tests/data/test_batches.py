@@ -1,5 +1,6 @@
 """Batches whose order is a pure function, and lines that are translated."""
 
+import collections
 import json
 import subprocess
 import sys
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.data.batches import cut, eval_batches, source_rows, train_batches
+from moejax.data.batches import (
+  cut,
+  eval_batches,
+  num_batches,
+  source_rows,
+  train_batches,
+)
 from moejax.data.packing import MultiDirection, PackedRows, Pairs, tokenize
 from moejax.data.pieces import Pieces
 from moejax.data.vocab import Vocabulary, sentences
@@ -92,6 +99,53 @@ def test_every_epoch_holds_all_rows_in_an_order_of_its_own():
   # Nor has another seed the same orders an epoch apart.
   orders = epochs + visited(1, 1)
   assert len(set(map(tuple, orders))) == 4
+
+
+class Numbered(PackedRows):
+  """Rows that tell which they are."""
+
+  def __init__(self, part, count):
+    texts = Pairs(None, "train", None, ["a b c"] * count)
+    vocabulary = Vocabulary.build(texts.targets, min_count=1)
+    super().__init__(tokenize(texts, vocabulary), vocabulary, 4)
+    self._part = part
+
+  def __getitem__(self, row):
+    return {"row": np.array([self._part, row])}
+
+
+@pytest.mark.parametrize(
+  "counts, temperature",
+  [((90,), 1.0), ((3100, 90, 700), 1.0), ((90, 700), 3.0)],
+)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_no_row_is_read_more_often_than_promised(counts, temperature, passes):
+  parts = [Numbered(part, count) for part, count in enumerate(counts)]
+  rows = parts[0]
+  if len(parts) > 1:
+    rows = MultiDirection(parts, temperature)
+  steps = num_batches(rows, 16, passes)
+  two = [train_batches(rows, 16, 3, p, 2, passes=passes) for p in range(2)]
+  batches = whole([list(each) for each in two])
+  assert [len(batch["row"]) for batch in batches] == [16] * steps
+  seen = collections.Counter(
+    tuple(row) for batch in batches for row in batch["row"].tolist()
+  )
+  assert max(seen.values()) == passes
+  # Hardly a row is left out, of all or of those that are read more often.
+  read = [sum(n for (p, _), n in seen.items() if p == at) for at in range(9)]
+  shares = np.array(read[: len(counts)]) / counts / passes
+  assert shares.max() > 1 - 17 / min(counts)
+  assert temperature > 1 or shares.min() > 1 - 17 / min(counts)
+  # They come as without an end, but for those of the last window.
+  endless = train_batches(rows, 16, 3)
+  same = steps if len(parts) == 1 else steps * 16 // 1024 * 64
+  assert_same(take(endless, same), batches[:same])
+  # The state serves to go on.
+  two[0].set_state({"next_index": steps - 1})
+  np.testing.assert_array_equal(next(two[0])["row"], batches[-1]["row"][:8])
+  with pytest.raises(StopIteration):
+    next(two[0])
 
 
 def test_each_process_makes_its_own_rows_only():

@@ -1,6 +1,8 @@
 """What a config's section `data` opens, of every kind, and doubts."""
 
 import pathlib
+import re
+import shutil
 import sys
 
 import pytest
@@ -286,6 +288,11 @@ class Wmt14Translate(tfds.core.ShardBasedBuilder, skip_registration=True):
     }
 
 
+class WmtTranslate(Wmt14Translate, skip_registration=True):
+  BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="fr-en.newstest2012")]
+  RECORDS = {"validation": [{"en": "a new one", "fr": "un autre"}] * 3}
+
+
 class Lm1b(Wmt14Translate, skip_registration=True):
   VERSION = tfds.core.Version("1.1.0")
   BUILDER_CONFIGS = []
@@ -301,6 +308,7 @@ def prepared(tmp_path_factory):
   with tfds_corpora.quiet():
     for builder in (
       Wmt14Translate(data_dir=data_dir, config="fr-en"),
+      WmtTranslate(data_dir=data_dir),
       Lm1b(data_dir=data_dir),
     ):
       builder.download_and_prepare(file_format="array_record")
@@ -319,6 +327,49 @@ def test_wmt14_has_its_own_splits(prepared, pair, monkeypatch):
     sides = pair.split("-")
     assert found == [tuple(r[s] for s in sides) for r in RECORDS[split]]
   assert len(data.vocabulary) == 290 and data.vocabulary.languages == ()
+
+
+@pytest.mark.parametrize("pair", ["en-fr", "fr-en"])
+def test_wmt14_is_validated_by_tests_of_earlier_years(
+  prepared, pair, monkeypatch
+):
+  """TFDS knows all of them, of both languages of the paper."""
+  monkeypatch.setitem(sys.modules, "tensorflow", None)  # not needed
+  fields = dict(vocab_size=290, source_length=20, data_dir=str(prepared))
+  both = ("newstest2012", "newstest2013")
+  data = opened("wmt14", pair=pair, validation=both, **fields)
+  (part,) = data.pairs["validation"]
+  records = WmtTranslate.RECORDS["validation"] + RECORDS["validation"]
+  found = list(zip(part.sources, part.targets, strict=True))
+  assert found == [tuple(r[s] for s in pair.split("-")) for r in records]
+  assert data.rows("validation").num_words > 0
+  known = {each.name: each for each in tfds.translate.wmt._DEV_SUBSETS}
+  assert all({"de", "fr"} <= known[name].sources for name in both)
+  of_corpus = tfds.translate.wmt14.Wmt14Translate._subsets.fget(None)
+  assert both[1] in of_corpus["validation"] and both[0] not in of_corpus
+
+
+def test_a_validation_that_is_not_prepared(prepared, tmp_path, monkeypatch):
+  """The sentence has the program that prepares it."""
+  fields = dict(vocab_size=290, source_length=20, data_dir=str(prepared))
+  shutil.copytree(prepared / "wmt14_translate", tmp_path / "wmt14_translate")
+  fields["data_dir"] = str(tmp_path)
+  match = "wmt_translate/fr-en.newstest2012 is not prepared in .*; prepare it"
+  with pytest.raises(FileNotFoundError, match=match) as caught:
+    opened("wmt14", pair="en-fr", validation=("newstest2012",), **fields)
+  (program,) = re.findall('python -c "(.*)"', str(caught.value))
+  asked = []
+  monkeypatch.setattr(
+    tfds.translate.wmt.WmtTranslate,
+    "download_and_prepare",
+    lambda builder, **options: asked.append((builder, options)),
+  )
+  exec(program, {})
+  ((builder, options),) = asked
+  assert options == {"file_format": "array_record"}
+  assert builder.subsets == {"validation": ["newstest2012"]}
+  where = tmp_path / "wmt_translate" / "fr-en.newstest2012" / "1.0.0"
+  assert pathlib.Path(builder.data_dir) == where
 
 
 def test_wmt14_that_is_not_there(prepared, tmp_path):

@@ -185,6 +185,40 @@ def test_a_finished_run_goes_on_as_if_it_had_not_been_at_its_end(
   assert program.result(workdir)["steps"] == 18
 
 
+def test_one_pass_ends_with_the_text(start, corpus, tmp_path):
+  """Whatever the steps, and though it was stopped on the way."""
+  short = tmp_path / "short.txt"
+  short.write_text("\n".join(corpus.read_text().splitlines()[:120]) + "\n")
+  flags = [
+    f"--config.data.train={short}",
+    f"--config.data.data_dir={tmp_path / 'prepared'}",
+    "--config.train.passes=1",
+    "--config.train.steps=1_000_000",
+  ]
+  workdir = tmp_path / "run"
+  process = start(workdir, *flags)
+  wait_for_step(process, workdir, 4)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate()
+  steps = int(re.search(r"good for (\d+) of the 1,000,000 steps", output)[1])
+  assert 12 < steps < 100
+  assert re.search(rf"step \d+/{steps} .* left", output)
+  assert re.search(rf"stopped at step \d+ of {steps}", output), output
+  (output,) = program.end_well(start(workdir, *flags))
+  lines = curve(workdir)
+  train = [line["step"] for line in lines if line["split"] == "train"]
+  assert train == list(range(1, steps + 1))
+  ends = [(line["step"], line["split"]) for line in lines[-2:]]
+  assert ends == [(steps, "validation"), (steps, "test")]
+  assert (workdir / run.CHECKPOINTS / str(steps)).is_dir()
+  result = program.result(workdir)
+  assert result["steps"] == steps and result["passes"] == 1
+  # What is asked for beyond the end of the text is not to be had.
+  more = start(workdir, *flags[:-1], "--config.train.steps=2_000_000")
+  (output,) = program.end_well(more)
+  assert "finished before" in output and "parameters" not in output
+
+
 def test_a_terminal_that_is_stuck_or_gone_stops_no_run(
   environment, small_flags, start, whole, tmp_path
 ):
