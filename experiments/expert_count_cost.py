@@ -6,7 +6,7 @@ sqrt(E), 2 of each, capacity 1.25 at each), for E from 4 to 16,384; whole
 training steps with Adam on batches of 4096 random words, all cores. Beside them
 in turns the dense twin moe_1_wide: `of_dense` is the ratio of medians. GB is
 what XLA sets aside for state, batch and temporaries. ops/timestep and
-parameters are `moejax.planning.cost`'s, without embedding and softmax.
+parameters are `moejax.training.cost`'s, without embedding and softmax.
 
 Result: two cores of an Intel Xeon, times of the dense step: flat 1.14 (E=4),
 2.11 (256), 12.9 (4096), 46.7 (16,384); two levels 1.18, 1.94, 6.9, 15.6, the
@@ -26,9 +26,8 @@ import jax.numpy as jnp
 from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax import sharding
-from moejax.planning import cost
+from moejax.training import cost, state, step
 from moejax.training import session as session_lib
-from moejax.training import state, step
 
 SEED = 0
 VOCABULARY = 10_000

@@ -1,6 +1,6 @@
 """Question: are our models those of the paper, parameter by parameter?
 
-Method: `moejax.planning.cost` counts every config of configs/lm1b and
+Method: `moejax.training.cost` counts every config of configs/lm1b and
 configs/news that is a row of Table 7 or 8: parameters without embedding and
 softmax, and ops/timestep, in millions to one digit as the tables print them.
 The totals, in billions, stand beside: those of Table 8 depend on a vocabulary
@@ -33,7 +33,7 @@ import numpy as np
 from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax import terminal
-from moejax.planning import cost
+from moejax.training import cost
 
 # config -> parameters and ops/timestep in millions, total in billions, as
 # printed in Table 7 (lm1b) and Table 8 (news).

@@ -162,8 +162,7 @@ _CURVE = {
 }
 _UNSEEN = {
   "command": "python -m experiments.unseen_text --text=FILES",
-  "results": ("unseen_text_text", "paper_counts"),
-  "ours": {"a tenth": "test_of_tenth", "all": "test"},
+  "results": ("paper_counts",),
 }
 _COUNTED = "parameters and operations: python -m experiments.paper_counts"
 _MT = ("test perplexity", "BLEU", "ops, M", "parameters")
@@ -206,6 +205,7 @@ ITEMS = {
     ("a tenth", "all"),
     {name: values[:2] for name, values in TABLE_8.items()},
     **_UNSEEN,
+    note="not run yet",
   ),
   "table_2": Item("English to French, WMT'14", **_pair("en-fr", TABLE_2)),
   "table_3": Item("English to German, WMT'14", **_pair("en-de", TABLE_3)),
@@ -227,8 +227,8 @@ ITEMS = {
   "figure_4": Item(
     "perplexity over source words, 0 to 2048 experts",
     command="python -m experiments.translation_curve --pairs=en-fr=FILE",
-    results=("translation_curve_pairs",),
-    note="the paper prints no digits; its curves end at Table 2's perplexity",
+    note="the paper prints no digits; its curves end at Table 2's perplexity;"
+    " not run yet",
   ),
   "table_6": Item(
     "weights of the balance losses",
@@ -250,7 +250,7 @@ ITEMS = {
     ("a tenth", "all", *_LM[2:5], "TFLOPS/GPU"),
     TABLE_8,
     **_UNSEEN,
-    note="the data is not public: any files of text in its place",
+    note="the data is not public: any files of text in its place; not run yet",
   ),
   "table_9": Item(
     "contexts in which an expert has its largest gates",

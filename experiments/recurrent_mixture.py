@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from experiments import figures, harness, training
 from moejax import config as config_lib
-from moejax.planning import cost
+from moejax.training import cost
 
 # Of each model the config, the layers, what it is called and drawn in.
 MODELS = {

@@ -23,9 +23,8 @@ from moejax import workdir as workdir_lib
 from moejax.data import batches
 from moejax.data import vocab as vocab_lib
 from moejax.moe import ROUTING
-from moejax.planning import cost
 from moejax.routing import Routing
-from moejax.training import loop, metrics, step
+from moejax.training import cost, loop, metrics, step
 from moejax.training import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]

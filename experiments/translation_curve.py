@@ -59,7 +59,7 @@ def source_words(config: config_lib.Config) -> float:
   with tempfile.TemporaryDirectory() as no_run:
     data = config_lib.open_corpus(config_lib.parse(config), Path(no_run))
   (tokens,) = data.tokens("train")
-  words = data.vocabulary.decode(tokens.ids["source"]).split()
+  words = data.vocabulary.decode(tokens.ids["source"].tolist()).split()
   return len(words) * data.batch_size / len(data.rows("train"))
 
 

@@ -53,13 +53,11 @@ def rows(
       for column, part in PARTS.items():
         config = scaled(name, text, part, quick, runs)
         run = training.train(config, runs / f"{name}_{config.train.steps}")
-        # The last is that of all the text.
-        row |= training.report(config, run) | {
-          column: round(run.result["test"]["perplexity"], 2),
-          "words": config.train.steps
-          * config.data.batch_size
-          * config.data.row_length,
-        }
+        row[column] = round(run.result["test"]["perplexity"], 2)
+      # The last is that of all the text.
+      words = config.data.batch_size * config.data.row_length
+      row |= training.report(config, run)
+      row["words"] = config.train.steps * words
       yield row
     yield {
       "model": "kneser_ney_5",

@@ -373,12 +373,6 @@ class HierarchicalMoE(_Layer):
         f"unknown dispatch {self.dispatch!r} between groups of experts; choose"
         f" one of auto, {', '.join(dispatch_lib.DISPATCH)}."
       )
-    unsorted = self._why_unsorted(x, train)
-    if self.dispatch == "ragged" and unsorted:
-      raise ValueError(
-        f"dispatch 'ragged' sorts the tokens of {P} groups of experts, but"
-        f" {unsorted}; or choose auto, gather or einsum."
-      )
     if together < 1 or x.shape[0] % together:
       raise ValueError(
         f"groups_together {together} does not divide the {x.shape[0]} groups of"
@@ -386,6 +380,12 @@ class HierarchicalMoE(_Layer):
         " that does, or other microbatches."
       )
     routing = self.primary(x, train=train, mask=mask, ids=ids)
+    unsorted = self._why_unsorted(x, train)
+    if self.dispatch == "ragged" and unsorted:
+      raise ValueError(
+        f"dispatch 'ragged' sorts the tokens of {P} groups of experts, but"
+        f" {unsorted}; or choose auto, gather or einsum."
+      )
     # Else the losses, whose sums lie with the groups of experts, would have
     # every device count the edges of all.
     load, count = (

@@ -50,7 +50,10 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
     )
     names = {axes[0] for axes in (*in_leaves, *out_leaves)} - {None}
     if not all(sharding.is_known(name, args) for name in names):
-      return _as_compiled(fn, in_leaves, out_leaves)(*args)
+      out = _as_compiled(fn, in_leaves, out_leaves)(*args)
+      return jax.tree.unflatten(
+        jax.tree.structure(out_axes, is_leaf=is_axes), out
+      )
     mesh = jax.sharding.get_abstract_mesh()
     in_specs, out_specs = jax.tree.map(
       lambda axes: sharding.spec_of(axes, mesh),
@@ -212,8 +215,7 @@ def _as_compiled(
       return tuple(next(found) if yes else None for yes in is_float)
 
     differentiable.defvjp(lambda *leaves: (forward(*leaves), leaves), pull)
-    out = differentiable(*leaves)
-    return out if len(out) > 1 else out[0]
+    return differentiable(*leaves)
 
   return run
 

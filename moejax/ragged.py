@@ -281,7 +281,7 @@ def _all_to_all(run, x, assignment, here, buffer_size, axis):
   def visit(rows, group_sizes, place):
     there, back, arrived = _a2a_splits(group_sizes, here, axis)
     sizes = (num_edges, buffer_size)
-    place = place + jax.lax.axis_index(axis) * num_edges
+    place = place + here[0] // here.size * num_edges
     rows, place = (
       _exchange(a, (there, back), sizes, axis) for a in (rows, place[:, None])
     )

@@ -521,6 +521,12 @@ def batch_sharding(
   return jax.sharding.NamedSharding(mesh, spec)
 
 
+def device_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Returns how an array with one entry a device lies."""
+  spec = jax.sharding.PartitionSpec(mesh.axis_names)
+  return jax.sharding.NamedSharding(mesh, spec)
+
+
 def whole_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """Returns how an array lies that every device has whole."""
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

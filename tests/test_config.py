@@ -16,7 +16,7 @@ from moejax import slots as slots_lib
 from moejax import workdir as workdir_lib
 from moejax.data import pieces, vocab
 from moejax.models.layers import table_rows
-from moejax.planning import cost
+from moejax.training import cost
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +94,9 @@ def test_mixtures_of_the_paper_drop_nothing(name):
     for level in levels:
       assert level.eval_capacity_factor is None and level.dispatch == "auto"
       strict = name.startswith("wmt14/") and len(levels) > 1
-      assert level.capacity_factor == (1.0 if strict else None)
+      # Of the slots that arrive at the second level two in three are taken.
+      room = 1.0 if level is layer else 2 / 3
+      assert level.capacity_factor == (room if strict else None)
 
 
 @pytest.mark.parametrize("name", WITH_SLOTS)
@@ -124,11 +126,13 @@ def test_a_translation_of_the_paper_is_trained_as_in_the_paper(name):
   assert config.optimizer.warmup_steps == 2000
   assert config.optimizer.hold_steps == 8000
   assert config.data.kind == ("wmt14" if one_pair else "pairs")
-  assert config.model.dropout == (0.4 if one_pair else 0)
+  dropout = {"wmt14/en_fr_gnmt": 0.2, "wmt14/en_de_gnmt": 0.3}
+  assert config.model.dropout == dropout.get(name, 0.4 if one_pair else 0)
   aux = {"importance": 0.01, "threshold": 1.0}
   if not one_pair:
     aux = {"importance": 0.01, "load": 0.01}
-  assert config.aux.to_dict() == ({} if "lstm" in name else aux)
+  dense = name.endswith(("lstm", "gnmt"))
+  assert config.aux.to_dict() == ({} if dense else aux)
 
 
 @pytest.mark.parametrize("name", ["moe_512_h", "moe_2048_h"])
@@ -177,7 +181,7 @@ def test_every_row_of_the_tables_has_a_config():
   assert found["news"] == {"four_lstm_512", "moe_32"} | {
     f"moe_{experts}_h" for experts in two_levels
   }
-  mixtures = ("lstm", "moe_32", "moe_512_h", "moe_2048_h")
+  mixtures = ("lstm", "gnmt", "moe_32", "moe_512_h", "moe_2048_h")
   assert found["wmt14"] == {
     f"{pair}_{mixture}" for pair in ("en_fr", "en_de") for mixture in mixtures
   }

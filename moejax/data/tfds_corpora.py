@@ -436,23 +436,21 @@ def downloaded(
     data_dir: where it lies; None for TFDS's own place.
     about: of a part of WMT that has no name of its own, what it is made of.
   """
-  folder = _refuse_odd(name, data_dir)
-  called, there = name, False
-  # Code of TFDS may be impossible to import without TensorFlow.
-  missing = contextlib.suppress(tfds.core.DatasetNotFoundError)
-  with missing, _readable(lambda: folder), quiet(), _only_own_features():
-    options = {"data_dir": data_dir}
-    if about:
-      options["config"] = tfds.translate.wmt.WmtConfig(**about)
-    builder = tfds.builder(name, **options)
-    there = builder.is_prepared()
-  given = (
-    f", data_dir='{pathlib.Path(data_dir).absolute()}'" if data_dir else ""
-  )
+  called, given = name, ""
+  if data_dir:
+    given += f", data_dir='{pathlib.Path(data_dir).absolute()}'"
   if about:
     fields = ", ".join(f"{n}={value!r}" for n, value in about.items())
     given += f", config=tfds.translate.wmt.WmtConfig({fields})"
     name += f"/{'-'.join(about['language_pair'])}.{about['name']}"
+  folder = _refuse_odd(name, data_dir)
+  there = False
+  missing = contextlib.suppress(tfds.core.DatasetNotFoundError)
+  with missing, _readable(lambda: folder), quiet(), _only_own_features():
+    # By its files alone: TFDS's code of it may ask for TensorFlow.
+    from_files = tfds.core.read_only_builder.builder_from_files
+    builder = from_files(name, data_dir=data_dir)
+    there = builder.is_prepared()
   command = (
     'prepare it by: pip install tensorflow-cpu && python -c "import'
     f" tensorflow_datasets as tfds; tfds.builder('{called}'{given})"

@@ -26,7 +26,8 @@ def residual(
 
   Layers are LSTMs of all kinds, which forget where a sentence starts, and
   modules called as MoE is. These go through a sigmoid before dropout, so that a
-  token all of whose experts were full adds the constant 0.5.
+  token all of whose experts were full adds the constant 0.5. See
+  docs/decisions.md, 18, 19, 27.
 
   Args:
     layers: one after the other.

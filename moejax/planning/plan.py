@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from moejax import config as config_lib
-from moejax.planning import collectives, cost, network, work
+from moejax.planning import collectives, network, work
 from moejax.planning.chips import Topology
-from moejax.training import processes, session, state, step
+from moejax.training import cost, processes, session, state, step
 
 REPEATS = 3
 

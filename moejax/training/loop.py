@@ -17,8 +17,8 @@ from moejax import files as files_lib
 from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import batches
-from moejax.planning import cost
 from moejax.training import (
+  cost,
   evaluators,
   metrics,
   processes,

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moejax import bucket, files, terminal
+from moejax import bucket, files, sharding, terminal
 from moejax.training import meeting
 
 _Made = TypeVar("_Made")
@@ -283,8 +283,7 @@ def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def votes(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
   """Returns the shape, type and sharding of what `vote` makes."""
-  spec = jax.sharding.PartitionSpec(mesh.axis_names)
-  one_a_device = jax.sharding.NamedSharding(mesh, spec)
+  one_a_device = sharding.device_sharding(mesh)
   return jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=one_a_device)
 
 

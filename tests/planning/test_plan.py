@@ -14,10 +14,10 @@ import topology
 from moejax import config as config_lib
 from moejax import slots as slots_lib
 from moejax.models import softmax
-from moejax.planning import chips, command, cost, plan, report
+from moejax.planning import chips, command, plan, report
 from moejax.planning.collectives import Collective
 from moejax.planning.work import Work
-from moejax.training import session, state
+from moejax.training import cost, session, state
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 VOCABULARY = 1000

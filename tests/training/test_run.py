@@ -14,8 +14,7 @@ import pytest
 
 from moejax.data.pieces import Pieces
 from moejax.main import main
-from moejax.planning import cost
-from moejax.training import bleu, metrics, run
+from moejax.training import bleu, cost, metrics, run
 
 COLORS = {
   "red": "rouge",

@@ -13,7 +13,7 @@ from experiments import paper_counts
 from moejax import config as config_lib
 from moejax import experts, moe, router
 from moejax.models import layers
-from moejax.planning import cost
+from moejax.training import cost
 
 # name -> parameters, ops/timestep, by hand from sec. 5.1, app. C and D.
 EXACT = {
