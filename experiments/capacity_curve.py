@@ -15,13 +15,14 @@ Result: it does, if batches are large and training is long. On 12 M words of
 technical documentation and 2400 steps the test perplexity is 53.3 with 4
 experts, 50.3 with 32, 48.9 with 256: 8 % lower. After 4800 steps it is 11 %
 (results/capacity_curve_text_models_steps.csv), in the paper, at 100 times the
-words, 21 %. MoE-1024-h is behind all others (62.5): three quarters of that is
-its dropout, the paper's 0.2 in place of 0.1, the rest may be its 64 words an
-expert and batch. With batches of 4096 words (--batch_size=64,
-results/capacity_curve.csv) an expert of MoE-256 sees 64 words of a batch, and
-256 experts (59.2) are behind 4 (57.0). On this text, which repeats itself, the
-5-gram (37.2) is far ahead of all. One seed, one core of an AMD EPYC each
-(results/capacity_curve_text_models.csv).
+words, 21 %. The wide LSTM (49.7) is ahead of 32 experts here, with 1.1 times
+their ops; in the paper it is behind by 13 %. MoE-1024-h is behind all others
+(62.5): three quarters of that is its dropout, then the paper's 0.2 in place of
+0.1, the rest may be its 64 words an expert and batch. With batches of 4096
+words (--batch_size=64, results/capacity_curve.csv) an expert of MoE-256 sees 64
+words of a batch, and 256 experts (59.2) are behind 4 (57.0). On this text,
+which repeats itself, the 5-gram (37.2) is far ahead of all. One seed, one core
+of an AMD EPYC each (results/capacity_curve_text_models.csv).
 """
 
 from collections.abc import Iterator

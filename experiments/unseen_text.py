@@ -78,7 +78,7 @@ def scaled(
   steps = len(data.rows("train")) // config.data.batch_size
   if quick:
     steps = min(steps, 10)
-  config.train.steps = max(1, int(part * steps))
+  training.replace(config.train, passes=1, steps=max(1, int(part * steps)))
   # For the curve; the test is of the best checkpoint, as a rule the last.
   config.train.eval_every = max(1, int(0.1 * steps))
   return config
