@@ -80,15 +80,11 @@ def rows(
     SystemExit: there is no such model.
   """
   length = (int(batch_size or BATCH_SIZE), int(steps or STEPS))
-  names = models.split(",") if models else QUICK if quick else tuple(NAMES)
-  if unknown := set(names) - set(NAMES):
-    known = ", ".join(NAMES)
-    raise SystemExit(f"there is no model {unknown.pop()!r}; take of {known}")
-  for name in names:
+  for name in harness.chosen(models, NAMES, QUICK if quick else ()):
     yield row(name, 8, text, quick, *length) | {"paper": paper(name)}
   with training.folder("curves", quick, text) as runs:
     # Of a config it reads the text alone, and that is the same in all.
-    config = scaled("moe_32", 8, text)
+    config = scaled("lm1b/moe_32", 8, text)
     if quick:
       training.shrink(config, runs)
     counted = kneser_ney.perplexities(config)
@@ -118,7 +114,7 @@ def row(
   Its widths are divided by `smaller`. `text` are comma-separated files to read;
   "" is the presidents' messages.
   """
-  config = scaled(name, smaller, text, batch_size, steps)
+  config = scaled(f"lm1b/{name}", smaller, text, batch_size, steps)
   with training.folder("curves", quick, text) as runs:
     if quick:
       training.shrink(config, runs)
@@ -136,10 +132,7 @@ def scaled(
   batch_size: int = BATCH_SIZE,
   steps: int = STEPS,
 ) -> config_lib.Config:
-  """Returns a row of configs/lm1b for a laptop; arguments as of `row`.
-
-  A name such as news/moe_32 is one of another folder.
-  """
+  """Returns a config such as lm1b/moe_32 for a laptop; the rest as of `row`."""
   config = training.load("sotu/moe_32", {"seed": SEED})
 
   def shrunk(key: str, value: Any) -> Any:
@@ -149,9 +142,7 @@ def scaled(
       return tuple(width // smaller for width in value)
     return value // smaller if key in ("width", "hidden") else value
 
-  model = shrunk(
-    "", training.load(name if "/" in name else f"lm1b/{name}").model.to_dict()
-  )
+  model = shrunk("", training.load(name).model.to_dict())
   ours = ("num_samples", "dropout")
   model |= {name: config.model[name] for name in ours} | {"vocab_multiple": 1}
   training.replace(config, model=model)

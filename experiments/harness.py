@@ -20,7 +20,14 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, NamedTuple
 
 import jax
@@ -120,11 +127,11 @@ def main(
   begin = time.perf_counter()
   table = []
   given = {option: getattr(args, option) for option in options}
-  more = {}
+  overrides = {}
   if changes:
     fields = (word.removeprefix("--").partition("=") for word in changes)
-    more = {"changes": [(field, [said]) for field, _, said in fields]}
-  for row in rows(args.quick, **given, **more):
+    overrides = {"changes": [(field, [said]) for field, _, said in fields]}
+  for row in rows(args.quick, **given, **overrides):
     table.append(row)
     passed = time.perf_counter() - begin
     cells = " ".join(f"{name}={value}" for name, value in row.items())
@@ -153,6 +160,23 @@ def main(
   figures.write(stem, draw)
   terminal.say(f"wrote {stem}.csv, .json and .png")
   return table
+
+
+def chosen(
+  models: str, known: Collection[str], quick: Sequence[str]
+) -> Sequence[str]:
+  """Returns the names in --models; without it those of a quick run, or all.
+
+  Raises:
+    SystemExit: one of them is not known.
+  """
+  names = models.split(",") if models else quick or tuple(known)
+  for name in names:
+    if name not in known:
+      raise SystemExit(
+        f"there is no model {name!r}; take of {', '.join(known)}"
+      )
+  return names
 
 
 def machine() -> Row:

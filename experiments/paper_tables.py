@@ -124,10 +124,6 @@ TABLE_9 = {
   "expert 2004": ("speed, rapid change",),
 }
 
-_COST = ("ops, M", "parameters, M", "total, B")
-_TRANSLATION = ("test perplexity", "BLEU", "ops, M", "parameters")
-_PAIRS = "en-fr=FILE,en-de=FILE"
-
 
 class Item(NamedTuple):
   """A table or figure of the paper.
@@ -268,6 +264,7 @@ def beside(item: Item) -> Iterator[figures.Row]:
   """Yields the rows of an item: ours, and the paper's in brackets."""
   path = figures.RESULTS / f"{item.results[0]}.csv"
   by_name = {}
+  # Where several rows have a name the first is the mixture's.
   for row in figures.read(path):
     by_name.setdefault(tuple(row[name] for name in item.rows), row)
   paper = {

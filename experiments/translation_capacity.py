@@ -33,7 +33,7 @@ STEPS = 1200
 
 
 def two_levels(num_experts: int, num_groups: int) -> dict[str, Any]:
-  """Returns the section of a mixture of two levels that drops nothing."""
+  """Returns the section of a mixture of two levels, with slots for the mean."""
   return {
     "num_experts": num_experts,
     "num_groups": num_groups,

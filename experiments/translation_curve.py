@@ -8,9 +8,7 @@ model has fewer ops/timestep, as in the paper. A text is read several times.
 Result: to be measured.
 """
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from experiments import (
   figures,
@@ -34,7 +32,7 @@ def rows(
   quick: bool, pairs: str = "", models: str = ""
 ) -> Iterator[figures.Row]:
   """Yields a row per pair of languages, model and validation."""
-  names = models.split(",") if models else QUICK if quick else tuple(NAMES)
+  names = harness.chosen(models, NAMES, QUICK if quick else ())
   with training.folder("translation_capacity", quick, pairs) as runs:
     files = translating.pair_files(pairs, ["fr"], runs, quick)
     for direction in files:
@@ -56,8 +54,7 @@ def rows(
 
 def source_words(config: config_lib.Config) -> float:
   """Returns how many words of the source a step reads, in the mean."""
-  with tempfile.TemporaryDirectory() as no_run:
-    data = config_lib.open_corpus(config_lib.parse(config), Path(no_run))
+  data = config_lib.open_corpus(config_lib.parse(config))
   (tokens,) = data.tokens("train")
   words = data.vocabulary.decode(tokens.ids["source"].tolist()).split()
   return len(words) * data.batch_size / len(data.rows("train"))

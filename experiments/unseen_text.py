@@ -11,7 +11,6 @@ presidents' messages, or that of --text.
 Result: to be measured.
 """
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from experiments import (
   training,
 )
 from moejax import config as config_lib
+from moejax.data import batches
 
 SEED = 0
 BATCH_SIZE = 128
@@ -43,12 +43,9 @@ def rows(
   quick: bool, text: str = "", models: str = ""
 ) -> Iterator[figures.Row]:
   """Yields a row per model."""
-  names = models.split(",") if models else QUICK if quick else tuple(NAMES)
+  names = harness.chosen(models, NAMES, QUICK if quick else ())
   with training.folder("unseen_text", quick, text) as runs:
     for name in names:
-      if name not in NAMES:
-        known = ", ".join(NAMES)
-        raise SystemExit(f"there is no model {name!r}; take of {known}")
       row = {"model": name}
       for column, part in PARTS.items():
         config = scaled(name, text, part, quick, runs)
@@ -73,9 +70,8 @@ def scaled(
   config.model.dropout = 0.0
   if quick:
     training.shrink(config, runs)
-  with tempfile.TemporaryDirectory() as no_run:
-    data = config_lib.open_corpus(config_lib.parse(config), Path(no_run))
-  steps = len(data.rows("train")) // config.data.batch_size
+  data = config_lib.open_corpus(config_lib.parse(config))
+  steps = batches.num_batches(data.rows("train"), data.batch_size, passes=1)
   if quick:
     steps = min(steps, 10)
   training.replace(config.train, passes=1, steps=max(1, int(part * steps)))
