@@ -105,9 +105,7 @@ def dispatch(
     return jax.vmap(lambda *args: combine(*args, S))(rows, slots, assignment)
 
   gate = jax.vmap(slots_lib.take)(assignment.gate, slots.edge)
-  token = jax.vmap(lambda of, at: of.at[at].get(mode="fill", fill_value=0))(
-    assignment.tokens(S), slots.edge
-  )
+  token = jax.vmap(slots_lib.take)(assignment.tokens(S), slots.edge)
   return Dispatched(
     to_experts(jax.vmap(move)(x, slots, assignment)),
     to_experts(slots.edge < assignment.expert.shape[1]),

@@ -496,12 +496,9 @@ class HierarchicalMoE(_Layer):
     flat = routing_lib.make_routing(
       Assignment(expert, gate, token), found.logits, edges.expert < P, P * Q
     )
-    learned = {
-      name: None if value is None else value.reshape(P * Q)
-      for name in routing_lib.LEARNED
-      for value in [getattr(learning, name)]
-    }
-    flat = flat._replace(load=found.load, within=edges.expert, **learned)
+    flat = flat._replace(
+      load=found.load, within=edges.expert, **_flat_learned(learning, P * Q)
+    )
     primary = _count_dropped(routing, None)
     return found.y, _count_dropped(flat, None)._replace(primary=primary)
 
@@ -560,8 +557,13 @@ def _flatten(primary: Routing, inner: Routing, sent: Assignment) -> Routing:
     name: getattr(sums, name).swapaxes(0, 1).reshape(G, P * Q)
     for name in ("importance", "load", "count", "dropped", "dropped_first")
   }
-  learned = jax.tree.map(
-    lambda value: value.reshape(P * Q),
-    {"thresholds": inner.thresholds, "bias": inner.bias},
+  flat |= _flat_learned(inner, P * Q)
+  return inner._replace(primary=primary, sent=sent, **flat)
+
+
+def _flat_learned(routing: Routing, size: int) -> dict[str, Any]:
+  """Returns what is learned beside the weights, of all groups in a row."""
+  return jax.tree.map(
+    lambda value: value.reshape(size),
+    {name: getattr(routing, name) for name in routing_lib.LEARNED},
   )
-  return inner._replace(primary=primary, sent=sent, **flat, **learned)

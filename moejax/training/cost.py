@@ -154,7 +154,8 @@ def experts_share(
   experiment: config_lib.Experiment, vocab_size: int, count: Count
 ) -> float:
   """Returns the experts' part of a timestep in training, softmax included."""
-  return count.experts / (count.ops + _softmax_ops(experiment, vocab_size))
+  model = experiment.model(vocab_size)
+  return count.experts / (count.ops + _softmax_ops(model, vocab_size))
 
 
 def flops_per_word(
@@ -172,8 +173,8 @@ def flops_per_word(
   Returns:
     FLOPs of a word of the target, and of a word of a translation's source.
   """
-  target = count.ops - count.source + _softmax_ops(experiment, vocab_size)
   model = experiment.model(vocab_size)
+  target = count.ops - count.source + _softmax_ops(model, vocab_size)
   if attention := getattr(model, "attention", None):
     # Of a score and of a context, one entry each.
     pair = attention.width + model.width
@@ -192,8 +193,9 @@ def flops_per_step(
   return flops
 
 
-def _softmax_ops(experiment: config_lib.Experiment, vocab_size: int) -> int:
-  model, classes = experiment.model(vocab_size), vocab_size
+def _softmax_ops(model: nn.Module, vocab_size: int) -> int:
+  """Returns the multiply-adds of a word in training's softmax."""
+  classes = vocab_size
   if samples := getattr(model, "num_samples", 0):
     classes = round(softmax.mean_distinct(samples, vocab_size)) + 1
   return model.width * classes
