@@ -228,7 +228,8 @@ class _Run:
     with signals.asked(say) as stopped:
 
       def stops() -> int:
-        return self.all_stop or (0 if processes.several() else stopped())
+        # Alone, the request itself: a Ctrl-C just after SIGTERM takes its place.
+        return self.all_stop if processes.several() else stopped()
 
       while self.done < self.last and not stops():
         batch = step.place(next(self.batches), self.built.batch_sharding)

@@ -51,8 +51,7 @@ def train_step(
 
   The loss is the mean over the batch's words plus the balance losses
   (docs/decisions.md, 12). With microbatches the gradient is accumulated over
-  equal parts of the batch, each with its own groups and random draws; where
-  those change nothing, the task's is the same as without, up to rounding.
+  equal parts of the batch, each with its own groups and random draws.
 
   Balance losses over "microbatch" are taken of each and averaged: another
   quantity, as CV^2 is not linear. Over "batch" they are those of the groups of
@@ -100,8 +99,7 @@ def train_step(
       loss, routings = jax.checkpoint(run)(params, index)
       return total + loss, routings
 
-    zero = jnp.zeros((), jnp.float32)
-    loss, stacked = jax.lax.scan(add, zero, jnp.arange(microbatches))
+    loss, stacked = jax.lax.scan(add, jnp.float32(0), jnp.arange(microbatches))
     return loss, [routing.stack_microbatches(each) for each in stacked]
 
   together = balance_over == "batch" and microbatches > 1
@@ -120,11 +118,11 @@ def train_step(
   if parts == 1:
     grads, metrics = grad_fn(0)
   else:
-    zeros = optax.tree.zeros_like(jax.eval_shape(grad_fn, 0))
-    (grads, metrics), _ = jax.lax.scan(
-      lambda total, i: (jax.tree.map(jnp.add, total, grad_fn(i)), None),
-      zeros,
-      jnp.arange(parts),
+    grads, metrics = jax.lax.fori_loop(
+      0,
+      parts,
+      lambda i, total: jax.tree.map(jnp.add, total, grad_fn(i)),
+      optax.tree.zeros_like(jax.eval_shape(grad_fn, 0)),
     )
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -134,9 +132,8 @@ def train_step(
     "words": words,
   }
   if "source_segment" in batch:
-    metrics["source_words"] = (batch["source_segment"] > 0).sum(
-      dtype=jnp.float32
-    )
+    source = batch["source_segment"] > 0
+    metrics["source_words"] = source.sum(dtype=jnp.float32)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

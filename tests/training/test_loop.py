@@ -93,6 +93,37 @@ def test_stopped_saves_and_resumes(start, whole, tmp_path):
   assert f"resuming {workdir} at step {step} of 12" in again
 
 
+def test_ctrl_c_counts_though_sigterm_was_seen_first(
+  environment, small_flags, tmp_path
+):
+  """Of two at once the system may deliver the later one first."""
+  code = """
+import os, signal, time
+from moejax import main, signals
+from moejax.training import checkpoint, step
+
+signals._AT_ONCE = 600
+place, save = step.place, checkpoint.Checkpoints.save
+
+def send(number):
+  os.kill(os.getpid(), number)
+  time.sleep(0.2)
+
+def places(*args):
+  send(signal.SIGTERM)
+  return place(*args)
+
+def saves(*args, **options):
+  send(signal.SIGINT)
+  save(*args, **options)
+
+step.place, checkpoint.Checkpoints.save = places, saves
+main.console()
+"""
+  done = program.run_code(environment, code, small_flags, tmp_path / "run")
+  assert done.returncode == 128 + signal.SIGINT, done.stderr
+
+
 # A signal to itself, where it evaluates.
 ASKED = textwrap.dedent("""
   import os, signal
