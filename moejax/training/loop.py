@@ -228,7 +228,7 @@ class _Run:
     with signals.asked(say) as stopped:
 
       def stops() -> int:
-        # Alone, the request itself: a Ctrl-C just after SIGTERM takes its place.
+        # Alone, the request: a Ctrl-C just after SIGTERM takes its place.
         return self.all_stop if processes.several() else stopped()
 
       while self.done < self.last and not stops():
