@@ -31,27 +31,6 @@ _PATIENCE = 1.0
 _NO_READER = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 
 
-def say(text: str) -> None:
-  """Prints a line of what a command is asked for, on stdout."""
-  _print(text, sys.stdout)
-
-
-def warn(text: str) -> None:
-  """Prints a line about what happens meanwhile, or went wrong, on stderr."""
-  _print(text, sys.stderr)
-
-
-def hand_over(content: bytes) -> None:
-  """Writes what is for other programs, as it is, to stdout.
-
-  A terminal gets it as `say` would print it.
-  """
-  if sys.stdout is not None and sys.stdout.isatty():
-    say(content.decode(errors="replace").removesuffix("\n"))
-  else:
-    _write(content, sys.stdout)
-
-
 def printable(text: str, encoding: str | None = None) -> str:
   """Escapes what a terminal would obey or, in its encoding, cannot show."""
   text = _CONTROL.sub(lambda c: c[0].encode("unicode_escape").decode(), text)
@@ -73,6 +52,27 @@ def one_line(text: object) -> str:
   return text.replace("\t", "\\t").replace("\n", "\\n")
 
 
+def say(text: str) -> None:
+  """Prints a line of what a command is asked for, on stdout."""
+  _print(f"{text}\n", sys.stdout)
+
+
+def warn(text: str) -> None:
+  """Prints a line about what happens meanwhile, or went wrong, on stderr."""
+  _print(f"{text}\n", sys.stderr)
+
+
+def hand_over(content: bytes) -> None:
+  """Writes what is for other programs, as it is, to stdout.
+
+  A terminal gets it as `say` would print it.
+  """
+  if sys.stdout is not None and sys.stdout.isatty():
+    say(content.decode(errors="replace").removesuffix("\n"))
+  else:
+    _write(content, sys.stdout)
+
+
 class Live:
   """stderr for a bar that draws over itself: left out if its reader is late."""
 
@@ -92,12 +92,31 @@ class Live:
     """Draws."""
     outlet = _outlet(self._stream)
     if not outlet or outlet.last.is_set():
-      content = text.encode(self.encoding, "backslashreplace")
-      _write(content, self._stream)
+      _write(text.encode(self.encoding, "backslashreplace"), self._stream)
     return len(text)
 
   def flush(self) -> None:
     """Does nothing: what is written is flushed."""
+
+
+def _print(text: str, stream: io.TextIOBase | None) -> None:
+  encoding = getattr(stream, "encoding", None) or "utf-8"
+  _write(printable(text, encoding).encode(encoding), stream)
+
+
+def _write(content: bytes, stream: io.TextIOBase | None) -> None:
+  # There is none where it was closed before the start.
+  if stream is None or stream.closed:
+    return
+  if outlet := _outlet(stream):
+    # What others printed comes first; a thread must not wait for their lock.
+    if threading.current_thread() is threading.main_thread():
+      with contextlib.suppress(OSError):
+        stream.flush()
+    outlet.write(content)
+  else:
+    stream.write(content.decode(stream.encoding or "utf-8", "replace"))
+    stream.flush()
 
 
 class _Outlet:
@@ -143,8 +162,6 @@ class _Outlet:
 
 
 _outlets: dict[io.TextIOBase, _Outlet] = {}
-_readers_wanted = threading.Event()
-_readers_wanted.set()
 
 
 def _outlet(stream: io.TextIOBase | None) -> _Outlet | None:
@@ -156,24 +173,8 @@ def _outlet(stream: io.TextIOBase | None) -> _Outlet | None:
   return _outlets[stream]
 
 
-def _print(text: str, stream: io.TextIOBase | None) -> None:
-  encoding = getattr(stream, "encoding", None) or "utf-8"
-  _write(printable(f"{text}\n", encoding).encode(encoding), stream)
-
-
-def _write(content: bytes, stream: io.TextIOBase | None) -> None:
-  # There is none where it was closed before the start.
-  if stream is None or stream.closed:
-    return
-  if outlet := _outlet(stream):
-    # What others printed comes first; a thread must not wait for their lock.
-    if threading.current_thread() is threading.main_thread():
-      with contextlib.suppress(OSError):
-        stream.flush()
-    outlet.write(content)
-  else:
-    stream.write(content.decode(stream.encoding or "utf-8", "replace"))
-    stream.flush()
+_readers_wanted = threading.Event()
+_readers_wanted.set()
 
 
 def stop_waiting() -> None:

@@ -135,16 +135,14 @@ def remember(
 def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
   """Reads the vocabulary that a run was made with, and takes no other one."""
   path, noted = workdir / kind.FILE, workdir / DIGEST_FILE
-  if not files.exists(path):
-    raise FileNotFoundError(
-      f"{path} is gone, without which a run cannot know its words; {_BACK}"
-    )
   try:
     found = kind.load(path)
-  except ValueError as error:
-    raise ValueError(
-      f"{error}: it is not the file that the run was trained with; {_BACK}"
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f"{path} is gone, without which a run cannot know its words; {_BACK}"
     ) from None
+  except ValueError as error:
+    raise ValueError(f"{error}; {_BACK}") from None
   # Runs of older versions noted none.
   if files.exists(noted):
     own = files.read(noted).decode(errors="replace").strip()
@@ -170,10 +168,8 @@ def _changes(
     inner = (flat(value, f"{name}{key}.") for key, value in values.items())
     return {k: v for fields in inner for k, v in fields.items()}
 
-  old, new = (
-    flat(each, "config.")
-    for each in (recall(workdir), json.loads(_as_json(values)))
-  )
+  old = flat(recall(workdir), "config.")
+  new = flat(json.loads(_as_json(values)), "config.")
   for name in sorted(old | new):
     if old.get(name) != new.get(name):
       yield name, old.get(name), new.get(name)
