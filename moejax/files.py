@@ -28,17 +28,12 @@ Path = pathlib.Path | epath.Path
 # Ends the name of what is being written; a kill may leave it.
 _DRAFT = ".draft"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)/")
-_KINDS = {
-  stat.S_IFREG: "regular file",
-  stat.S_IFDIR: "folder",
-  stat.S_IFLNK: "link",
-  stat.S_IFIFO: "pipe",
-  stat.S_IFSOCK: "socket",
-}
 
 
 def _refuse_odd(path, found: os.stat_result, wanted: str = "regular file"):
-  kind = _KINDS.get(stat.S_IFMT(found.st_mode), "device")
+  kinds = {stat.S_IFREG: "regular file", stat.S_IFDIR: "folder"}
+  kinds |= {stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+  kind = kinds.get(stat.S_IFMT(found.st_mode), "device")
   if kind != wanted:
     raise OSError(
       f"{path} is a {kind} where a {wanted} is wanted; give another path, or"
@@ -226,7 +221,7 @@ def sync_folder(folder: pathlib.Path) -> None:
 def refuse_odd_in(folder: Path, written: bool) -> None:
   """Raises OSError where a folder, if it is there, holds a pipe or a device.
 
-  Libraries would open it. Where they write, links are odd too.
+  Libraries would open it. Links are odd too, where they write.
   """
   if bucket.is_in(folder):
     return

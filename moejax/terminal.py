@@ -1,8 +1,7 @@
-"""The terminal: the one place that prints, whatever users wrote, whoever reads.
+"""The terminal: the one place that prints.
 
 What users wrote can neither command the terminal nor fail in its encoding. And
-the program waits for no reader: not for one that stops reading, a pager for
-example, nor for one that has ended.
+the program waits for no reader that stops, as a pager, or has ended.
 """
 
 import atexit
@@ -17,8 +16,7 @@ import sys
 import threading
 
 # Control characters, of terminals (C0 but tab and line feed, DEL, C1), of lines
-# and of the direction of text: shown as they are they would command the
-# terminal, or show another text than there is.
+# and of the direction of text.
 _CONTROL = re.compile(
   "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e"
   "\u2066-\u2069]"
@@ -63,10 +61,7 @@ def warn(text: str) -> None:
 
 
 def hand_over(content: bytes) -> None:
-  """Writes what is for other programs, as it is, to stdout.
-
-  A terminal gets it as `say` would print it.
-  """
+  """Writes what is for other programs as it is, but to a terminal as `say`."""
   if sys.stdout is not None and sys.stdout.isatty():
     say(content.decode(errors="replace").removesuffix("\n"))
   else:
@@ -120,9 +115,9 @@ def _write(content: bytes, stream: io.TextIOBase | None) -> None:
 
 
 class _Outlet:
-  """Writes to a file descriptor in a thread of its own, in order.
+  """Writes to a file descriptor, in a thread of its own.
 
-  By the descriptor: the locks of Python's streams would be held by who waits.
+  Not to Python's stream, whose lock would be held by who waits.
   """
 
   def __init__(self, number: int):
@@ -131,8 +126,7 @@ class _Outlet:
     self.last = threading.Event()
     self.last.set()
     self._number = number
-    self._waiting: queue.SimpleQueue[tuple[bytes, threading.Event]]
-    self._waiting = queue.SimpleQueue()
+    self._waiting = queue.SimpleQueue()  # of content and of an Event
     self._thread = threading.Thread()
 
   def write(self, content: bytes) -> None:
@@ -208,8 +202,7 @@ def _finish() -> None:
 def occupy() -> None:
   """Gives the null device to standard streams that are closed.
 
-  Else the next file that is opened would become one, and what libraries print
-  would get into it.
+  Else the next file that is opened would get what libraries print.
   """
   for number in range(3):
     try:

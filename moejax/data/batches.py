@@ -135,8 +135,7 @@ def source_rows(
   not fit is cut by `cut`; one without words yields nothing. Rows are as long as
   the next power of 2, 16 or more and source_length (see `check_length`) at
   most, so that there are few shapes to compile. Batches of one length come as
-  they get full; the last of each is filled with rows of padding. As no text of
-  pairs has a tab, nor space at its ends, lines lose these.
+  they get full. Lines lose tabs and space at their ends, as no pair has them.
   """
 
   def batch(rows, places):

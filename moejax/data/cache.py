@@ -43,8 +43,7 @@ def key(folder: pathlib.Path, *parts: object) -> str:
   """Digests all that something made of a prepared corpus depends on.
 
   Of the prepared files only names, sizes and times: TFDS never changes a copy
-  in place, to read lm1b takes longer than all else at a start, and array_record
-  finds changed bytes by sums of its own.
+  in place, and array_record finds changed bytes by sums of its own.
   """
   found = list(parts)
   for path in sorted(folder.iterdir()):
@@ -63,14 +62,14 @@ def cached(
 
   All of them are read, as a changed id would train as well as any: about a
   second for each GB. Of several processes one makes them while the others wait.
-  They are made in memory where nothing can be written or read, which is warned
-  of, or no folder is given.
+  They are made in memory where nothing can be written or read, or without a
+  folder.
 
   Args:
     folder: of these arrays alone.
     types: of each array, by name.
     write: writes the arrays, to a file each, in the order of `types`.
-    what: is done, for the warning.
+    what: is done, to tell.
   """
   if folder is not None:
     try:

@@ -31,9 +31,8 @@ class Corpus(NamedTuple):
     pairs: split -> what there is for each direction of translation; of a
       language model, the sentences.
     row_length: places L of a row's targets.
-    batch_size: rows B of a batch, over all devices. The paper counts a batch in
-      words (of the target): that is B x L, but for the few that packing leaves
-      empty.
+    batch_size: rows B of a batch, over all devices: what the paper counts in
+      words (of the target) is B x L, but for what packing leaves empty.
     source_length: places M of a row's sources; 0 for a language model.
     temperature: of sampling directions, see `packing.MultiDirection`.
   """

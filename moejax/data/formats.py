@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable
 from typing import NamedTuple
 
 import charset_normalizer
@@ -58,11 +57,10 @@ BREAK = (
   r" 'BEGIN { $/ = \65536 } s/([.!?])\s+|([。！？])/$+\n/g'"
 )
 _TO_UTF8 = "| iconv -f {} -t UTF-8".format
-_LEAVE_OUT = "| iconv -f UTF-8 -t UTF-8 -c"
 _NO_TAGS = r"| perl -0777 -pe 's/<[^>]*>//g'"
 _SAVE = "save it as plain text in UTF-8, by the program that wrote it"
 _OTHER = "name a file of text"
-_OLD_LINES = "text whose lines end in carriage returns", r"| tr '\r' '\n'"
+OLD_LINES = "text whose lines end in carriage returns", r"| tr '\r' '\n'"
 
 # How compressed files begin, by what, and the command that decompresses them.
 COMPRESSED = (
@@ -125,13 +123,13 @@ def check(head: bytes, origin: Origin) -> str:
       name = _WIDE[found.encoding]
       raise origin.refused(f"text in {name} without a mark", _TO_UTF8(name))
   text = head.decode(errors="replace")
-  # Text with stray NUL bytes can be cured, see `line_text`.
+  # Text with stray NUL bytes can be cured, line by line.
   if len(_CONTROL.findall(text.replace("\0", ""))) > 0.1 * len(text):
     raise origin.refused("binary, with many control characters", _OTHER)
   if re.search(rb"\x1b\$[@B]", head):
     raise origin.refused("text in ISO-2022-JP", _TO_UTF8("ISO-2022-JP"))
   if head.count(b"\r") - head.count(b"\r\n") > head.count(b"\n"):
-    raise origin.refused(*_OLD_LINES)
+    raise origin.refused(*OLD_LINES)
   # What is text, but may not be the one that is meant.
   if re.match(r"(?i)\s*<(\?xml|!doctype html|html|head|body)\b", text):
     origin.doubted("is HTML or XML, tags and all", _NO_TAGS)
@@ -147,50 +145,23 @@ def check(head: bytes, origin: Origin) -> str:
   return text
 
 
-def line_text(
-  line: bytes,
-  number: int,
-  more: Callable[[], bytes],
-  mixed: bool,
-  origin: Origin,
-) -> str:
-  """Decodes a line with its break; ValueError where it is no text in UTF-8.
+def cure_of(block: bytes, mixed: bool, origin: Origin) -> str:
+  """Says what to do about bytes that are not UTF-8, as a line begins.
 
-  Args:
-    line: with its break.
-    number: counted from 1.
-    more: reads some of the bytes that follow.
-    mixed: whether lines before it have letters beyond ASCII, in UTF-8.
-    origin: the file that it is of.
+  Mixed is whether lines before it have letters beyond ASCII, in UTF-8.
   """
-  if b"\0" in line:
-    raise origin.refused(
-      f"text with NUL bytes, one at byte {line.index(0) + 1} of line {number}",
-      r"| tr -d '\000'",
+  likely = block.decode(errors="replace")
+  beyond = sum(letter > "\x7f" for letter in likely)
+  # In other encodings a few bytes look as if they were of UTF-8.
+  if mixed or beyond > 1.8 * likely.count("\ufffd"):
+    how = origin.cure("| iconv -f UTF-8 -t UTF-8 -c")
+    return f"other letters are; leave this out: {how}"
+  if names := _encodings(block):
+    return (
+      f"find out its encoding, which may be {' or '.join(names)}, and see that"
+      f" this makes text of it: {origin.cure(_TO_UTF8('ENCODING'))}"
     )
-  try:
-    text = line.decode()
-  except UnicodeDecodeError as error:
-    place, block = error.start, line + more()
-    likely = block.decode(errors="replace")
-    beyond = sum(letter > "\x7f" for letter in likely)
-    # In other encodings a few bytes look as if they were of UTF-8.
-    if mixed or beyond > 1.8 * likely.count("\ufffd"):
-      what = f"other letters are; leave this out: {origin.cure(_LEAVE_OUT)}"
-    elif names := _encodings(block):
-      what = (
-        f"find out its encoding, which may be {' or '.join(names)}, and see"
-        f" that this makes text of it: {origin.cure(_TO_UTF8('ENCODING'))}"
-      )
-    else:
-      what = f"nor is it text in an encoding that is known here; {_OTHER}"
-    raise ValueError(
-      f"{origin.name} is not UTF-8: byte {place + 1} of line {number} is"
-      f" 0x{line[place]:02x}; {what}"
-    ) from None
-  if text.count("\r") > 100:
-    raise origin.refused(*_OLD_LINES)
-  return text
+  return f"nor is it text in an encoding that is known here; {_OTHER}"
 
 
 def _encodings(block: bytes) -> list[str]:

@@ -71,8 +71,8 @@ class Tokens(NamedTuple):
   Attributes:
     ids: all sentences one after the other. The tokenizer's `end` closes each;
       a tag is before a source where there are several target languages.
-    lengths: ids of each sentence, tag and end counted. 0 where a side of the
-      pair has no words; the other then has no ids either.
+    lengths: ids of each sentence, tag and end counted; 0 on both sides where a
+      side has no words.
     digest: a short name that another text would not have.
     folder: of the cache, if they are of a prepared corpus.
   """
@@ -176,12 +176,12 @@ def pack(
   `row_length` and a rest; all are placed in order. A pair stays whole; pairs
   that are empty or too long are left out, and ValueError says that all are. Of
   every 10,000 pairs the long ones are placed first, as there is room for the
-  short ones beside them. The result depends on the arguments alone.
+  short ones beside them.
 
   Returns:
-    Row r is made of the spans first[r] to first[r + 1] of "first", int64
-    [rows + 1]. Each side has the "target_begin" of all spans among its ids,
-    int64 [spans], and the "target_length", int32 [spans]; so has "source".
+    "first", int64 [rows + 1]: row r has the spans first[r] to first[r + 1]. Of
+    these "target_begin", int64 [spans], among the ids, and "target_length",
+    int32 [spans]; the same of "source".
   """
 
   def write(*files):
@@ -291,17 +291,14 @@ def _assign(
 class PackedRows:
   """The rows of a language model's split, or of one direction of translation.
 
-  A row of L places is {"inputs": int32 [L], "targets": int32 [L], "mask":
-  bool [L], "start": bool [L]}. A sentence y1 .. yn has the inputs <s> y1 .. yn
+  Shapes are in `batch_shapes`. A sentence y1 .. yn has the inputs <s> y1 .. yn
   and the targets y1 .. yn </s>; the later spans of a sentence that was cut
   begin with the word before them as input. `mask` marks targets that are real.
   `start` marks where the recurrent state is zero: the first place of a span and
   of the padding. Padding is 0.
 
-  With M source places there are also {"segment": int32 [L], "source": int32
-  [M], "source_start": bool [M], "source_segment": int32 [M]}: the source is
-  x1 .. xm </s>, after a tag where there is one, and `segment` and
-  `source_segment` number the pairs of a row from 1.
+  With source places, the source is x1 .. xm </s>, after a tag where there is
+  one, and `segment` and `source_segment` number the pairs of a row from 1.
 
   Attributes:
     row_length: L.

@@ -25,9 +25,8 @@ _TEXTS = {inside: outside for outside, inside in _STAND_INS.items()}
 class Pieces:
   """Pieces of words and their ids; any text becomes pieces and comes back.
 
-  Text is taken as it is, but for spaces: several become one, and those at the
-  ends are dropped. What has no piece is spelt in bytes, so nothing is unknown.
-  Text that spells out a special piece does not turn into one.
+  But for spaces: several become one, and those at the ends are dropped. What
+  has no piece is spelt in bytes. No text turns into a special piece.
 
   Attributes:
     unknown: id of `<unk>`, 0, which no text becomes.
@@ -151,10 +150,9 @@ class Pieces:
     return text.translate(_TEXTS)
 
   def tag(self, language: str) -> int:
-    """Returns the id of the piece that asks for a language.
+    """Returns the id of the piece that asks for a language; "-" is as "_".
 
-    Subtags come after "_", or "-", which is the same; ValueError where the
-    language was not trained.
+    ValueError where it was not trained.
     """
     found = self._tags.get(language, self._tags.get(language.replace("-", "_")))
     if found is None:

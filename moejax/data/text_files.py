@@ -171,7 +171,7 @@ def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
 
 
 def _decoded(file: io.BufferedIOBase, origin: Origin) -> Iterator[str]:
-  more = functools.partial(file.read, _HEAD)
+  """Yields each line without its break; ValueError where it is no text."""
   mixed = False
   read = functools.partial(file.readline, _LONGEST)
   for number, line in enumerate(iter(read, b""), start=1):
@@ -180,6 +180,18 @@ def _decoded(file: io.BufferedIOBase, origin: Origin) -> Iterator[str]:
         f"line {number} of {origin.name} is longer than {_LONGEST:,} bytes;"
         f" break it between sentences: {origin.cure(formats.BREAK)}"
       )
-    text = formats.line_text(line, number, more, mixed, origin)
+    if b"\0" in line:
+      place = f"one at byte {line.index(0) + 1} of line {number}"
+      raise origin.refused(f"text with NUL bytes, {place}", r"| tr -d '\000'")
+    try:
+      text = line.decode()
+    except UnicodeDecodeError as error:
+      cure = formats.cure_of(line + file.read(_HEAD), mixed, origin)
+      raise ValueError(
+        f"{origin.name} is not UTF-8: byte {error.start + 1} of line {number}"
+        f" is 0x{line[error.start]:02x}; {cure}"
+      ) from None
+    if text.count("\r") > 100:
+      raise origin.refused(*formats.OLD_LINES)
     mixed = mixed or not text.isascii()
     yield text.replace("\ufeff", "").rstrip("\r\n")

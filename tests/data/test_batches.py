@@ -2,8 +2,6 @@
 
 import collections
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -169,30 +167,11 @@ def test_evaluation_counts_every_word_once(rows, batch_size, count):
   assert found == want and len(found) == rows.num_words
 
 
-def test_nothing_is_left_running_at_exit():
-  program = """
-from moejax.data.batches import eval_batches, train_batches
-from moejax.data.packing import PackedRows, Pairs, tokenize
-from moejax.data.vocab import Vocabulary
-vocabulary = Vocabulary.build(["a b c"], 1)
-tokens = tokenize(Pairs(None, "train", None, ["a b c"] * 99), vocabulary)
-rows = PackedRows(tokens, vocabulary, 8)
-batches = train_batches(rows, 4, 0)
-next(batches), next(eval_batches(rows, 4))
-"""
-  done = subprocess.run(
-    [sys.executable, "-X", "dev", "-W", "error", "-c", program],
-    capture_output=True,
-    text=True,
-  )
-  assert (done.returncode, done.stderr) == (0, "")
-
-
 # -- lines to translate -------------------------------------------------------
 
 WORDS = ["the", "cat", "sat", "on", "mat", "then", "ran", "small", "house"]
 LETTERS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-MIXED = [*WORDS, "cat.", "The", "▁", "😀" * 9]
+MIXED = [*WORDS, "cat.", "The", "▁", "😀" * 9, "\tsat\tsat"]
 SENTENCES = st.lists(st.sampled_from(MIXED), max_size=40).map(" ".join)
 LINES = st.lists(st.sampled_from(["", " \u3000"]) | LETTERS | SENTENCES)
 
@@ -230,6 +209,8 @@ def test_no_line_is_lost_or_reordered(pieces, lines, length, batch, tagged):
   for number, line in enumerate(lines):
     parts = [found[key] for key in sorted(found) if key[0] == number]
     assert squeezed("".join(parts)) == squeezed(line)
+    # As no text of pairs has them.
+    assert not any("\t" in part or part.strip() != part for part in parts)
 
 
 @given(LETTERS.map(str.strip), st.integers(5, 20))
@@ -294,13 +275,6 @@ def test_shapes_are_few_and_batches_come_when_full(pieces):
   next(found)
   assert len(read) == 4
   assert {rows.source.shape for rows in found} == {(4, 16), (4, 32), (4, 48)}
-
-
-def test_tabs_and_space_at_the_ends_are_lost(pieces):
-  """No text of pairs has them."""
-  (rows,) = source_rows(pieces, ["\tsat\tsat \r"], 32, 1)
-  ids = [*pieces.encode("sat sat"), pieces.end]
-  assert rows.source[0, : len(ids)].tolist() == ids
 
 
 def test_a_length_that_holds_no_letter(pieces):

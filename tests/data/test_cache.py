@@ -4,8 +4,6 @@ import hashlib
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -143,20 +141,8 @@ def test_anything_else_is_made_anew(words, vocabulary, made, monkeypatch):
 
 # -- several that make --------------------------------------------------------
 
-STARTED = """
-import pathlib, sys
-sys.path.insert(0, sys.argv[2])
-from data import test_cache
-from moejax.data import packing, vocab
-vocabulary = vocab.Vocabulary.build(test_cache.LINES, min_count=1)
-words = test_cache.opened(pathlib.Path(sys.argv[1]))
-tokens = packing.tokenize(words, vocabulary)
-print(tokens.digest, packing.pack(tokens, 8)["target_begin"].tolist())
-"""
 
-
-def test_one_makes_while_the_others_wait(words, vocabulary, made, tmp_path):
-  """Of threads, and of processes that start at once."""
+def test_one_makes_while_the_others_wait(words, vocabulary, made):
   barrier = threading.Barrier(4)
 
   def start():
@@ -171,17 +157,6 @@ def test_one_makes_while_the_others_wait(words, vocabulary, made, tmp_path):
   for thread in threads:
     thread.join()
   assert len(made) == 2
-  tokens = packing.tokenize(words, vocabulary)
-  begin = packing.pack(tokens, 8)["target_begin"].tolist()
-  shutil.rmtree(words.targets.folder / "ids")
-  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  command = [sys.executable, "-c", STARTED, tmp_path, root]
-  pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
-  outputs = [process.communicate() for process in processes]
-  assert [out for out, _ in outputs] == [f"{tokens.digest} {begin}\n"] * 2
-  assert sum("into ids" in said for _, said in outputs) == 1
-  assert not any("in memory" in said for _, said in outputs)
 
 
 def encoding(monkeypatch, vocabulary, then):
