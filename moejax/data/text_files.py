@@ -101,20 +101,11 @@ _OPEN = {
 _SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 
 
-def check_path(path: files_lib.Path) -> None:
-  """Raises FileNotFoundError or, for a directory, ValueError."""
-  if path.is_dir():
-    raise ValueError(f"{path} is a directory; name the text files in it")
-  if not path.exists():
-    raise FileNotFoundError(f"{path} does not exist")
-
-
 def check(path: files_lib.Path) -> tuple[str, Origin]:
   """Returns what text a file begins with, and where that is from.
 
-  Raises what `check_path` and `formats.check` do.
+  Raises what `formats.check` does.
   """
-  check_path(path)
   with _opened(path) as (file, origin):
     return formats.check(file.read(_HEAD), origin), origin
 

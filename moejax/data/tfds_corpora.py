@@ -33,7 +33,7 @@ _CYCLE = 20
 _BLOCK_LINES = 100
 _SHARD_RECORDS = 200_000
 _READ_RECORDS = 16_384
-# Files, and lines that are left out for one reason, that are told of.
+# Files, and lines that are left out, that are told of.
 _TOLD = 3
 
 DataDir = str | os.PathLike | None
@@ -72,7 +72,7 @@ def pair_lines(
   A line that is no pair is refused if strict, else left out; loud says how many
   are, why and where. ValueError without any pair.
   """
-  left_out: dict[str, list[int]] = {}
+  left_out, told = 0, []
   number, empty = 0, True
   for number, line in enumerate(text_files.lines(path), start=1):
     sides = [side.strip() for side in line.split("\t")]
@@ -87,16 +87,13 @@ def pair_lines(
           f"{path}: line {number} is {reason}; mend it, or set"
           " config.data.strict=False to leave such lines out"
         )
-      left_out.setdefault(reason, []).append(number)
-  reasons = [
-    f"{len(numbers):,} {reason} (line {', '.join(map(str, numbers[:_TOLD]))}"
-    + (", ...)" if len(numbers) > _TOLD else ")")
-    for reason, numbers in sorted(left_out.items(), reverse=True)
-  ]
-  if reasons and loud:
-    count = sum(map(len, left_out.values()))
+      left_out += 1
+      if left_out <= _TOLD:
+        told.append(f"line {number} {reason}")
+  if left_out and loud:
+    told += ["..."] if left_out > _TOLD else []
     terminal.warn(
-      f"{path}: {count:,} of {number:,} lines left out: {', '.join(reasons)}"
+      f"{path}: {left_out:,} of {number:,} lines left out: {', '.join(told)}"
     )
   if empty:
     raise ValueError(
@@ -205,8 +202,6 @@ class TextFiles(Prose, skip_registration=True):
       raise ValueError("a corpus of files needs 1 train file or more, got 0")
     self._carved = [split for split in _HELD_OUT if not self._files[split]]
     self.sources = list(itertools.chain(*self._files.values()))
-    for path in self.sources:
-      text_files.check_path(path)
     config = tfds.core.BuilderConfig(name=self.own_name())
     super().__init__(config=config, data_dir=data_dir)
 

@@ -319,22 +319,19 @@ def test_shares_follow_the_temperature(parts, temperature):
   np.testing.assert_allclose(words / words.sum(), mixed.shares, atol=0.015)
 
 
-def test_both_directions_have_orders_of_their_own(parts, monkeypatch):
-  # So that a row of one stays beside the row of the other.
-  monkeypatch.setattr(packing, "_WINDOW", 2)
-  mixed = MultiDirection([parts[0], parts[0]])
-  rows = [row["targets"].tobytes() for row in take(mixed.order(0), 80)]
-  assert len(set(rows[::2]) & set(rows[1::2])) < 20
-  assert len(set(rows)) > 60
-
-
-def test_every_microbatch_has_both_directions(parts):
+def test_directions_are_mixed_within_every_batch(parts, monkeypatch):
   """A microbatch is every n-th row of a batch (`step.train_step`)."""
   rows = take(MultiDirection(parts[:2]).order(0), 512)
   second = of_second(rows)[:, 1] > 0
   for count in (1, 2, 4):
     share = second.reshape(8, -1, count).mean(axis=(0, 1))
     assert (np.abs(share - 0.5) < 0.15).all()
+  # Both have orders of their own: no row stays beside the row of the other.
+  monkeypatch.setattr(packing, "_WINDOW", 2)
+  mixed = MultiDirection([parts[0], parts[0]])
+  rows = [row["targets"].tobytes() for row in take(mixed.order(0), 80)]
+  assert len(set(rows[::2]) & set(rows[1::2])) < 20
+  assert len(set(rows)) > 60
 
 
 def test_temperatures_that_cannot_be(parts):
