@@ -9,7 +9,6 @@ import contextlib
 import functools
 import io
 import itertools
-import math
 import os
 import pathlib
 import shutil
@@ -31,7 +30,6 @@ _HELD_OUT = {"validation": 9, "test": 19}
 SPLITS = ("train", *_HELD_OUT)
 _CYCLE = 20
 _BLOCK_LINES = 100
-_SHARD_RECORDS = 200_000
 _READ_RECORDS = 16_384
 # Files, and lines that are left out, that are told of.
 _TOLD = 3
@@ -152,17 +150,12 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
 
   def _shard_iterators_per_split(self, dl_manager):
     del dl_manager  # nothing is downloaded
-    shards = {}
-    for split in SPLITS:
-      count = sum(1 for _ in self._records(split))
-      # One stream, of which each shard takes the next part when it is asked.
-      stream = enumerate(
-        dict(zip(self.FIELDS, record, strict=True))
-        for record in self._records(split)
-      )
-      shard = functools.partial(itertools.islice, stream, _SHARD_RECORDS)
-      shards[split] = [shard] * math.ceil(count / _SHARD_RECORDS)
-    return shards
+
+    def examples(split):
+      for number, record in enumerate(self._records(split)):
+        yield number, dict(zip(self.FIELDS, record, strict=True))
+
+    return {split: [functools.partial(examples, split)] for split in SPLITS}
 
 
 class Sotu(Prose, skip_registration=True):
