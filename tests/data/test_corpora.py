@@ -303,17 +303,22 @@ def test_wmt14_is_validated_by_tests_of_earlier_years(
   assert years[0] not in of_corpus["validation"]
 
 
-def test_wmt14_that_is_not_there(prepared, tmp_path, monkeypatch):
-  """The sentence has the program that prepares it."""
-  with pytest.raises(FileNotFoundError, match="te/de-en is not prepared in"):
-    wmt14(prepared, pair="en-de")
-  for pair in ("en-es", "fr-de", "english", "en-fr-de"):
-    with pytest.raises(ValueError, match="de-en and fr-en, in .*is neither"):
-      wmt14(prepared, pair=pair)
+@pytest.mark.parametrize(
+  "pair, validation, name",
+  [
+    ("en-de", "newstest2013", "wmt14_translate/de-en"),
+    ("en-fr", "newstest2012", "wmt_translate/fr-en.newstest2012"),
+  ],
+)
+def test_what_is_not_prepared_is_told_how(
+  prepared, tmp_path, monkeypatch, pair, validation, name
+):
+  """By a program that prepares it."""
   shutil.copytree(prepared / "wmt14_translate", tmp_path / "wmt14_translate")
-  match = "wmt_translate/fr-en.newstest2012 is not prepared in .*; prepare it"
+  match = f"{name} is not prepared in .*; prepare it by: pip"
   with pytest.raises(FileNotFoundError, match=match) as caught:
-    wmt14(tmp_path, pair="en-fr", validation=("newstest2012",))
+    wmt14(tmp_path, pair=pair, validation=(validation,))
+  assert "\n" not in str(caught.value)
   (program,) = re.findall('python -c "(.*)"', str(caught.value))
   asked = []
   monkeypatch.setattr(
@@ -324,9 +329,14 @@ def test_wmt14_that_is_not_there(prepared, tmp_path, monkeypatch):
   exec(program, {})
   ((builder, options),) = asked
   assert options == {"file_format": "array_record"}
-  assert builder.subsets == {"validation": ["newstest2012"]}
-  where = tmp_path / "wmt_translate" / "fr-en.newstest2012" / "1.0.0"
-  assert pathlib.Path(builder.data_dir) == where
+  assert validation in builder.subsets["validation"]
+  assert pathlib.Path(builder.data_dir) == tmp_path / name / "1.0.0"
+
+
+def test_wmt14_has_other_pairs(prepared):
+  for pair in ("en-es", "fr-de", "english", "en-fr-de"):
+    with pytest.raises(ValueError, match="de-en and fr-en, in .*is neither"):
+      wmt14(prepared, pair=pair)
 
 
 @pytest.fixture(scope="module")

@@ -224,6 +224,7 @@ def test_rows_hold_every_pair_that_fits_once(pieces, counts, row, source):
       ("source", "source_start", "source_segment"),
     ):
       assert not one[ids][one[segment] == 0].any()
+      assert ids == "source" or not one["inputs"][one[segment] == 0].any()
       changes = np.diff(one[segment], prepend=-1) != 0
       np.testing.assert_array_equal(one[start], changes)
       # Padding is at the end.
@@ -315,8 +316,8 @@ def test_shares_follow_the_temperature(parts, temperature):
   mixed = MultiDirection(parts, float(temperature))
   powers = np.array([part.num_words for part in parts]) ** (1 / temperature)
   np.testing.assert_allclose(mixed.shares, powers / powers.sum())
-  words = of_second(take(mixed.order(0), 800)).sum(0)
-  np.testing.assert_allclose(words / words.sum(), mixed.shares, atol=0.015)
+  words = of_second(take(mixed.order(0), 400)).sum(0)
+  np.testing.assert_allclose(words / words.sum(), mixed.shares, atol=0.02)
 
 
 def test_directions_are_mixed_within_every_batch(parts, monkeypatch):
@@ -329,9 +330,9 @@ def test_directions_are_mixed_within_every_batch(parts, monkeypatch):
   # Both have orders of their own: no row stays beside the row of the other.
   monkeypatch.setattr(packing, "_WINDOW", 2)
   mixed = MultiDirection([parts[0], parts[0]])
-  rows = [row["targets"].tobytes() for row in take(mixed.order(0), 80)]
-  assert len(set(rows[::2]) & set(rows[1::2])) < 20
-  assert len(set(rows)) > 60
+  rows = [row["targets"].tobytes() for row in take(mixed.order(0), 60)]
+  assert len(set(rows[::2]) & set(rows[1::2])) < 15
+  assert len(set(rows)) > 45
 
 
 def test_temperatures_that_cannot_be(parts):

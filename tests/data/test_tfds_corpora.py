@@ -7,7 +7,6 @@ import itertools
 import json
 import lzma
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -407,26 +406,3 @@ def test_files_for_tensorflow_only(downloaded):
   with pytest.raises(ValueError, match=message) as caught:
     downloaded(fileFormat="tfrecord")
   assert "\n" not in str(caught.value)
-
-
-def test_what_is_not_prepared_is_told_how(tmp_path, monkeypatch):
-  message = f"{NAME} is not prepared in .*; prepare it by: pip"
-  with pytest.raises(FileNotFoundError, match=message) as caught:
-    tfds_corpora.downloaded(NAME, tmp_path)
-  assert "\n" not in str(caught.value)
-  (program,) = re.findall('python -c "(.*)"', str(caught.value))
-  asked = []
-
-  class Builder:
-    def __init__(self, *args, **named):
-      asked.append((args, named))
-
-    def download_and_prepare(self, **options):
-      asked.append(options)
-
-  monkeypatch.setattr(tfds, "builder", Builder)
-  exec(program, {})
-  assert asked == [
-    ((NAME,), {"data_dir": str(tmp_path)}),
-    {"file_format": "array_record"},
-  ]
