@@ -322,7 +322,9 @@ class PackedRows:
     self._packing = pack(tokens, row_length, source_length)
     self.num_words = int(self._packing["target_length"].sum(dtype=np.int64))
     targets = tokens.ids["target"]
-    unknown = np.count_nonzero(targets == tokenizer.unknown)
+    # In parts, as those of lm1b are a billion.
+    parts = np.array_split(targets, targets.size // 1_000_000 + 1)
+    unknown = sum(np.count_nonzero(p == tokenizer.unknown) for p in parts)
     self.unknown = unknown / targets.size
     count = len(tokens.lengths["target"])
     out = empty = count - np.count_nonzero(tokens.lengths["target"])
