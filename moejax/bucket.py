@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
@@ -184,8 +185,9 @@ def alone(
 
   It is made only where there is none, and a thread renews it. Where that does
   not happen for a whole lease, in seconds, the owner is taken for dead, and who
-  waited for that makes it its own. By the object's generation only one of
-  several succeeds, and no clock is compared with another machine's.
+  waited for that makes it its own; at once where the owner ran on this machine
+  and has ended. By the object's generation only one of several succeeds, and no
+  clock is compared with another machine's.
 
   An owner that did not run for a lease, as on a suspended machine, may be
   followed by another. What this yields raises OSError then, when it is called.
@@ -193,6 +195,8 @@ def alone(
   me = {
     "host": socket.gethostname(),
     "pid": os.getpid(),
+    "machine": _machine(),
+    "began": _began(os.getpid()),
     "token": secrets.token_hex(8),
   }
   found = _Object(lock)
@@ -228,10 +232,14 @@ def alone(
       )
 
   content, before = found.read()
-  if content is not None:
+  owner = _owner(content)
+  # A process of this machine that runs no longer, or began at another time.
+  ended = me["machine"] and owner.get("machine") == me["machine"]
+  ended = ended and _began(owner.get("pid")) != owner.get("began")
+  if content is not None and not ended:
     terminal.warn(
-      f"{lock} is held by {_owner(content)}; looking for {lease:.0f} seconds"
-      " whether that is alive"
+      f"{lock} is held by process {owner.get('pid')} on {owner.get('host')};"
+      f" looking for {lease:.0f} seconds whether that is alive"
     )
     end, now = time.monotonic() + lease, before
     while content is not None and now == before and time.monotonic() < end:
@@ -241,9 +249,10 @@ def alone(
     before = now if content is None or now == before else b""
   generation = before and write(before)
   if not generation:
+    owner = _owner(found.read()[0])
     raise BlockingIOError(
-      f"another process, {_owner(found.read()[0])}, trains in {lock.parent};"
-      " wait for it, or give another --workdir."
+      f"another process, process {owner.get('pid')} on {owner.get('host')},"
+      f" trains in {lock.parent}; wait for it, or give another --workdir."
     )
   thread = threading.Thread(target=keep_renewing, daemon=True)
   thread.start()
@@ -257,8 +266,27 @@ def alone(
         found.write(None, generation)
 
 
-def _owner(content: bytes | None) -> str:
-  with contextlib.suppress(ValueError, TypeError, KeyError):
-    about = json.loads(content)
-    return f"process {about['pid']} on {about['host']}"
-  return "one that is not known"
+def _owner(content: bytes | None) -> dict[str, Any]:
+  with contextlib.suppress(ValueError):
+    found = json.loads(content or b"{}")
+    return found if isinstance(found, dict) else {}
+  return {}
+
+
+def _machine() -> str:
+  """Names a start of a machine, or a container on it; nothing if unknown."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return ""
+
+
+def _began(pid: Any) -> str:
+  """Returns when a process began, in ticks; nothing where it does not run."""
+  try:
+    about = pathlib.Path(f"/proc/{int(pid)}/stat").read_text()
+  except (OSError, TypeError, ValueError):
+    return ""
+  state, *fields = about.rpartition(")")[2].split()
+  return "" if state in "ZX" else fields[18]
