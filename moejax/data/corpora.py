@@ -388,20 +388,16 @@ def _wmt14(
   if not pairs:
     where = _data_dir(data_dir)
     corpus = tfds_corpora.downloaded(f"wmt14_translate/{names[0]}", where)
-    # Of each split the parts: a builder, and a split of it.
-    parts = {split: [(corpus, split)] for split in ("train", "test")}
-    parts["validation"] = [
-      (corpus, "validation")
-      if each == _VALIDATIONS[-1]
-      else (
-        tfds_corpora.downloaded(f"wmt_translate/{names[0]}.{each}", where),
-        "validation",
-      )
-      for each in validation
-    ]
+    builders = {"train": [corpus], "validation": [], "test": [corpus]}
+    for each in validation:
+      if each != _VALIDATIONS[-1]:
+        name = f"wmt_translate/{names[0]}.{each}"
+        builders["validation"].append(tfds_corpora.downloaded(name, where))
+      else:
+        builders["validation"].append(corpus)
     pairs = {}
-    for split in ("train", "validation", "test"):
-      sides = [[Records(*part, n) for part in parts[split]] for n in direction]
+    for split, some in builders.items():
+      sides = [[Records(each, split, n) for each in some] for n in direction]
       # Of several there is no prepared copy to keep their ids with.
       texts = [s[0] if len(s) == 1 else [*itertools.chain(*s)] for s in sides]
       pairs[split] = [Pairs(direction, split, *texts)]
