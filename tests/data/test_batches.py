@@ -114,6 +114,7 @@ def test_no_row_is_read_more_often_than_promised(counts, temperature, passes):
   parts = numbered(*counts)
   rows = parts[0] if len(parts) == 1 else MultiDirection(parts, temperature)
   steps = num_batches(rows, 16, passes)
+  assert steps <= passes * len(rows) // 16
   two = [train_batches(rows, 16, 3, p, 2, passes=passes) for p in range(2)]
   batches = whole([list(itertools.islice(each, steps + 1)) for each in two])
   assert [len(batch["row"]) for batch in batches] == [16] * steps
