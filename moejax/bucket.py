@@ -1,8 +1,7 @@
 """A bucket of Google Cloud Storage where a run may live, at gs://BUCKET/FOLDER.
 
 An object is there whole or not at all, is never appended to, and has a digest
-that the bucket keeps. There are no folders, links or locks: what keeps a second
-training out is an object that its owner renews.
+that the bucket keeps. There are no folders, links or locks.
 """
 
 import base64
@@ -26,10 +25,9 @@ from etils import epath
 from moejax import terminal
 
 SCHEME = "gs://"
-# Seconds without a sign of life after which a lock's owner counts as dead.
-_LEASE = 60.0
-_RENEWED = 6  # times in a lease
-_ASKED = 30  # times in a lease
+# Seconds without a sign of life after which a lock's owner counts as dead; it
+# renews the lock, and who waits asks, so many times in that.
+_LEASE, _RENEWED, _ASKED = 60.0, 6, 30
 # gcsfs and Orbax take them for patterns, or cut a path off there.
 _ODD = re.compile(r"[#?*\[\]\x00-\x1f\x7f]|(?:^|/)\.\.(?:/|$)")
 
@@ -60,9 +58,7 @@ def path(text: str) -> epath.Path:
   # Else epath goes by TensorFlow where that is installed.
   os.environ["EPATH_USE_TF"] = "false"
   # Other processes write there too: a list of names is soon out of date.
-  fsspec.config.conf.setdefault("gcs", {}).setdefault(
-    "use_listings_cache", False
-  )
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   for library in ("fsspec", "gcsfs"):  # They log the errors that they raise.
     logging.getLogger(library).setLevel(logging.CRITICAL + 1)
   return epath.Path(text)
@@ -86,10 +82,7 @@ class Unreachable(OSError):
 
 @contextlib.contextmanager
 def reaching(path: pathlib.PurePath) -> Iterator[None]:
-  """Raises FileNotFoundError or Unreachable for what the libraries raise.
-
-  What the system raises of a path on a disk stays as it is.
-  """
+  """Raises FileNotFoundError or Unreachable for errors of a bucket."""
   try:
     yield
   except Exception as error:  # Of many libraries and kinds.
@@ -123,8 +116,7 @@ class _Object:
   def write(self, content: bytes | None, generation: bytes) -> bytes:
     """Writes, or removes, where the generation is still the given one.
 
-    Returns:
-      The new generation; nothing where the object was another one.
+    Returns the new generation; nothing where the object was another one.
     """
     with reaching(self.path):
       written = self._store.write(self._name, content, if_equal=generation)
@@ -138,8 +130,8 @@ class _Object:
 class Growing(io.BytesIO):
   """Stands for a file that grows: an object, written anew as a whole.
 
-  It is written by `sync` and at the end, and only where nobody else has written
-  it since. `keep` begins with the content that is there.
+  That is by `sync` and at the end, and only where nobody else has written it
+  since. `keep` begins with the content that is there.
   """
 
   def __init__(self, path: epath.Path, keep: bool):
@@ -153,13 +145,12 @@ class Growing(io.BytesIO):
     if self._written == self.tell():
       return
     self._written = self.tell()
-    generation = self._object.write(self.getvalue(), self._generation)
-    if not generation:
+    self._generation = self._object.write(self.getvalue(), self._generation)
+    if not self._generation:
       raise OSError(
         f"{self._object.path} was written by another process; it is left as"
         " that wrote it."
       )
-    self._generation = generation
 
   def close(self) -> None:
     """Writes the object, once."""
@@ -173,8 +164,7 @@ class Growing(io.BytesIO):
 def digests(folder: epath.Path) -> dict[str, str]:
   """Returns the MD5 that the bucket keeps of each object below a folder.
 
-  One request for a thousand objects, whose content is not read. An object that
-  was composed of others has none; it is "".
+  Their content is not read. An object composed of others has none; it is "".
   """
   import fsspec
 
@@ -196,12 +186,11 @@ def alone(
   It is made only where there is none, and a thread renews it. Where that does
   not happen for a whole lease, in seconds, the owner is taken for dead, and who
   waited for that makes it its own; at once where the owner ran on this machine
-  and has ended. All of this depends on the object's generation, so that of
-  several only one succeeds, and no clock is compared with another machine's.
+  and has ended. By the object's generation only one of several succeeds, and no
+  clock is compared with another machine's.
 
   An owner that did not run for a lease, as on a suspended machine, may be
-  followed by another. It notices when it next calls what this yields, which
-  raises OSError then, and until then may write what it was about to.
+  followed by another. What this yields raises OSError then, when it is called.
   """
   me = {
     "host": socket.gethostname(),
@@ -216,11 +205,11 @@ def alone(
   tried, generation = time.time(), b""
   one_at_a_time, stop = threading.Lock(), threading.Event()
 
-  def write(before: bytes) -> bytes:
+  def write(before):
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return found.write(json.dumps(me | {"renewed": now}).encode(), before)
 
-  def renew() -> None:
+  def renew():
     nonlocal tried, generation
     with one_at_a_time:
       tried = time.time()
@@ -228,7 +217,7 @@ def alone(
       with contextlib.suppress(Unreachable):
         generation = generation and write(generation)
 
-  def keep_renewing() -> None:
+  def keep_renewing():
     while not stop.wait(lease / _RENEWED):
       renew()
 
@@ -242,7 +231,22 @@ def alone(
         " gave no sign of life; this one ends here."
       )
 
-  before = _free(found, lease)
+  content, before = found.read()
+  owner = _owner(content)
+  # A process of this machine that runs no longer, or began at another time.
+  ended = me["machine"] and owner.get("machine") == me["machine"]
+  ended = ended and _began(owner.get("pid")) != owner.get("began")
+  if content is not None and not ended:
+    terminal.warn(
+      f"{lock} is held by process {owner.get('pid')} on {owner.get('host')};"
+      f" looking for {lease:.0f} seconds whether that is alive"
+    )
+    end, now = time.monotonic() + lease, before
+    while content is not None and now == before and time.monotonic() < end:
+      time.sleep(lease / _ASKED)
+      content, now = found.read()
+    # Nothing where it is alive.
+    before = now if content is None or now == before else b""
   generation = before and write(before)
   if not generation:
     owner = _owner(found.read()[0])
@@ -262,39 +266,11 @@ def alone(
         found.write(None, generation)
 
 
-def _free(lock: _Object, lease: float) -> bytes:
-  """Waits, a lease at most, until a lock is without an owner.
-
-  Returns its generation then; nothing where the owner is alive.
-  """
-  content, before = lock.read()
-  owner = _owner(content)
-  # A process of this machine that runs no longer, or began at another time.
-  ended = _machine() and owner.get("machine") == _machine()
-  ended = ended and _began(owner.get("pid")) != owner.get("began")
-  if content is None or ended:
-    return before
-  terminal.warn(
-    f"{lock.path} is held by process {owner.get('pid')} on {owner.get('host')};"
-    f" looking for {lease:.0f} seconds whether that is alive"
-  )
-  end = time.monotonic() + lease
-  while time.monotonic() < end:
-    time.sleep(lease / _ASKED)
-    content, generation = lock.read()
-    if content is None:
-      return generation
-    if generation != before:
-      return b""
-  return before
-
-
 def _owner(content: bytes | None) -> dict[str, Any]:
-  try:
+  with contextlib.suppress(ValueError):
     found = json.loads(content or b"{}")
-  except ValueError:
-    return {}
-  return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
+  return {}
 
 
 def _machine() -> str:

@@ -1,9 +1,8 @@
-"""Files of runs and corpora: the one place that opens them.
+"""Files of runs and corpora, on a disk or in a bucket.
 
 Folders come from anywhere, with links, pipes and devices in them. Nothing but a
 regular file is opened, and nothing is written through a link. A crash leaves
-the old content or the new, never half. A run's files may be objects of a
-bucket.
+the old content or the new, never half.
 """
 
 import contextlib
@@ -16,7 +15,6 @@ import pathlib
 import re
 import secrets
 import stat
-import urllib.parse
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -29,15 +27,25 @@ Path = pathlib.Path | epath.Path
 
 # Ends the name of what is being written; a kill may leave it.
 _DRAFT = ".draft"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
-_FILE_URL = re.compile(r"file:(//(localhost)?)?(?=/(?!/))", re.IGNORECASE)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)/")
+
+
+def _refuse_odd(path, found: os.stat_result, wanted: str = "regular file"):
+  kinds = {stat.S_IFREG: "regular file", stat.S_IFDIR: "folder"}
+  kinds |= {stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+  kind = kinds.get(stat.S_IFMT(found.st_mode), "device")
+  if kind != wanted:
+    raise OSError(
+      f"{path} is a {kind} where a {wanted} is wanted; give another path, or"
+      " put one there."
+    )
 
 
 def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
   """Opens a regular file; OSError says what is there in place of one.
 
-  Mode "rb" reads, through a link too; "ab" and "r+b" write, through none; "xb"
-  makes the file. An object of a bucket is written by `sync` and at the end.
+  Mode "rb" reads, through a link too; "ab" writes, through none; "xb" makes the
+  file. An object of a bucket is written by `sync` and at the end.
   """
   writes = mode != "rb"
   if bucket.is_in(path):
@@ -67,24 +75,18 @@ def open_regular(path: Path, mode: str = "rb") -> BinaryIO | io.BytesIO:
 def path(text: str) -> Path:
   """Returns the path that a user's text means; ValueError says what to write.
 
-  A leading ~ or ~USER is a home folder, file:/// leads to a disk, gs:// into a
-  bucket.
+  A leading ~ or ~USER is a home folder, gs:// leads into a bucket.
   """
   scheme = bucket.SCHEME
   if text.lower().startswith(scheme):
     return bucket.path(scheme + text[len(scheme) :])
-  on_disk = _FILE_URL.match(text)
-  plain = urllib.parse.unquote(text[on_disk.end() :]) if on_disk else text
-  if "\0" in plain:
+  if "\0" in text:
     raise ValueError(f"{text!r} holds a NUL, which no path can.")
-  if on_disk:
-    return pathlib.Path(plain)
   if url := _URL.match(text):
     raise ValueError(
-      f"{text} is no place that can be read or written; give a path, a URL like"
-      f" file:///home/me/runs, or for a run {scheme}BUCKET/FOLDER (Orbax writes"
-      f" to no other buckets); a folder of the name {url[0][:-1]} is written"
-      f" ./{url[0][:-1]}"
+      f"{text} is no place that can be read or written; give a path, or for a"
+      f" run {scheme}BUCKET/FOLDER (Orbax writes to no other buckets); a folder"
+      f" of the name {url[1]} is written ./{url[1]}"
     )
   expanded = os.path.expanduser(text)
   if expanded == text and text.startswith("~"):
@@ -158,33 +160,28 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(
-  path: pathlib.Path, wait: bool = True, shared: bool = False
-) -> Iterator[None]:
-  """Holds a file's lock, maybe shared with others, until the process ends.
+def locked(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
+  """Holds the lock of a file, which it makes and never writes to.
 
-  The file is made, and its folder, and never written to. Where another process
-  holds it, this one waits or raises BlockingIOError; OSError where the file
-  system has no locks.
+  Where another process holds it, this one waits or raises BlockingIOError;
+  OSError where the file system has no locks.
   """
-  how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-  how |= 0 if wait else fcntl.LOCK_NB
+  how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
   with contextlib.ExitStack() as stack:
     # One that ends may remove the file before it lets go, another make it anew.
     while True:
       try:
         path.parent.mkdir(parents=True, exist_ok=True)
-      except FileExistsError:
-        raise NotADirectoryError(
-          f"{path.parent} is no folder; give another path."
-        ) from None
-      try:
         file = stack.enter_context(open_regular(path, "a+b"))
         fcntl.flock(file, how)
         if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
           break
       except FileNotFoundError:
         pass
+      except FileExistsError:
+        raise NotADirectoryError(
+          f"{path.parent} is no folder; give another path."
+        ) from None
       except OSError as error:
         if error.errno and not error.filename:
           raise OSError(error.errno, error.strerror, str(path)) from None
@@ -224,7 +221,7 @@ def sync_folder(folder: pathlib.Path) -> None:
 def refuse_odd_in(folder: Path, written: bool) -> None:
   """Raises OSError where a folder, if it is there, holds a pipe or a device.
 
-  Libraries would open it. Where they write, links are odd too.
+  Libraries would open it. Links are odd too, where they write.
   """
   if bucket.is_in(folder):
     return
@@ -245,16 +242,3 @@ def refuse_odd_in(folder: Path, written: bool) -> None:
           # A link to a folder above it has no end.
           folders.remove(entry.name)
         seen.add((found.st_dev, found.st_ino))
-
-
-def _refuse_odd(
-  path: pathlib.Path, found: os.stat_result, wanted: str = "regular file"
-) -> None:
-  kinds = {stat.S_IFREG: "regular file", stat.S_IFDIR: "folder"}
-  kinds |= {stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-  kind = kinds.get(stat.S_IFMT(found.st_mode), "device")
-  if kind != wanted:
-    raise OSError(
-      f"{path} is a {kind} where a {wanted} is wanted; give another path, or"
-      " put one there."
-    )

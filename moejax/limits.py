@@ -1,12 +1,7 @@
-"""Limits of the system (ulimit) under which the libraries hang or abort.
-
-They start threads and reserve memory in C++, and there is no error to catch
-where that fails.
-"""
+"""Limits of the system (ulimit) under which C++ libraries hang or abort."""
 
 import os
 import resource
-import threading
 
 # Open files that training takes at the least, and that are plenty.
 _FEW_FILES, _MANY_FILES = 128, 4096
@@ -37,19 +32,3 @@ def check() -> None:
         f"only {soft:,} bytes of memory may be reserved, though not all of it"
         f" is used; allow {needed:,} or more, by ulimit -{option} unlimited."
       )
-  # As many at once as XLA may start.
-  count, done, started = 4 * cores + 16, threading.Event(), []
-  try:
-    for _ in range(count):
-      thread = threading.Thread(target=done.wait)
-      thread.start()
-      started.append(thread)
-  except RuntimeError as error:
-    raise OSError(
-      f"only {len(started)} threads can be started where {count} or more are"
-      " needed; allow more processes, by ulimit -u or in the container."
-    ) from error
-  finally:
-    done.set()
-    for thread in started:
-      thread.join()

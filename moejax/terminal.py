@@ -1,8 +1,7 @@
-"""The terminal: the one place that prints, whatever users wrote, whoever reads.
+"""The terminal: the one place that prints.
 
 What users wrote can neither command the terminal nor fail in its encoding. And
-the program waits for no reader: not for one that stops reading, a pager for
-example, nor for one that has ended.
+the program waits for no reader that stops, as a pager, or has ended.
 """
 
 import atexit
@@ -17,8 +16,7 @@ import sys
 import threading
 
 # Control characters, of terminals (C0 but tab and line feed, DEL, C1), of lines
-# and of the direction of text: shown as they are they would command the
-# terminal, or show another text than there is.
+# and of the direction of text.
 _CONTROL = re.compile(
   "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e"
   "\u2066-\u2069]"
@@ -29,27 +27,6 @@ _LONGEST = 1000
 _PATIENCE = 1.0
 # What a stream says whose reader has ended.
 _NO_READER = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
-
-
-def say(text: str) -> None:
-  """Prints a line of what a command is asked for, on stdout."""
-  _print(text, sys.stdout)
-
-
-def warn(text: str) -> None:
-  """Prints a line about what happens meanwhile, or went wrong, on stderr."""
-  _print(text, sys.stderr)
-
-
-def hand_over(content: bytes) -> None:
-  """Writes what is for other programs, as it is, to stdout.
-
-  A terminal gets it as `say` would print it.
-  """
-  if sys.stdout is not None and sys.stdout.isatty():
-    say(content.decode(errors="replace").removesuffix("\n"))
-  else:
-    _write(content, sys.stdout)
 
 
 def printable(text: str, encoding: str | None = None) -> str:
@@ -73,6 +50,24 @@ def one_line(text: object) -> str:
   return text.replace("\t", "\\t").replace("\n", "\\n")
 
 
+def say(text: str) -> None:
+  """Prints a line of what a command is asked for, on stdout."""
+  _print(f"{text}\n", sys.stdout)
+
+
+def warn(text: str) -> None:
+  """Prints a line about what happens meanwhile, or went wrong, on stderr."""
+  _print(f"{text}\n", sys.stderr)
+
+
+def hand_over(content: bytes) -> None:
+  """Writes what is for other programs as it is, but to a terminal as `say`."""
+  if sys.stdout is not None and sys.stdout.isatty():
+    say(content.decode(errors="replace").removesuffix("\n"))
+  else:
+    _write(content, sys.stdout)
+
+
 class Live:
   """stderr for a bar that draws over itself: left out if its reader is late."""
 
@@ -92,18 +87,37 @@ class Live:
     """Draws."""
     outlet = _outlet(self._stream)
     if not outlet or outlet.last.is_set():
-      content = text.encode(self.encoding, "backslashreplace")
-      _write(content, self._stream)
+      _write(text.encode(self.encoding, "backslashreplace"), self._stream)
     return len(text)
 
   def flush(self) -> None:
     """Does nothing: what is written is flushed."""
 
 
-class _Outlet:
-  """Writes to a file descriptor in a thread of its own, in order.
+def _print(text: str, stream: io.TextIOBase | None) -> None:
+  encoding = getattr(stream, "encoding", None) or "utf-8"
+  _write(printable(text, encoding).encode(encoding), stream)
 
-  By the descriptor: the locks of Python's streams would be held by who waits.
+
+def _write(content: bytes, stream: io.TextIOBase | None) -> None:
+  # There is none where it was closed before the start.
+  if stream is None or stream.closed:
+    return
+  if outlet := _outlet(stream):
+    # What others printed comes first; a thread must not wait for their lock.
+    if threading.current_thread() is threading.main_thread():
+      with contextlib.suppress(OSError):
+        stream.flush()
+    outlet.write(content)
+  else:
+    stream.write(content.decode(stream.encoding or "utf-8", "replace"))
+    stream.flush()
+
+
+class _Outlet:
+  """Writes to a file descriptor, in a thread of its own.
+
+  Not to Python's stream, whose lock would be held by who waits.
   """
 
   def __init__(self, number: int):
@@ -112,8 +126,7 @@ class _Outlet:
     self.last = threading.Event()
     self.last.set()
     self._number = number
-    self._waiting: queue.SimpleQueue[tuple[bytes, threading.Event]]
-    self._waiting = queue.SimpleQueue()
+    self._waiting = queue.SimpleQueue()  # of content and of an Event
     self._thread = threading.Thread()
 
   def write(self, content: bytes) -> None:
@@ -143,8 +156,6 @@ class _Outlet:
 
 
 _outlets: dict[io.TextIOBase, _Outlet] = {}
-_readers_wanted = threading.Event()
-_readers_wanted.set()
 
 
 def _outlet(stream: io.TextIOBase | None) -> _Outlet | None:
@@ -156,24 +167,8 @@ def _outlet(stream: io.TextIOBase | None) -> _Outlet | None:
   return _outlets[stream]
 
 
-def _print(text: str, stream: io.TextIOBase | None) -> None:
-  encoding = getattr(stream, "encoding", None) or "utf-8"
-  _write(printable(f"{text}\n", encoding).encode(encoding), stream)
-
-
-def _write(content: bytes, stream: io.TextIOBase | None) -> None:
-  # There is none where it was closed before the start.
-  if stream is None or stream.closed:
-    return
-  if outlet := _outlet(stream):
-    # What others printed comes first; a thread must not wait for their lock.
-    if threading.current_thread() is threading.main_thread():
-      with contextlib.suppress(OSError):
-        stream.flush()
-    outlet.write(content)
-  else:
-    stream.write(content.decode(stream.encoding or "utf-8", "replace"))
-    stream.flush()
+_readers_wanted = threading.Event()
+_readers_wanted.set()
 
 
 def stop_waiting() -> None:
@@ -207,8 +202,7 @@ def _finish() -> None:
 def occupy() -> None:
   """Gives the null device to standard streams that are closed.
 
-  Else the next file that is opened would become one, and what libraries print
-  would get into it.
+  Else the next file that is opened would get what libraries print.
   """
   for number in range(3):
     try:

@@ -20,8 +20,7 @@ _FREE = (
   "config.layout.",
   # How long: no schedule looks ahead to the end.
   "config.train.steps.",
-  # When to look and to save, and what to keep. A validation draws nothing and
-  # changes nothing; the best is the best of those that were validated.
+  # When to look and to save, and what to keep: a validation changes nothing.
   *(f"config.train.{each}_every." for each in ("log", "eval", "checkpoint")),
   "config.train.keep.",
 )
@@ -51,7 +50,7 @@ def is_run(workdir: files.Path) -> bool:
 def recall(workdir: files.Path) -> dict[str, Any]:
   """Reads the values of the config that a workdir was made with.
 
-  OSError or ValueError where it is no workdir of a run, or the file is damaged.
+  FileNotFoundError where it is none, ValueError where the file is damaged.
   """
   if not is_run(workdir):
     raise FileNotFoundError(
@@ -117,9 +116,8 @@ def remember(
 ) -> None:
   """Makes a workdir that of a run: writes its config, vocabulary and text.
 
-  To be called when all else has shown to be sound, so that a mistake in a
-  config does not stay in the way of its correction. Of a run that goes on it
-  writes what of its config may change, and removes the result of its end so
+  To be called when all else has shown to be sound. Of a run that goes on it
+  writes what of its config has changed, and removes the result of its end so
   far. `text` has the digest of each split.
   """
   if not is_run(workdir):
@@ -135,16 +133,14 @@ def remember(
 def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
   """Reads the vocabulary that a run was made with, and takes no other one."""
   path, noted = workdir / kind.FILE, workdir / DIGEST_FILE
-  if not files.exists(path):
-    raise FileNotFoundError(
-      f"{path} is gone, without which a run cannot know its words; {_BACK}"
-    )
   try:
     found = kind.load(path)
-  except ValueError as error:
-    raise ValueError(
-      f"{error}: it is not the file that the run was trained with; {_BACK}"
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f"{path} is gone, without which a run cannot know its words; {_BACK}"
     ) from None
+  except ValueError as error:
+    raise ValueError(f"{error}; {_BACK}") from None
   # Runs of older versions noted none.
   if files.exists(noted):
     own = files.read(noted).decode(errors="replace").strip()
@@ -159,10 +155,7 @@ def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
 def _changes(
   values: Mapping[str, Any], workdir: files.Path
 ) -> Iterator[tuple[str, Any, Any]]:
-  """Yields the fields that differ from the workdir's: name, there, now.
-
-  A name is that of the sections within sections, "config.train.steps.".
-  """
+  """Yields fields that differ: name ("config.train.steps."), there, now."""
 
   def flat(values, name):
     if not isinstance(values, dict):
@@ -170,10 +163,8 @@ def _changes(
     inner = (flat(value, f"{name}{key}.") for key, value in values.items())
     return {k: v for fields in inner for k, v in fields.items()}
 
-  old, new = (
-    flat(each, "config.")
-    for each in (recall(workdir), json.loads(_as_json(values)))
-  )
+  old = flat(recall(workdir), "config.")
+  new = flat(json.loads(_as_json(values)), "config.")
   for name in sorted(old | new):
     if old.get(name) != new.get(name):
       yield name, old.get(name), new.get(name)

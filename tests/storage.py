@@ -22,18 +22,12 @@ _PATH = re.compile(
 
 
 class Bucket:
-  """Objects by name; what is done to them is done by one thread at a time.
-
-  Attributes:
-    objects: content and generation of each.
-    address: of the server, for `environment`.
-    refuses: is asked before everything (method, name of the object); where it
-      says so, that is forbidden.
-  """
+  """Objects by name; what is done to them is done by one thread at a time."""
 
   def __init__(self, address):
-    self.objects = {}
+    self.objects = {}  # content and generation of each
     self.address = address
+    # Is asked before all that is done whether that is forbidden.
     self.refuses = lambda method, name: False
     self._next = itertools.count(time.time_ns())
     self._uploads = {}
@@ -65,13 +59,13 @@ class Bucket:
     """Returns (status, what to send, further headers)."""
     found = _PATH.fullmatch(path)
     if not found or found["bucket"] != NAME:
-      return 404, _error(404, "The specified bucket does not exist."), {}
+      return _error(404)
     name = found["name"] and urllib.parse.unquote(found["name"])
     with self._lock:
       if found[1] == "/upload":
         return self._upload(query, headers, body)
       if name and self.refuses(method, name):
-        return 403, _error(403, "forbidden"), {}
+        return _error(403)
       if found[3] is None:
         return 200, {"name": NAME, "id": NAME, "location": "US"}, {}
       if name is None:
@@ -79,12 +73,12 @@ class Bucket:
       if method == "POST":
         name, _, other = name.partition("/moveTo/o/")
         if name not in self.objects:
-          return 404, _error(404, f"No such: {name}"), {}
+          return _error(404)
         self.put(other, self.objects.pop(name)[0])
         return 200, self._about(other), {}
       refused = self._refused(name, query)
       if refused or name not in self.objects:
-        return refused or 404, _error(refused or 404, f"No such: {name}"), {}
+        return _error(refused or 404)
       if method == "DELETE":
         del self.objects[name]
         return 204, b"", {}
@@ -109,7 +103,7 @@ class Bucket:
     begin = int(first) if first else max(0, len(content) - int(last))
     end = min(int(last) + 1 if first and last else len(content), len(content))
     if begin >= len(content):
-      return 416, _error(416, "out of range"), {}
+      return _error(416)
     about["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
     return 206, content[begin:end], about
 
@@ -137,9 +131,9 @@ class Bucket:
       )
       name = json.loads(about)["name"]
     if self.refuses("POST", name):
-      return 403, _error(403, "forbidden"), {}
+      return _error(403)
     if self._refused(name, query):
-      return 412, _error(412, "conditionNotMet"), {}
+      return _error(412)
     self.put(name, body)
     return 200, self._about(name), {}
 
@@ -170,8 +164,8 @@ class Bucket:
     }
 
 
-def _error(status, message):
-  return {"error": {"code": status, "message": message}}
+def _error(status):
+  return status, {"error": {"code": status, "message": "refused"}}, {}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -32,7 +32,7 @@ def odd(folder, kind):
   return path, target
 
 
-MODES = ["rb", "ab", "r+b", "a+b", "xb"]
+MODES = ["rb", "ab", "a+b", "xb"]
 ODD = itertools.product(["pipe", "folder", "device"], MODES)
 LINKS = itertools.product(["link", "dangling"], MODES[1:])
 
@@ -47,7 +47,7 @@ def test_only_regular_files_are_opened(kind, mode, tmp_path):
   assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "device"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe"])
 def test_what_is_written_whole_replaces_what_was_there(kind, tmp_path):
   path, target = odd(tmp_path, kind)
   files.write_whole(path, "new")
@@ -82,15 +82,17 @@ def test_a_write_is_on_the_disk_before_its_name_or_leaves_the_old(
   assert done == ["file", "file", "rename", "folder"]
 
 
-def test_drafts_of_a_kill_are_removed_and_nothing_else(tmp_path):
-  code = (
-    "import os, pathlib, sys\nfrom moejax import files\n"
-    "os.fsync = lambda number: os.kill(os.getpid(), 9)\n"
-    "files.write_whole(pathlib.Path(sys.argv[1]), 'new')"
-  )
+def test_drafts_of_a_kill_are_removed_and_nothing_else(monkeypatch, tmp_path):
   own = tmp_path / "paper.draft"
   own.touch()
-  subprocess.run([sys.executable, "-c", code, tmp_path / "file"], check=False)
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(os, "fsync", killed)
+    patch.setattr(pathlib.Path, "unlink", killed)
+    files.write_whole(tmp_path / "file", "new")
   assert len(list(tmp_path.iterdir())) == 2
   files.remove_drafts(tmp_path)
   assert list(tmp_path.iterdir()) == [own]
@@ -102,7 +104,6 @@ def test_drafts_of_a_kill_are_removed_and_nothing_else(tmp_path):
     (b" \n", "is empty"),
     (b'{"a": ', "is no JSON"),
     (b"[1]", "holds list, not an object"),
-    (b"NaN", "holds float"),
     (b"\xff", "is no JSON"),
     (b'{"a":' * 10**5, "is no JSON"),
     (b'{"a": ' + b"9" * 9999 + b"}", "is no JSON"),
@@ -135,8 +136,10 @@ def test_odd_things_in_folders(kind, tmp_path):
     files.refuse_odd_in(tmp_path / "link", True)
 
 
+# -- locks --------------------------------------------------------------------
+
 ENTERS = """
-import os, pathlib, sys
+import pathlib, sys
 from moejax import files
 path, inside = map(pathlib.Path, sys.argv[1:])
 for _ in range(100):
@@ -154,21 +157,12 @@ def test_a_lock_that_is_removed_and_made_anew_is_one(tmp_path):
   assert [process.wait() for process in several] == [0, 0, 0]
 
 
-def test_a_lock_that_is_held_is_refused_or_shared(tmp_path):
-  path = tmp_path / "lock"
-  others = {"path": path, "wait": False}
-  refused = pytest.raises(BlockingIOError)
-  with files.locked(path):
-    for shared in (False, True):
-      with refused, files.locked(**others, shared=shared):
+def test_a_lock_that_is_held_is_refused(tmp_path):
+  for _ in range(2):
+    with files.locked(tmp_path / "lock", wait=False):
+      refused = pytest.raises(BlockingIOError)
+      with refused, files.locked(tmp_path / "lock", wait=False):
         pass
-  with files.locked(path, shared=True):
-    with files.locked(**others, shared=True):
-      pass
-    with refused, files.locked(**others):
-      pass
-  with files.locked(**others):
-    pass
 
 
 def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
@@ -184,31 +178,24 @@ def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
 
 # -- what a user writes for a path --------------------------------------------
 
-HOME = pathlib.Path("/home/me")
-
 
 @pytest.mark.parametrize(
   "text, meant",
   [
-    ("~", HOME),
-    ("~/runs/x", HOME / "runs/x"),
-    ("~root/x", pathlib.Path(pwd.getpwnam("root").pw_dir) / "x"),
-    ("./~/runs", pathlib.Path("~/runs")),
-    ("runs/x~", pathlib.Path("runs/x~")),
-    ("file:///srv/a%20b", pathlib.Path("/srv/a b")),
-    ("FILE://localhost/srv/x", pathlib.Path("/srv/x")),
-    ("file:/srv/x#1", pathlib.Path("/srv/x#1")),
-    ("file:///~/x", pathlib.Path("/~/x")),
-    ("a:b", pathlib.Path("a:b")),
-    ("./gs:/b", pathlib.Path("gs:/b")),
-    ("/srv/gs://b", pathlib.Path("/srv/gs:/b")),
-    ("", pathlib.Path("")),
+    ("~", "/home/me"),
+    ("~/runs/x", "/home/me/runs/x"),
+    ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"),
+    ("./~/runs", "~/runs"),
+    ("runs/x~", "runs/x~"),
+    ("a:b", "a:b"),
+    ("./gs:/b", "gs:/b"),
+    ("/srv/gs://b", "/srv/gs:/b"),
+    ("", ""),
   ],
 )
 def test_a_path_is_the_one_that_is_meant(monkeypatch, text, meant):
-  monkeypatch.setenv("HOME", str(HOME))
-  assert files.path(text) == meant
-  assert files.local(text) == meant
+  monkeypatch.setenv("HOME", "/home/me")
+  assert files.path(text) == files.local(text) == pathlib.Path(meant)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +204,7 @@ def test_a_path_is_the_one_that_is_meant(monkeypatch, text, meant):
     ("~nobody-of-this-name/x", "home folder that this machine does not know"),
     ("s3://bucket/x", r"no place that .* gs://BUCKET/FOLDER"),
     ("gs:/bucket/x", r"no place that .* \./gs:"),
-    ("file://host/x", "no place that"),
-    ("file://~/x", "no place that"),
-    ("file:///a%00b", "NUL"),
+    ("file:///home/x", "no place that"),
     ("a\0b", "NUL"),
   ],
 )
@@ -228,12 +213,8 @@ def test_what_is_no_path_is_refused(text, said):
     files.path(text)
 
 
-@pytest.mark.parametrize("text", ["gs://bucket/x.txt", "GS://bucket/x.txt"])
-def test_what_is_read_on_a_disk_alone_is_refused_in_a_bucket(text):
+@pytest.mark.parametrize("text", ["gs://bucket/x/", "GS://bucket//x"])
+def test_a_bucket_is_one_however_its_scheme_is_written(text):
+  assert str(files.path(text)) == "gs://bucket/x"
   with pytest.raises(ValueError, match="in a bucket, where a run can live"):
     files.local(text)
-
-
-def test_a_bucket_is_one_however_its_scheme_is_written():
-  for text in ("gs://bucket/x/", "GS://bucket//x"):
-    assert str(files.path(text)) == "gs://bucket/x"

@@ -347,7 +347,7 @@ def test_a_file_comes_before_a_packaged_config(
 @pytest.mark.parametrize(
   "flags, complaint",
   [
-    (["data.train=no.txt"], "no.txt does not exist"),
+    (["data.train=no.txt"], "no.txt: No such file or directory"),
     (["data.train=no*.txt"], "no*.txt matches no file"),
     (["data.kind=sotu"], "set config.data.kind=text"),
     (["data.kind=prose", "data.train="], "prose"),

@@ -15,35 +15,36 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("print_line", [terminal.say, terminal.warn])
-def test_text_of_users_is_escaped(monkeypatch, print_line):
-  stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+@pytest.mark.parametrize(
+  "encoding, text, shown",
+  [
+    (
+      "latin-1",
+      "été 世界\x1b[2J\x9b1m\u202eabc\r\tx\ny",
+      "été \\u4e16\\u754c\\x1b[2J\\x9b1m\\u202eabc\\r\tx\ny\n",
+    ),
+    # As file names that are not UTF-8 are read.
+    *(
+      (encoding, "x\udcff\u2028", "x\\udcff\\u2028\n")
+      for encoding in ("ascii", "cp437", "utf-8")
+    ),
+  ],
+)
+def test_text_of_users_is_escaped(
+  monkeypatch, print_line, encoding, text, shown
+):
+  stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
   monkeypatch.setattr(sys, "stdout", stream)
   monkeypatch.setattr(sys, "stderr", stream)
-  print_line("été 世界\x1b[2J\x9b1m\u202eabc\r\tx\ny")
+  print_line(text)
   stream.seek(0)
-  shown = "été \\u4e16\\u754c\\x1b[2J\\x9b1m\\u202eabc\\r\tx\ny\n"
   assert stream.read() == shown
 
 
-@pytest.mark.parametrize(
-  "text, shown",
-  [
-    ("a\nb\tc\u2028", "a\\nb\\tc\u2028"),
-    ("x" * 2_000_000, "x" * 1000 + "... (2,000,000 characters)"),
-  ],
-)
-def test_text_of_users_stays_one_line(text, shown):
-  assert terminal.one_line(text) == shown
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
-def test_nothing_fails_in_an_encoding(monkeypatch, encoding):
-  stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-  monkeypatch.setattr(sys, "stdout", stream)
-  # As file names that are not UTF-8 are read.
-  terminal.say(b"x\xff".decode("utf-8", "surrogateescape") + "世\u2028█")
-  stream.seek(0)
-  assert stream.read().startswith("x\\udcff")
+def test_text_of_users_stays_one_line():
+  assert terminal.one_line("a\nb\tc\u2028") == "a\\nb\\tc\u2028"
+  shown = "x" * 1000 + "... (2,000,000 characters)"
+  assert terminal.one_line("x" * 2_000_000) == shown
 
 
 def test_without_a_stream_nothing_is_printed(monkeypatch):
@@ -53,6 +54,9 @@ def test_without_a_stream_nothing_is_printed(monkeypatch):
   monkeypatch.setattr(sys, "stderr", None)
   terminal.warn("nor that")
   assert not terminal.Live().isatty()
+
+
+# -- readers ------------------------------------------------------------------
 
 
 def start(code, **streams):
@@ -90,28 +94,18 @@ def test_a_reader_that_stops_holds_nothing_up(pipe):
 
 
 def test_a_bar_is_left_out_while_its_reader_is_late(pipe):
+  """Nor does the end wait for it, where it must not."""
   reader, writer = pipe
   code = (
     "live = terminal.Live()\n"
     "for i in range(10_000): live.write('a bar that draws over itself\\r')\n"
-    "terminal.say('went on')"
+    "terminal.warn('after')\nterminal.say('went on')\nterminal.stop_waiting()"
   )
   process = start(code, stdout=subprocess.PIPE, stderr=writer)
+  assert process.communicate()[0] == b"went on\n"
+  assert process.returncode == 0
   os.close(writer)
-  assert process.stdout.readline() == b"went on\n"
   assert len(read(reader)) < 10_000
-  assert process.wait() == 0
-  process.stdout.close()
-
-
-def test_the_end_waits_for_no_reader_where_it_must_not(pipe):
-  reader, writer = pipe
-  code = (
-    "for i in range(1000): terminal.say(f'line {i}')\nterminal.stop_waiting()"
-  )
-  assert start(code, stdout=writer).wait() == 0
-  for end in (reader, writer):
-    os.close(end)
 
 
 def test_a_reader_that_ends_is_no_error(pipe):
@@ -134,34 +128,34 @@ def test_a_stream_that_does_not_block_is_written_whole(pipe):
   assert process.wait() == 0
 
 
-def command_line(shell):
-  """Runs `moejax`, $moejax, in a line of the shell."""
-  environment = os.environ | {"moejax": f"{sys.executable} -m moejax"}
-  command = ["bash", "-c", f"set -o pipefail; {shell}"]
-  return subprocess.run(
-    command, cwd=ROOT, env=environment, capture_output=True, text=True
+# -- the command line ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "line, status, out, error",
+  [
+    # A reader that has enough.
+    ("$moejax --help | head -1", 0, "usage: moejax COMMAND [FLAGS]\n", ""),
+    (
+      "$moejax --help > /dev/full",
+      1,
+      "",
+      "standard output could not be written (No space left",
+    ),
+    ("$moejax --help <&- >&- 2>&-", 0, "", ""),
+    # Else a file of the run would get what libraries print.
+    ("$python -c '$closed' >&-", 0, "", ""),
+    ("$python -c '$closed' <&- >&- 2>&-", 0, "", ""),
+  ],
+)
+def test_streams_of_a_shell(line, status, out, error):
+  closed = (
+    "import os; from moejax import terminal; terminal.occupy();"
+    ' assert os.open("setup.py", os.O_RDONLY) > 2; terminal.say("unheard")'
   )
-
-
-def test_help_ends_quietly_before_a_reader_that_has_enough():
-  done = command_line("$moejax --help | head -1")
-  assert (done.returncode, done.stderr) == (0, "")
-  assert done.stdout == "usage: moejax COMMAND [FLAGS]\n"
-
-
-def test_a_full_disk_is_told():
-  done = command_line("$moejax --help > /dev/full")
-  assert done.returncode == 1
-  assert "standard output could not be written (No space left" in done.stderr
-
-
-def test_streams_that_are_closed_are_no_files_of_ours():
-  """Else a file of the run would get what libraries print."""
-  code = (
-    "import os, sys; from moejax import terminal; terminal.occupy();"
-    "assert os.open('setup.py', os.O_RDONLY) > 2; terminal.say('unheard')"
-  )
-  shell = f'{sys.executable} -c "{code}"'
-  assert command_line(f"{shell} >&-").returncode == 0
-  assert command_line(f"{shell} <&- >&- 2>&-").returncode == 0
-  assert command_line("$moejax --help <&- >&- 2>&-").returncode == 0
+  line = line.replace("$moejax", "$python -m moejax")
+  line = line.replace("$python", sys.executable).replace("$closed", closed)
+  command = ["bash", "-c", f"set -o pipefail; {line}"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (status, out)
+  assert error in done.stderr and bool(error) == bool(done.stderr)

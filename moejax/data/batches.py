@@ -31,14 +31,11 @@ def train_batches(
   """Iterates over this process's part of the training batches.
 
   Rows come as their `order` has them: without end, or until one would be read
-  more than `passes` times. Batches run across the end of an epoch, so no row is
-  left out but, in the end, those that are less than a batch. The parts of all
-  processes, each array [batch_size / process_count, L], one after the other,
-  are the same batch for any process_count. The iterator's state is
-  {"next_index": step}, from `get_state()` and for `set_state()`.
-
-  Raises:
-    ValueError: batch_size does not divide, or there are fewer rows.
+  more than `passes` times. Batches run across the end of an epoch. The parts of
+  all processes, each array [batch_size / process_count, L], one after the
+  other, are the same batch for any process_count. The iterator's state is
+  {"next_index": step}, from `get_state()` and for `set_state()`. ValueError
+  where batch_size does not divide, or there are fewer rows.
   """
   order = rows.order(seed, passes)
   if min(len(rows), len(order)) < batch_size:
@@ -64,9 +61,7 @@ def eval_batches(
 
   The last batch is filled up with rows of padding, so all processes see the
   same number of batches of the same shape, and every word counts once.
-
-  Raises:
-    ValueError: batch_size does not divide over the processes.
+  ValueError where batch_size does not divide over the processes.
   """
   full = -(-len(rows) // batch_size) * batch_size
   order = grain.MapDataset.range(full).map(
@@ -75,12 +70,7 @@ def eval_batches(
   return _iterate(order, batch_size, process_index, process_count)
 
 
-def _iterate(
-  rows: grain.MapDataset,
-  batch_size: int,
-  process_index: int,
-  process_count: int,
-) -> grain.DatasetIterator:
+def _iterate(rows, batch_size, process_index, process_count):
   """Batches this process's share: of each P consecutive shares the p-th."""
   if batch_size % process_count:
     raise ValueError(
@@ -142,56 +132,49 @@ def source_rows(
   """Yields lines as N rows for decoding, those of like length together.
 
   A source is its tag, if there is one, the line, and `</s>`. A line that does
-  not fit is cut by `cut`. One without words yields nothing. Rows are as long as
-  the next power of 2, 16 or more and source_length at most, so that there are
-  few shapes to compile. Batches of one length come as they get full; the last
-  of each is filled with rows of padding. As no text of pairs has a tab, nor
-  space at its ends (`tfds_corpora.PairFiles`), lines lose these: a tab becomes
-  a space.
-
-  Raises:
-    ValueError: as `check_length`.
+  not fit is cut by `cut`; one without words yields nothing. Rows are as long as
+  the next power of 2, 16 or more and source_length (see `check_length`) at
+  most, so that there are few shapes to compile. Batches of one length come as
+  they get full. Lines lose tabs and space at their ends, as no pair has them.
   """
-  check_length(source_length)
+
+  def batch(rows, places):
+    source = np.zeros((batch_size, places), np.int32)
+    segment = np.zeros_like(source)
+    start = np.zeros(source.shape, np.bool_)
+    start[:, 0] = True
+    line = np.full(batch_size, -1, np.int64)
+    part = np.zeros(batch_size, np.int64)
+    for row, (line[row], part[row], ids) in enumerate(rows):
+      source[row, : len(ids)] = ids
+      segment[row, : len(ids)] = 1
+      start[row, len(ids) : len(ids) + 1] = True
+    return SourceRows(source, segment, start, line, part)
+
   first = [] if tag is None else [tag]
-  limit = source_length - len(first) - 1
   waiting: dict[int, list[tuple[int, int, list[int]]]] = {}
   for number, line in enumerate(lines):
-    line = line.strip().replace("\t", " ")
-    for part, some in enumerate(cut(pieces, line, limit)):
-      ids = [*first, *pieces.encode(some), pieces.end]
+    parts = cut(
+      pieces, line.strip().replace("\t", " "), source_length - len(first) - 1
+    )
+    for part, text in enumerate(parts):
+      ids = [*first, *pieces.encode(text), pieces.end]
       power = 1 << (len(ids) - 1).bit_length()
       places = min(max(power, _SHORTEST), source_length)
       rows = waiting.setdefault(places, [])
       rows.append((number, part, ids))
       if len(rows) == batch_size:
-        yield _batch(waiting.pop(places), places, batch_size)
+        yield batch(waiting.pop(places), places)
   for places, rows in sorted(waiting.items()):
-    yield _batch(rows, places, batch_size)
-
-
-def _batch(
-  rows: list[tuple[int, int, list[int]]], places: int, batch_size: int
-) -> SourceRows:
-  source = np.zeros((batch_size, places), np.int32)
-  segment = np.zeros_like(source)
-  start = np.zeros(source.shape, np.bool_)
-  start[:, 0] = True
-  line = np.full(batch_size, -1, np.int64)
-  part = np.zeros(batch_size, np.int64)
-  for row, (line[row], part[row], ids) in enumerate(rows):
-    source[row, : len(ids)] = ids
-    segment[row, : len(ids)] = 1
-    start[row, len(ids) : len(ids) + 1] = True
-  return SourceRows(source, segment, start, line, part)
+    yield batch(rows, places)
 
 
 def cut(pieces: Pieces, line: str, limit: int) -> list[str]:
-  """Cuts a line into the longest parts of at most `limit` pieces.
+  """Cuts a line into the longest parts of at most `limit` pieces, 5 or more.
 
   It is cut between sentences, of whatever script; a sentence that is too long
   alone, between words; a word that is, anywhere. Joined, the parts are the line
-  again, up to spaces. The limit is 5 or more, as one letter may take.
+  again, up to spaces.
   """
   length = len(pieces.encode(line))
   if not length or not line.strip():

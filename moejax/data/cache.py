@@ -19,7 +19,6 @@ from moejax import files as files_lib
 from moejax import terminal
 
 _RECORD = "record.json"
-Types = Mapping[str, type[np.generic]]
 
 
 class Cached(NamedTuple):
@@ -44,9 +43,7 @@ def key(folder: pathlib.Path, *parts: object) -> str:
   """Digests all that something made of a prepared corpus depends on.
 
   Of the prepared files only names, sizes and times: TFDS never changes a copy
-  in place, and to read lm1b takes longer than all else at a start. Bytes that a
-  disk has changed there array_record finds, by sums of its own, when it reads
-  them.
+  in place, and array_record finds changed bytes by sums of its own.
   """
   found = list(parts)
   for path in sorted(folder.iterdir()):
@@ -57,7 +54,7 @@ def key(folder: pathlib.Path, *parts: object) -> str:
 
 def cached(
   folder: pathlib.Path | None,
-  types: Types,
+  types: Mapping[str, type[np.generic]],
   write: Callable[..., None],
   what: str,
 ) -> Cached:
@@ -65,14 +62,14 @@ def cached(
 
   All of them are read, as a changed id would train as well as any: about a
   second for each GB. Of several processes one makes them while the others wait.
-  They are made in memory where nothing can be written or read, which is warned
-  of, or no folder is given.
+  They are made in memory where nothing can be written or read, or without a
+  folder.
 
   Args:
     folder: of these arrays alone.
     types: of each array, by name.
     write: writes the arrays, to a file each, in the order of `types`.
-    what: is done, for the warning.
+    what: is done, to tell.
   """
   if folder is not None:
     try:
@@ -92,12 +89,8 @@ def cached(
   return Cached(arrays, {n: digest(a) for n, a in arrays.items()}, None)
 
 
-def _found(folder: pathlib.Path, types: Types) -> Cached | None:
-  """Maps the arrays; None where they are not there, or not as written.
-
-  Raises:
-    OSError: they cannot be read, which does not say that they are damaged.
-  """
+def _found(folder, types) -> Cached | None:
+  """Maps the arrays; None where they are not there, or not as written."""
   try:
     # Any other kind of file may block whoever opens it.
     if not all((folder / name).is_file() for name in (_RECORD, *types)):
@@ -114,9 +107,7 @@ def _found(folder: pathlib.Path, types: Types) -> Cached | None:
   return Cached(arrays, {name: record[name] for name in types}, folder)
 
 
-def _record(
-  folder: pathlib.Path, types: Types, at: pathlib.Path
-) -> dict[str, str]:
+def _record(folder, types, at) -> dict[str, str]:
   """Digests the files of a folder, and says `at` which place they belong."""
   record = {"of": f"{at.parent.name}/{at.name}"}
   for name in types:
@@ -127,9 +118,7 @@ def _record(
   return record
 
 
-def _make(
-  folder: pathlib.Path, types: Types, write: Callable[..., None], what: str
-) -> Cached:
+def _make(folder, types, write, what) -> Cached:
   """Writes the arrays into a draft, renames it to the folder and maps it."""
   if folder.exists():
     terminal.warn(f"{folder} is damaged; it is made anew")

@@ -14,7 +14,7 @@ from moejax import terminal
 from moejax.data import packing, text_files, tfds_corpora
 from moejax.data.packing import Direction, Pairs, Rows, Tokenizer, Tokens
 from moejax.data.pieces import Pieces
-from moejax.data.tfds_corpora import DataDir, Records
+from moejax.data.tfds_corpora import Records
 from moejax.data.vocab import TokenizedVocabulary, Vocabulary
 from moejax.named import Names, Paths, Size
 
@@ -31,10 +31,8 @@ class Corpus(NamedTuple):
     pairs: split -> what there is for each direction of translation; of a
       language model, the sentences.
     row_length: places L of a row's targets.
-    batch_size: rows B of a batch, over all devices. The paper counts a batch in
-      words (of the target): that is B x L, of which packing leaves less than
-      one in a hundred empty where rows are longer than most sentences, and the
-      target fills its rows before the source does.
+    batch_size: rows B of a batch, over all devices: what the paper counts in
+      words (of the target) is B x L, but for what packing leaves empty.
     source_length: places M of a row's sources; 0 for a language model.
     temperature: of sampling directions, see `packing.MultiDirection`.
   """
@@ -58,19 +56,16 @@ class Corpus(NamedTuple):
   def rows(self, split: str) -> Rows:
     """Packs a split into rows; what is made of a prepared corpus is cached.
 
-    Says how many sentences are in no row, and warns of words that are too few,
-    or too often unknown, to be words.
+    Says how many sentences are in no row, and warns of many unknown words.
     """
-    parts = []
-    for pairs, tokens in zip(
-      self.pairs[split], self.tokens(split), strict=True
-    ):
-      rows = packing.PackedRows(
-        tokens, self.vocabulary, self.row_length, self.source_length
-      )
+    lengths = self.row_length, self.source_length
+    parts = [
+      packing.PackedRows(tokens, self.vocabulary, *lengths)
+      for tokens in self.tokens(split)
+    ]
+    for pairs, rows in zip(self.pairs[split], parts, strict=True):
       if rows.left_out:
         terminal.warn(f"{pairs}: {rows.left_out}")
-      parts.append(rows)
     if self.source_length:
       return packing.MultiDirection(parts, self.temperature)
     (rows,) = parts
@@ -87,28 +82,34 @@ class Corpus(NamedTuple):
 # -- files of pairs -----------------------------------------------------------
 
 NO_LANGUAGES = Direction("source", "target")
-_NAMED = re.compile(r"(\w+(?:-\w+)+)=(.+)")
-# What may be meant to be named; a path has a point or a slash soon.
-_MEANT = re.compile(r"([^=./\\]*)=(.*)")
+# A name "LANGUAGES=PATH"; a path has a point or a slash soon.
+_NAMED = re.compile(r"([^=./\\]*)=(.*)")
+# Two languages, whose subtags come after "_"; or after "-", where a language
+# begins in small letters and a script or country does not, as ISO writes them.
+_LANGUAGE = r"([a-z]\w*(?:-[A-Z\d]\w*)*)"
+_LANGUAGES = re.compile(rf"(\w+)-(\w+)|{_LANGUAGE}-{_LANGUAGE}")
 
 
 def named_files(value: str | Sequence[str]) -> dict[Direction, list[str]]:
   """Reads "en-fr=a.tsv.xz,en-de=b.tsv": files, parted by commas, by direction.
 
-  A plain path, whose languages do not matter, is of `NO_LANGUAGES`; one that
-  would pass for a named file begins with "./". ValueError where some paths are
-  plain and others are not, or languages can be understood in two ways.
+  A plain path, whose languages do not matter, is of `NO_LANGUAGES`; "./" begins
+  one that would pass for a named file. ValueError where only some are named, or
+  languages cannot be told.
   """
   files: dict[Direction, list[str]] = {}
   for item in text_files.find(value):
     direction, path = NO_LANGUAGES, item
-    if named := _NAMED.fullmatch(item):
-      direction, path = _direction(named[1], item), named[2]
-    elif (meant := _MEANT.match(item)) and not pathlib.Path(item).exists():
-      raise ValueError(
-        f"{item} is no file, nor is {meant[1]!r} two languages; name them as in"
-        f" en-fr={meant[2]}"
-      )
+    if (named := _NAMED.fullmatch(item)) and not pathlib.Path(item).exists():
+      path = named[2]
+      if not path or not (languages := _LANGUAGES.fullmatch(named[1])):
+        raise ValueError(
+          f"{item} is no file, nor is {named[1]!r} two languages; name them as"
+          f" in en-fr={path} or en-pt_BR={path}, or write ./{item} for a file"
+          " of this name"
+        )
+      source, target = filter(None, languages.groups())
+      direction = Direction(source.replace("-", "_"), target.replace("-", "_"))
     files.setdefault(direction, []).append(path)
   if NO_LANGUAGES in files and len(files) > 1:
     path = files.pop(NO_LANGUAGES)[0]
@@ -119,91 +120,12 @@ def named_files(value: str | Sequence[str]) -> dict[Direction, list[str]]:
   return files
 
 
-def _direction(name: str, item: str) -> Direction:
-  """Reads "en-fr", "en-pt_BR" or "en-pt-BR".
-
-  Where subtags come after "-" too, a language begins in small letters and a
-  script or country with a capital, as ISO writes them.
-  """
-  tags = name.split("-")
-  possible = [
-    Direction("_".join(tags[:cut]), "_".join(tags[cut:]))
-    for cut in range(1, len(tags))
-  ]
-  small = [d for d in possible if all(language[0].islower() for language in d)]
-  if len(possible) > 1 and len(small) != 1:
-    raise ValueError(
-      f"{name} in {item} may be {' or '.join(map(str, small or possible))};"
-      f" write the one that is meant, or ./{item} for a file of this name"
-    )
-  return possible[0] if len(possible) == 1 else small[0]
-
-
 def directions(
   files: Iterable[Direction], both_directions: bool
 ) -> list[Direction]:
   """Returns the directions that files of these directions serve."""
   back = [Direction(*each[::-1]) for each in files] if both_directions else []
   return [*files, *back]
-
-
-def open_pairs(
-  train: Mapping[Direction, text_files.Paths],
-  validation: Mapping[Direction, text_files.Paths],
-  test: Mapping[Direction, text_files.Paths],
-  data_dir: DataDir = None,
-  both_directions: bool = False,
-  strict: bool = False,
-) -> dict[str, list[Pairs]]:
-  """Opens the splits of one's own files; prepares them the first time.
-
-  A split for which a direction has no files is carved out of its train files,
-  and of these alone: it says so where directions share a language. ValueError
-  for files of a direction that has none to train on, or that has its own where
-  those of the other one serve it too.
-
-  Returns:
-    split -> what there is for each direction, and for each in return.
-  """
-  splits = {"train": train, "validation": validation, "test": test}
-  for split, files in splits.items():
-    for direction in files:
-      if direction not in train:
-        raise ValueError(
-          f"there are {split} files for {direction}, but the train files are"
-          f" for {', '.join(map(str, train))}; give train files of it as well"
-        )
-  served = directions(train, both_directions)
-  for back in served[len(train) :]:
-    if served.count(back) > 1:
-      raise ValueError(
-        f"there are train files for {back}, and both_directions makes more of"
-        f" those for {Direction(*back[::-1])}; turn the columns of the ones"
-        " around to put them with the others, or set both_directions=False"
-      )
-  carved = [split for split, files in splits.items() if len(files) < len(train)]
-  languages = collections.Counter(itertools.chain.from_iterable(train))
-  shared = [language for language, count in languages.items() if count > 1]
-  if carved and shared:
-    terminal.warn(
-      f"{' and '.join(carved)} are carved out of the files of each direction by"
-      f" itself: a sentence in {' or '.join(shared)} that stands in files of"
-      " several is trained on in one though another holds it out; where there"
-      f" are such, give files for {' and '.join(carved)}",
-    )
-  opened: dict[str, list[Pairs]] = {split: [] for split in splits}
-  # Without any, `PairFiles` says what is missing.
-  for direction in train or [NO_LANGUAGES]:
-    own = {split: files.get(direction, ()) for split, files in splits.items()}
-    builder = tfds_corpora.prepared(
-      functools.partial(tfds_corpora.PairFiles, own, data_dir, strict)
-    )
-    for split, found in opened.items():
-      sides = [Records(builder, split, side) for side in ("source", "target")]
-      found.append(Pairs(direction, split, *sides))
-      if both_directions:
-        found.append(Pairs(Direction(*direction[::-1]), split, *sides[::-1]))
-  return opened
 
 
 def read_pairs(
@@ -233,14 +155,10 @@ def read_lines(paths: text_files.Paths) -> list[str]:
 OfRun = Callable[[type[Tokenizer]], Tokenizer | None]
 
 
-def _local(path: str) -> str:
-  """Returns the path on a disk that is meant, if any is."""
-  return path and str(files_lib.local(path))
-
-
 def _data_dir(path: str) -> str | None:
   """Returns where prepared corpora lie; None for TFDS's own place."""
-  return _local(path or os.environ.get("TFDS_DATA_DIR", "")) or None
+  path = path or os.environ.get("TFDS_DATA_DIR", "")
+  return str(files_lib.local(path)) if path else None
 
 
 def _sentences(texts: Mapping[str, Sequence[str]]) -> dict[str, list[Pairs]]:
@@ -284,12 +202,13 @@ def _prose(
     if kind == "text":
       found = {split: text_files.find(value) for split, value in splits.items()}
       make = functools.partial(tfds_corpora.TextFiles, found)
-    make = functools.partial(make, data_dir=_data_dir(data_dir))
-    builder = tfds_corpora.prepared(make)
+    builder = tfds_corpora.prepared(
+      functools.partial(make, data_dir=_data_dir(data_dir))
+    )
     texts = {split: Records(builder, split) for split in builder.info.splits}
-  vocabulary = of_run(TOKENIZERS[kind])
+  vocabulary = of_run(Vocabulary)
   if vocabulary is None:
-    vocabulary = TOKENIZERS[kind].build(texts["train"], min_count)
+    vocabulary = Vocabulary.build(texts["train"], min_count)
   return Corpus(vocabulary, _sentences(texts), row_length, batch_size)
 
 
@@ -309,34 +228,31 @@ def _lm1b(
 ) -> Corpus:
   """Opens the One Billion Word benchmark (sec. 5.1, app. C.1).
 
-  Nothing is taken from train. TFDS mixes the benchmark's 50 held-out files
-  into one split; a fiftieth of that is validation, and the rest is the test.
-  Published results are of the first of the 50 files alone: given that file, it
-  is the test, and validation does without its sentences.
+  TFDS mixes the benchmark's 50 held-out files into one split; a fiftieth of
+  that is validation, and the rest is the test. Published results are of the
+  first of the 50 alone: given that file, it is the test, and validation does
+  without its sentences.
 
   Args:
     vocab_file: one word a line, the most frequent first.
     vocab_size: entries of the vocabulary.
     test: path of news.en.heldout-00000-of-00050; "" is what TFDS holds out.
   """
-  tokenizer = TOKENIZERS["lm1b"]
-  vocabulary = of_run(tokenizer)
+  vocabulary = of_run(TokenizedVocabulary)
   if vocabulary is None:
-    path = pathlib.Path(_local(vocab_file))
+    path = files_lib.local(vocab_file)
     if not path.is_file():
       raise FileNotFoundError(
         f"config.data.vocab_file is '{vocab_file}', which is no file; give one"
         f" of {vocab_size:,} entries, one a line, frequent first; published"
         " with the benchmark is vocab-2016-09-10.txt, of 793,471"
       )
-    vocabulary = tokenizer.load(path)
+    vocabulary = TokenizedVocabulary.load(path)
     if len(vocabulary) != vocab_size:
-      cure = "the file of that size"
-      if len(vocabulary) > vocab_size:
-        cure = f"its first {vocab_size:,} lines (head -n {vocab_size})"
       raise ValueError(
         f"{path} has {len(vocabulary):,} entries, but config.data.vocab_size is"
-        f" {vocab_size:,}; give {cure}, or the size of that file"
+        f" {vocab_size:,}; give the size of that file, or a file of that size"
+        f" (its first lines: head -n {vocab_size})"
       )
   if files:
     texts = {"data": read_lines(text_files.find(files))}
@@ -348,7 +264,7 @@ def _lm1b(
     parts["test"] = f"test[{few}:]"
     texts = {split: Records(builder, part) for split, part in parts.items()}
     if test:
-      texts["test"] = read_lines([_local(test)])
+      texts["test"] = read_lines([files_lib.local(test)])
       tested = set(texts["test"])
       texts["validation"] = [t for t in texts["validation"] if t not in tested]
   return Corpus(vocabulary, _sentences(texts), row_length, batch_size)
@@ -377,19 +293,62 @@ def _pairs(
     temperature: above 1 small pairs of languages are read more often.
     strict: whether to refuse lines that are no pair, or else leave them out.
   """
-  named = list(map(named_files, (train, validation, test)))
-  known = directions(named[0], both_directions)
-  pairs = _given_pairs(files, known, strict) or open_pairs(
-    *named, _data_dir(data_dir), both_directions, strict
-  )
-  return Corpus(
-    _pieces(of_run, pairs, vocab_size),
-    pairs,
-    row_length,
-    batch_size,
-    source_length,
-    temperature,
-  )
+  splits = {"train": train, "validation": validation, "test": test}
+  splits = {split: named_files(paths) for split, paths in splits.items()}
+  of_train = splits["train"]
+  served = directions(of_train, both_directions)
+  pairs = _given_pairs(files, served, strict)
+  if not pairs:
+    _check_directions(splits, served)
+    pairs = {split: [] for split in splits}
+    # Without any, `PairFiles` says what is missing.
+    for direction in of_train or [NO_LANGUAGES]:
+      own = {split: named.get(direction, ()) for split, named in splits.items()}
+      builder = tfds_corpora.prepared(
+        functools.partial(
+          tfds_corpora.PairFiles, own, _data_dir(data_dir), strict
+        )
+      )
+      for split, found in pairs.items():
+        sides = [Records(builder, split, side) for side in ("source", "target")]
+        found.append(Pairs(direction, split, *sides))
+        if both_directions:
+          found.append(Pairs(Direction(*direction[::-1]), split, *sides[::-1]))
+  vocabulary = _pieces(of_run, pairs, vocab_size)
+  lengths = row_length, batch_size, source_length
+  return Corpus(vocabulary, pairs, *lengths, temperature)
+
+
+def _check_directions(
+  splits: Mapping[str, Mapping[Direction, list[str]]],
+  served: Sequence[Direction],
+) -> None:
+  """Refuses files that do not go together, and warns of what they may share."""
+  train = splits["train"]
+  for split, named in splits.items():
+    for direction in named.keys() - train.keys():
+      raise ValueError(
+        f"there are {split} files for {direction}, but the train files are"
+        f" for {', '.join(map(str, train))}; give train files of it as well"
+      )
+  for back in served[len(train) :]:
+    if served.count(back) > 1:
+      raise ValueError(
+        f"there are train files for {back}, and both_directions makes more of"
+        f" those for {Direction(*back[::-1])}; turn the columns of the ones"
+        " around to put them with the others, or set both_directions=False"
+      )
+  # A split without files of a direction takes a part of train.
+  carved = [split for split, named in splits.items() if len(named) < len(train)]
+  languages = collections.Counter(itertools.chain.from_iterable(train))
+  shared = [language for language, count in languages.items() if count > 1]
+  if carved and shared:
+    terminal.warn(
+      f"{' and '.join(carved)} are carved out of the files of each direction by"
+      f" itself: a sentence in {' or '.join(shared)} that stands in files of"
+      " several is trained on in one though another holds it out; where there"
+      f" are such, give files for {' and '.join(carved)}",
+    )
 
 
 _WMT14 = ("de-en", "fr-en")  # those of the paper
@@ -427,31 +386,21 @@ def _wmt14(
   direction = Direction(*languages)
   pairs = _given_pairs(files, [direction], strict=False)
   if not pairs:
-    name = f"wmt14_translate/{names[0]}"
-    corpus = tfds_corpora.downloaded(name, _data_dir(data_dir))
-
-    def side(split, language):
-      """The texts of one language, of one builder or of several."""
-      if split != "validation":
-        return Records(corpus, split, language)
-      parts = [
-        Records(corpus, split, language)
-        if each == _VALIDATIONS[-1]
-        else Records(others[each], split, language)
-        for each in validation
-      ]
+    where = _data_dir(data_dir)
+    corpus = tfds_corpora.downloaded(f"wmt14_translate/{names[0]}", where)
+    builders = {"train": [corpus], "validation": [], "test": [corpus]}
+    for each in validation:
+      if each != _VALIDATIONS[-1]:
+        name = f"wmt_translate/{names[0]}.{each}"
+        builders["validation"].append(tfds_corpora.downloaded(name, where))
+      else:
+        builders["validation"].append(corpus)
+    pairs = {}
+    for split, some in builders.items():
+      sides = [[Records(each, split, n) for each in some] for n in direction]
       # Of several there is no prepared copy to keep their ids with.
-      return parts[0] if len(parts) == 1 else [*itertools.chain(*parts)]
-
-    others = {
-      each: tfds_corpora.news_test(each, names[0], _data_dir(data_dir))
-      for each in validation
-      if each != _VALIDATIONS[-1]
-    }
-    pairs = {
-      split: [Pairs(direction, split, *(side(split, n) for n in direction))]
-      for split in ("train", "validation", "test")
-    }
+      texts = [s[0] if len(s) == 1 else [*itertools.chain(*s)] for s in sides]
+      pairs[split] = [Pairs(direction, split, *texts)]
   vocabulary = _pieces(of_run, pairs, vocab_size)
   return Corpus(vocabulary, pairs, row_length, batch_size, source_length)
 
@@ -481,13 +430,11 @@ def _pieces(
   pieces = of_run(Pieces)
   if pieces is not None:
     return pieces
-  train = pairs["train"]
   # What serves both directions is read once.
-  sides = itertools.chain.from_iterable(p.sides.values() for p in train)
-  once = {id(side): side for side in sides}
-  texts = itertools.chain.from_iterable(once.values())
+  sides = {id(s): s for p in pairs["train"] for s in p.sides.values()}
+  texts = itertools.chain.from_iterable(sides.values())
   # Where there are several target languages, a source names its own.
-  languages = sorted({each.direction.target for each in train})
+  languages = sorted({each.direction.target for each in pairs["train"]})
   return Pieces.train(texts, size, languages if len(languages) > 1 else ())
 
 

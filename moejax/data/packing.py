@@ -1,14 +1,15 @@
 """Text as ids, and ids packed into rows of one length.
 
 A pair is a target and its source; a language model's sentence is a pair without
-a source. A target place attends to the source places of its own pair only, so a
-row of several pairs trains as they would alone, and all rows have one shape.
+a source. A row of several pairs trains as they would alone.
 """
 
 import array
+import collections
+import functools
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -24,22 +25,17 @@ Tokenizer = Vocabulary | Pieces
 
 # Pairs that become ids at once, and that are packed into rows of their own.
 _BLOCK = 10_000
-# Ids that are looked through at once.
-_MANY = 1 << 20
 # Rows that change places with each other; that of a batch or of many.
 _WINDOW = 1024
-# To be raised with any change of the ids that a text becomes: `words`, `tokens`
-# and `encode_all` of `vocab` and `pieces`, `tokenize`.
+# To be raised with any change of the ids that a text becomes, here or in
+# `vocab` and `pieces`.
 _VERSION = 3
 # To be raised with any change of what `pack` returns.
 _PACKING_VERSION = 2
 
 
 class Direction(NamedTuple):
-  """Which language is translated into which.
-
-  A subtag of a language comes after "_", as in "pt_BR".
-  """
+  """Which language is translated into which; subtags as in "pt_BR"."""
 
   source: str
   target: str
@@ -51,7 +47,7 @@ class Direction(NamedTuple):
 class Pairs(NamedTuple):
   """Sentences of a split, and what they translate: None for language models.
 
-  They are read when asked for where they are `tfds_corpora.Records`.
+  They are lists, or `tfds_corpora.Records`.
   """
 
   direction: Direction | None
@@ -70,13 +66,13 @@ class Pairs(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """Sentences as ids, four bytes each; by side, "source" where there is one.
+  """Sentences as ids, by side: "target", and "source" where there is one.
 
   Attributes:
     ids: all sentences one after the other. The tokenizer's `end` closes each;
       a tag is before a source where there are several target languages.
-    lengths: ids of each sentence, tag and end counted. 0 where a side of the
-      pair has no words; the other then has no ids either.
+    lengths: ids of each sentence, tag and end counted; 0 on both sides where a
+      side has no words.
     digest: a short name that another text would not have.
     folder: of the cache, if they are of a prepared corpus.
   """
@@ -85,18 +81,6 @@ class Tokens(NamedTuple):
   lengths: dict[str, Int32[np.ndarray, "sentences"]]
   digest: str
   folder: pathlib.Path | None = None
-
-
-class Packing(NamedTuple):
-  """Which spans of the ids make which row; rows in order.
-
-  Row r is made of the spans first[r] to first[r + 1], of which each side has
-  the begin among its ids, and the length.
-  """
-
-  first: Int64[np.ndarray, "rows_1"]
-  begin: dict[str, Int64[np.ndarray, "spans"]]
-  length: dict[str, Int32[np.ndarray, "spans"]]
 
 
 def batch_shapes(
@@ -116,22 +100,17 @@ def batch_shapes(
   }
 
 
-# -- ids ----------------------------------------------------------------------
-
-
 def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
   """Returns the ids of a split; those of a prepared corpus are made once.
 
   A source begins with the tag of its target's language where the tokenizer has
-  tags. ValueError where no pair has words on all sides, or the language has no
-  tag, or the cache holds an id that the tokenizer does not have.
+  tags. ValueError where no pair has words on all sides, the language has no
+  tag, or the tokenizer not one of the ids.
   """
-  sides = pairs.sides
+  sides, noun = pairs.sides, "pairs" if pairs.direction else "sentences"
   tag = []
   if tokenizer.languages:
     tag.append(tokenizer.tag(pairs.direction.target))
-  noun = "pairs" if pairs.direction else "sentences"
-  count = len(pairs.targets)
 
   def write(*files):
     empty = True
@@ -163,14 +142,16 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
     parts += [type(tokenizer).__name__, tokenizer.digest, *tag]
     path = path / "ids" / cache.key(path, *parts)
   names = [f"{side}_{what}" for side in sides for what in ("ids", "lengths")]
-  types = dict.fromkeys(names, np.int32)
-  what = f"turning {count:,} {noun} into ids"
-  found = cache.cached(path, types, write, what)
+  what = f"turning {len(pairs.targets):,} {noun} into ids"
+  found = cache.cached(path, dict.fromkeys(names, np.int32), write, what)
   # A language model's digest is that of its ids, as runs have noted it.
   digest = found.digests["target_ids"]
   if "source" in sides:
     digest = cache.joined(found.digests.values())
-  ids = {name: found.arrays[f"{name}_ids"] for name in sides}
+  ids, lengths = (
+    {side: found.arrays[f"{side}_{what}"] for side in sides}
+    for what in ("ids", "lengths")
+  )
   for some in ids.values():
     # A model would look them up as NaN, or as another word.
     if some.size and not 0 <= some.min() <= some.max() < len(tokenizer):
@@ -180,40 +161,41 @@ def tokenize(pairs: Pairs, tokenizer: Tokenizer) -> Tokens:
         f" vocabulary of {len(tokenizer):,} entries has 0 to"
         f" {len(tokenizer) - 1}{cure}"
       )
-  lengths = {name: found.arrays[f"{name}_lengths"] for name in sides}
   return Tokens(ids, lengths, digest, found.folder)
 
 
 # -- packing ------------------------------------------------------------------
 
 
-def pack(tokens: Tokens, row_length: int, source_length: int = 0) -> Packing:
+def pack(
+  tokens: Tokens, row_length: int, source_length: int = 0
+) -> Mapping[str, np.ndarray]:
   """Lays sentences or whole pairs out in rows; caches how where ids are cached.
 
   A sentence without a source that is longer than a row is cut into spans of
   `row_length` and a rest; all are placed in order. A pair stays whole; pairs
   that are empty or too long are left out, and ValueError says that all are. Of
   every 10,000 pairs the long ones are placed first, as there is room for the
-  short ones beside them. The result depends on the arguments alone.
+  short ones beside them.
+
+  Returns:
+    "first", int64 [rows + 1]: row r has the spans first[r] to first[r + 1]. Of
+    these "target_begin", int64 [spans], among the ids, and "target_length",
+    int32 [spans]; the same of "source".
   """
+
+  def write(*files):
+    packed = _pack(tokens, row_length, source_length)
+    for file, values in zip(files, packed, strict=True):
+      file.write(values)
+
   types = {"first": np.int64}
   for side in tokens.ids:
     types |= {f"{side}_begin": np.int64, f"{side}_length": np.int32}
-
-  def write(*files):
-    made = _pack(tokens, row_length, source_length)
-    for file, values in zip(files, made, strict=True):
-      file.write(values)
-
   name = f"packing_{_PACKING_VERSION}_{row_length}_{source_length}"
   folder = tokens.folder and tokens.folder / name
   what = f"packing {len(tokens.lengths['target']):,} sentences"
-  found = cache.cached(folder, types, write, what).arrays
-  begin, length = (
-    {side: found[f"{side}_{what}"] for side in tokens.ids}
-    for what in ("begin", "length")
-  )
-  return Packing(found["first"], begin, length)
+  return cache.cached(folder, types, write, what).arrays
 
 
 def _pack(
@@ -270,15 +252,12 @@ def _assign(
 
   It is the row whose target is fullest, of these the one whose source is.
   """
-  row_of = array.array("q")
-  rows = 0
-  # By free target places and free source places. Bit s of sides[t] is set
-  # where there are any at (t, s), and bit t of targets where sides[t] is not 0.
-  open_rows: dict[tuple[int, int], list[int]] = {}
-  sides = [0] * (row_length + 1)
-  targets = 0
-  # A row with less room than any span needs is closed.
-  least_source = int(source_lengths.min(initial=source_length))
+  # Rows with room, by free target places and free source places. Bit s of
+  # sides[t] is set where there are any at (t, s), bit t of targets where
+  # sides[t] is not 0.
+  open_rows = collections.defaultdict(list)
+  sides, targets = [0] * (row_length + 1), 0
+  row_of, rows = array.array("q"), 0
   least = int(target_lengths.min(initial=row_length))
   for source, target in zip(
     memoryview(source_lengths), memoryview(target_lengths), strict=True
@@ -290,9 +269,8 @@ def _assign(
       lowest = (room & -room).bit_length() - 1
       if fits := sides[lowest] >> source:
         free, left = lowest, source + (fits & -fits).bit_length() - 1
-        here = open_rows[free, left]
-        row = here.pop()
-        if not here:
+        row = open_rows[free, left].pop()
+        if not open_rows[free, left]:
           sides[free] ^= 1 << left
           targets ^= (not sides[free]) << free
         break
@@ -300,8 +278,8 @@ def _assign(
     rows += row == rows
     row_of.append(row)
     free, left = free - target, left - source
-    if free >= least and left >= least_source:
-      open_rows.setdefault((free, left), []).append(row)
+    if free >= least:
+      open_rows[free, left].append(row)
       sides[free] |= 1 << left
       targets |= 1 << free
   return np.frombuffer(row_of, np.int64)
@@ -313,17 +291,14 @@ def _assign(
 class PackedRows:
   """The rows of a language model's split, or of one direction of translation.
 
-  A row of L places is {"inputs": int32 [L], "targets": int32 [L], "mask":
-  bool [L], "start": bool [L]}. A sentence y1 .. yn has the inputs <s> y1 .. yn
+  Shapes are in `batch_shapes`. A sentence y1 .. yn has the inputs <s> y1 .. yn
   and the targets y1 .. yn </s>; the later spans of a sentence that was cut
   begin with the word before them as input. `mask` marks targets that are real.
   `start` marks where the recurrent state is zero: the first place of a span and
   of the padding. Padding is 0.
 
-  With M source places there are also {"segment": int32 [L], "source": int32
-  [M], "source_start": bool [M], "source_segment": int32 [M]}: the source is
-  x1 .. xm </s>, after a tag where there is one, and `segment` and
-  `source_segment` number the pairs of a row from 1.
+  With source places, the source is x1 .. xm </s>, after a tag where there is
+  one, and `segment` and `source_segment` number the pairs of a row from 1.
 
   Attributes:
     row_length: L.
@@ -345,18 +320,17 @@ class PackedRows:
     self._ids = tokens.ids
     self._start, self._end = tokenizer.start, tokenizer.end
     self._packing = pack(tokens, row_length, source_length)
-    self.num_words = int(self._packing.length["target"].sum(dtype=np.int64))
+    self.num_words = int(self._packing["target_length"].sum(dtype=np.int64))
     targets = tokens.ids["target"]
-    unknown = sum(
-      np.count_nonzero(targets[i : i + _MANY] == tokenizer.unknown)
-      for i in range(0, targets.size, _MANY)
-    )
+    # In parts, as those of lm1b are a billion.
+    parts = np.array_split(targets, targets.size // 1_000_000 + 1)
+    unknown = sum(np.count_nonzero(p == tokenizer.unknown) for p in parts)
     self.unknown = unknown / targets.size
     count = len(tokens.lengths["target"])
     out = empty = count - np.count_nonzero(tokens.lengths["target"])
     why = f"{empty:,} without words"
     if source_length:
-      out = count - len(self._packing.begin["source"])
+      out = count - len(self._packing["source_begin"])
       why += (
         f", {out - empty:,} of more than source_length={source_length} or"
         f" row_length={row_length} word pieces"
@@ -364,69 +338,60 @@ class PackedRows:
     self.left_out = f"{out:,} of {count:,} left out: {why}" if out else ""
 
   def __len__(self) -> int:
-    return len(self._packing.first) - 1
+    return len(self._packing["first"]) - 1
 
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
     if not 0 <= row < len(self):
       raise IndexError(f"row {row} of {len(self)}")
-    return self._row(slice(*self._packing.first[row : row + 2].tolist()))
+    return self._row(slice(*self._packing["first"][row : row + 2].tolist()))
 
   def padding(self) -> dict[str, np.ndarray]:
     """Returns a row without a real target, which fills up a batch."""
     return self._row(slice(0))
 
   def order(self, seed: int, passes: int | None = None) -> grain.MapDataset:
-    """Returns all rows, in every pass over them in an order of its own.
-
-    So many passes, or without end.
-    """
+    """Returns all rows, in an order of its own in each pass of so many."""
     # grain shuffles epoch e of seed s as epoch e - 1 of seed s + 1.
     unrelated = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return grain.MapDataset.source(self).shuffle(seed=unrelated).repeat(passes)
 
   def _row(self, spans: slice) -> dict[str, np.ndarray]:
-    targets, start, segment = self._side("target", spans, self.row_length)
+    def side(name, places):
+      """Returns the ids, starts and segments of one side."""
+      ids, segment = np.zeros((2, places), np.int32)
+      start = np.zeros(places, np.bool_)
+      lengths = self._packing[f"{name}_length"][spans]
+      used = lengths.sum()
+      first = np.cumsum(lengths) - lengths
+      # A place of span n is so far from the id that it gets.
+      ahead = self._packing[f"{name}_begin"][spans] - first
+      ids[:used] = self._ids[name][np.repeat(ahead, lengths) + np.arange(used)]
+      segment[:used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+      start[first] = True
+      start[used : used + 1] = True
+      return ids, start, segment
+
+    targets, start, segment = side("target", self.row_length)
     mask = segment > 0
     inputs = np.roll(targets, 1)
     # The last id of all is an end, too.
-    before = self._ids["target"][self._packing.begin["target"][spans] - 1]
+    before = self._ids["target"][self._packing["target_begin"][spans] - 1]
     inputs[start & mask] = np.where(before == self._end, self._start, before)
     inputs[~mask] = 0
     row = {"inputs": inputs, "targets": targets, "mask": mask, "start": start}
     if self._source_length:
       names = ("source", "source_start", "source_segment")
-      source = self._side("source", spans, self._source_length)
+      source = side("source", self._source_length)
       row |= {"segment": segment, **dict(zip(names, source, strict=True))}
     return row
-
-  def _side(
-    self, side: str, spans: slice, places: int
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the ids, starts and segments of one side of a row."""
-    ids = np.zeros(places, np.int32)
-    start = np.zeros(places, np.bool_)
-    segment = np.zeros(places, np.int32)
-    place = 0
-    begins = self._packing.begin[side][spans].tolist()
-    lengths = self._packing.length[side][spans].tolist()
-    for number, (begin, length) in enumerate(
-      zip(begins, lengths, strict=True), start=1
-    ):
-      stop = place + length
-      ids[place:stop] = self._ids[side][begin : begin + length]
-      segment[place:stop] = number
-      start[place] = True
-      place = stop
-    start[place : place + 1] = True
-    return ids, start, segment
 
 
 class MultiDirection:
   """The rows of several directions of translation, of one after the other.
 
   In training, the share of a direction in all target words is proportional to
-  its own words to the power of 1 / temperature: at 1 every row comes equally
-  often, and above it small directions come more often.
+  its own words to the power of 1 / temperature: above 1 small directions come
+  more often.
 
   Attributes:
     row_length: target places of a row.
@@ -467,8 +432,8 @@ class MultiDirection:
   def order(self, seed: int, passes: int | None = None) -> grain.MapDataset:
     """Mixes the orders of the directions.
 
-    It is without end, or ends where one of them has been read so many times:
-    above temperature 1 a small one, before the others are through.
+    It ends where one of them has been read so many times: above temperature 1
+    a small one, before the others are through.
     """
     count = len(self._parts) + 1
     *seeds, last = np.random.SeedSequence(seed).generate_state(count)
@@ -484,17 +449,16 @@ class MultiDirection:
     # They take turns there: of two directions every other row, as one of two
     # microbatches is, would be of the same.
     seed = int(last) >> 1
-
-    def in_windows(order):
-      return grain.experimental.WindowShuffleMapDataset(
-        order, window_size=_WINDOW, seed=seed
-      )
-
+    shuffled = functools.partial(
+      grain.experimental.WindowShuffleMapDataset,
+      window_size=_WINDOW,
+      seed=seed,
+    )
     if passes is None:
-      return in_windows(mixed)
+      return shuffled(mixed)
     # Grain fills up the last window with rows of the next pass.
     full = len(mixed) // _WINDOW * _WINDOW
-    parts = [in_windows(mixed[:full]), mixed[full:].shuffle(seed=seed)]
+    parts = [shuffled(mixed[:full]), mixed[full:].shuffle(seed=seed)]
     return grain.MapDataset.concatenate([part for part in parts if len(part)])
 
 

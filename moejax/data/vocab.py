@@ -1,7 +1,6 @@
 """Sentences and words of raw text, and the word vocabulary."""
 
 import collections
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -92,8 +91,6 @@ _BLOCKS = {
   "Javanese": "\ua980-\ua9df",
 }
 _RUN = re.compile("|".join(f"(?P<{n}>[{b}]+)" for n, b in _BLOCKS.items()))
-_ANY_RUN = re.compile(f"[{''.join(_BLOCKS.values())}]+")
-_LETTER = re.compile(r"[^\W\d_]")
 # Letters of a word on average; more than in any language with spaces.
 _LONG = 20
 
@@ -107,7 +104,7 @@ def main_script(text: str) -> str:
   for run in _RUN.finditer(text):
     counts[run.lastgroup or ""] += len(run[0])
   # Marks are letters above, and none to \w.
-  others = len(_LETTER.findall(_RUN.sub("", text)))
+  others = len(re.findall(r"[^\W\d_]", _RUN.sub("", text)))
   if not counts or counts.total() <= others:
     return ""
   if counts["Kana"] > 0.1 * counts.total():
@@ -120,8 +117,8 @@ def doubt(text: str, origin: Origin) -> None:
   if script := main_script(text):
     # Words of Han and Kana have one letter or two; those of the others, with
     # their marks, about five.
-    runs = _ANY_RUN.findall(text)
     most = 3 if script in ("Han", "Kana") else 8
+    runs = re.findall(f"[{''.join(_BLOCKS.values())}]+", text)
     if sum(map(len, runs)) > most * len(runs):
       origin.doubted(
         f"is in a script without spaces between words ({script}), so whole"
@@ -132,12 +129,9 @@ def doubt(text: str, origin: Origin) -> None:
   found = [word for word in words(text) if word[0].isalnum()]
   letters = sum(map(len, found)) / max(1, len(found))
   if letters > _LONG:
-    joint = max("_-'’\u200b", key=text.count)
     origin.doubted(
       f"has words of {letters:.0f} letters on average",
-      f"| perl -CSD -pe 's/\\x{{{ord(joint):x}}}/ /g'"
-      if text.count(joint) >= len(found)
-      else "put spaces between its words",
+      "put spaces between its words",
     )
 
 
@@ -157,10 +151,8 @@ class Vocabulary:
     digest: a short name that another vocabulary would not have.
   """
 
-  # What it is called where a run keeps it.
-  FILE = "vocab.txt"
-  # Has no tags, as pieces may.
-  languages = ()
+  FILE = "vocab.txt"  # where a run keeps it
+  languages = ()  # tags, as pieces may have
   split = staticmethod(words)
 
   def __init__(self, entries: Sequence[str]):
@@ -177,10 +169,10 @@ class Vocabulary:
           " add it as an entry of its own"
         )
     if len(ids) < len(self._entries):
-      (twice, _), *_ = collections.Counter(self._entries).most_common(1)
+      ((twice, _),) = collections.Counter(self._entries).most_common(1)
       raise ValueError(
-        f"the vocabulary of {len(self._entries)} entries holds only"
-        f" {len(ids)} different ones; {twice!r} occurs more than once"
+        f"{twice!r} occurs more than once in the vocabulary of"
+        f" {len(self._entries)} entries"
       )
     # Text that spells out a special symbol must not turn into one.
     self.end, self.start = ids.pop(END), ids.pop(START)
@@ -190,15 +182,12 @@ class Vocabulary:
 
   @classmethod
   def build(cls, texts: Iterable[str], min_count: int) -> "Vocabulary":
-    """Counts the words of raw texts and numbers them by falling count.
+    """Numbers the words of raw texts by falling count, then by the alphabet.
 
-    `</S>` is 0, `<S>` is 1, `<UNK>` is 2; words of equal count are in
-    alphabetical order. Words seen less than min_count times become `<UNK>`;
-    ValueError where no word is frequent enough.
+    `</S>` is 0, `<S>` is 1, `<UNK>` is 2, as words are that are seen less than
+    min_count times; ValueError where no word is frequent enough.
     """
-    counts = collections.Counter(
-      itertools.chain.from_iterable(map(words, texts))
-    )
+    counts = collections.Counter(w for text in texts for w in words(text))
     for special in (END, START, UNKNOWN):
       counts.pop(special, None)
     ranked = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
@@ -215,16 +204,10 @@ class Vocabulary:
   def load(cls, path: files.Path) -> "Vocabulary":
     """Reads a file of one entry a line; the line number is the id.
 
-    FileNotFoundError where there is none; ValueError where it is no text in
-    UTF-8, or no vocabulary.
+    ValueError where it is no text in UTF-8, or no vocabulary.
     """
     text_files.check(path)
-    # Marks of byte order inside are of entries, as an older text has them.
-    entries = [
-      line.removesuffix("\n").removesuffix("\r")
-      for line in text_files.as_written(path)
-    ]
-    entries[:1] = [entry.removeprefix("\ufeff") for entry in entries[:1]]
+    entries = list(text_files.lines(path))
     try:
       return cls(entries)
     except ValueError as error:

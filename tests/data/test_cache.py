@@ -4,28 +4,31 @@ import hashlib
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
 
-from moejax.data import cache, corpora, packing, tfds_corpora, vocab
+from moejax.data import cache, packing, vocab
 from moejax.data.packing import Direction, Pairs
 from moejax.data.pieces import Pieces
 
-LINES = [f"line {i} of many ." for i in range(40)]
+LINES = [f"line {i} of many ." for i in range(36)]
+
+
+class Prepared(list):
+  """Texts of a prepared copy, as `tfds_corpora.Records` are."""
+
+  def __init__(self, texts, folder, split="train", field="text"):
+    super().__init__(texts)
+    self.folder, self.split, self.field = folder, split, field
 
 
 def opened(folder, lines=LINES):
-  """The sentences of train of a text, prepared."""
-  path = folder / "a.txt"
-  path.parent.mkdir(exist_ok=True)
-  path.write_text("\n".join(lines), encoding="utf-8")
-  make = tfds_corpora.TextFiles({"train": [path]}, folder)
-  builder = tfds_corpora.prepared(lambda: make)
-  return Pairs(None, "train", None, tfds_corpora.Records(builder, "train"))
+  folder.mkdir(exist_ok=True)
+  if not (folder / "data").exists():
+    (folder / "data").write_text("\n".join(lines))
+  return Pairs(None, "train", None, Prepared(lines, folder))
 
 
 @pytest.fixture
@@ -59,19 +62,18 @@ def in_memory(pairs):
   return pairs._replace(sources=sides[0], targets=sides[1])
 
 
-def assert_same(got, want):
-  for one, other in zip(got[:2], want[:2], strict=True):
+def assert_same(pairs, by, *lengths):
+  """What is cached is what is made in memory; returns it."""
+  got, want = (packing.tokenize(p, by) for p in (pairs, in_memory(pairs)))
+  assert got.digest == want.digest and want.folder is None
+  both = [(got.ids, want.ids), (got.lengths, want.lengths)]
+  if lengths:
+    both.append(tuple(packing.pack(each, *lengths) for each in (got, want)))
+  for one, other in both:
     assert one.keys() == other.keys()
-    for side in one:
-      np.testing.assert_array_equal(one[side], other[side])
-  assert got.digest == want.digest
-
-
-def assert_packed(got, want):
-  np.testing.assert_array_equal(got.first, want.first)
-  for side in want.begin:
-    np.testing.assert_array_equal(got.begin[side], want.begin[side])
-    np.testing.assert_array_equal(got.length[side], want.length[side])
+    for name in one:
+      np.testing.assert_array_equal(one[name], other[name])
+  return got
 
 
 def folders(pairs):
@@ -79,85 +81,68 @@ def folders(pairs):
   return [p for p in (pairs.targets.folder / "ids").iterdir() if p.is_dir()]
 
 
+# -- what is made -------------------------------------------------------------
+
+
 def test_a_second_start_maps_what_the_first_one_made(
   words, vocabulary, made, capfd
 ):
-  want = packing.tokenize(in_memory(words), vocabulary)
-  assert want.folder is None and not made
-  packings = {length: packing.pack(want, length) for length in (8, 9)}
   for _ in range(2):
-    got = packing.tokenize(words, vocabulary)
-    assert_same(got, want)
+    for length in (8, 9):
+      got = assert_same(words, vocabulary, length)
     ids = got.ids["target"]
     assert isinstance(ids.base, np.memmap) and not ids.flags.writeable
-    for length, expected in packings.items():
-      assert_packed(packing.pack(got, length), expected)
   assert made == [got.folder.name, "packing_2_8_0", "packing_2_9_0"]
   said = capfd.readouterr().err
   assert said.count("turning 36 sentences into ids (once), in ") == 1
 
 
 def test_pairs_and_their_packings_are_made_once(tmp_path, made):
-  pieces = Pieces.train([f"word{i} mot{i}" for i in range(99)], 300, ["a", "b"])
-  other = Pieces.train([f"word{i} mot{i}" for i in range(9)], 290, ["a", "b"])
-  path = tmp_path / "a.tsv"
-  text = "".join(f"word{i} word{i + 1}\tmot{i}\n" for i in range(30))
-  path.write_text(text, encoding="utf-8")
-  files = {Direction("b", "a"): [path]}
-  splits = corpora.open_pairs(files, {}, {}, tmp_path, both_directions=True)
-  there, back = splits["train"]
-  seen = []
-  untagged = Pieces.train([f"word{i} mot{i}" for i in range(9)], 289)
-  for pairs, by in (
-    (there, untagged),
-    (back, untagged),
-    (there, pieces),
-    (there, other),
-    (back, other),
-  ):
-    for _ in range(2):
-      tokens = packing.tokenize(pairs, by)
-    assert_same(tokens, packing.tokenize(in_memory(pairs), by))
-    seen.append(tokens.digest)
-  packing.tokenize(splits["test"][0], pieces)
-  assert len(set(seen)) == 5 and len(set(made)) == len(made) == 6
+  texts = [f"word{i} mot{i}" for i in range(99)]
+  pieces = Pieces.train(texts, 300, ["a", "b"])
+  untagged = Pieces.train(texts[:9], 289)
+  opened(tmp_path)
+  source, target, test = (
+    Prepared([f"{word}{i}" for i in range(30)], tmp_path, split, field)
+    for word, split, field in (
+      ("word", "train", "source"),
+      ("mot", "train", "target"),
+      ("word", "test", "source"),
+    )
+  )
+  there = Pairs(Direction("b", "a"), "train", source, target)
+  back = Pairs(Direction("a", "b"), "train", target, source)
+  seen = {
+    assert_same(pairs, by).digest
+    for pairs in (there, back)
+    for by in (untagged, pieces)
+    for _ in range(2)
+  }
+  packing.tokenize(there._replace(sources=test, targets=test), pieces)
+  assert len(seen) == 4 and len(set(made)) == len(made) == 5
   for lengths in ((20, 20), (20, 24), (24, 20), (20, 20)):
-    found = packing.pack(tokens, *lengths)
-    assert_packed(found, packing.pack(tokens._replace(folder=None), *lengths))
-  assert made[6:] == ["packing_2_20_20", "packing_2_20_24", "packing_2_24_20"]
+    assert_same(back, pieces, *lengths)
+  assert made[5:] == ["packing_2_20_20", "packing_2_20_24", "packing_2_24_20"]
 
 
 def test_anything_else_is_made_anew(words, vocabulary, made, monkeypatch):
-  want = packing.tokenize(words, vocabulary)
+  tokens = assert_same(words, vocabulary, 8)
   entries = vocabulary.decode(range(len(vocabulary)))
-  smaller = vocab.Vocabulary(entries[:5])
-  got = packing.tokenize(words, smaller)
-  assert (got.ids["target"] == smaller.unknown).any()
-  assert_same(packing.tokenize(words, vocab.TokenizedVocabulary(entries)), want)
-  file = next(p for p in words.targets.folder.iterdir() if p.is_file())
-  os.utime(file, (0, 0))
-  assert_same(packing.tokenize(words, vocabulary), want)
-  packing.pack(want, 8)
+  assert_same(words, vocab.Vocabulary(entries[:5]))
+  assert_same(words, vocab.TokenizedVocabulary(entries))
+  os.utime(words.targets.folder / "data", (0, 0))
+  assert_same(words, vocabulary)
   monkeypatch.setattr(packing, "_VERSION", 0)
   monkeypatch.setattr(packing, "_PACKING_VERSION", 0)
-  assert_same(packing.tokenize(words, vocabulary), want)
-  packing.pack(want, 8)
+  assert_same(words, vocabulary)
+  packing.pack(tokens, 8)
   assert len(made) == len(set(made)) == 7
 
 
-STARTED = """
-import pathlib, sys
-sys.path.insert(0, sys.argv[2])
-from data import test_cache
-from moejax.data import packing, vocab
-vocabulary = vocab.Vocabulary.build(test_cache.LINES, min_count=1)
-words = test_cache.opened(pathlib.Path(sys.argv[1]))
-tokens = packing.tokenize(words, vocabulary)
-print(tokens.digest, packing.pack(tokens, 8).begin["target"].tolist())
-"""
+# -- several that make --------------------------------------------------------
 
 
-def test_one_makes_while_the_others_wait(words, vocabulary, made, tmp_path):
+def test_one_makes_while_the_others_wait(words, vocabulary, made):
   barrier = threading.Barrier(4)
 
   def start():
@@ -172,28 +157,6 @@ def test_one_makes_while_the_others_wait(words, vocabulary, made, tmp_path):
   for thread in threads:
     thread.join()
   assert len(made) == 2
-  # Processes that start at once, too.
-  shutil.rmtree(words.targets.folder / "ids")
-  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  command = [sys.executable, "-c", STARTED, tmp_path, root]
-  pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
-  outputs = [process.communicate() for process in processes]
-  tokens = packing.tokenize(in_memory(words), vocabulary)
-  begin = packing.pack(tokens, 8).begin["target"].tolist()
-  assert [out for out, _ in outputs] == [f"{tokens.digest} {begin}\n"] * 2
-  assert sum("into ids" in said for _, said in outputs) == 1
-  assert not any("in memory" in said for _, said in outputs)
-
-
-def test_what_a_killed_process_left_is_thrown_away(words, vocabulary):
-  packing.tokenize(words, vocabulary)
-  (whole,) = folders(words)
-  draft = whole.rename(f"{whole}.{socket.gethostname()}.draft")
-  (draft / "target_ids").write_bytes(b"half")
-  want = packing.tokenize(in_memory(words), vocabulary)
-  assert_same(packing.tokenize(words, vocabulary), want)
-  assert folders(words) == [whole]
 
 
 def encoding(monkeypatch, vocabulary, then):
@@ -208,16 +171,20 @@ def encoding(monkeypatch, vocabulary, then):
 
 
 def test_another_machine_may_be_first(words, vocabulary, monkeypatch):
-  want = packing.tokenize(words, vocabulary)
+  packing.tokenize(words, vocabulary)
   (whole,) = folders(words)
   theirs = whole.rename(f"{whole}.theirs.draft")
 
   def overtake(ids):
-    shutil.copytree(theirs, whole)
+    if not whole.exists():
+      shutil.copytree(theirs, whole)
 
   encoding(monkeypatch, vocabulary, overtake)
-  assert_same(packing.tokenize(words, vocabulary), want)
+  assert_same(words, vocabulary)
   assert sorted(folders(words)) == sorted([whole, theirs])
+
+
+# -- what goes wrong ----------------------------------------------------------
 
 
 def test_half_of_them_is_never_kept(words, vocabulary, monkeypatch):
@@ -237,21 +204,15 @@ def test_a_disk_that_keeps_nothing_does_no_harm(
   def full(*_):
     raise OSError(28, "No space left on device")
 
-  want = packing.tokenize(in_memory(words), vocabulary)
   if keeps_ids:
     packing.tokenize(words, vocabulary)
   monkeypatch.setattr(os, "fsync", full)
-  got = packing.tokenize(words, vocabulary)
-  assert_same(got, want)
-  assert_packed(packing.pack(got, 8), packing.pack(want, 8))
-  what = (
-    "packing 36 sentences" if keeps_ids else "turning 36 sentences into ids"
-  )
+  got = assert_same(words, vocabulary, 8)
+  what = "packing 36" if keeps_ids else "turning 36 sentences into ids"
   said = capfd.readouterr().err
-  assert f"{what} in memory, at every start" in said
+  assert what in said and "in memory, at every start" in said
   assert said.count("No space left") == 1
-  left = [folder for folder in folders(words) if folder != got.folder]
-  assert not left and len(folders(words)) == keeps_ids
+  assert folders(words) == ([got.folder] if keeps_ids else [])
 
 
 def shorten(path):
@@ -268,102 +229,75 @@ def pipe(path):
   os.mkfifo(path)
 
 
-@pytest.mark.parametrize("damage", [shorten, change, os.remove, pipe])
-@pytest.mark.parametrize(
-  "name",
-  [
-    *("target_ids", "target_lengths", "record.json"),
-    *("packing_2_8_0/first", "packing_2_8_0/target_begin"),
-    *("packing_2_8_0/target_length", "packing_2_8_0/record.json"),
-  ],
-)
-def test_what_is_damaged_is_made_anew(
-  words, vocabulary, made, capfd, name, damage
-):
-  want = packing.tokenize(in_memory(words), vocabulary)
-  tokens = packing.tokenize(words, vocabulary)
-  packing.pack(tokens, 8)
-  damage(tokens.folder / name)
-  for _ in range(2):
-    got = packing.tokenize(words, vocabulary)
-    assert_same(got, want)
-    assert_packed(packing.pack(got, 8), packing.pack(want, 8))
-  # A packing lies in the folder of its ids.
-  assert len(made) == 3 if "/" in name else 4
-  damaged = (tokens.folder / name).parent
-  assert capfd.readouterr().err.count(f"{damaged} is damaged; it is made") == 1
-
-
-@pytest.mark.parametrize("names", [["target_ids"], ["record.json"], []])
-def test_those_of_another_text_are_not_taken(tmp_path, vocabulary, names, made):
-  """Two corpora whose word ids are of one size."""
-  twins = [
-    opened(tmp_path / name, lines)
-    for name, lines in (("b", LINES), ("c", LINES[::-1]))
-  ]
-  one, other = (packing.tokenize(words, vocabulary).folder for words in twins)
-  # All of the folder where no names are given.
-  for a, b in [(one / n, other / n) for n in names] or [(one, other)]:
-    spare = a.rename(f"{a}.spare")
-    b.rename(a)
-    spare.rename(b)
-  for words in twins:
-    want = packing.tokenize(in_memory(words), vocabulary)
-    assert_same(packing.tokenize(words, vocabulary), want)
-  assert len(made) == 4
-
-
-def test_the_packing_of_another_text_is_not_taken(tmp_path, vocabulary, made):
-  one, other = (
-    packing.tokenize(opened(tmp_path / name, lines), vocabulary)
-    for name, lines in (("b", LINES), ("c", ["a", *LINES[::-1]]))
+def of_another_text(path):
+  """Puts there what belongs to one whose word ids are of one size."""
+  twin = opened(
+    path.parents[path.parts[::-1].index("ids")] / "twin", LINES[::-1]
   )
-  packing.pack(one, 8)
-  shutil.copytree(one.folder / "packing_2_8_0", other.folder / "packing_2_8_0")
-  want = packing.pack(other._replace(folder=None), 8)
-  assert_packed(packing.pack(other, 8), want)
-  assert len(made) == 4
+  other = assert_same(twin, vocab.Vocabulary.build(LINES, 1), 8).folder
+  other /= path.name if "packing" in str(path) or path.is_file() else ""
+  path.rename(path.parent / "spare")
+  other.rename(path)
+
+
+PACKING = "packing_2_8_0"
+DAMAGES = [
+  *(("target_ids", each) for each in (shorten, change, os.remove, pipe)),
+  *((f"{PACKING}/first", each) for each in (shorten, change, os.remove)),
+  ("target_lengths", change),
+  ("record.json", shorten),
+  ("record.json", pipe),
+  (f"{PACKING}/target_begin", change),
+  (f"{PACKING}/target_length", change),
+  (f"{PACKING}/record.json", os.remove),
+  *((n, of_another_text) for n in ("target_ids", "record.json", "", PACKING)),
+]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES)
+def test_what_is_damaged_is_made_anew(words, vocabulary, capfd, name, damage):
+  tokens = assert_same(words, vocabulary, 8)
+  damage(tokens.folder / name)
+  capfd.readouterr()
+  for _ in range(2):
+    assert_same(words, vocabulary, 8)
+  damaged = tokens.folder / PACKING if PACKING in name else tokens.folder
+  said = capfd.readouterr().err
+  assert said.count(f"{damaged} is damaged; it is made") == 1
+  # A packing lies in the folder of its ids.
+  assert said.count("(once)") == (1 if PACKING in name else 2)
+
+
+def test_what_a_killed_process_left_is_thrown_away(words, vocabulary):
+  packing.tokenize(words, vocabulary)
+  (whole,) = folders(words)
+  draft = whole.rename(f"{whole}.{socket.gethostname()}.draft")
+  (draft / "target_ids").write_bytes(b"half")
+  assert_same(words, vocabulary)
+  assert folders(words) == [whole]
 
 
 def test_a_file_that_cannot_be_read_is_not_thrown_away(
   words, vocabulary, monkeypatch, capfd
 ):
-  want = packing.tokenize(words, vocabulary)
+  tokens = packing.tokenize(words, vocabulary)
 
   def broken(*_):
     raise OSError(5, "Input/output error")
 
   monkeypatch.setattr(hashlib, "file_digest", broken)
-  got = packing.tokenize(words, vocabulary)
-  assert_same(got, want)
-  assert got.folder is None
+  assert assert_same(words, vocabulary).folder is None
   said = capfd.readouterr().err
   assert "in memory" in said and "Input/output error" in said
-  assert "damaged" not in said and (want.folder / "target_ids").exists()
+  assert "damaged" not in said and (tokens.folder / "target_ids").exists()
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-@pytest.mark.parametrize("beyond", [-1, 7, 2**31 - 1])
+@pytest.mark.parametrize("beyond", [-1, 7])
 def test_ids_beyond_the_vocabulary_are_refused(
-  words, vocabulary, monkeypatch, prepared, beyond
+  words, vocabulary, monkeypatch, beyond
 ):
   small = vocab.Vocabulary(vocabulary.decode(range(7)))
   encoding(monkeypatch, small, lambda ids: [[beyond] for _ in ids])
-  with pytest.raises(ValueError, match=f"{beyond}.*of 7 entries has 0 to 6"):
-    packing.tokenize(words if prepared else in_memory(words), small)
-
-
-def test_nothing_is_written_through_a_link(words, vocabulary, tmp_path):
-  mine = tmp_path / "mine"
-  mine.write_text("mine")
-  (words.targets.folder / "ids").mkdir()
-  (words.targets.folder / "ids" / "lock").symlink_to(mine)
-  got = packing.tokenize(words, vocabulary)
-  assert_same(got, packing.tokenize(in_memory(words), vocabulary))
-  assert mine.read_text() == "mine"
-
-
-def test_digests_tell_contents_apart():
-  ids = np.arange(99, dtype=np.int32)
-  assert cache.digest(ids) == cache.digest(ids.copy())
-  assert cache.digest(ids) != cache.digest(ids + np.int32(1))
+  for pairs in (words, in_memory(words)):
+    with pytest.raises(ValueError, match=f"{beyond}.*of 7 entries has 0 to 6"):
+      packing.tokenize(pairs, small)

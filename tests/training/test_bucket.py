@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 
 import program
@@ -67,38 +65,33 @@ def test_one_process_holds_a_lock(served, lock):
   assert name not in served.objects
 
 
-def test_one_of_many_follows_a_dead_owner(served, lock):
-  """One that was killed on this machine is followed at once."""
-  dead = subprocess.Popen([sys.executable, "-c", ""])
-  dead.wait()
-  about = {"pid": dead.pid, "began": "1", "machine": bucket._machine()}
-  served.put(f"{lock.parent.name}/lock", json.dumps(about).encode())
-  refused, done = [], threading.Barrier(8)
+def test_an_owner_that_ended_here_is_followed_at_once(served, lock, capsys):
+  dead = {"pid": 2**22 + 1, "began": "1", "machine": bucket._machine()}
+  served.put(f"{lock.parent.name}/lock", json.dumps(dead).encode())
+  with bucket.alone(lock, 600.0):
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"pid": "../x"}'])
+def test_one_of_many_follows_a_silent_owner(served, lock, content):
+  name = f"{lock.parent.name}/lock"
+  served.put(name, content)
+  refused, done = [], threading.Barrier(4)
 
   def start():
-    with contextlib.suppress(BlockingIOError), bucket.alone(lock, LEASE):
+    with contextlib.suppress(BlockingIOError), bucket.alone(lock, 2.0):
       done.wait()
+      assert {"host", "pid", "renewed"} <= json.loads(served.read(name)).keys()
       return
     refused.append(1)
     done.wait()
 
-  threads = [threading.Thread(target=start) for _ in range(8)]
+  threads = [threading.Thread(target=start) for _ in range(4)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert len(refused) == 7
-
-
-@pytest.mark.parametrize("content", [b"{}", b"", b"[]", b'{"pid": "../x"}'])
-def test_a_silent_owner_elsewhere_is_followed_after_a_lease(
-  served, lock, capsys, content
-):
-  name = f"{lock.parent.name}/lock"
-  served.put(name, content)
-  with bucket.alone(lock, 0.2):
-    assert "looking for" in capsys.readouterr().err
-    assert {"host", "pid", "renewed"} <= json.loads(served.read(name)).keys()
+  assert len(refused) == 3
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -124,12 +117,9 @@ def test_an_owner_that_was_followed_notices(served, lock, removed):
   [
     ("gs://", "names no bucket"),
     ("gs://No_Such!/runs", "names no bucket"),
-    ("gs://b/runs", "names no bucket"),
     ("gs://bucket/a#1", "holds '#'"),
     ("gs://bucket/a[1]", r"holds '\['"),
-    ("gs://bucket/a/../b", r"holds '/\.\./'"),
     ("gs://bucket/..", r"holds '\.\.'"),
-    ("gs://bucket/a\nb", "holds"),
   ],
 )
 def test_what_cannot_lie_in_a_bucket_is_refused(text, said):
@@ -145,8 +135,8 @@ def test_without_its_packages_a_bucket_is_refused_by_what_to_install(
     bucket.path("gs://bucket/runs")
 
 
-def test_a_bucket_that_is_not_there_is_named(served):
-  del served
+@pytest.mark.usefixtures("served")
+def test_a_bucket_that_is_not_there_is_named():
   path = bucket.path("gs://no-such-bucket/runs/x")
   with (
     pytest.raises(OSError, match="gs://no-such-bucket/runs/lock cannot"),
@@ -173,15 +163,9 @@ def test_what_grows_is_written_by_sync_and_at_the_end(served, folder):
     assert files.read(path) == b"a\nb\n"
     file.write(b"c\n")
   assert files.read(path) == b"a\nb\nc\n"
-
-
-def test_what_another_has_written_meanwhile_stays(served, folder):
-  """One that was suspended, and followed, must not come back and write."""
-  path = folder / "lines"
-  with (
-    pytest.raises(OSError, match="was written by another process"),
-    files.open_regular(path, "xb") as file,
-  ):
+  # One that was suspended, and followed, must not come back and write.
+  refused = pytest.raises(OSError, match="was written by another process")
+  with refused, files.open_regular(path, "ab") as file:
     files.write_whole(path, b"another's")
     file.write(b"mine")
   assert files.read(path) == b"another's"

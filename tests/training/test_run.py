@@ -111,7 +111,7 @@ def sacrebleu(want, found):
 
 def test_a_run_learns_to_translate_and_shows_it(trained):
   workdir, output = trained
-  assert "1 of 601 lines left out: 1 without exactly one tab (line 4)" in output
+  assert "1 of 601 lines left out: line 4 without exactly one tab" in output
   shown = re.findall(r"  en: (.*)\n  fr: (.*)\n  model: (.*)\n", output)
   assert len(shown) == 6
   assert all(got.startswith("le ") for _, _, got in shown[3:])
