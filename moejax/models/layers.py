@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import sharding
+from moejax.named import Size
 
 
 class LSTMState(NamedTuple):
@@ -52,17 +53,7 @@ def lstm(
   of y too; the state and every sum are float32: a cell adds up small numbers
   for a whole sentence, and bfloat16 would lose those below 1/256 of its sum.
   Differentiable once, in reverse mode.
-
-  Raises:
-    ValueError: the weights do not hold four gates per unit.
   """
-  recurs = weights.w_rec if weights.w_out is None else weights.w_out
-  units, gates = len(recurs), weights.w_rec.shape[1]
-  if gates != 4 * units:
-    raise ValueError(
-      f"w_rec has {gates} columns for {units} units; an LSTM has four gates"
-      f" per unit, so give it {4 * units} columns."
-    )
   keep = 1 - start.T.astype(jnp.float32)
   return _lstm(x.swapaxes(0, 1), keep[:, :, None], weights).swapaxes(0, 1)
 
@@ -99,7 +90,7 @@ def _forward(x, keep, weights):
     m = None if weights.w_out is None else m
     return LSTMState(y, c), _put(saved, (slope, y, m, m_by_c, c_by_c), t)
 
-  zero = zero_state(x.shape[1], *weights.w_rec.shape)
+  zero = _zero_of(weights, x.shape[1])
   y, zeros = (jnp.zeros((len(x), *a.shape), a.dtype) for a in zero)
   z = product("LBD,DN->LBN", x, weights.w_in, x.dtype)
   m = None if weights.w_out is None else zeros
@@ -135,7 +126,7 @@ def _backward(residuals, dy):
     return total.astype(w.dtype)
 
   slopes = slope, None if m is None else jnp.zeros_like(y)
-  carry = zero_state(x.shape[1], *weights.w_rec.shape), slopes
+  carry = _zero_of(weights, x.shape[1]), slopes
   _, (dz, dy) = jax.lax.fori_loop(0, len(x), step, carry)
   y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]) * keep
   gradients = LSTMWeights(
@@ -151,10 +142,14 @@ def _backward(residuals, dy):
 _lstm.defvjp(_forward, _backward)
 
 
-def zero_state(rows: int, width: int, gates: int) -> LSTMState:
-  """Returns the state before the first token, from the shape of w_rec."""
-  sizes = (rows, width), (rows, gates // 4)
-  return LSTMState(*(jnp.zeros(size, jnp.float32) for size in sizes))
+def zero_state(rows: int, width: int, units: int) -> LSTMState:
+  """Returns the state before the first token."""
+  y, c = (jnp.zeros((rows, size), jnp.float32) for size in (width, units))
+  return LSTMState(y, c)
+
+
+def _zero_of(weights, rows):
+  return zero_state(rows, len(weights.w_rec), len(weights.bias) // 4)
 
 
 def update_cells(
@@ -234,7 +229,7 @@ class LSTM(nn.Module):
   """
 
   width: int
-  hidden: int | None = None
+  hidden: Size | None = None
 
   @nn.compact
   def weights(self, inputs: int) -> LSTMWeights:

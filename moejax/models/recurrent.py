@@ -84,7 +84,7 @@ class RecurrentMoE(nn.Module):
         " choose a number that does, or None to run no step again."
       )
     bias = declare(self, "bias", ("hidden",), (4 * self.width,), forget_one)
-    zero = zero_state(rows, self.width, 4 * self.width)
+    zero = zero_state(rows, self.width, self.width)
     each = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, start, mask, ids))
     if self.is_initializing():
       # It declares its weights; the loop then runs a copy that has them.
