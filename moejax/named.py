@@ -85,7 +85,7 @@ class Alternative(NamedTuple):
   line: str  # What the field is.
 
 
-@functools.cache
+@functools.lru_cache(1000)
 def alternatives(annotation: Any) -> dict[type, Alternative]:
   """Returns the types of `_TYPES` that an annotation names.
 
@@ -292,9 +292,10 @@ def fields(
   kinds, about = alternatives(annotation), section_of(annotation)
   lines = [line, *(each.line for each in kinds.values())]
   yield Field(where, annotation, value, default, "; ".join(filter(None, lines)))
-  if _kind(value) is Sequence and section_of(kinds[Sequence].entry):
+  entry = kinds[Sequence].entry if Sequence in kinds else None
+  if section_of(entry) and _kind(value) is Sequence:
     for i, each in enumerate(value):
-      yield from fields(kinds[Sequence].entry, f"{where}[{i}]", each)
+      yield from fields(entry, f"{where}[{i}]", each)
   if about is None:
     return
   section = value if _kind(value) is Mapping else {}

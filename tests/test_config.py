@@ -243,28 +243,14 @@ def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
   assert layout.rules == sharding.LAYOUTS["expert_model"].rules
 
 
-def test_a_config_may_have_two_levels():
-  """Here 4 groups of 2 experts; sizes that do not multiply name both."""
-  config = load("tiny")
-  two_levels = {
-    "num_experts": 8,
-    "num_groups": 4,
-    "group_size": 128,
-    "primary": {"kind": "noisy_top_k", "k": 2},
-    "secondary": {
-      "router": {"kind": "noisy_top_k", "k": 1},
-      "experts": config.model.moe.experts.to_dict(),
-    },
-  }
-  config.model.layers = ("lstm", "hierarchical_moe", "lstm")
-  config.model.hierarchical_moe = two_levels
-  layer = parameters(config)["layers_1"]
-  assert layer["primary"]["gate"]["kernel"].shape == (32, 4)
-  assert layer["secondary"]["router"]["gate"]["kernel"].shape == (4, 32, 2)
-  assert layer["secondary"]["experts"]["w_in"].shape == (4, 2, 32, 64)
-  config.model.hierarchical_moe.num_groups = 3
-  with pytest.raises(ValueError, match=r"3 groups do not divide 8 experts"):
-    config_lib.parse(config).model(VOCABULARY)
+def test_two_levels_share_the_experts():
+  """Of 256 each of 16 groups has 16; sizes that do not multiply name both."""
+  mixture = parameters_of("lm1b/moe_256_h")["layers_1"]
+  assert mixture["primary"]["gate"]["kernel"].shape == (512, 16)
+  assert mixture["secondary"]["experts"]["w_in"].shape == (16, 16, 512, 1024)
+  three = {"model__hierarchical_moe__num_groups": 3}
+  with pytest.raises(ValueError, match=r"3 groups do not divide 256 experts"):
+    experiment("lm1b/moe_256_h", **three).model(VOCABULARY)
 
 
 def test_a_list_of_experts_is_a_mixed_layer():

@@ -3,7 +3,6 @@
 import functools
 import types
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
@@ -288,7 +287,17 @@ OWN = {"mesh_shape": (1, -1, 1)}
     ("data.train", "caf\udce9", "train is 'caf.*udce9', which is not UTF-8"),
     ("model.layers", ("lstm", "mole"), r"model\.layers\[1\] is 'mole'"),
     ("model.moe.grop_size", 4, r"moe\.grop_size .*nearest is .*group_size"),
-    ("model.moe.router", {"kind": "softmax", "k": 4}, "k does .* no field"),
+    (
+      "model.moe.router",
+      {"kind": "softmax", "k": 4},
+      r"router\.k does not",
+    ),
+    ("model.moe.router", {"k": 4}, "router.kind is ''; choose one of 'softmax"),
+    (
+      "model.moe.router",
+      {"kind": "top_k", "k": 2, "num_experts": 8},
+      "num_experts does not exist",
+    ),
     ("model.moe.experts", ("linear",), r"experts\[0\] is 'linear'; .* as dict"),
     (
       "model.moe.experts",
@@ -339,83 +348,26 @@ def test_a_translation_model_that_cannot_be(field, value, complaint):
     experiment("translate_tiny", **changes).model(VOCABULARY)
 
 
-class Wheel(NamedTuple):
-  """A wheel.
-
-  Attributes:
-    radius: of it (app. B), with a long
-      line. The rest is no line of it.
-    spokes: how many.
-  """
-
-  radius: Annotated[float, named.Range(0)]
-  spokes: named.Size = 8
-
-
-@named.fields_of(Wheel, radius=Annotated[int, named.Range(1, 9)])
-def small_wheel(color: str = "red", **fields):
-  """Makes one.
-
-  Args:
-    color: of it.
-  """
-  return color, Wheel(**fields)
-
-
-class Cart(NamedTuple):
-  """A cart; its load is given.
-
-  Attributes:
-    wheels: that it rolls on.
-    spare: a wheel by kind.
-  """
-
-  load: object
-  wheels: Sequence[Annotated[Any, named.Section(Wheel)]]
-  spare: Annotated[
-    Any, named.Section({"small": small_wheel}, given=("spokes",))
-  ]
-
-
-def test_what_is_built_says_what_its_section_holds():
-  """And gets sections as functions that build them, of what is given."""
-  section = {"wheels": [{"radius": 1}], "spare": {"kind": "small", "radius": 2}}
-  cart = named.build(Cart, section, "cart", load="hay")
-  (wheel,) = cart.wheels
-  assert cart.load == "hay" and wheel() == Wheel(1)
-  assert cart.spare(spokes=3) == ("red", Wheel(2, 3))
-  whole = Annotated[Any, named.Section(Cart)]
-  found = {
-    field.name: (named.worded(field.annotation), field.line)
-    for field in named.fields(whole, "cart", section)
-  }
-  line = "of it (app. B), with a long line"
-  assert found == {
-    "cart": ("dict", ""),
-    "cart.wheels": ("list of (dict)", "that it rolls on"),
-    "cart.wheels[0]": ("dict", ""),
-    "cart.wheels[0].radius": ("float, 0 or more", line),
-    "cart.wheels[0].spokes": ("int, 1 or more", "how many"),
-    "cart.spare": ("dict", "a wheel by kind"),
-    "cart.spare.kind": ("small", "which of these it is"),
-    "cart.spare.color": ("str", "of it"),
-    "cart.spare.radius": ("int, 1 or more, and less than 9", line),
-  }
-
-
-@pytest.mark.parametrize(
-  "section, complaint",
-  [
-    ({}, "cart.wheels is missing"),
-    ({"wheels": [{}]}, r"cart.wheels\[0\].radius is missing"),
-    ({"wheels": [], "load": 1}, "cart.load does not exist"),
-    ({"wheels": [], "spare": {}}, "cart.spare.kind is ''; choose one of 'smal"),
-    (
-      {"wheels": [], "spare": {"kind": "small", "radius": 1, "spokes": 1}},
-      "cart.spare.spokes does not exist",
-    ),
-  ],
-)
-def test_a_section_is_refused_before_anything_is_built(section, complaint):
-  with pytest.raises(ValueError, match=complaint):
-    named.build(Cart, section, "cart", load=None)
+def test_fields_say_what_they_hold_and_what_they_are():
+  """In the first sentence about it in a docstring."""
+  config = load("tiny")
+  experts = ({"kind": "identity"}, {"kind": "feed_forward"})
+  config_lib.override(config, [("config.model.moe.experts", [str(experts)])])
+  fields = {field.name: field for field in config_lib.fields(config)}
+  for name, (held, line) in {
+    "seed": ("int, 0 or more, and less than 4294967296", "of the first"),
+    "layout": ("replicated | expert | data_expert |", "name of how arrays lie"),
+    "optimizer.warmup_steps": ("int", "in which the rate rises to the peak"),
+    "optimizer.b1": ("float", "decay of the first moment outside the experts"),
+    "model.num_samples": ("int, 0 or more", "classes of the sampled softmax;"),
+    "model.layers": ("list of (lstm | moe |", "sections of layers by name"),
+    "model.moe.dispatch": ("auto | einsum | gather | ragged", ""),
+    "model.moe.experts[0].kind": ("feed_forward | linear", "which of these"),
+    "model.moe.experts[1].hidden": ("int, 1 or more or list of (int, ", ""),
+    "model.recurrent_moe.group_size": ("int, 1 or more or None", "rows of a"),
+    "aux.z": ("float, 0 or more or None", "weight of Mean over tokens of"),
+    "train.passes": ("int, 1 or more or None", "how often the text may be"),
+  }.items():
+    field = fields[f"config.{name}"]
+    assert named.worded(field.annotation).startswith(held), name
+    assert line in field.line and "None reads" not in field.line, name
