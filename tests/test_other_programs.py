@@ -327,16 +327,19 @@ def test_steps_in_nnx_are_those_of_linen():
 
 
 def test_nnx_says_where_a_routing_was_left_or_not_asked_for():
-  model = in_nnx(flat())
-  model(X, train=True)
-  with pytest.raises(ValueError, match="no routing of an MoE layer to weigh"):
-    losses.auxiliary(nnx.pop(model, ROUTING), WEIGHTS)
-  model(X, train=True, mutable=["routing"])
-  model(X)
-  with pytest.raises(ValueError, match=r"nnx.pop\(model, nnx.PathContains"):
+  def run():
+    model = in_nnx(flat())
+    model(X, train=True)
+    with pytest.raises(ValueError, match="no routing of an MoE layer to weigh"):
+      losses.auxiliary(nnx.pop(model, ROUTING), WEIGHTS)
     model(X, train=True, mutable=["routing"])
-  assert len(losses.routings(nnx.pop(model, ROUTING))) == 1
-  model(X, train=True, mutable=["routing"])
+    model(X)
+    with pytest.raises(ValueError, match=r"nnx.pop\(model, nnx.PathContains"):
+      model(X, train=True, mutable=["routing"])
+    assert len(losses.routings(nnx.pop(model, ROUTING))) == 1
+    model(X, train=True, mutable=["routing"])
+
+  nnx.eval_shape(run)
 
 
 @pytest.mark.parametrize("streams", [{}, {"router": 1}])
@@ -354,28 +357,13 @@ def test_nnx_draws_other_noise_in_every_call(streams):
   assert (np.abs(first - second) > 0).all()
 
 
-class Two(nnx.Module):
-  """A model of nnx with a list of mixtures and a layer of its own."""
-
-  def __init__(self, rngs):
-    self.mixtures = nnx.List(
-      nnx.bridge.ToNNX(make(), rngs=rngs).lazy_init(X)
-      for make in (flat, two_levels)
-    )
-    self.out = nnx.Linear(D, D, rngs=rngs)
-
-  def __call__(self, x, **options):
-    for mixture in self.mixtures:
-      x = x + mixture(x, **options)
-    return self.out(x)
-
-
 def test_nnx_reports_every_layer_of_a_model():
   def run():
-    model = Two(nnx.Rngs(0))
+    layers = nnx.List([in_nnx(make()) for make in KINDS.values()])
     for _ in range(2):
-      model(X, train=True, mutable=["routing"])
-      sown = nnx.pop(model, ROUTING)
+      for layer in layers:
+        layer(X, train=True, mutable=["routing"])
+      sown = nnx.pop(layers, ROUTING)
       assert len(losses.routings(sown)) == 2
       losses.auxiliary(sown, WEIGHTS)
 
@@ -390,6 +378,7 @@ def test_nnx_scans_over_layers():
   def create(rngs):
     return nnx.bridge.ToNNX(Block("flat", False), rngs=rngs).lazy_init(X)
 
+  @nnx.jit
   @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
   def forward(x, layer):
     return layer(x, mutable=["routing"])[0]
@@ -398,9 +387,10 @@ def test_nnx_scans_over_layers():
   nnx.update(layers, params)
   y = forward(X, layers)
   sown = nnx.pop(layers, ROUTING)
-  want, want_sown = Stack("flat", {"routing": 0}).apply(
-    {"params": {"blocks": params}}, X, mutable=["routing"]
+  stack = functools.partial(
+    Stack("flat", {"routing": 0}).apply, mutable=["routing"]
   )
+  want, want_sown = jax.jit(stack)({"params": {"blocks": params}}, X)
   close(y, want)
   close(losses.auxiliary(sown, WEIGHTS), losses.auxiliary(want_sown, WEIGHTS))
 
