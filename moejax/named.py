@@ -182,8 +182,10 @@ def _builder(about, section, where):
   known = {*parameters, "kind"} if about.kinds else parameters
   for name in section:
     if name not in known:
-      near = f"the nearest is {where}.{nearest(name, known)}" if known else ""
-      raise ValueError(f"{where}.{name} does not exist; {near or 'drop it'}.")
+      near = "take it out of the config"
+      if known:
+        near = f"the nearest is {where}.{nearest(name, known)}"
+      raise ValueError(f"{where}.{name} does not exist; {near}.")
   arguments = {}
   for name, parameter in parameters.items():
     annotation, there = parameter.annotation, f"{where}.{name}"
@@ -359,8 +361,8 @@ def value_of(field: Field, words: Sequence[str]) -> Any:
   None, True, False and numbers are written as Python does (1e3 is a whole one),
   a str as it is. A list is parted by commas, with brackets or without; a
   section is a dict as Python writes it or, where it has kinds, the name of one:
-  then it keeps those of its fields that this kind has as well. No word is True;
-  several are a list, or paths.
+  then it keeps those of its fields that this kind has as well. Without a word a
+  field becomes True; several words are a list, or paths.
 
   Raises:
     ReadError: says what the field can hold.
@@ -396,7 +398,7 @@ _CONSTANTS = (
 
 
 def _meanings(text, about):
-  """Yields what a text may mean, what is meant by few texts first."""
+  """Yields what a text may mean; of what a field can hold the first counts."""
   word = text.strip().lower()
   if word in _CONSTANTS:
     yield _CONSTANTS[word]
@@ -409,7 +411,7 @@ def _meanings(text, about):
     yield number
   if about and about.kinds and text.isidentifier():
     yield {"kind": text}
-  with contextlib.suppress(SyntaxError, ValueError):
+  with contextlib.suppress(SyntaxError, TypeError, ValueError):
     literal = ast.literal_eval(text.strip())
     if not isinstance(literal, str):
       yield tuple(literal) if isinstance(literal, list) else literal

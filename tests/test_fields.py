@@ -1,5 +1,6 @@
 """Every field of every config: listed, taken by a flag, and never ignored."""
 
+import contextlib
 import functools
 import types
 from collections.abc import Sequence
@@ -246,6 +247,17 @@ def test_any_field_takes_what_its_annotation_allows(name, data):
   for step in field.name.split(".")[1:]:
     found = found[step]
   assert types_of(found) == types_of(value)
+
+
+FIELDS = list(config_lib.fields(load("tiny")))
+
+
+@hypothesis.given(st.sampled_from(FIELDS), st.text("{}[](),:'\"1a-._ e"))
+@hypothesis.example(FIELDS[2], "{[1]: 2}")
+@hypothesis.settings(max_examples=300)
+def test_any_text_is_read_or_refused(field, text):
+  with contextlib.suppress(ValueError):
+    named.value_of(field, [text])
 
 
 def test_fields_that_refer_to_each_other_stay_so():
