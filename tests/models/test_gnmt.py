@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import kinds
@@ -32,25 +31,21 @@ def sized():
 
 def pack(rows, length=L, source_length=M, filler=0):
   """Puts pairs into rows; `filler` is what stands in padding."""
-  size, source_size = (len(rows), length), (len(rows), source_length)
+
+  def fill(of, size, filler=filler):
+    """Puts of(number, lengths, pieces) of a row's pairs after each other."""
+    found = ([of(i, *pair) for i, pair in enumerate(row, 1)] for row in rows)
+    found = [[v for each in row for v in each] for row in found]
+    full = [row + [filler] * (size - len(row)) for row in found]
+    return np.array(full, np.int32)
+
   batch = {
-    "inputs": np.full(size, filler, np.int32),
-    "targets": np.full(size, filler, np.int32),
-    "segment": np.zeros(size, np.int32),
-    "source": np.full(source_size, filler, np.int32),
-    "source_segment": np.zeros(source_size, np.int32),
+    "inputs": fill(lambda i, n, pieces: pieces[0][: n[0]], length),
+    "targets": fill(lambda i, n, pieces: pieces[1][: n[0]], length),
+    "segment": fill(lambda i, n, pieces: [i] * n[0], length, 0),
+    "source": fill(lambda i, n, pieces: pieces[2][: n[1]], source_length),
+    "source_segment": fill(lambda i, n, _: [i] * n[1], source_length, 0),
   }
-  for r, row in enumerate(rows):
-    at = source_at = 0
-    for number, ((target, source), pieces) in enumerate(row, 1):
-      here = slice(at, at + target)
-      there = slice(source_at, source_at + source)
-      batch["inputs"][r, here] = pieces[0][:target]
-      batch["targets"][r, here] = pieces[1][:target]
-      batch["segment"][r, here] = number
-      batch["source"][r, there] = pieces[2][:source]
-      batch["source_segment"][r, there] = number
-      at, source_at = here.stop, there.stop
   for side in ("", "source_"):
     segment = batch[side + "segment"]
     batch[side + "start"] = np.diff(segment, axis=1, prepend=-1) != 0
@@ -90,14 +85,8 @@ def make(mixture=flat, form="product", wiring="recurrent", **fields):
 
 
 def parameters(model, seed=0):
-  """Weights far from the start, so that all of them matter."""
-  keys = {"params": jax.random.key(0)}
-  init = functools.partial(model.init, keys, method="loss")
-  tree = nn.unbox(jax.eval_shape(init, pack(sized())))["params"]
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.7, a.dtype), tree
-  )
+  init = functools.partial(model.init, jax.random.key(0), method="loss")
+  return recurrent.random_weights(init, seed, pack(sized()))
 
 
 def loss(model, params, batch, train=False, **options):

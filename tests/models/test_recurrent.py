@@ -41,13 +41,8 @@ def make(
 
 @functools.cache
 def parameters(seed=0):
-  """Weights far from the start, so that all of them matter."""
   init = functools.partial(make().init, jax.random.key(0), train=False)
-  tree = nn.unbox(jax.eval_shape(init, X, START))["params"]
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.7, a.dtype), tree
-  )
+  return recurrent.random_weights(init, seed, X, START)
 
 
 def total(model, params, x):
