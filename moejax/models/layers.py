@@ -120,7 +120,10 @@ def _backward(residuals, dy):
 
   def weight_gradient(a, dz, w):
     # No reshape to [L*B]: it would gather a batch that is split over devices.
-    return product("LBM,LBN->MN", a, dz, x.dtype).astype(w.dtype)
+    a, dz = a.astype(x.dtype), dz.astype(x.dtype)
+    axes = (0, 1), (0, 1)
+    total = jnp.tensordot(a, dz, axes, preferred_element_type=jnp.float32)
+    return total.astype(w.dtype)
 
   slopes = slope, None if m is None else jnp.zeros_like(y)
   zero = zero_state(x.shape[1], len(weights.w_rec), len(weights.bias) // 4)
