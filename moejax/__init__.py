@@ -18,29 +18,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# By the module that has them; the last three have a shorter name there.
 _NAMES = {
-  "moe": ("MoE", "HierarchicalMoE"),
-  "router": (
-    "Router",
-    "Softmax",
-    "TopK",
-    "NoisyTopK",
-    "Balanced",
-    "Switch",
-    "GShardTop2",
-    "ExpertChoice",
-    "Hash",
-    "Sigmoid",
-  ),
-  "experts": ("FeedForward", "Linear", "Identity", "Each", "Mixed"),
-  "routing": ("Routing", "Assignment"),
-  "losses": ("routings",),
-  "sharding": ("Layout", "LAYOUTS", "make_mesh"),
-  "training.run": ("load",),
+  "moe": "MoE HierarchicalMoE",
+  "router": "Router Softmax TopK NoisyTopK Balanced Switch GShardTop2"
+  " ExpertChoice Hash Sigmoid",
+  "experts": "FeedForward Linear Identity Each Mixed",
+  "routing": "Routing Assignment",
+  "losses": "routings",
+  "sharding": "Layout LAYOUTS make_mesh",
+  "training.run": "load",
 }
+# Name -> the module that has it, and its name there.
 _PLACES = {
-  name: (place, name) for place in _NAMES for name in _NAMES[place]
+  name: (place, name)
+  for place, names in _NAMES.items()
+  for name in names.split()
 } | {
   "auxiliary_loss": ("losses", "auxiliary"),
   "balance_metrics": ("losses", "balance"),

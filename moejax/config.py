@@ -21,7 +21,7 @@ from moejax import files as files_lib
 from moejax import losses, named, sharding
 from moejax import workdir as workdir_lib
 from moejax.data import corpora, packing
-from moejax.models.build import MODELS
+from moejax.models.build import MODELS, TRANSLATORS
 from moejax.named import Names, Range, Section, Size
 from moejax.training import optim, step
 
@@ -34,9 +34,9 @@ def packaged() -> dict[str, pathlib.Path]:
   """Returns the files of configs/ by name, such as "sotu/moe_32"."""
   here = pathlib.Path(__file__).parent
   # In a wheel they lie inside the package, in a checkout beside it.
-  folder = next(
-    p / "configs" for p in (here, here.parent) if (p / "configs").is_dir()
-  )
+  folder = here / "configs"
+  if not folder.is_dir():
+    folder = here.parent / "configs"
   return {
     str(path.relative_to(folder).with_suffix("")): path
     for path in sorted(folder.rglob("*.py"))
@@ -68,8 +68,7 @@ def load(
   file, _, argument = name.partition(":")
   if os.path.exists(os.path.expanduser(name)):
     file, argument = name, ""
-  known = packaged()
-  path = os.path.expanduser(file)
+  known, path = packaged(), os.path.expanduser(file)
   if not os.path.isfile(path):
     path = known.get(file.removesuffix(".py"), files_lib.local(file))
   if not os.path.isfile(path):
@@ -80,7 +79,7 @@ def load(
     )
   try:
     get_config = runpy.run_path(str(path))["get_config"]
-    config = get_config(*([argument] if argument else []))
+    config = get_config(argument) if argument else get_config()
     config.to_dict()
     config.lock()
   except Exception as error:  # Whatever the file's own code raises.
@@ -146,8 +145,6 @@ class Experiment(NamedTuple):
 
   Attributes:
     values: the config itself, as plain values: what a run remembers.
-    seed: of all that is random.
-    layout: how arrays lie over the devices.
     data: opens the corpus, see `open_corpus`.
     shapes: [B, L] or [B, M], and types of a batch's arrays.
     model: size of the vocabulary -> the model.
@@ -155,7 +152,6 @@ class Experiment(NamedTuple):
     aux_scope: what they are taken over, see `losses.SCOPES`.
     schedule: of the learning rate.
     tx: the update rule.
-    train: how long to train, and how often to do what.
   """
 
   values: dict[str, Any]
@@ -205,13 +201,17 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Experiment:
   values = ConfigDict(config).to_dict()
   sections = (values.get("model"), values.get("data"))
   model, data = (s.get("kind") if hasattr(s, "keys") else "" for s in sections)
-  if model and data and (model == "gnmt") != (data in ("pairs", "wmt14")):
+  if model and data and (model in TRANSLATORS) != (data in _PAIRS):
     raise ValueError(
-      f"config.model.kind is {model!r}, but config.data.kind is {data!r}: the"
-      " model 'gnmt' translates, and pairs of sentences ('pairs', 'wmt14') are"
-      " for it alone; change one of them."
+      f"config.model.kind is {model!r}, but config.data.kind is {data!r}: pairs"
+      f" of sentences ({', '.join(_PAIRS)}) are for models that translate"
+      f" ({', '.join(TRANSLATORS)}), and these for them; change one of the two."
     )
   return named.build(_experiment, values, "config", values=values)
+
+
+# Kinds of data that are to be translated.
+_PAIRS = ("pairs", "wmt14")
 
 
 def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
@@ -278,10 +278,8 @@ def _scheduled(
     hold_steps: in which it stays there; then it falls as 1/sqrt.
     clip_norm: largest norm of the gradient; None clips nothing.
   """
-  of_schedule = inspect.signature(optim.warmup_rsqrt).parameters
-  schedule = optim.warmup_rsqrt(
-    **{n: fields.pop(n) for n in of_schedule if n in fields}
-  )
+  of_schedule = fields.keys() & inspect.signature(optim.warmup_rsqrt).parameters
+  schedule = optim.warmup_rsqrt(**{n: fields.pop(n) for n in of_schedule})
   return schedule, rule(schedule, **fields)
 
 
@@ -290,25 +288,23 @@ OPTIMIZERS = {
   "factored_adam": functools.partial(_scheduled, optim.factored_adam),
 }
 
+
 _Axis = Annotated[str, Names(sharding.MESH_AXES)]
 _Axes = (
   _Axis | Annotated[Sequence[_Axis], "mesh axes that it is split over"] | None
 )
 
 
-@named.fields_of(
-  {
-    axis: inspect.Parameter(
-      axis, inspect.Parameter.KEYWORD_ONLY, default=over, annotation=_Axes
-    )
-    for axis, over in sharding.RULES.items()
-  }
+def _rules(**changes: sharding.Over) -> tuple[tuple[str, sharding.Over], ...]:
+  return sharding.rules(**changes)
+
+
+_keyword = functools.partial(
+  inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, annotation=_Axes
 )
-def _rules(**changes: Any) -> tuple[tuple[str, sharding.Over], ...]:
-  # A config of JSON has lists.
-  return sharding.rules(
-    **{n: tuple(v) if isinstance(v, list) else v for n, v in changes.items()}
-  )
+_rules.__signature__ = inspect.Signature(
+  _keyword(axis, default=over) for axis, over in sharding.RULES.items()
+)
 
 
 def _layout(
@@ -323,14 +319,13 @@ def _layout(
     rules: what to change of `sharding.RULES`.
     name: what reports call it.
   """
-  shape = tuple(mesh_shape)
-  sound = all(n > 0 or n == -1 for n in shape)
-  if not sound or len(shape) != 3 or shape.count(-1) > 1:
+  fixed = [n for n in mesh_shape if n != -1]
+  if len(mesh_shape) != 3 or len(fixed) < 2 or min(fixed) < 1:
     raise ValueError(
-      f"config.layout.mesh_shape is {shape}; give the number of devices"
+      f"config.layout.mesh_shape is {mesh_shape}; give the number of devices"
       f" along {', '.join(sharding.MESH_AXES)}, -1 for at most one."
     )
-  return sharding.Layout(name, shape, rules())
+  return sharding.Layout(name, mesh_shape, rules())
 
 
 def _experiment(

@@ -361,7 +361,7 @@ def _listed(field: named.Field) -> str:
     text = "..."
   elif hasattr(value, "keys"):
     text = "{...}"
-  about = named.worded(field.annotation, fully=True)
+  about = named.worded(field.annotation)
   note = "; left out" if left_out else ""
   return f"  --{field.name}={text}\n      {field.line} ({about}{note})"
 

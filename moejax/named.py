@@ -1,9 +1,9 @@
 """Fields of a config: checked, built from, listed, read and set by name.
 
-The fields of a section are the parameters of what it builds, as far as a config
-can hold what they are annotated with: bool, int, float, str, None, lists and
-sections. So the type, the range, the default and the meaning of a field are
-written once, where it is read.
+A section of a config builds something. Its fields are the parameters of what
+builds it, as far as a config can hold what they are annotated with: bool, int,
+float, str, None, lists and sections. So the type, the range, the default and
+the meaning of a field are written once, where it is read.
 """
 
 import ast
@@ -17,14 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import (
-  Callable,
-  Collection,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 Factory = Callable[..., Any]
@@ -80,76 +73,63 @@ Size = Annotated[int, Range(1)]
 # A field of files; its words are joined.
 Paths = Annotated[str, "parted by commas; * and ? match any letters"]
 
-_KINDS = {
-  **{kind: kind.__name__ for kind in (bool, int, float, str)},
-  types.NoneType: "None",
-  Mapping: "dict",
-  Sequence: "list",
-}
+_TYPES = {kind: kind.__name__ for kind in (bool, int, float, str)}
+_TYPES |= {types.NoneType: "None", Mapping: "dict", Sequence: "list"}
 
 
 class Alternative(NamedTuple):
-  """One of the types that an annotation names."""
+  """What `Annotated` says of one of the types that an annotation names."""
 
-  kind: type  # A key of `_KINDS`.
-  about: Any  # `Names`, `Range` or `Section`, if `Annotated` has one.
+  about: Names | Range | Section | None
   entry: Any  # Annotation of the entries, of a list.
-  line: str  # What the field is, where `Annotated` says that.
+  line: str  # What the field is.
 
 
-def alternatives(annotation: Any) -> list[Alternative]:
-  """Returns what an annotation names; nothing where no config can hold it."""
-  union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-  found = []
-  for each in typing.get_args(annotation) if union else (annotation,):
-    noted = typing.get_origin(each) is Annotated
-    plain, *notes = typing.get_args(each) if noted else (each,)
+@functools.lru_cache(1000)
+def alternatives(annotation: Any) -> dict[type, Alternative]:
+  """Returns the types of `_TYPES` that an annotation names.
+
+  None at all where one of them is something that no config can hold.
+  """
+  is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+  found = {}
+  for each in typing.get_args(annotation) if is_union else (annotation,):
+    is_noted = typing.get_origin(each) is Annotated
+    plain, *notes = typing.get_args(each) if is_noted else (each,)
     about = next((n for n in notes if not isinstance(n, str)), None)
     line = next((n for n in notes if isinstance(n, str)), "")
-    kind, entry = typing.get_origin(plain) or plain, None
+    kind = typing.get_origin(plain) or plain
     if isinstance(about, Section):
       kind = Mapping
-    elif kind in (Sequence, Iterable):
-      kind, entry = Sequence, (*typing.get_args(plain), Any)[0]
-    if kind not in _KINDS:
-      return []
-    found.append(Alternative(kind, about, entry, line))
+    if kind not in _TYPES:
+      return {}
+    entry = typing.get_args(plain)[0] if kind is Sequence else None
+    found[kind] = Alternative(about, entry, line)
   return found
 
 
 def section_of(annotation: Any) -> Section | None:
   """Returns the section that a field may be; None where it may not."""
-  found = (each.about for each in alternatives(annotation))
-  return next((about for about in found if isinstance(about, Section)), None)
+  found = alternatives(annotation).get(Mapping)
+  return found and found.about
 
 
-def _is_a(value: Any, kind: type) -> bool:
-  if kind is Mapping:
-    return hasattr(value, "keys")
-  if kind is Sequence:
-    return isinstance(value, (list, tuple))
-  # By the type itself: True is an int otherwise.
-  return type(value) is kind or (kind is float and type(value) is int)
-
-
-def worded(annotation: Any, fully: bool = False) -> str:
-  """Writes what a field may hold: "int or None"; fully, with all bounds."""
+def worded(annotation: Any) -> str:
+  """Writes what a field may hold: "int, 1 or more or None"."""
   words = []
-  for each in alternatives(annotation):
-    word, about = _KINDS[each.kind], each.about
-    if fully and isinstance(about, Names):
+  for kind, (about, entry, _) in alternatives(annotation).items():
+    word = _TYPES[kind]
+    if isinstance(about, Names):
       word = " | ".join(about.known)
-    elif fully and isinstance(about, Range):
+    elif isinstance(about, Range):
       word = f"{word}, {about}"
-    elif fully and each.entry and alternatives(each.entry):
-      word = f"{word} of ({worded(each.entry, fully)})"
+    elif entry:
+      word = f"{word} of ({worded(entry)})"
     words.append(word)
   return " or ".join(words)
 
 
-def fields_of(
-  *sources: Factory | Mapping[str, inspect.Parameter], **annotations: Any
-) -> Callable[[Factory], Factory]:
+def fields_of(*sources: Factory, **annotations: Any) -> Callable:
   """Makes a factory's `**fields` stand for the parameters of others.
 
   A parameter that it names itself hides one of theirs. Annotations given here
@@ -159,20 +139,17 @@ def fields_of(
   keyword = inspect.Parameter.KEYWORD_ONLY
 
   def decorate(factory):
-    rest = {}
+    found = {}
     for source in sources:
-      is_table = isinstance(source, Mapping)
-      rest |= source if is_table else inspect.signature(source).parameters
+      found |= inspect.signature(source).parameters
     for name, annotation in annotations.items():
-      default = rest[name].default if name in rest else None
-      rest[name] = inspect.Parameter(
-        name, keyword, default=default, annotation=annotation
-      )
+      new = inspect.Parameter(name, keyword, default=None)
+      found[name] = found.get(name, new).replace(annotation=annotation)
     own = dict(inspect.signature(factory).parameters)
     own.popitem()  # **fields
-    rest = [p.replace(kind=keyword) for n, p in rest.items() if n not in own]
+    rest = [p.replace(kind=keyword) for n, p in found.items() if n not in own]
     factory.__signature__ = inspect.Signature([*own.values(), *rest])
-    factory.fields_of = [s for s in sources if not isinstance(s, Mapping)]
+    factory.fields_of = sources
     return factory
 
   return decorate
@@ -180,12 +157,7 @@ def fields_of(
 
 def limited(factory: Factory, **annotations: Any) -> Factory:
   """Returns a factory of the same, with other annotations of some fields."""
-
-  @fields_of(factory, **annotations)
-  def make(**fields):
-    return factory(**fields)
-
-  return make
+  return fields_of(factory, **annotations)(lambda **fields: factory(**fields))
 
 
 # -- checking and building ----------------------------------------------------
@@ -201,68 +173,19 @@ def build(
 
   ValueError names the field, and what may be in its place.
   """
-  factory, arguments = _arguments(section, Section(factory, given), where)
-  return factory(**arguments, **given)
+  return _builder(Section(factory, given), section, where)(**given)
 
 
-def checked(value: Any, annotation: Any, where: str) -> Any:
-  """Returns what a factory gets: for a section, a function that builds it.
-
-  An int will do for a float. ValueError names the field, its value and what may
-  be in its place.
-  """
-  each_kind = alternatives(annotation)
-  if not each_kind:
-    return value
-  found = next((each for each in each_kind if _is_a(value, each.kind)), None)
-  if found is None:
-    raise ValueError(f"{where} is {value!r}; give it as {worded(annotation)}.")
-  about, entry = found.about, found.entry
-  if isinstance(about, Section):
-    factory, arguments = _arguments(value, about, where)
-    return functools.partial(factory, **arguments)
-  if entry:
-    bounded = any(isinstance(a.about, Range) for a in alternatives(entry))
-    if bounded and not value:
-      raise ValueError(f"{where} is {value}; give at least one.")
-    # Of sections it matters which one it is; of numbers the value tells.
-    place = "{}[{}]" if section_of(entry) else "{}"
-    return tuple(
-      checked(each, entry, place.format(where, i))
-      for i, each in enumerate(value)
-    )
-  if isinstance(about, Names):
-    one_of(value, about.known, where)
-  elif isinstance(about, Range):
-    if not about.least <= value < about.below:
-      raise ValueError(f"{where} is {value}; give {about}.")
-  elif isinstance(value, str):
-    try:
-      value.encode()
-    except UnicodeEncodeError:
-      raise ValueError(
-        f"{where} is {value!r}, which is not UTF-8; rename what it names."
-      ) from None
-  return value
-
-
-def _arguments(
-  section: Mapping[str, Any], about: Section, where: str
-) -> tuple[Factory, dict[str, Any]]:
-  """Returns what builds a section, and what it gets of the checked fields."""
+def _builder(about, section, where):
+  """Returns a function of what is given, to what the section builds."""
   factory, parameters = chosen(about, section, where)
+  known = {*parameters, "kind"} if about.kinds else parameters
   for name in section:
-    if name in parameters or (about.kinds and name == "kind"):
-      continue
-    if not parameters:
-      raise ValueError(
-        f"{where}.{name} does not exist, nor any other field there; take it"
-        " out of the config."
-      )
-    raise ValueError(
-      f"{where}.{name} does not exist; the nearest is"
-      f" {where}.{nearest(name, parameters)}."
-    )
+    if name not in known:
+      near = "take it out of the config"
+      if known:
+        near = f"the nearest is {where}.{nearest(name, known)}"
+      raise ValueError(f"{where}.{name} does not exist; {near}.")
   arguments = {}
   for name, parameter in parameters.items():
     annotation, there = parameter.annotation, f"{where}.{name}"
@@ -274,7 +197,45 @@ def _arguments(
     if inner and section.get(name) is None:
       # One that is left out has no fields, which matters if it is built.
       arguments[name] = functools.partial(build, inner.factory, {}, there)
-  return factory, arguments
+  return functools.partial(factory, **arguments)
+
+
+def checked(value: Any, annotation: Any, where: str) -> Any:
+  """Returns what a factory gets: for a section, a function that builds it.
+
+  An int will do for a float. ValueError names the field, its value and what may
+  be in its place.
+  """
+  kinds, kind = alternatives(annotation), _kind(value)
+  if kind is int and int not in kinds:
+    kind = float
+  if kind not in kinds:
+    raise ValueError(f"{where} is {value!r}; give it as {worded(annotation)}.")
+  about, entry, _ = kinds[kind]
+  if isinstance(about, Section):
+    return _builder(about, value, where)
+  if isinstance(about, Names):
+    return one_of(value, about.known, where)
+  if isinstance(about, Range) and not about.least <= value < about.below:
+    raise ValueError(f"{where} is {value}; give {about}.")
+  if kind is Sequence:
+    if not value and int in alternatives(entry):
+      raise ValueError(f"{where} is {value}; give at least one.")
+    return tuple(
+      checked(each, entry, f"{where}[{i}]") for i, each in enumerate(value)
+    )
+  if kind is str and re.search("[\ud800-\udfff]", value):
+    raise ValueError(
+      f"{where} is {value!r}, which is not UTF-8; rename what it names."
+    )
+  return value
+
+
+def _kind(value):
+  """Returns which of `_TYPES` it is; True is no int here."""
+  if isinstance(value, (list, tuple)):
+    return Sequence
+  return Mapping if hasattr(value, "keys") else type(value)
 
 
 def chosen(
@@ -305,7 +266,7 @@ def one_of(name: Any, names: Collection[str], where: str) -> str:
   return name
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
+def nearest(name: Any, known: Collection[str]) -> str:
   """Returns which of the names is most like this one."""
   return difflib.get_close_matches(str(name), list(known), 1, 0)[0]
 
@@ -330,52 +291,42 @@ def fields(
 
   ValueError where a section is of an unknown kind.
   """
-  each_kind = alternatives(annotation)
-  said = [line, *(each.line for each in each_kind)]
-  line = "; ".join(filter(None, said))
-  yield Field(where, annotation, value, default, line)
-  entry = next((each.entry for each in each_kind if each.entry), None)
-  if section_of(entry) and _is_a(value, Sequence):
+  kinds, about = alternatives(annotation), section_of(annotation)
+  lines = [line, *(each.line for each in kinds.values())]
+  yield Field(where, annotation, value, default, "; ".join(filter(None, lines)))
+  entry = kinds[Sequence].entry if Sequence in kinds else None
+  if section_of(entry) and _kind(value) is Sequence:
     for i, each in enumerate(value):
       yield from fields(entry, f"{where}[{i}]", each)
-  about = section_of(annotation)
   if about is None:
     return
-  section = value if _is_a(value, Mapping) else {}
+  section = value if _kind(value) is Mapping else {}
   if about.kinds:
-    kind = section.get("kind", EMPTY)
     names = Annotated[str, Names(about.kinds)]
+    kind = section.get("kind", EMPTY)
     yield Field(f"{where}.kind", names, kind, EMPTY, "which of these it is")
     if kind is EMPTY:
       return
   factory, parameters = chosen(about, section, where)
   # What kinds have in common need be said of one alone; its own line counts.
-  lines = collections.ChainMap(*map(_lines, (factory, *about.kinds.values())))
+  said = collections.ChainMap(*map(_lines, (factory, *about.kinds.values())))
   for name, each in parameters.items():
-    yield from fields(
-      each.annotation,
-      f"{where}.{name}",
-      section.get(name, EMPTY),
-      each.default,
-      lines.get(name, ""),
-    )
+    there, inner = f"{where}.{name}", section.get(name, EMPTY)
+    line = said.get(name, "")
+    yield from fields(each.annotation, there, inner, each.default, line)
 
 
 @functools.cache
-def _lines(factory: Factory) -> dict[str, str]:
+def _lines(factory):
   """Finds the first sentence about each parameter in docstrings."""
-  if isinstance(factory, functools.partial):
-    factory = factory.func
+  factory = getattr(factory, "func", factory)  # of a partial
   found = {}
   for source in getattr(factory, "fields_of", ()):
     found |= _lines(source)
-  for each in factory.__mro__[::-1] if isinstance(factory, type) else [factory]:
-    doc = inspect.cleandoc(each.__doc__ or "") + "\n"
-    for part in re.findall(
-      r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", doc, re.M
-    ):
-      about = re.findall(r"^  (\w+): (.*(?:\n {4}.*)*)", part, re.M)
-      found |= {name: sentence(text) for name, text in about}
+  for each in reversed(getattr(factory, "__mro__", [factory])):
+    doc = inspect.cleandoc(each.__doc__ or "")
+    about = re.findall(r"^  (\w+): (.*(?:\n {4}.*)*)", doc, re.M)
+    found |= {name: sentence(text) for name, text in about}
   return found
 
 
@@ -396,7 +347,7 @@ class ReadError(ValueError):
 
 
 def written(value: Any) -> str:
-  """Writes a value as `read` takes it."""
+  """Writes a value as `value_of` reads it."""
   if isinstance(value, (list, tuple)):
     words = [written(each) for each in value]
     if words and all(re.fullmatch(r"[\w.+-]+", word) for word in words):
@@ -404,125 +355,103 @@ def written(value: Any) -> str:
   return value if isinstance(value, str) else repr(value)
 
 
-def read(text: Any, annotation: Any, where: str) -> Any:
-  """Reads a value, as annotated, from a command line.
+def value_of(field: Field, words: Sequence[str]) -> Any:
+  """Reads the value of a field from the words that follow its name.
 
   None, True, False and numbers are written as Python does (1e3 is a whole one),
   a str as it is. A list is parted by commas, with brackets or without; a
-  section is a dict as Python writes it or, where it has kinds, the name of one.
-  What stands within these may have been read before. `ReadError` says what the
-  field can hold, ValueError which kinds there are.
+  section is a dict as Python writes it or, where it has kinds, the name of one:
+  then it keeps those of its fields that this kind has as well. Without a word a
+  field becomes True; several words are a list, or paths.
+
+  Raises:
+    ReadError: says what the field can hold.
+    ValueError: the section has no such kind.
   """
-  about = section_of(annotation)
-  by_kind = {each.kind: each for each in alternatives(annotation)}
-  # In the order in which what is written could be meant.
-  order = (types.NoneType, bool, int, float, Mapping, Sequence, str)
-  for kind in filter(by_kind.__contains__, order):
-    if kind is Mapping and about.kinds and str(text).isidentifier():
-      return {"kind": one_of(text, about.kinds, where)}
-    # What could be either: no str begins like a dict, a list has a comma.
-    if kind is str and about and str(text).startswith("{"):
-      break
-    is_word = isinstance(text, str) and not re.search(r"[,(\[]", text)
-    if kind is Sequence and str in by_kind and is_word:
-      continue
-    errors = ArithmeticError, KeyError, SyntaxError, TypeError, ValueError
-    with contextlib.suppress(*errors):
-      return _read_as(text, by_kind[kind], where)
-  wanted = worded(annotation)
+  name, annotation, old, *_ = field
+  kinds, about = alternatives(annotation), section_of(annotation)
+  text = ",".join(words) if words else "True"
+  if not words and bool not in kinds:
+    problem = f"--{name} is without a value"
+  elif len(words) > 1 and Sequence not in kinds and annotation != Paths:
+    problem = f"what is {words[1]!r}? --{name} takes one value"
+  else:
+    problem = f"--{name}={text} cannot be read"
+    for value in _meanings(text, about):
+      if _kind(value) in kinds:
+        if value == {"kind": text} and _kind(old) is Mapping:
+          _, fitting = chosen(about, value, name)
+          value = {n: v for n, v in old.items() if n in fitting} | value
+        return value
+  example = ""
   if about:
     first = "kind" if about.kinds else next(iter(chosen(about, {}, "")[1]))
-    wanted += f", as in {{{first!r}: ...}}"
-  raise ReadError(f"--{where}={text} cannot be read; give it as {wanted}.")
+    example = f", as in {{{first!r}: ...}}"
+  raise ReadError(f"{problem}; give it as {worded(annotation)}{example}.")
 
 
-_WORDS = {
-  types.NoneType: {"none": None, "null": None},
-  bool: {
-    **dict.fromkeys(("true", "t", "1"), True),
-    **dict.fromkeys(("false", "f", "0"), False),
-  },
-}
+_CONSTANTS = (
+  dict.fromkeys(("none", "null"))
+  | dict.fromkeys(("true", "t", "1"), True)
+  | dict.fromkeys(("false", "f", "0"), False)
+)
 
 
-def _read_as(text: Any, each: Alternative, where: str) -> Any:
-  """Reads a value of one type; raises some error where it is none."""
-
-  def within(value, annotation, name):
-    # What cannot be read is refused when it is built.
-    with contextlib.suppress(ValueError):
-      return read(value, annotation, name)
-    return value
-
-  kind = each.kind
-  if kind in _WORDS:
-    return _WORDS[kind][str(text).lower()]
-  if kind is int:
-    with contextlib.suppress(ValueError):
-      return int(str(text))
-    number = float(str(text))
-    if not number.is_integer():
-      raise ValueError
-    return int(number)
-  if kind is float:
-    return float(str(text))
-  if kind is Mapping:
-    section = ast.literal_eval(text) if isinstance(text, str) else text
-    section = dict(section.items() if _is_a(section, Mapping) else None)
-    parameters = {}
-    with contextlib.suppress(ValueError):
-      parameters = chosen(each.about, section, where)[1]
-    return section | {
-      name: within(section[name], parameter.annotation, f"{where}.{name}")
-      for name, parameter in parameters.items()
-      if name in section
-    }
-  if kind is Sequence and isinstance(text, str):
-    # Without brackets and the comma that may come last.
-    inner = re.sub(r"^[\[(]|[\])]$", "", text.strip()).strip().removesuffix(",")
-    try:
-      text = ast.literal_eval(f"({inner},)") if inner else ()
-    except (SyntaxError, ValueError):
-      text = [word.strip() for word in inner.split(",")]
-  if not _is_a(text, kind):
-    raise TypeError
-  return (
-    text
-    if kind is str
-    else tuple(within(one, each.entry, where) for one in text)
-  )
+def _meanings(text, about):
+  """Yields what a text may mean; of what a field can hold the first counts."""
+  word = text.strip().lower()
+  if word in _CONSTANTS:
+    yield _CONSTANTS[word]
+  with contextlib.suppress(ValueError):
+    yield int(word)
+  with contextlib.suppress(ValueError):
+    number = float(word)
+    if number.is_integer():
+      yield int(number)
+    yield number
+  if about and about.kinds and text.isidentifier():
+    yield {"kind": text}
+  with contextlib.suppress(SyntaxError, TypeError, ValueError):
+    literal = ast.literal_eval(text.strip())
+    if not isinstance(literal, str):
+      yield tuple(literal) if isinstance(literal, list) else literal
+  # A list has a comma or brackets where it could be a word.
+  if not re.search(r"[,(\[]", text):
+    yield text
+  yield tuple(re.findall(r"[^\s,()\[\]]+", text))
+  # No word begins like a section.
+  if not (about and text.startswith("{")):
+    yield text
 
 
 def override(
   config: Any,
-  changes: Iterable[tuple[str, Sequence[str]]],
-  fields_of_config: Callable[[Any], Iterable[Field]],
+  changes: Sequence[tuple[str, Sequence[str]]],
+  fields_of_config: Callable[[Any], Iterator[Field]],
 ) -> None:
   """Sets fields to what a command line says, whether the file has them or not.
 
-  A section is set before what is in it, and its kind before its other fields,
-  in whatever order they come. By the name of a kind, of its own or as "kind", a
-  section keeps those of its fields that this kind has as well. A field without
-  words becomes True; several are a list, or paths. Errors as of `read`.
+  A section is set before what is in it, and its kind, which is one more way to
+  set it, before its other fields, in whatever order they come. Errors as of
+  `value_of`.
   """
   found = {}
-  for name, words in sorted(
-    changes, key=lambda change: len(_steps(change[0].removesuffix(".kind")))
-  ):
+
+  def depth(change):
+    return len(_steps(change[0].removesuffix(".kind")))
+
+  for name, words in sorted(changes, key=depth):
     found = found or {field.name: field for field in fields_of_config(config)}
     if name not in found:
       raise ReadError(_unknown(name, found))
-    value = value_of(found[name], words)
-    section = name.removesuffix(".kind")
-    if section != name and found[section].value is not EMPTY:
-      name, value = section, value_of(found[section], [value])
-    set_field(config, name, value)
-    # By another kind there are other fields.
-    if section_of(found[name].annotation):
-      found = {}
+    field = found[name.removesuffix(".kind")]
+    set_field(config, field.name, value_of(field, words))
+    if section_of(field.annotation):
+      found = {}  # By another kind there are other fields.
 
 
-def _unknown(name: str, found: Mapping[str, Field]) -> str:
+def _unknown(name, found):
+  """Says what is wrong with the name of a field that is none."""
   section, _, last = name.rpartition(".")
   about = section_of(found[section].annotation) if section in found else None
   for kind in about.kinds if about else ():
@@ -541,25 +470,6 @@ def _unknown(name: str, found: Mapping[str, Field]) -> str:
   )
 
 
-def value_of(field: Field, words: Sequence[str]) -> Any:
-  """Reads the value of a field from the words that follow its name."""
-  name, annotation, old, *_ = field
-  wanted = worded(annotation)
-  kinds = [each.kind for each in alternatives(annotation)]
-  if not words and bool not in kinds:
-    raise ReadError(f"--{name} is without a value; give it as {wanted}.")
-  if len(words) > 1 and Sequence not in kinds and annotation != Paths:
-    raise ReadError(
-      f"what is {words[1]!r}? --{name} takes one value; give it as {wanted}."
-    )
-  text = ",".join(words) if words else "True"
-  value = read(text, annotation, name)
-  if value == {"kind": text} and _is_a(old, Mapping):
-    fitting = chosen(section_of(annotation), value, name)[1]
-    return {n: v for n, v in old.items() if n in fitting} | value
-  return value
-
-
 def set_field(config: Any, name: str, value: Any) -> None:
   """Sets a field, such as "config.a.b[0].c", and makes its sections."""
 
@@ -567,12 +477,12 @@ def set_field(config: Any, name: str, value: Any) -> None:
     if not steps:
       return value
     first, *rest = steps
-    if _is_a(section, Sequence):
-      i = int(first)
-      inner = set_in(dict(section[i]), rest)
-      return (*section[:i], inner, *section[i + 1 :])
+    if _kind(section) is Sequence:
+      entries = list(section)
+      entries[int(first)] = set_in(dict(entries[int(first)]), rest)
+      return tuple(entries)
     inner = section.get(first)
-    if rest and not any(_is_a(inner, kind) for kind in (Mapping, Sequence)):
+    if _kind(inner) not in (Mapping, Sequence):
       inner = {}
     section[first] = set_in(inner, rest)
     return section
@@ -580,6 +490,6 @@ def set_field(config: Any, name: str, value: Any) -> None:
   set_in(config, _steps(name))
 
 
-def _steps(name: str) -> list[str]:
+def _steps(name):
   """Parts "config.a.b[0].c" into a, b, 0, c."""
   return re.findall(r"[^.\[\]]+", name)[1:]

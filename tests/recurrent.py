@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import reference
 
@@ -36,18 +38,12 @@ def lstm(x, start, w_in, w_rec, bias, w_out=None):
 
 
 class Mixed(NamedTuple):
-  """What a recurrent mixture gives; sums are of all steps.
+  """What a recurrent mixture gives; sums are of all steps."""
 
-  Attributes:
-    y: [B, L, u].
-    importance, load: [E], eq. 6 and 10.
-    logits, noise_std: [B, L, E], of which only those of real tokens.
-  """
-
-  y: np.ndarray
-  importance: np.ndarray
-  load: np.ndarray
-  logits: np.ndarray
+  y: np.ndarray  # [B, L, u]
+  importance: np.ndarray  # [E], eq. 6
+  load: np.ndarray  # [E], eq. 10
+  logits: np.ndarray  # [B, L, E], of real tokens
   noise_std: np.ndarray
 
 
@@ -195,6 +191,15 @@ def gnmt_loss(params, k, form, wiring, batch, plain=0):
     p = reference.softmax(params["head"]["table"] @ h[b, t])
     out[b, t] = -np.log(p[batch["targets"][b, t]])
   return out
+
+
+def random_weights(init, seed, *args):
+  """Weights far from the start, so that all of them matter."""
+  tree = nn.unbox(jax.eval_shape(init, *args))["params"]
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.7, a.dtype), tree
+  )
 
 
 def assert_near(got, want, rtol):

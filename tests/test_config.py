@@ -19,33 +19,64 @@ from moejax.models.layers import table_rows
 from moejax.training import cost
 
 
-@pytest.mark.parametrize("name", NAMES)
+def rows_of(*folders, without=" "):
+  """Configs of these folders, but for those with a word in their name."""
+  names = [n for n in NAMES if n.startswith(folders) and without not in n]
+  return pytest.mark.parametrize("name", names)
+
+
+def model_of(name):
+  return experiment(name).model(VOCABULARY)
+
+
+@rows_of("")
 def test_config_builds(name):
-  config, tree = load(name), parameters_of(name)
+  twin, config = name.replace("en_de", "en_fr"), load(name)
+  if twin != name:
+    dropout = {"dropout": config.model.dropout}
+    assert config.model.to_dict() == load(twin).model.to_dict() | dropout
+    return
+  tree = parameters_of(name)
   rows = table_rows(VOCABULARY, config.model.get("vocab_multiple", 1))
-  shape = (rows, config.model.width)
+  others, tables, stacks = [], ["embed"], ("layers",)
   if config.model.kind == "gnmt":
-    tables, stacks = ["embed_source", "embed_target"], ("encoder", "decoder")
-    others = ["attention"]
-  else:
-    tables, stacks, others = ["embed"], ("layers",), []
+    others, tables = ["attention"], ["embed_source", "embed_target"]
+    stacks = ("encoder", "decoder")
   tables.append("head")
-  assert all(tree[name]["table"].shape == shape for name in tables)
-  layers = [
-    f"{stack}_{i}" for stack in stacks for i in range(len(config.model[stack]))
-  ]
+  for table in tables:
+    assert tree[table]["table"].shape == (rows, config.model.width)
+  layers = [f"{s}_{i}" for s in stacks for i in range(len(config.model[s]))]
   assert sorted(tree) == sorted([*tables, *layers, *others])
 
 
-@pytest.mark.parametrize(
-  "name", [name for name in NAMES if name.startswith(("lm1b/", "news/"))]
-)
+def test_every_row_of_the_tables_has_a_config():
+  found = {}
+  for name in NAMES:
+    folder, _, config = name.rpartition("/")
+    found.setdefault(folder, set()).add(config)
+  lstms = "lstm_512_512 lstm_1024_512 lstm_2048_512 two_lstm_8192_1024"
+  dense = "four_lstm_512 moe_1_wide moe_1_deep draft_131072_linear"
+  sparse = "moe_4 moe_32 moe_256 moe_256_h moe_1024_h moe_4096_h"
+  sparse += " moe_34m moe_143m"
+  assert found["lm1b"] == {*lstms.split(), *dense.split(), *sparse.split()}
+  two_levels = (256, 1024, 4096, 16_384, 65_536, 131_072)
+  assert found["news"] == {"four_lstm_512", "moe_32"} | {
+    f"moe_{experts}_h" for experts in two_levels
+  }
+  mixtures = ("lstm", "gnmt", "moe_32", "moe_512_h", "moe_2048_h")
+  assert found["wmt14"] == {
+    f"{pair}_{mixture}" for pair in ("en_fr", "en_de") for mixture in mixtures
+  }
+
+
+# -- how they are trained -----------------------------------------------------
+
+
+@rows_of("lm1b/", "news/")
 def test_a_row_of_the_paper_is_trained_as_in_the_paper(name):
-  config = load(name)
-  news = name.startswith("news/")
+  config, news, draft = load(name), name.startswith("news/"), "draft" in name
   words = config.data.batch_size * config.data.row_length
   assert words == pytest.approx(2_500_000 if news else 300_000, rel=0.02)
-  draft = "draft" in name
   assert config.optimizer.warmup_steps == (200 if draft else 1000)
   assert config.optimizer.hold_steps == (200 if draft else 0)
   assert config.aux.to_dict() == {"importance": 0.1, "load": 0.1}
@@ -63,31 +94,83 @@ DROPOUT = {
 }
 
 
-@pytest.mark.parametrize(
-  "name",
-  [name for name in NAMES if name.startswith("lm1b/") and "draft" not in name],
-)
+@rows_of("lm1b/", without="draft")
 def test_a_row_of_table_7_has_its_own_dropout(name):
   assert load(name).model.dropout == DROPOUT.get(name, 0.1)
+
+
+@rows_of("wmt14/", "multilingual/")
+def test_a_translation_of_the_paper_is_trained_as_in_the_paper(name):
+  config, one_pair = load(name), name.startswith("wmt14/")
+  # 64 devices of about 16,000 words.
+  pieces = config.data.batch_size * config.data.row_length
+  assert pieces == pytest.approx(64 * 16_000, rel=0.03)
+  assert config.data.vocab_size == 32_768
+  assert config.optimizer.warmup_steps == 2000
+  assert config.optimizer.hold_steps == 8000
+  assert config.data.kind == ("wmt14" if one_pair else "pairs")
+  dropout = {"wmt14/en_fr_gnmt": 0.2, "wmt14/en_de_gnmt": 0.3}
+  assert config.model.dropout == dropout.get(name, 0.4 if one_pair else 0)
+  aux = {"threshold": 1.0} if one_pair else {"load": 0.01}
+  dense = name.endswith(("lstm", "gnmt"))
+  assert config.aux.to_dict() == ({} if dense else aux | {"importance": 0.01})
+
+
+def test_balance_is_over_the_batch_where_there_is_any():
+  """Models of the paper without a mixture do not run forward twice."""
+  for name in NAMES:
+    if name.startswith(("lm1b/", "news/", "wmt14/", "multilingual/")):
+      mixed = "moe_" in name and "moe_1_" not in name or "draft" in name
+      over = experiment(name).train.balance_over
+      assert over == ("batch" if mixed else "microbatch"), name
+
+
+def test_the_twins_have_the_same_ops_per_timestep():
+  sparse, dense = experiment("sotu/moe_32"), experiment("sotu/moe_1_wide")
+  router = 4_096
+  dense_ops = cost.count(dense, VOCABULARY).ops
+  assert cost.count(sparse, VOCABULARY).ops == dense_ops + router
+  assert dense_ops == 131_072
+  for section in ("data", "optimizer", "train", "aux"):
+    assert sparse.values[section] == dense.values[section]
+
+
+# -- where mixtures stand, and their slots ------------------------------------
+
+
+@rows_of("lm1b/", "news/", without="lstm")
+def test_mixtures_of_language_models_stand_between_lstms(name):
+  """Sec. 5.1; in app. D experts' states and hidden layers take no room."""
+  config, news = load(name), name.startswith("news/")
+  first, mixture, last = config.model.layers
+  assert first == last == "lstm" != mixture
+  assert config.train.steps == (40_000 if news else 27_000)
+  assert config.optimizer.kind == ("factored_adam" if news else "adam")
+  if mixture != "one_expert":
+    experts = config.model[mixture].get("secondary", config.model[mixture])
+    assert experts.recompute == news
+
+
+@rows_of("wmt14/en_fr_moe", "wmt14/en_de_moe", "multilingual/moe")
+def test_mixtures_of_translation_stand_as_in_the_paper(name):
+  """App. E: between LSTMs 2 and 3, and 1 and 2."""
+  model = load(name).model
+  mixture = model.decoder[1]
+  assert mixture.endswith("moe") and mixture in model
+  assert model.encoder == ("lstm", "lstm", mixture, "lstm")
+  assert model.decoder == ("lstm", mixture, "lstm")
 
 
 # Too many devices for memory that holds all rows that could come.
 WITH_SLOTS = ["news/moe_65536_h", "news/moe_131072_h"]
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    name
-    for name in NAMES
-    if name.startswith(("lm1b/", "news/", "wmt14/"))
-    and "moe_1_" not in name
-    and name not in WITH_SLOTS
-  ],
-)
+@rows_of("lm1b/", "news/", "wmt14/", without="moe_1_")
 def test_mixtures_of_the_paper_drop_nothing(name):
   """In training two levels that are strictly balanced have slots for all."""
-  model = experiment(name).model(VOCABULARY)
+  if name in WITH_SLOTS:
+    return
+  model = model_of(name)
   for layer in getattr(model, "layers", ()) or (*model.encoder, *model.decoder):
     levels = [layer] * isinstance(layer, (moe.MoE, moe.HierarchicalMoE))
     levels += [each.secondary for each in levels if hasattr(each, "secondary")]
@@ -102,7 +185,7 @@ def test_mixtures_of_the_paper_drop_nothing(name):
 @pytest.mark.parametrize("name", WITH_SLOTS)
 def test_experts_have_the_slots_that_the_factors_ask_for(name):
   """And not many more: where all groups are routed apart, there may be."""
-  layer = experiment(name).model(VOCABULARY).layers[1]
+  layer = model_of(name).layers[1]
   inner, size = layer.secondary, layer.group_size
   together = layer.groups_together * size
   groups, experts = layer.primary.num_experts, inner.router.num_experts
@@ -112,33 +195,10 @@ def test_experts_have_the_slots_that_the_factors_ask_for(name):
   assert 6.25 <= groups * experts * slots / together < 7.2
 
 
-TRANSLATION = [n for n in NAMES if n.startswith(("wmt14/", "multilingual/"))]
-
-
-@pytest.mark.parametrize("name", TRANSLATION)
-def test_a_translation_of_the_paper_is_trained_as_in_the_paper(name):
-  config = load(name)
-  one_pair = name.startswith("wmt14/")
-  # 64 devices of about 16,000 words.
-  pieces = config.data.batch_size * config.data.row_length
-  assert pieces == pytest.approx(64 * 16_000, rel=0.03)
-  assert config.data.vocab_size == 32_768
-  assert config.optimizer.warmup_steps == 2000
-  assert config.optimizer.hold_steps == 8000
-  assert config.data.kind == ("wmt14" if one_pair else "pairs")
-  dropout = {"wmt14/en_fr_gnmt": 0.2, "wmt14/en_de_gnmt": 0.3}
-  assert config.model.dropout == dropout.get(name, 0.4 if one_pair else 0)
-  aux = {"importance": 0.01, "threshold": 1.0}
-  if not one_pair:
-    aux = {"importance": 0.01, "load": 0.01}
-  dense = name.endswith(("lstm", "gnmt"))
-  assert config.aux.to_dict() == ({} if dense else aux)
-
-
 @pytest.mark.parametrize("name", ["moe_512_h", "moe_2048_h"])
 def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
   """In training, for what a group may have of the batch's mask."""
-  layer = experiment(f"wmt14/en_fr_{name}").model(VOCABULARY).encoder[2]
+  layer = model_of(f"wmt14/en_fr_{name}").encoder[2]
   inner, size = layer.secondary, layer.group_size
   groups, experts = layer.primary.num_experts, inner.router.num_experts
   mean = 2 * size // groups
@@ -154,72 +214,7 @@ def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
   assert slots == 2 * taken // experts
 
 
-def test_every_row_of_the_tables_has_a_config():
-  found = {}
-  for name in NAMES:
-    folder, _, config = name.rpartition("/")
-    found.setdefault(folder, set()).add(config)
-  assert found["lm1b"] == {
-    "lstm_512_512",
-    "lstm_1024_512",
-    "lstm_2048_512",
-    "four_lstm_512",
-    "two_lstm_8192_1024",
-    "moe_1_wide",
-    "moe_1_deep",
-    "moe_4",
-    "moe_32",
-    "moe_256",
-    "moe_256_h",
-    "moe_1024_h",
-    "moe_4096_h",
-    "moe_34m",
-    "moe_143m",
-    "draft_131072_linear",
-  }
-  two_levels = (256, 1024, 4096, 16_384, 65_536, 131_072)
-  assert found["news"] == {"four_lstm_512", "moe_32"} | {
-    f"moe_{experts}_h" for experts in two_levels
-  }
-  mixtures = ("lstm", "gnmt", "moe_32", "moe_512_h", "moe_2048_h")
-  assert found["wmt14"] == {
-    f"{pair}_{mixture}" for pair in ("en_fr", "en_de") for mixture in mixtures
-  }
-
-
-def test_the_twins_have_the_same_ops_per_timestep():
-  sparse, dense = experiment("sotu/moe_32"), experiment("sotu/moe_1_wide")
-  router = 4_096
-  dense_ops = cost.count(dense, VOCABULARY).ops
-  assert cost.count(sparse, VOCABULARY).ops == dense_ops + router
-  assert dense_ops == 131_072
-  for section in ("data", "optimizer", "train", "aux"):
-    assert sparse.values[section] == dense.values[section]
-
-
-@pytest.mark.parametrize(
-  "name", [n for n in NAMES if n.startswith(("lm1b/", "news/")) and "moe" in n]
-)
-def test_mixtures_of_language_models_stand_between_lstms(name):
-  """Sec. 5.1; in app. D experts' states and hidden layers take no room."""
-  config, news = load(name), name.startswith("news/")
-  first, mixture, last = config.model.layers
-  assert first == last == "lstm" != mixture
-  assert config.train.steps == (40_000 if news else 27_000)
-  assert config.optimizer.kind == ("factored_adam" if news else "adam")
-  if mixture != "one_expert":
-    experts = config.model[mixture].get("secondary", config.model[mixture])
-    assert experts.recompute == news
-
-
-@pytest.mark.parametrize("name", [n for n in TRANSLATION if "moe" in n])
-def test_mixtures_of_translation_stand_as_in_the_paper(name):
-  """App. E: between LSTMs 2 and 3, and 1 and 2."""
-  model = load(name).model
-  mixture = model.decoder[1]
-  assert mixture.endswith("moe") and mixture in model
-  assert model.encoder == ("lstm", "lstm", mixture, "lstm")
-  assert model.decoder == ("lstm", mixture, "lstm")
+# -- what a config may have ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,10 +231,10 @@ def test_a_run_keeps_the_tokenizer_of_its_corpus(name, tokenizer):
 
 def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
   rules = {"group": ("data", "expert"), "expert": None}
-  own = {"mesh_shape": (2, -1, 1), "rules": rules}
+  own = {"name": "mine", "mesh_shape": (2, -1, 1), "rules": rules}
   built = experiment("tiny", layout=own)
   layout = built.layout
-  assert layout.name == "own" and layout.mesh_shape == (2, -1, 1)
+  assert layout.name == "mine" and layout.mesh_shape == (2, -1, 1)
   sent = dict.fromkeys(("group_dispatched", "group_replicated"), rules["group"])
   assert dict(layout.rules) == sharding.RULES | rules | sent
   # The config of a run is read from JSON, which has no tuples.
@@ -247,63 +242,31 @@ def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):
   workdir_lib.remember(built.values, words, {}, tmp_path)
   workdir_lib.check_same(built.values, tmp_path)
   assert config_lib.parse(workdir_lib.recall(tmp_path)).layout == layout
-
-
-def test_a_layout_of_ones_own_can_be_a_known_one():
-  own = {"name": "mine", "mesh_shape": (1, -1, 2)}
-  layout = experiment("tiny", layout=own).layout
-  assert layout.name == "mine"
+  # Without changes they are those of the known layouts.
+  layout = experiment("tiny", layout={"mesh_shape": (1, -1, 2)}).layout
+  assert layout.name == "own"
   assert layout.rules == sharding.LAYOUTS["expert_model"].rules
 
 
-def two_levels():
-  """configs/tiny.py with a mixture of 4 groups of 2 experts."""
-  config = load("tiny")
-  experts = config.model.moe.experts.to_dict()
-  with config.unlocked():
-    del config.model["moe"]
-    config.model.layers = ("lstm", "hierarchical_moe", "lstm")
-    config.model.hierarchical_moe = {
-      "num_experts": 8,
-      "num_groups": 4,
-      "group_size": 128,
-      "primary": {"kind": "noisy_top_k", "k": 2},
-      "secondary": {
-        "router": {"kind": "noisy_top_k", "k": 1},
-        "experts": experts,
-      },
-    }
-  return config
-
-
-def test_a_config_may_have_two_levels():
-  layer = parameters(two_levels())["layers_1"]
-  assert layer["primary"]["gate"]["kernel"].shape == (32, 4)
-  assert layer["secondary"]["router"]["gate"]["kernel"].shape == (4, 32, 2)
-  assert layer["secondary"]["experts"]["w_in"].shape == (4, 2, 32, 64)
-
-
-def test_sizes_that_do_not_multiply_name_both_numbers():
-  config = two_levels()
-  config.model.hierarchical_moe.num_groups = 3
-  with pytest.raises(ValueError, match=r"3 groups do not divide 8 experts"):
-    config_lib.parse(config).model(VOCABULARY)
+def test_two_levels_share_the_experts():
+  """Of 256 each of 16 groups has 16; sizes that do not multiply name both."""
+  mixture = parameters_of("lm1b/moe_256_h")["layers_1"]
+  assert mixture["primary"]["gate"]["kernel"].shape == (512, 16)
+  assert mixture["secondary"]["experts"]["w_in"].shape == (16, 16, 512, 1024)
+  three = {"model__hierarchical_moe__num_groups": 3}
+  with pytest.raises(ValueError, match=r"3 groups do not divide 256 experts"):
+    experiment("lm1b/moe_256_h", **three).model(VOCABULARY)
 
 
 def test_a_list_of_experts_is_a_mixed_layer():
-  config = load("tiny")
-  del config.model.moe.experts
-  config.model.moe.experts = (
-    {"kind": "feed_forward", "num_experts": 4, "hidden": 16},
-    {
-      "kind": "feed_forward",
-      "num_experts": 2,
-      "hidden": 8,
-      "activation": "gelu",
-    },
+  kind = {"kind": "feed_forward", "hidden": 8}
+  experts = (
+    kind | {"num_experts": 4, "hidden": 16},
+    kind | {"num_experts": 2, "activation": "gelu"},
     {"kind": "identity", "num_experts": 2},
   )
-  experts = parameters(config)["layers_1"]["experts"]
+  built = experiment("tiny", model__moe__experts=experts)
+  experts = parameters(built)["layers_1"]["experts"]
   assert experts["kinds_0"]["w_in"].shape == (4, 32, 16)
   assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)
 
@@ -315,16 +278,6 @@ def test_news_reads_any_text_and_that_once(field):
   changes = [("config.data.train", ["a.txt"]), (field, ["text"])]
   config_lib.override(config, changes)
   built = config_lib.parse(config)
-  assert set(config.data) == {
-    *("kind", "train", "test", "data_dir", "row_length", "batch_size")
-  }
+  fields = {"kind", "train", "test", "data_dir", "row_length", "batch_size"}
+  assert set(config.data) == fields
   assert built.train.passes == 1 and built.batch_size == 19_456
-
-
-def test_balance_is_over_the_batch_where_there_is_any():
-  """Models of the paper without a mixture do not run forward twice."""
-  for name in NAMES:
-    built = experiment(name)
-    if name.split("/")[0] in ("lm1b", "news", "wmt14", "multilingual"):
-      mixed = "moe_" in name and "moe_1_" not in name or "draft" in name
-      assert built.train.balance_over == ("batch" if mixed else "microbatch")

@@ -13,7 +13,7 @@ from flax import nnx
 
 from moejax import experts, losses, moe, router, sharding
 
-B, L, D, E, F, K, LAYERS = 2, 8, 4, 4, 8, 2, 3
+B, L, D, E, F, K, LAYERS = 2, 8, 4, 4, 8, 2, 2
 WEIGHTS = {"importance": 0.1, "load": 0.1}
 KEY = jax.random.key(3)
 X, TARGET = jax.random.normal(jax.random.key(1), (2, B, L, D))
@@ -34,19 +34,13 @@ def two_levels(cls=moe.HierarchicalMoE, **options):
   return cls(router.NoisyTopK(2, 1), secondary, **options)
 
 
-KINDS = {
-  "flat": (moe.MoE, flat),
-  "two levels": (moe.HierarchicalMoE, two_levels),
-}
-BOTH = pytest.mark.parametrize("kind", KINDS)
+KINDS = {"flat": flat, "two levels": two_levels}
+BOTH = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 def close(got, want):
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-    got,
-    want,
-  )
+  check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(check, got, want)
 
 
 def start(model):
@@ -75,26 +69,22 @@ def shapes_of(model, variables, *args, **options):
   return jax.eval_shape(apply, variables, X, *args)
 
 
-def test_nothing_found_where_weights_were_given_is_an_error():
-  for nothing in ([], {}, {"routing": {}}, X):
-    with pytest.raises(
-      ValueError, match="importance, load have weights.*"
-    ) as e:
-      losses.auxiliary(nothing, WEIGHTS)
-    assert 'model.apply(..., mutable=["routing"])' in str(e.value)
-    assert 'variable_axes={"params": 0, "routing": 0}' in str(e.value)
-    assert losses.auxiliary(nothing, {"load": 0.0, "z": 0.0})[0] == 0
-
-
 @pytest.mark.usefixtures("without_shape_checks")
-def test_weights_that_a_schedule_computes_ask_for_routing():
+@pytest.mark.parametrize("nothing", [[], {}, {"routing": {}}, X])
+def test_nothing_found_where_weights_were_given_is_an_error(nothing):
+  with pytest.raises(ValueError, match="importance, load have weights") as e:
+    losses.auxiliary(nothing, WEIGHTS)
+  assert 'model.apply(..., mutable=["routing"])' in str(e.value)
+  assert 'variable_axes={"params": 0, "routing": 0}' in str(e.value)
+  assert losses.auxiliary(nothing, {"load": 0.0, "z": 0.0})[0] == 0
+  # Weights may be those that a schedule computes.
   with pytest.raises(ValueError, match="the balance losses z have weights"):
-    jax.jit(lambda w: losses.auxiliary([], {"z": w, "load": 0})[0])(0.1)
+    jax.jit(lambda w: losses.auxiliary(nothing, {"z": w, "load": 0})[0])(0.1)
 
 
 @BOTH
-def test_a_routing_of_another_step_is_refused(kind):
-  model = KINDS[kind][1]()
+def test_a_routing_of_another_step_is_refused(make):
+  model = make()
   variables = {"params": start(model)}
   _, sown = shapes_of(model, variables, **APPLY)
   with pytest.raises(ValueError, match="still holds a routing of an earlier"):
@@ -139,7 +129,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, _=None):
-    return x + KINDS[self.kind][1]()(x, train=self.train), None
+    return x + KINDS[self.kind]()(x, train=self.train), None
 
 
 class Stack(nn.Module):
@@ -160,19 +150,15 @@ class Stack(nn.Module):
     return blocks(self.kind, train, name="blocks")(x)[0]
 
 
-@pytest.mark.parametrize(
-  "kind, lift", [("flat", lambda cls: cls), ("two levels", nn.remat)]
-)
-def test_a_stack_is_its_layers(kind, lift):
+def test_a_stack_is_its_layers():
   """Without a name for the new axis, and each router gets its gradient."""
-  stack = Stack(kind, {"routing": 0}, lift)
+  stack = Stack("two levels", {"routing": 0}, nn.remat)
   params = start(stack)
   # Without noise: a scan splits its key differently.
-  block = Block(kind, False)
+  block = Block("two levels", False)
 
   def scanned(params):
-    y, sown = stack.apply({"params": params}, X, mutable=["routing"])
-    return y, sown
+    return stack.apply({"params": params}, X, mutable=["routing"])
 
   def in_turn(params):
     x, all_sown = X, []
@@ -188,13 +174,9 @@ def test_a_stack_is_its_layers(kind, lift):
     aux, parts = losses.auxiliary(sown, {"importance": 0.3, "z": 0.1})
     return jnp.square(y - TARGET).mean() + aux, (aux, parts)
 
-  got, want = (
-    jax.jit(jax.value_and_grad(functools.partial(loss, run), has_aux=True))(
-      params
-    )
-    for run in (scanned, in_turn)
-  )
-  close(got, want)
+  run = jax.jit(jax.value_and_grad(loss, 1, has_aux=True), static_argnums=0)
+  got = run(scanned, params)
+  close(got, run(in_turn, params))
   for path, slope in jax.tree.leaves_with_path(got[1]):
     if "noise" not in jax.tree_util.keystr(path):
       assert (np.abs(slope).reshape(LAYERS, -1).max(axis=1) > 0).all()
@@ -237,85 +219,57 @@ def test_an_axis_of_layers_may_have_a_name():
 def test_remat_takes_train_by_its_place():
   plain, again = flat(), flat(nn.remat(moe.MoE, static_argnums=(2,)))
   params = start(plain)
+  options = {name: APPLY[name] for name in ("rngs", "mutable")}
 
   def loss(model, params):
-    y, sown = model.apply(
-      {"params": params},
-      X,
-      True,
-      **{name: APPLY[name] for name in ("rngs", "mutable")},
-    )
+    y, sown = model.apply({"params": params}, X, True, **options)
     return jnp.square(y).mean() + losses.auxiliary(sown, WEIGHTS)[0]
 
-  got, want = (
-    jax.jit(jax.value_and_grad(functools.partial(loss, model)))(params)
-    for model in (again, plain)
-  )
-  close(got, want)
+  run = jax.jit(jax.value_and_grad(loss, 1), static_argnums=0)
+  close(run(again, params), run(plain, params))
 
 
 @pytest.mark.usefixtures("without_shape_checks")
 @BOTH
-def test_train_decides_what_is_compiled(kind):
-  cls, make = KINDS[kind]
-  variables = {"params": start(make())}
+def test_train_decides_what_is_compiled(make):
+  layer = make()
+  variables = {"params": start(layer)}
   match = r"train is of type .*static_argnames='train'.*static_argnums=\(2,\)"
   with pytest.raises(ValueError, match=match):
-    shapes_of(make(), variables, True)
+    shapes_of(layer, variables, True)
   with pytest.raises(ValueError, match=match):
-    shapes_of(make(nn.remat(cls)), variables, train=True)
-  mask = jnp.ones((B, L), bool)
+    shapes_of(make(nn.remat(type(layer))), variables, train=True)
   with pytest.raises(ValueError, match=match):
-    make().apply(variables, X, mask)
-  jitted = jax.jit(make().apply, static_argnames="train")
-  assert jitted(variables, X, train=False).shape == X.shape
+    layer.apply(variables, X, jnp.ones((B, L), bool))
+  shapes = jax.eval_shape(
+    jax.jit(layer.apply, static_argnames="train"), variables, X, train=False
+  )
+  assert shapes.shape == X.shape
+
+
+GATES, LINEAR = router.TopK(8, 2), experts.Linear(8)
 
 
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
-  "make, message",
+  "cls, arguments, message",
   [
-    (lambda: moe.MoE(8, 2), r"router is 8; .*NoisyTopK\("),
-    (lambda: moe.MoE(router=8, experts=experts.Linear(8)), "router is 8;"),
-    (lambda: moe.MoE("top_k", experts.Linear(8)), "router is 'top_k';"),
-    (
-      lambda: moe.MoE(router.NoisyTopK, experts.Linear(8)),
-      "router is the class NoisyTopK;",
-    ),
-    (
-      lambda: moe.MoE(experts.Linear(8), router.TopK(8, 2)),
-      "router is of type Linear;",
-    ),
-    (
-      lambda: moe.MoE(router.TopK(8, 2), experts.FeedForward),
-      r"experts is the class FeedForward; .*FeedForward\(",
-    ),
-    (
-      lambda: moe.MoE(router.TopK(8, 2), lambda x: x),
-      "experts is of type function;",
-    ),
-    (
-      lambda: moe.MoE(router.TopK(8, 2), nn.Dense(8)),
-      r"experts is of type Dense; .*Each\(",
-    ),
-    (
-      lambda: moe.HierarchicalMoE(router.TopK(8, 2), experts.Linear(8)),
-      "secondary is of type Linear; give the MoE",
-    ),
-    (
-      lambda: moe.HierarchicalMoE(flat(), router.TopK(8, 2)),
-      "primary is of type MoE;",
-    ),
-    (lambda: experts.Each(8, nn.Dense), "expert is the class Dense;"),
-    (
-      lambda: experts.Mixed((experts.Linear(2), experts.Linear)),
-      r"kinds\[1\] is the class Linear;",
-    ),
+    (moe.MoE, (8, 2), r"router is 8; .*NoisyTopK\("),
+    (moe.MoE, ("top_k", LINEAR), "router is 'top_k';"),
+    (moe.MoE, (router.TopK, LINEAR), "router is the class TopK;"),
+    (moe.MoE, (LINEAR, GATES), "router is of type Linear;"),
+    (moe.MoE, (GATES, experts.FeedForward), r"class .*; .*FeedForward\("),
+    (moe.MoE, (GATES, lambda x: x), "experts is of type function;"),
+    (moe.MoE, (GATES, nn.Dense(8)), r"experts is of type Dense; .*Each\("),
+    (moe.HierarchicalMoE, (GATES, LINEAR), "secondary is .*; give the MoE"),
+    (moe.HierarchicalMoE, (flat(), GATES), "primary is of type MoE;"),
+    (experts.Each, (8, nn.Dense), "expert is the class Dense;"),
+    (experts.Mixed, ((LINEAR, nn.Dense),), r"kinds\[1\] is the class Dense;"),
   ],
 )
-def test_what_is_no_router_or_expert_is_told(make, message):
+def test_what_is_no_router_or_expert_is_told(cls, arguments, message):
   with pytest.raises(ValueError, match=message):
-    make()
+    cls(*arguments)
 
 
 # -- nnx ----------------------------------------------------------------------
@@ -328,39 +282,28 @@ def in_nnx(layer, **streams):
   return nnx.bridge.ToNNX(layer, rngs=rngs).lazy_init(X)
 
 
-def of_linen(layer, params, tx, steps):
-  """Loss, balance loss and parameters of steps in linen."""
-  state = tx.init(params)
+def test_steps_in_nnx_are_those_of_linen():
+  layer, tx = flat(), optax.adam(1e-2)
+  params = start(layer)
+  model = in_nnx(layer)
+  nnx.update(model, params)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  state, size = tx.init(params), len(jax.tree.leaves(nnx.state(model)))
+  traces = []
+
+  def total(y, sown):
+    aux, _ = losses.auxiliary(sown, WEIGHTS)
+    return jnp.square(y - TARGET).mean() + aux, aux
 
   @jax.jit
-  def step(params, state, key):
+  def in_linen(params, state, key):
     def loss(params):
-      y, sown = layer.apply(
-        {"params": params}, X, **APPLY | {"rngs": {"router": key}}
-      )
-      aux, _ = losses.auxiliary(sown, WEIGHTS)
-      return jnp.square(y - TARGET).mean() + aux, aux
+      options = APPLY | {"rngs": {"router": key}}
+      return total(*layer.apply({"params": params}, X, **options))
 
     values, slope = jax.value_and_grad(loss, has_aux=True)(params)
     updates, state = tx.update(slope, state, params)
     return values, optax.apply_updates(params, updates), state
-
-  found = []
-  for i in range(steps):
-    values, params, state = step(params, state, jax.random.fold_in(KEY, i))
-    found.append(values)
-  return found, params
-
-
-def test_four_steps_in_nnx_are_those_of_linen():
-  layer, tx = flat(), optax.adam(1e-2)
-  params = start(layer)
-  want, trained = of_linen(layer, params, tx, 4)
-  model = in_nnx(layer)
-  nnx.update(model, params)
-  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-  size = len(jax.tree.leaves(nnx.state(model)))
-  traces = []
 
   @nnx.jit
   def step(model, optimizer, key):
@@ -368,31 +311,35 @@ def test_four_steps_in_nnx_are_those_of_linen():
 
     def loss(model):
       y = model(X, train=True, rngs=key, mutable=["routing"])
-      aux, _ = losses.auxiliary(nnx.pop(model, ROUTING), WEIGHTS)
-      return jnp.square(y - TARGET).mean() + aux, aux
+      return total(y, nnx.pop(model, ROUTING))
 
     values, slope = nnx.value_and_grad(loss, has_aux=True)(model)
     optimizer.update(model, slope)
     return values
 
   for i in range(4):
-    close(step(model, optimizer, jax.random.fold_in(KEY, i)), want[i])
+    key = jax.random.fold_in(KEY, i)
+    want, params, state = in_linen(params, state, key)
+    close(step(model, optimizer, key), want)
     assert len(jax.tree.leaves(nnx.state(model))) == size
   assert len(traces) == 1
-  close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), trained)
+  close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), params)
 
 
 def test_nnx_says_where_a_routing_was_left_or_not_asked_for():
-  model = in_nnx(flat())
-  model(X, train=True)
-  with pytest.raises(ValueError, match="no routing of an MoE layer to weigh"):
-    losses.auxiliary(nnx.pop(model, ROUTING), WEIGHTS)
-  model(X, train=True, mutable=["routing"])
-  model(X)
-  with pytest.raises(ValueError, match=r"nnx.pop\(model, nnx.PathContains"):
+  def run():
+    model = in_nnx(flat())
+    model(X, train=True)
+    with pytest.raises(ValueError, match="no routing of an MoE layer to weigh"):
+      losses.auxiliary(nnx.pop(model, ROUTING), WEIGHTS)
     model(X, train=True, mutable=["routing"])
-  assert len(losses.routings(nnx.pop(model, ROUTING))) == 1
-  model(X, train=True, mutable=["routing"])
+    model(X)
+    with pytest.raises(ValueError, match=r"nnx.pop\(model, nnx.PathContains"):
+      model(X, train=True, mutable=["routing"])
+    assert len(losses.routings(nnx.pop(model, ROUTING))) == 1
+    model(X, train=True, mutable=["routing"])
+
+  nnx.eval_shape(run)
 
 
 @pytest.mark.parametrize("streams", [{}, {"router": 1}])
@@ -410,38 +357,17 @@ def test_nnx_draws_other_noise_in_every_call(streams):
   assert (np.abs(first - second) > 0).all()
 
 
-class Two(nnx.Module):
-  """A model of nnx with a list of mixtures and a layer of its own."""
-
-  def __init__(self, rngs):
-    self.mixtures = nnx.List(
-      nnx.bridge.ToNNX(make(), rngs=rngs).lazy_init(X)
-      for make in (flat, two_levels)
-    )
-    self.out = nnx.Linear(D, D, rngs=rngs)
-
-  def __call__(self, x, **options):
-    for mixture in self.mixtures:
-      x = x + mixture(x, **options)
-    return self.out(x)
-
-
 def test_nnx_reports_every_layer_of_a_model():
-  model = Two(nnx.Rngs(0))
+  def run():
+    layers = nnx.List([in_nnx(make()) for make in KINDS.values()])
+    for _ in range(2):
+      for layer in layers:
+        layer(X, train=True, mutable=["routing"])
+      sown = nnx.pop(layers, ROUTING)
+      assert len(losses.routings(sown)) == 2
+      losses.auxiliary(sown, WEIGHTS)
 
-  @nnx.jit
-  @nnx.value_and_grad
-  def run(model):
-    y = model(X, train=True, mutable=["routing"])
-    sown = nnx.pop(model, ROUTING)
-    assert len(losses.routings(sown)) == 2
-    return jnp.square(y).mean() + losses.auxiliary(sown, WEIGHTS)[0]
-
-  for _ in range(2):
-    value, slope = run(model)
-  assert np.isfinite(value)
-  for layer in slope["mixtures"].values():
-    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(layer))
+  nnx.eval_shape(run)
 
 
 def test_nnx_scans_over_layers():
@@ -452,6 +378,7 @@ def test_nnx_scans_over_layers():
   def create(rngs):
     return nnx.bridge.ToNNX(Block("flat", False), rngs=rngs).lazy_init(X)
 
+  @nnx.jit
   @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
   def forward(x, layer):
     return layer(x, mutable=["routing"])[0]
@@ -460,9 +387,10 @@ def test_nnx_scans_over_layers():
   nnx.update(layers, params)
   y = forward(X, layers)
   sown = nnx.pop(layers, ROUTING)
-  want, want_sown = Stack("flat", {"routing": 0}).apply(
-    {"params": {"blocks": params}}, X, mutable=["routing"]
+  stack = functools.partial(
+    Stack("flat", {"routing": 0}).apply, mutable=["routing"]
   )
+  want, want_sown = jax.jit(stack)({"params": {"blocks": params}}, X)
   close(y, want)
   close(losses.auxiliary(sown, WEIGHTS), losses.auxiliary(want_sown, WEIGHTS))
 

@@ -8,16 +8,16 @@ every step.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import named
 from moejax.models import layers
 from moejax.models.layers import LSTMState, LSTMWeights, declare, product
+from moejax.named import Names, Size
 
 
 class Memory(NamedTuple):
@@ -37,16 +37,48 @@ class Memory(NamedTuple):
   segment: Int[Array, "B M"]
 
 
+def _product_scores(query, keys, scale, dtype):
+  """All of them in one product (eq. 22)."""
+  query = jnp.tanh(query) * scale[:, None]
+  return product("BLn,BMn->BLM", query, keys, dtype)
+
+
+def _sum_scores(query, keys, scale, dtype):
+  """One token of the target at a time: L M n numbers are too many (eq. 21)."""
+
+  @jax.checkpoint
+  def at_step(query):
+    units = jnp.tanh(keys + query[:, None])
+    return product("BMn,Bn->BM", units, scale, dtype)
+
+  return jax.lax.map(at_step, query.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+# An attention function in two parts: x U -> keys, which are made once, and
+# (y W, keys, V, dtype) -> A(x, y) of each query.
+FORMS = {
+  "product": (jnp.tanh, _product_scores),
+  "sum": (lambda keys: keys, _sum_scores),
+}
+WIRINGS = ("recurrent", "every_layer", "parallel")
+
+
 class Attention(nn.Module):
-  """Attention between states of one width (app. G).
+  """Attention of a decoder's first LSTM to states of its width (app. G).
 
   Attributes:
     width: n of eq. 21 and 22.
     form: "product", eq. 22; "sum", eq. 21.
+    wiring: who reads the contexts: the LSTM itself ("recurrent"), the LSTMs
+      above it, too ("every_layer", GNMT's), or the next layer ("parallel"). In
+      the first two its last output, zero where a pair starts, asks for a
+      context that is part of its next input; in the last its outputs ask, all
+      at once, and the contexts are added to what the next layer reads.
   """
 
-  width: int = 512
-  form: str = "product"
+  width: Size = 512
+  form: Annotated[str, Names(FORMS)] = "product"
+  wiring: Annotated[str, Names(WIRINGS)] = "recurrent"
 
   @nn.compact
   def weights(self, inputs: int) -> tuple[Array, Array, Array]:
@@ -60,12 +92,8 @@ class Attention(nn.Module):
   def remember(
     self, states: Float[Array, "B M D"], segment: Int[Array, "B M"]
   ) -> Memory:
-    """Returns what there is to attend to: states x of eq. 21 and 22.
-
-    Raises:
-      ValueError: there is no such form.
-    """
-    keys_of, _ = FORMS[named.one_of(self.form, FORMS, "form")]
+    """Returns what there is to attend to: states x of eq. 21 and 22."""
+    keys_of, _ = FORMS[self.form]
     u, _, v = self.weights(states.shape[-1])
     keys = keys_of(product("BMD,Dn->BMn", states, u, states.dtype))
     scale = jnp.broadcast_to(v[None], (len(states), self.width))
@@ -124,22 +152,21 @@ def attentive_lstm(
   Returns:
     y, and C of every step.
   """
-  from_x, from_context = jnp.split(lstm.w_in, [x.shape[-1]])
-  weights = {
-    "query": w_query,
-    "gates": jnp.concatenate([from_context, lstm.w_rec]),
-  }
   x = x.swapaxes(0, 1)
-  z = product("LBD,DN->LBN", x, from_x, x.dtype) + lstm.bias[None, None]
+  from_x, from_context = jnp.split(lstm.w_in, [x.shape[-1]])
+  gates = jnp.concatenate([from_context, lstm.w_rec])
+  weights = {"query": w_query, "gates": gates}
   if lstm.w_out is not None:
     weights["out"] = lstm.w_out
   offsets = {
     name: jnp.zeros((*x.shape[:2], w.shape[1]), jnp.float32)
     for name, w in weights.items()
-  } | {"gates": z}
+  }
+  offsets["gates"] = product("LBD,DN->LBN", x, from_x, x.dtype)
+  offsets["gates"] += lstm.bias[None, None]
   keep = 1 - start.T.astype(jnp.float32)
   steps = keep[:, :, None], segment.T
-  out = _scan(form, x.dtype, steps, memory, offsets, weights)
+  out = _loop(form, x.dtype, steps, memory, offsets, weights)
   y, context = (each.astype(x.dtype).swapaxes(0, 1) for each in out)
   return y, context
 
@@ -168,22 +195,23 @@ def _run(form, dtype, steps, memory, offsets, weights):
     return LSTMState(y, c), ((y, context[:, 0]), operands)
 
   _, rows, gates = offsets["gates"].shape
-  zero = layers.zero_state(rows, len(weights["query"]), gates)
+  zero = layers.zero_state(rows, len(weights["query"]), gates // 4)
   return jax.lax.scan(step, zero, (steps, offsets))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(form, dtype, steps, memory, offsets, weights):
-  return _run(form, dtype, steps, memory, offsets, weights)[0]
+def _loop(*arguments):
+  return _run(*arguments)[0]
 
 
 def _forward(form, dtype, steps, memory, offsets, weights):
   """Leaves the weights out of what the loop itself differentiates."""
-
-  def run(memory, offsets):
-    return _run(form, dtype, steps, memory, offsets, weights)
-
-  out, pull, operands = jax.vjp(run, memory, offsets, has_aux=True)
+  out, pull, operands = jax.vjp(
+    lambda *given: _run(form, dtype, steps, *given, weights),
+    memory,
+    offsets,
+    has_aux=True,
+  )
   return out, (pull, operands)
 
 
@@ -198,29 +226,4 @@ def _backward(form, dtype, saved, d_out):
   return None, d_memory, d_offsets, d_weights
 
 
-_scan.defvjp(_forward, _backward)
-
-
-def _product_scores(query, keys, scale, dtype):
-  """All of them in one product (eq. 22)."""
-  query = jnp.tanh(query) * scale[:, None]
-  return product("BLn,BMn->BLM", query, keys, dtype)
-
-
-def _sum_scores(query, keys, scale, dtype):
-  """One token of the target at a time: L M n numbers are too many (eq. 21)."""
-
-  @jax.checkpoint
-  def at_step(query):
-    units = jnp.tanh(keys + query[:, None])
-    return product("BMn,Bn->BM", units, scale, dtype)
-
-  return jax.lax.map(at_step, query.swapaxes(0, 1)).swapaxes(0, 1)
-
-
-# An attention function in two parts: x U -> keys, which are made once, and
-# (y W, keys, V, dtype) -> A(x, y) of each query.
-FORMS = {
-  "product": (jnp.tanh, _product_scores),
-  "sum": (lambda keys: keys, _sum_scores),
-}
+_loop.defvjp(_forward, _backward)

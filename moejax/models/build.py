@@ -1,20 +1,20 @@
-"""Models from the plain values of a config, by name.
+"""Models by name, built from the plain values of a config: see `MODELS`.
 
 What a factory here takes as `**fields` are the fields of the module it returns,
 whose docstring says what they are and what they are by default.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from moejax import named
 from moejax.dispatch import DISPATCH
 from moejax.experts import FeedForward, Identity, Linear, Mixed
-from moejax.models.attention import FORMS, Attention
-from moejax.models.gnmt import GNMT, WIRINGS
+from moejax.models.attention import Attention
+from moejax.models.gnmt import GNMT
 from moejax.models.layers import LSTM, BidirectionalLSTM
 from moejax.models.lstm_lm import LSTMLM
 from moejax.models.recurrent import RecurrentMoE
@@ -23,37 +23,25 @@ from moejax.named import Names, Range, Section, Size
 from moejax.router import ROUTERS, Balanced, Single
 from moejax.routing import SCOPES
 
-ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _Build = Callable[..., nn.Module]
+
+# -- layers -------------------------------------------------------------------
+
+ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
 
 
 @named.fields_of(FeedForward, num_experts=Size, hidden=Size | Sequence[Size])
 def _feed_forward(
   activation: Annotated[str, Names(ACTIVATIONS)] = "relu", **fields: Any
 ) -> FeedForward:
-  """Makes a FeedForward.
-
-  Args:
-    activation: after every product but the last.
-  """
   return FeedForward(activation=ACTIVATIONS[activation], **fields)
 
 
-@named.fields_of(Linear, num_experts=Size)
-def _linear(out=None, **fields: Any) -> Linear:
-  """Makes a Linear, whose output is as wide as its input: there are residuals.
-
-  Args:
-    num_experts: how many there are.
-  """
-  return Linear(**fields)
-
-
-# The kinds that are missing here take a module, which no config can hold.
+# The kinds that are missing here take a module, which no config can hold. There
+# are residuals: what comes out is as wide as what goes in.
 EXPERTS = {
   "feed_forward": _feed_forward,
-  "linear": _linear,
+  "linear": named.limited(Linear, num_experts=Size, out=None),
   "identity": named.limited(Identity, num_experts=Size),
 }
 _Experts = Annotated[_Build, Section(EXPERTS, given=("num_experts",))]
@@ -66,12 +54,14 @@ _Routers = ROUTERS | {
 }
 _Router = Annotated[_Build, Section(_Routers, given=("num_experts",))]
 
-
-@named.fields_of(
-  MoE,
+_fields_of = functools.partial(
+  named.fields_of,
   group_size=Size | None,
   dispatch=Annotated[str, Names(("auto", *DISPATCH))],
 )
+
+
+@_fields_of(MoE)
 def _moe(
   num_experts: Size,
   router: _Router,
@@ -97,11 +87,7 @@ def _moe(
   return MoE(router(num_experts=num_experts), built, **fields)
 
 
-@named.fields_of(
-  HierarchicalMoE,
-  group_size=Size | None,
-  dispatch=Annotated[str, Names(("auto", *DISPATCH))],
-)
+@_fields_of(HierarchicalMoE)
 def _hierarchical_moe(
   num_experts: Size,
   num_groups: Size,
@@ -125,18 +111,13 @@ def _hierarchical_moe(
   return HierarchicalMoE(primary(num_experts=num_groups), within, **fields)
 
 
-@named.fields_of(
-  MoE,
-  group_size=Size | None,
-  dispatch=Annotated[str, Names(("auto", *DISPATCH))],
-)
+# Its experts are matrices, and have no hidden layer to recompute.
+@_fields_of(MoE, recompute=None)
 def _recurrent_moe(
   width,
   num_experts: Size,
   router: _Router,
   segment: Size | None = None,
-  experts=None,  # are matrices
-  recompute=False,  # of no hidden layer
   **fields: Any,
 ) -> RecurrentMoE:
   """Makes a RecurrentMoE.
@@ -154,98 +135,65 @@ def _recurrent_moe(
   return RecurrentMoE(width, mixture, segment)
 
 
-_LSTM = named.limited(LSTM, hidden=Size | None)
+def _section(factory, line, *given):
+  return Annotated[_Build, Section(factory, given), line] | None
 
 
-class _Layers(NamedTuple):
-  """Sections of layers, by the names that stacks are lists of.
-
-  Attributes:
-    lstm: an LSTM.
-    moe: a mixture of experts.
-    hierarchical_moe: a mixture of two levels.
-    one_expert: the single expert of MoE-1-Wide and MoE-1-Deep.
-    recurrent_moe: an LSTM whose matrices are a mixture; of language models.
-  """
-
-  lstm: Annotated[_Build, Section(_LSTM, given=("width",))] | None = None
-  moe: Annotated[_Build, Section(_moe)] | None = None
-  hierarchical_moe: Annotated[_Build, Section(_hierarchical_moe)] | None = None
-  one_expert: _Experts | None = None
-  recurrent_moe: (
-    Annotated[_Build, Section(_recurrent_moe, given=("width",))] | None
-  ) = None
-
-  def stack(self, names: Iterable[str], width: int) -> tuple[nn.Module, ...]:
-    """Builds a layer for each name."""
-    builders = {
-      "lstm": lambda: self.lstm(width=width),
-      "bidirectional_lstm": lambda: BidirectionalLSTM(
-        self.lstm(width=width), self.lstm(width=width)
-      ),
-      "moe": self.moe,
-      "hierarchical_moe": self.hierarchical_moe,
-      "recurrent_moe": lambda: self.recurrent_moe(width=width),
-      "one_expert": lambda: MoE(Single(), self.one_expert(num_experts=1)),
-    }
-    return tuple(builders[name]() for name in names)
-
-
-_Stack = Sequence[Annotated[str, Names(_Layers._fields)]]
-# A recurrent mixture has no step of decoding, a layer that reads the future
-# cannot have one.
-_DECODER = tuple(n for n in _Layers._fields if n != "recurrent_moe")
-_Decoder = Sequence[Annotated[str, Names(_DECODER)]]
-_Encoder = Sequence[Annotated[str, Names((*_DECODER, "bidirectional_lstm"))]]
-_DType = Annotated[str, Names(DTYPES)]
-_SHARED = {
-  "width": Size,
-  "dropout": Annotated[float, Range(0, 1)],
-  "vocab_multiple": Size,
+# Sections of a model, by the names that its stacks are lists of.
+LAYERS = {
+  "lstm": _section(LSTM, "an LSTM", "width"),
+  "moe": _section(_moe, "a mixture of experts"),
+  "hierarchical_moe": _section(_hierarchical_moe, "a mixture of two levels"),
+  "one_expert": _section(
+    EXPERTS, "the single expert of MoE-1-Wide and MoE-1-Deep", "num_experts"
+  ),
+  "recurrent_moe": _section(
+    _recurrent_moe, "an LSTM whose matrices are a mixture", "width"
+  ),
 }
 
 
-def _take_layers(fields: dict[str, Any]) -> _Layers:
-  """Takes the sections of layers out of the fields of a model."""
-  return _Layers(**{name: fields.pop(name) for name in _Layers._fields})
+def _stacks(
+  fields: dict[str, Any], *stacks: Iterable[str]
+) -> list[tuple[nn.Module, ...]]:
+  """Takes layers' sections out of a model's fields; builds stacks of layers."""
+  of = {name: fields.pop(name) for name in LAYERS}
+  for name in ("lstm", "recurrent_moe"):
+    of[name] = functools.partial(of[name], width=fields["width"])
+  lstm, one_expert = of["lstm"], of["one_expert"]
+  of["bidirectional_lstm"] = lambda: BidirectionalLSTM(lstm(), lstm())
+  of["one_expert"] = lambda: MoE(Single(), one_expert(num_experts=1))
+  return [tuple(of[name]() for name in stack) for stack in stacks]
 
 
-@named.fields_of(
-  _Layers, LSTMLM, num_samples=Annotated[int, Range(0)], **_SHARED
-)
+# -- models -------------------------------------------------------------------
+
+
+@named.fields_of(LSTMLM, **LAYERS)
 def _lstm_lm(
-  vocab_size, layers: _Stack, dtype: _DType = "float32", **fields: Any
+  vocab_size, layers: Sequence[Annotated[str, Names(LAYERS)]], **fields: Any
 ) -> LSTMLM:
   """Makes an LSTMLM.
 
   Args:
     layers: sections of layers by name, one after the other.
   """
-  stack = _take_layers(fields).stack(layers, fields["width"])
-  return LSTMLM(vocab_size, layers=stack, dtype=DTYPES[dtype], **fields)
+  (stack,) = _stacks(fields, layers)
+  return LSTMLM(vocab_size, layers=stack, **fields)
 
 
-@named.fields_of(Attention, width=Size, form=Annotated[str, Names(FORMS)])
-def _attention(
-  wiring: Annotated[str, Names(WIRINGS)] = "recurrent", **fields: Any
-) -> tuple[Attention, str]:
-  """Makes an Attention.
-
-  Args:
-    wiring: who reads the contexts; "every_layer" is GNMT's, and "parallel" asks
-      for all of them at once.
-  """
-  return Attention(**fields), wiring
+# A recurrent mixture has no step of decoding, a layer that reads the future
+# cannot have one.
+_DECODER = tuple(name for name in LAYERS if name != "recurrent_moe")
+_ENCODER = (*_DECODER, "bidirectional_lstm")
 
 
-@named.fields_of(_Layers, GNMT, residual_from=Size, **_SHARED)
+@named.fields_of(GNMT, **LAYERS)
 def _gnmt(
   vocab_size,
-  encoder: _Encoder,
-  decoder: _Decoder,
-  attention: Annotated[Callable, Section(_attention)] | None = None,
-  dtype: _DType = "float32",
-  wiring=None,  # is one of the section's
+  encoder: Sequence[Annotated[str, Names(_ENCODER)]],
+  decoder: Sequence[Annotated[str, Names(_DECODER)]],
+  attention: Annotated[Callable, Section(Attention)] | None = None,
   **fields: Any,
 ) -> GNMT:
   """Makes a GNMT.
@@ -255,21 +203,17 @@ def _gnmt(
       "bidirectional_lstm" is made of says the section of the LSTM.
     decoder: the same; the first is an LSTM.
   """
-  if tuple(decoder[:1]) != ("lstm",):
+  if decoder[:1] != ("lstm",):
     raise ValueError(
-      f"config.model.decoder is {tuple(decoder)}, but it is the decoder's first"
-      " LSTM that attends to the source; let it begin with 'lstm'."
+      f"config.model.decoder is {decoder}, but it is the decoder's first LSTM"
+      " that attends to the source; let it begin with 'lstm'."
     )
-  layers, (attends, wiring) = _take_layers(fields), attention()
-  return GNMT(
-    vocab_size,
-    encoder=layers.stack(encoder, fields["width"]),
-    decoder=layers.stack(decoder, fields["width"]),
-    attention=attends,
-    wiring=wiring,
-    dtype=DTYPES[dtype],
-    **fields,
-  )
+  stacks = _stacks(fields, encoder, decoder)
+  return GNMT(vocab_size, fields.pop("width"), *stacks, attention(), **fields)
 
 
+# What `config.model.kind` names: a factory that takes the fields of the section
+# and, from the corpus, the size of the vocabulary.
 MODELS = {"gnmt": _gnmt, "lstm_lm": _lstm_lm}
+# Those that read pairs of sentences.
+TRANSLATORS = ("gnmt",)

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax import named
 from moejax.models.attention import Attention, Memory, attentive_lstm
 from moejax.models.layers import LSTM, Embed, LSTMState, zero_state
+from moejax.models.lstm_lm import Dropout, DType
 from moejax.models.softmax import Softmax
 from moejax.models.stack import residual
 from moejax.moe import HierarchicalMoE, MoE
+from moejax.named import Size
 from moejax.router import Router
 
 # Of whole pairs, packed. Target: inputs, targets, segment int32 [B, L]; mask,
@@ -29,8 +29,6 @@ from moejax.router import Router
 # bool [B, M]. A segment is the number of a pair in its row, from 1; 0 is
 # padding.
 Batch = Mapping[str, Array]
-
-WIRINGS = ("recurrent", "every_layer", "parallel")
 
 # One for each LSTM of the decoder.
 State = tuple[LSTMState, ...]
@@ -50,29 +48,23 @@ class GNMT(nn.Module):
     encoder: LSTMs, bidirectional ones too, and modules called as MoE is.
     decoder: LSTMs, of which one is first, and modules called as MoE is.
     attention: of the decoder's first LSTM to the encoder's states.
-    wiring: "recurrent": the LSTM's last output, zero where a pair starts, asks
-      for a context that is part of its next input. "every_layer" is GNMT's: at
-      that step the context is part of what the LSTMs above read, too.
-      "parallel": its outputs ask, all at once, and the context is added to what
-      the next layer reads.
     residual_from: number, from 1, of the first layer of either side to whose
       output its input is added: 3 in GNMT.
     dropout: chance of zeroing an output; the rng stream is "dropout".
-    dtype: of the activations and of the operands of matrix products. Whatever
-      it is, parameters, routers, cells of LSTMs and every softmax are float32.
-    vocab_multiple: see `LSTMLM.vocab_multiple`.
+    dtype: of the activations and of the operands of matrix products. See
+      `LSTMLM`.
+    vocab_multiple: rows of all tables are filled up to a multiple of it.
   """
 
   vocab_size: int
-  width: int
+  width: Size
   encoder: Sequence[nn.Module]
   decoder: Sequence[nn.Module]
   attention: Attention
-  wiring: str = "recurrent"
-  residual_from: int = 1
-  dropout: float = 0.0
-  dtype: DTypeLike = jnp.float32
-  vocab_multiple: int = 1
+  residual_from: Size = 1
+  dropout: Dropout = 0.0
+  dtype: DType = "float32"
+  vocab_multiple: Size = 1
 
   def setup(self) -> None:
     size = self.vocab_size, self.width
@@ -88,37 +80,37 @@ class GNMT(nn.Module):
     self, batch: Batch, *, train: bool = False
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next piece."""
-    named.one_of(self.wiring, WIRINGS, "wiring")
     source = (batch[f"source{name}"] for name in ("", "_segment", "_start"))
     memory = self.encode(*source, train=train)
     drop = functools.partial(self.drop, deterministic=not train)
     x = drop(self.embed["target"](batch["inputs"]).astype(self.dtype))
     start, segment = batch["start"], batch["segment"]
-    first, *rest = self.decoder
-    if self.wiring == "parallel":
+    first = self.decoder[0]
+    if self.attention.wiring == "parallel":
       y = first(x, start)
       context, _ = self.attention(y, segment, memory)
-      x = self._join(1, x, drop(y)) + context.astype(x.dtype)
     else:
       _, w_query, _ = self.attention.weights(self.width)
       weights = first.weights(2 * self.width), self.attention.form
       y, context = attentive_lstm(x, start, segment, memory, w_query, *weights)
-      x = self._join(1, x, drop(y))
+    mask, ids = batch["mask"], batch["inputs"]
+    options = {"start": start, "mask": mask, "ids": ids, "train": train}
+    return self._above(x, y, context, drop, **options)
+
+  def _above(self, x, y, context, drop, **options):
+    """Runs what is above the decoder's first LSTM, which read x and gave y."""
+    context = context.astype(x.dtype)
+    x = x + drop(y) if self.residual_from == 1 else drop(y)
+    if self.attention.wiring == "parallel":
+      x = x + context
     return residual(
-      rest,
+      self.decoder[1:],
       x,
       drop,
-      start=start,
-      mask=batch["mask"],
-      ids=batch["inputs"],
-      train=train,
-      context=context if self.wiring == "every_layer" else None,
+      context=context if self.attention.wiring == "every_layer" else None,
       residual_from=self.residual_from - 1,
+      **options,
     )
-
-  def _join(self, number, x, y):
-    """Adds a layer's input x to its output y, where there is a residual."""
-    return x + y if number >= self.residual_from else y
 
   def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
     """Returns nats per target piece, 0 at padding."""
@@ -161,8 +153,7 @@ class GNMT(nn.Module):
     """Returns the decoder's state before the first piece, of so many rows."""
     lstms = (layer for layer in self.decoder if isinstance(layer, LSTM))
     return tuple(
-      zero_state(rows, lstm.width, 4 * (lstm.hidden or lstm.width))
-      for lstm in lstms
+      zero_state(rows, lstm.width, lstm.hidden or lstm.width) for lstm in lstms
     )
 
   def step(
@@ -181,37 +172,26 @@ class GNMT(nn.Module):
       The next state; log p of the next piece; the attention weights of the
       source's tokens.
     """
-    x = self.embed["target"](ids[:, None])[:, 0].astype(self.dtype)
-    first, *rest = self.decoder
-    before = iter(state)
-    reached = next(before)
-    if self.wiring == "parallel":
-      reached = first.step(x, reached)
-      context, weights = self._attend(reached.y, memory)
-      context = context.astype(x.dtype)
-      x = self._join(1, x, reached.y.astype(x.dtype)) + context
-    else:
-      context, weights = self._attend(reached.y, memory)
-      context = context.astype(x.dtype)
-      reached = first.step(jnp.concatenate([x, context], axis=-1), reached)
-      x = self._join(1, x, reached.y.astype(x.dtype))
-    after = [reached]
-    for number, layer in enumerate(rest, 2):
-      if isinstance(layer, LSTM):
-        both = [x, context] if self.wiring == "every_layer" else [x]
-        state = layer.step(jnp.concatenate(both, axis=-1), next(before))
-        after.append(state)
-        y = state.y.astype(x.dtype)
-      else:
-        y = nn.sigmoid(layer(x[:, None], ids=ids[:, None])[:, 0])
-      x = self._join(number, x, y)
-    logits = self.head.logits(x[:, None])[:, 0, : self.vocab_size]
-    return tuple(after), jax.nn.log_softmax(logits), weights
+    before, after = iter(state), []
 
-  def _attend(self, y, memory):
-    segment = jnp.ones((len(y), 1), jnp.int32)
-    context, weights = self.attention(y[:, None], segment, memory)
-    return context[:, 0], weights[:, 0]
+    def run(lstm, x):
+      after.append(lstm.step(x[:, 0], next(before)))
+      return after[-1].y[:, None].astype(self.dtype)
+
+    ids, segment = ids[:, None], jnp.ones((len(ids), 1), jnp.int32)
+    x = self.embed["target"](ids).astype(self.dtype)
+    if self.attention.wiring == "parallel":
+      y = run(self.decoder[0], x)
+      context, weights = self.attention(y, segment, memory)
+    else:
+      last = state[0].y[:, None]
+      context, weights = self.attention(last, segment, memory)
+      both = jnp.concatenate([x, context.astype(x.dtype)], axis=-1)
+      y = run(self.decoder[0], both)
+    options = {"ids": ids, "train": False, "run": run}
+    x = self._above(x, y, context, lambda y: y, **options)
+    logits = self.head.logits(x)[:, 0, : self.vocab_size]
+    return tuple(after), jax.nn.log_softmax(logits), weights[:, 0]
 
 
 def for_decoding(model: GNMT) -> GNMT:
@@ -226,19 +206,16 @@ def for_decoding(model: GNMT) -> GNMT:
   Raises:
     ValueError: experts choose among the tokens of a batch, in evaluation too.
   """
-  every = {
-    "group_size": 1,
-    "capacity_factor": None,
-    "eval_capacity_factor": None,
-  }
 
   def dropless(layer):
+    fields = {"group_size": 1, "capacity_factor": None, "dispatch": "auto"}
+    fields["eval_capacity_factor"] = None
     if isinstance(layer, HierarchicalMoE):
-      router, fields = layer.primary, {"groups_together": 1}
+      router, fields["groups_together"] = layer.primary, 1
       # It splits into no groups of its own.
       fields["secondary"] = dropless(layer.secondary).clone(group_size=None)
     elif isinstance(layer, MoE):
-      router, fields = layer.router, {}
+      router = layer.router
     else:
       return layer
     if isinstance(router, Router) and not router.is_by_token(train=False):
@@ -247,7 +224,7 @@ def for_decoding(model: GNMT) -> GNMT:
         " depends on all tokens of a batch, those of the future too: it cannot"
         " translate piece by piece; choose another router."
       )
-    return layer.clone(dispatch="auto", **fields, **every)
+    return layer.clone(**fields)
 
   return model.clone(
     encoder=tuple(map(dropless, model.encoder)),

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import sharding
+from moejax.named import Size
 
 
 class LSTMState(NamedTuple):
@@ -52,17 +53,7 @@ def lstm(
   of y too; the state and every sum are float32: a cell adds up small numbers
   for a whole sentence, and bfloat16 would lose those below 1/256 of its sum.
   Differentiable once, in reverse mode.
-
-  Raises:
-    ValueError: the weights do not hold four gates per unit.
   """
-  recurs = weights.w_rec if weights.w_out is None else weights.w_out
-  units, gates = len(recurs), weights.w_rec.shape[1]
-  if gates != 4 * units:
-    raise ValueError(
-      f"w_rec has {gates} columns for {units} units; an LSTM has four gates"
-      f" per unit, so give it {4 * units} columns."
-    )
   keep = 1 - start.T.astype(jnp.float32)
   return _lstm(x.swapaxes(0, 1), keep[:, :, None], weights).swapaxes(0, 1)
 
@@ -76,22 +67,22 @@ def _lstm(x, keep, weights):
 def _forward(x, keep, weights):
   """Runs, and saves the local derivatives of each step.
 
-  slope is d(c, c, c, m)/d(i, f, g, o): what each pre-activation does to the
-  state it acts through. m_by_c is dm_t/dc_t and c_by_c is dc_t/dc_{t-1}.
-  Taken here, where the gates are at hand, they leave the backward loop little
-  more than its matrix products. Without a projection m is y, and not saved.
+  slope is d(c, c, c, m)/d(i, f, g, o), m_by_c is dm_t/dc_t and c_by_c is
+  dc_t/dc_{t-1}: taken here, where the gates are at hand, they leave the
+  backward loop little more than its matrix products. Without a projection m is
+  y, and not saved.
   """
 
   def step(t, carry):
     (y, c), saved = carry
-    # The slopes replace the pre-activations they come from. The barrier ends
-    # the reading before the writing; without it XLA copies the whole array.
+    # Slopes replace the pre-activations they come from. Without the barrier
+    # between reading and writing XLA copies the whole array.
     z = jax.lax.optimization_barrier(_at(saved[0], t))
     keep_t = _at(keep, t)
     z = z + product("BO,ON->BN", y * keep_t, weights.w_rec, x.dtype)
     c_before = c * keep_t
     c, m, (i, f, g, o, tanh_c) = update_cells(z + weights.bias[None], c_before)
-    y = _project(m, weights, x.dtype)
+    y = _project(m, weights.w_out, x.dtype)
     di, df = g * i * (1 - i), c_before * f * (1 - f)
     dg, do = i * (1 - g * g), m * (1 - o)
     slope = jnp.concatenate([di, df, dg, do], -1)
@@ -99,7 +90,7 @@ def _forward(x, keep, weights):
     m = None if weights.w_out is None else m
     return LSTMState(y, c), _put(saved, (slope, y, m, m_by_c, c_by_c), t)
 
-  zero = zero_state(x.shape[1], *weights.w_rec.shape)
+  zero = zero_state(x.shape[1], len(weights.w_rec), len(weights.bias) // 4)
   y, zeros = (jnp.zeros((len(x), *a.shape), a.dtype) for a in zero)
   z = product("LBD,DN->LBN", x, weights.w_in, x.dtype)
   m = None if weights.w_out is None else zeros
@@ -135,8 +126,8 @@ def _backward(residuals, dy):
     return total.astype(w.dtype)
 
   slopes = slope, None if m is None else jnp.zeros_like(y)
-  carry = zero_state(x.shape[1], *weights.w_rec.shape), slopes
-  _, (dz, dy) = jax.lax.fori_loop(0, len(x), step, carry)
+  zero = zero_state(x.shape[1], len(weights.w_rec), len(weights.bias) // 4)
+  _, (dz, dy) = jax.lax.fori_loop(0, len(x), step, (zero, slopes))
   y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]) * keep
   gradients = LSTMWeights(
     weight_gradient(x, dz, weights.w_in),
@@ -151,10 +142,10 @@ def _backward(residuals, dy):
 _lstm.defvjp(_forward, _backward)
 
 
-def zero_state(rows: int, width: int, gates: int) -> LSTMState:
-  """Returns the state before the first token, from the shape of w_rec."""
-  sizes = (rows, width), (rows, gates // 4)
-  return LSTMState(*(jnp.zeros(size, jnp.float32) for size in sizes))
+def zero_state(rows: int, width: int, units: int) -> LSTMState:
+  """Returns the state before the first token."""
+  y, c = (jnp.zeros((rows, size), jnp.float32) for size in (width, units))
+  return LSTMState(y, c)
 
 
 def update_cells(
@@ -176,8 +167,7 @@ def product(
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _project(m, weights, dtype):
-  w_out = weights.w_out
+def _project(m, w_out, dtype):
   return m if w_out is None else product("BH,HO->BO", m, w_out, dtype)
 
 
@@ -198,10 +188,10 @@ def _put(arrays, values, t):
   )
 
 
-# Uniform of variance 1 / fan-in: sums of unit variance for unit inputs.
+# Of variance 1 / fan-in: sums of unit variance for unit inputs.
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-# Uniform of variance 1 / width: a word starts as a vector of length one, short
-# enough for the few updates that a rare word sees to turn it around.
+# Of variance 1 / width: a word starts as a vector of length one, short enough
+# for the few updates that a rare word sees to turn it around.
 _UNIT_ROWS = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
 
 
@@ -234,7 +224,7 @@ class LSTM(nn.Module):
   """
 
   width: int
-  hidden: int | None = None
+  hidden: Size | None = None
 
   @nn.compact
   def weights(self, inputs: int) -> LSTMWeights:
@@ -260,7 +250,7 @@ class LSTM(nn.Module):
     z = product("BD,DN->BN", x, weights.w_in, x.dtype)
     z = z + product("BO,ON->BN", state.y, weights.w_rec, x.dtype)
     c, m, _ = update_cells(z + weights.bias[None], state.c)
-    return LSTMState(_project(m, weights, x.dtype), c)
+    return LSTMState(_project(m, weights.w_out, x.dtype), c)
 
 
 class BidirectionalLSTM(nn.Module):

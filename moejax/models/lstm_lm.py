@@ -2,18 +2,22 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moejax.models.layers import Embed
 from moejax.models.softmax import Softmax
 from moejax.models.stack import residual
+from moejax.named import Names, Range, Size
 
-# inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/text.py.
+# inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/packing.py.
 Batch = Mapping[str, Array]
+
+Dropout = Annotated[float, Range(0, 1)]
+DType = Annotated[str, Names(("float32", "bfloat16"))]
 
 
 class LSTMLM(nn.Module):
@@ -34,12 +38,12 @@ class LSTMLM(nn.Module):
   """
 
   vocab_size: int
-  width: int
+  width: Size
   layers: Sequence[nn.Module]
-  dropout: float = 0.0
-  num_samples: int = 0
-  dtype: DTypeLike = jnp.float32
-  vocab_multiple: int = 1
+  dropout: Dropout = 0.0
+  num_samples: Annotated[int, Range(0)] = 0
+  dtype: DType = "float32"
+  vocab_multiple: Size = 1
 
   def setup(self) -> None:
     size = self.vocab_size, self.width
@@ -52,11 +56,10 @@ class LSTMLM(nn.Module):
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next word."""
     drop = functools.partial(self.drop, deterministic=not train)
-    ids, mask = batch["inputs"], batch["mask"]
+    ids, start, mask = (batch[name] for name in ("inputs", "start", "mask"))
     x = drop(self.embed(ids).astype(self.dtype))
-    start = batch["start"]
     return residual(
-      self.layers, x, drop, start=start, mask=mask, ids=ids, train=train
+      self.layers, x, drop, ids=ids, train=train, start=start, mask=mask
     )
 
   def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:

@@ -1,10 +1,9 @@
 """The recurrent mixture (sec. 3.1): experts in place of an LSTM's matrices.
 
 The paper proposes it and has no experiment. Its router reads what the layer
-itself said last, so the time steps of a batch cannot be routed together, and an
-expert sees the tokens of one step at a time. The remedy that the paper names is
-to have more rows in memory, by keeping less of each: the backward pass runs
-segments of time steps again (1606.03401).
+itself said last, so an expert sees the tokens of one time step at once, and no
+more. The remedy that the paper names is to have more rows in memory, by keeping
+less of each: the backward pass runs segments of time steps again (1606.03401).
 
 Every dispatch works within the loop. At each time step rows move, where a
 layout splits experts, and the gradients of router and bias are summed over the
@@ -37,14 +36,13 @@ class RecurrentMoE(nn.Module):
 
     (i, f, g, o) = sum_e G(v)_e E_e(v) + bias,
 
-  and all else is as in `layers.lstm` without a projection. An expert stands in
-  for the matrices w_in and w_rec, and so is a matrix itself, without a hidden
-  layer: a single one makes an LSTM, and k of them cost as much as k LSTMs.
+  and all else is as in `layers.lstm` without a projection. An expert is a
+  matrix, without a hidden layer: a single one makes an LSTM, and k of them cost
+  as much as k LSTMs.
 
-  A step's tokens are routed by themselves, its rows being the mixture's tokens;
-  padding is not routed. The noise of a step has a key of its own. The one
-  Routing that the layer reports has the groups of all steps, so that balance is
-  that of the whole batch.
+  The rows of a step are the mixture's tokens; padding is not routed, and the
+  noise of a step has a key of its own. The one Routing that the layer reports
+  has the groups of all steps, so that balance is that of the whole batch.
 
   Attributes:
     width: units, and entries of the output, u.
@@ -84,13 +82,13 @@ class RecurrentMoE(nn.Module):
         " choose a number that does, or None to run no step again."
       )
     bias = declare(self, "bias", ("hidden",), (4 * self.width,), forget_one)
-    zero = zero_state(rows, self.width, 4 * self.width)
+    zero = zero_state(rows, self.width, self.width)
     each = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, start, mask, ids))
     if self.is_initializing():
       # It declares its weights; the loop then runs a copy that has them.
       x_0, _, mask_0, ids_0 = jax.tree.map(lambda a: a[0], each)
-      first = jnp.concatenate([x_0, zero.y.astype(x.dtype)], axis=-1)
-      self.mixture(first, train, mask=mask_0, ids=ids_0)
+      both = jnp.concatenate([x_0, zero.y.astype(x.dtype)], axis=-1)
+      self.mixture(both, train, mask=mask_0, ids=ids_0)
     mixture, variables = self.mixture.unbind()
     params = {"params": variables.get("params", {})}
     # Of the step's number, whatever the segments are.

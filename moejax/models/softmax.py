@@ -39,12 +39,11 @@ def log_uniform(
 
 
 def most_distinct(num_samples: int, vocab_size: int) -> int:
-  """Returns how many classes `num_samples` draws are of, and a margin.
+  """Returns the mean number of classes that draws are of, and a margin.
 
-  That is the mean and four standard deviations of a count of independent
-  classes. Those of one sample exclude each other, so theirs varies less: fewer
-  than one sample in 30,000 has more. 8192 draws from 10,000 words are of 2717
-  classes at most, from 793,471 words of 4831.
+  Four standard deviations of a count of independent classes; those of a sample
+  exclude each other, so theirs varies less: fewer than one in 30,000 has more.
+  8192 draws from 793,471 words are of 4831 classes at most.
   """
   seen = _chance_of_any(np, np.arange(vocab_size), num_samples, vocab_size)
   margin = 4 * math.sqrt((seen * (1 - seen)).sum())
@@ -52,12 +51,9 @@ def most_distinct(num_samples: int, vocab_size: int) -> int:
 
 
 def mean_distinct(num_samples: int, vocab_size: int) -> float:
-  """Returns the mean number of classes that `num_samples` draws are of.
-
-  8192 draws from 793,471 words are of 4585.
-  """
-  ids = np.arange(vocab_size)
-  return float(_chance_of_any(np, ids, num_samples, vocab_size).sum())
+  """Returns the mean number of classes that draws are of."""
+  seen = _chance_of_any(np, np.arange(vocab_size), num_samples, vocab_size)
+  return float(seen.sum())
 
 
 def log_expected_count(
@@ -65,8 +61,8 @@ def log_expected_count(
 ) -> Float[Array, "..."]:
   """Log of the chance that a class is among the draws: 1 - (1 - p)^P.
 
-  Not log(P p): that exceeds 0 for frequent classes, which would then weigh
-  less as targets than they do in the full softmax.
+  Not log(P p), which exceeds 0 for frequent classes: as targets these would
+  weigh less than in the full softmax.
   """
   ids = ids.astype(jnp.float32)
   return jnp.log(_chance_of_any(jnp, ids, num_samples, vocab_size))

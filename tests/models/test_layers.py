@@ -66,11 +66,8 @@ def gradients(lstm, x, start, weights):
 
 
 def assert_close(got, want):
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-    got,
-    want,
-  )
+  check = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(check, got, want)
 
 
 @projections
@@ -90,15 +87,14 @@ def test_steps_are_the_whole_pass(projected):
   module = layers.LSTM(projected or 4, projected and 4)
   variables = nn.unbox(module.init(jax.random.key(0), x, start))
   whole = module.apply(variables, x, start)
-  state = layers.zero_state(2, projected or 4, 16)
+  state = layers.zero_state(2, projected or 4, 4)
   for t in range(5):
     state = module.apply(variables, x[:, t], state, method="step")
     np.testing.assert_allclose(state.y, whole[:, t], rtol=1e-5, atol=1e-6)
 
 
-@projections
-def test_bfloat16_rounds_the_operands_only(projected):
-  x, start, weights = on_device(*inputs(4, 12, 8, 8, projected))
+def test_bfloat16_rounds_the_operands_only():
+  x, start, weights = on_device(*inputs(4, 12, 8, 8, 3))
   half = x.astype(jnp.bfloat16)
   got = layers.lstm(half, start, weights)
   want = layers.lstm(x, start, weights)
@@ -127,16 +123,6 @@ def test_eight_devices_agree_with_one_and_only_sum_weight_gradients(projected):
   compiled = gradients.lower(layers.lstm, *args).compile()
   assert_close(compiled(*args), alone)
   recurrent.assert_sums_after_loops(compiled)
-
-
-def test_other_than_four_gates_are_refused():
-  x, start, weights = on_device(*inputs(1, 2, 3, 4, 3))
-  with pytest.raises(ValueError, match="16 columns for 5 units.* 20 columns"):
-    layers.lstm(x, start, weights._replace(w_out=jnp.zeros((5, 3))))
-  x, start, (w_in, w_rec, bias, _) = on_device(*inputs(1, 2, 3, 4))
-  narrow = layers.LSTMWeights(w_in[:, :12], w_rec[:, :12], bias[:12])
-  with pytest.raises(ValueError, match="12 columns for 4 units.* 16 columns"):
-    layers.lstm(x, start, narrow)
 
 
 @pytest.mark.parametrize("width, hidden", [(4, None), (3, 4)])
@@ -176,7 +162,7 @@ def test_outputs_are_dropped_out_before_the_input_is_added():
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_embed_looks_up_and_sums_the_gradients_of_repeats():
+def test_embed_looks_words_up():
   module = layers.Embed(vocab_size=50, width=64)
   ids = jnp.array([[3, 0, 3], [49, 3, 7]])
   boxed = module.init(jax.random.key(0), ids)
@@ -186,13 +172,6 @@ def test_embed_looks_up_and_sums_the_gradients_of_repeats():
   table = np.asarray(params["params"]["table"])
   np.testing.assert_array_equal(module.apply(params, ids), table[ids])
   np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1, atol=0.3)
-  pull = np.random.default_rng(0).normal(size=(2, 3, 64)).astype(np.float32)
-  expected = np.zeros_like(table)
-  np.add.at(expected, np.asarray(ids), pull)
-  gradient = jax.grad(lambda p: (module.apply(p, ids) * pull).sum())(params)
-  np.testing.assert_allclose(
-    gradient["params"]["table"], expected, rtol=1e-5, atol=1e-6
-  )
   # What is no word is loud.
   out = module.apply(params, jnp.array([[49, 50]]))
   assert np.isfinite(out[0, 0]).all() and np.isnan(out[0, 1]).all()

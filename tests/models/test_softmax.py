@@ -46,10 +46,15 @@ def reference(table, h, targets):
 @pytest.mark.parametrize("num_samples, train", [(0, True), (5, False)])
 def test_full_loss_is_minus_log_probability(inputs, num_samples, train):
   h, targets, table = inputs
-  run = functools.partial(loss, num_samples, train)
   want, slope = reference(table, h, targets)
-  np.testing.assert_allclose(run(table, h, targets), want, rtol=1e-5)
-  got = jax.grad(lambda h: run(table, h, targets).sum())(h)
+
+  @jax.jit
+  def run(h):
+    run = functools.partial(loss, num_samples, train, table, targets=targets)
+    return run(h=h), jax.grad(lambda h: run(h=h).sum())(h)
+
+  nats, got = run(h)
+  np.testing.assert_allclose(nats, want, rtol=1e-5)
   np.testing.assert_allclose(got, slope, rtol=1e-4, atol=1e-5)
 
 
@@ -64,24 +69,17 @@ def test_scores_are_sums_in_float32(inputs, dtype):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def draw(key, draws):
-  """The ids of a sample, and those of all its draws, in float64."""
-  ids, used = softmax.log_uniform(key, draws, V)
-  uniform, within = np.float64(jax.random.uniform(key, (2, draws)))
+@pytest.mark.parametrize("room", [50, 5])
+def test_a_sample_is_what_was_drawn_once_each(room, monkeypatch):
+  """And loses its rarest where there is no room."""
+  monkeypatch.setattr(softmax, "most_distinct", lambda *_: room)
+  key = jax.random.key(1)
+  ids, used = softmax.log_uniform(key, 100, V)
+  uniform, within = np.float64(jax.random.uniform(key, (2, 100)))
   every = np.exp((uniform + within / 2**23) * np.log(V + 1)).astype(int) - 1
-  return np.asarray(ids)[np.asarray(used)], np.unique(np.clip(every, 0, V - 1))
-
-
-def test_a_sample_is_what_was_drawn_once_each():
-  got, want = draw(jax.random.key(1), 100)
-  np.testing.assert_array_equal(got, want)
-
-
-def test_a_sample_without_room_loses_its_rarest(monkeypatch):
-  monkeypatch.setattr(softmax, "most_distinct", lambda *_: 5)
-  got, want = draw(jax.random.key(1), 100)
+  want = np.unique(np.clip(every, 0, V - 1))
   assert len(want) > 5
-  np.testing.assert_array_equal(got, want[:5])
+  np.testing.assert_array_equal(np.asarray(ids)[np.asarray(used)], want[:room])
 
 
 @pytest.mark.parametrize(
@@ -123,39 +121,33 @@ def test_no_word_of_a_large_vocabulary_is_skipped():
 
 def test_sampled_loss_by_hand(inputs, monkeypatch):
   h, targets, table = inputs
-  size = 7
-  drawn = []
-  original = softmax.log_uniform
+  size, sampled = 7, []
 
-  def spy(*args):
-    drawn.append(original(*args))
-    return drawn[-1]
-
-  monkeypatch.setattr(softmax, "log_uniform", spy)
+  draw = softmax.log_uniform
+  monkeypatch.setattr(
+    softmax, "log_uniform", lambda *a: sampled.append(draw(*a)) or sampled[0]
+  )
   got = loss(size, True, table, h, targets, seed=3)
-  ids, used = map(np.asarray, drawn[0])
-  ids = ids[used]
+  ids, used = map(np.asarray, sampled[0])
   table, h, targets = map(np.asarray, (table, h, targets))
   law = np.log(1 + 1 / (np.arange(V) + 1)) / np.log(V + 1)
   count = 1 - (1 - law) ** size
-  for b in range(B):
-    for place in range(L):
-      target = targets[b, place]
-      own = h[b, place] @ table[target] - np.log(count[target])
-      terms = [own] + [
-        h[b, place] @ table[i] - np.log(count[i]) for i in ids if i != target
-      ]
-      want = np.log(np.sum(np.exp(terms))) - own
-      np.testing.assert_allclose(got[b, place], want, rtol=1e-4)
+  for at in np.ndindex(B, L):
+    target = targets[at]
+    others = [i for i in ids[used] if i != target]
+    scores = [h[at] @ table[i] - np.log(count[i]) for i in [target, *others]]
+    want = np.log(np.exp(scores).sum()) - scores[0]
+    np.testing.assert_allclose(got[at], want, rtol=1e-4)
 
 
 def test_sampled_loss_and_gradient_near_the_full_ones(inputs):
   h, targets, table = inputs
 
   def run(num_samples):
-    return jax.value_and_grad(
-      lambda t: loss(num_samples, True, t, h, targets).mean()
-    )(table)
+    def mean(table):
+      return loss(num_samples, True, table, h, targets).mean()
+
+    return jax.jit(jax.value_and_grad(mean))(table)
 
   (full, slope), (many, near), (few, _) = run(0), run(10_000), run(10)
   np.testing.assert_allclose(many, full, rtol=1e-4)

@@ -62,26 +62,6 @@ def gradient(num_samples, params, batch):
   return jax.value_and_grad(loss)(params)
 
 
-@functools.cache
-def on_mesh(num_samples, name):
-  layout = LAYOUTS[name]
-  mesh = sharding.make_mesh(layout)
-  places = sharding.shardings(boxed(), layout, mesh)
-  params = jax.device_put(nn.unbox(boxed()), places)
-  rows = jax.device_put(batch(), sharding.batch_sharding(layout, mesh, B))
-  with sharding.use(layout, mesh):
-    run = jax.jit(
-      functools.partial(gradient, num_samples), out_shardings=(None, places)
-    )
-    compiled = run.lower(params, rows).compile()
-  found = collectives.read(compiled.as_text(), mesh)
-  return params, compiled(params, rows), found
-
-
-SAMPLES = pytest.mark.parametrize("num_samples", [0, 16])
-NAMES = pytest.mark.parametrize("name", LAYOUTS)
-
-
 def test_rows_that_are_no_word_have_no_chance():
   params, rows = nn.unbox(boxed()), batch()
   assert params["head"]["table"].shape == (ROWS, D)
@@ -96,25 +76,27 @@ def test_rows_that_are_no_word_have_no_chance():
   assert slope["head"]["table"][:V].any(axis=1).all()
 
 
-@SAMPLES
-@NAMES
+@pytest.mark.parametrize("num_samples", [0, 16])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_split_tables_agree_with_whole_ones(num_samples, name):
-  params, got, _ = on_mesh(num_samples, name)
-  parts = {"all": 8, "half": 4}[name]
-  for table in jax.tree.leaves(params):
-    assert table.addressable_shards[0].data.shape == (ROWS // parts, D)
-  want = jax.jit(functools.partial(gradient, num_samples))(
-    nn.unbox(boxed()), batch()
+  """And none is ever on the wire, but sums over the copies of a part."""
+  layout, params = LAYOUTS[name], nn.unbox(boxed())
+  mesh = sharding.make_mesh(layout)
+  places = sharding.shardings(boxed(), layout, mesh)
+  given = (
+    jax.device_put(params, places),
+    jax.device_put(batch(), sharding.batch_sharding(layout, mesh, B)),
   )
+  run = functools.partial(gradient, num_samples)
+  with sharding.use(layout, mesh):
+    on_mesh = jax.jit(run, out_shardings=(None, places))
+    compiled = on_mesh.lower(*given).compile()
+  parts = {"all": 8, "half": 4}[name]
+  for table in jax.tree.leaves(given[0]):
+    assert table.addressable_shards[0].data.shape == (ROWS // parts, D)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-  jax.tree.map(close, got, want)
-
-
-@SAMPLES
-@NAMES
-def test_no_split_table_is_ever_on_the_wire(num_samples, name):
-  """But sums over its copies, of the part that each device has."""
-  _, _, found = on_mesh(num_samples, name)
+  jax.tree.map(close, compiled(*given), jax.jit(run)(params, batch()))
+  found = collectives.read(compiled.as_text(), mesh)
   assert found
   part = 2 * TABLE // 4 if name == "half" else 0
   for each in found:
