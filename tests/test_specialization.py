@@ -87,6 +87,10 @@ def test_experts_that_know_the_piece_and_those_that_know_nothing():
   assert about["piece"]["most"] == pytest.approx(2, abs=0.01)
   assert about["piece"]["shuffled"] < 0.01
   assert about["previous"]["bits"] == 0
+  # And one that knows the piece before.
+  before = np.eye(4)[np.roll(ids, 1) - 3]
+  piece, previous, *_ = specialization.knowledge(places(ids, begins, before))
+  assert piece["bits"] < 0.02 and previous["bits"] > 1.5
   luck = np.eye(4)[random.integers(0, 4, 4000)]
   piece, previous, *_ = specialization.knowledge(places(ids, begins, luck))
   assert piece["bits"] == pytest.approx(piece["shuffled"], abs=0.005)
