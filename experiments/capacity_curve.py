@@ -13,19 +13,10 @@ presidents' messages, or that of --text, of which words seen 20 times are known.
 
 Result: it does, if batches are large and training is long. On 12 M words of
 technical documentation and 2400 steps the test perplexity is 53.3 with 4
-experts, 50.3 with 32, 48.9 with 256: 8 % lower. After 4800 steps it is 11 %
-(results/capacity_curve_text_models_steps.csv), in the paper, at 100 times the
-words, 21 %. The wide LSTM (49.7) is ahead of 32 experts here, with 1.1 times
-their ops; in the paper it is behind by 13 %. MoE-1024-h is behind all others
-(62.5): three quarters of that is its dropout, then the paper's 0.2 in place of
-0.1, the rest may be its 64 words an expert and batch. With batches of 4096
-words (--batch_size=64, results/capacity_curve.csv) an expert of MoE-256 sees 64
-words of a batch, and 256 experts (59.2) are behind 4 (57.0). On this text,
-which repeats itself, the 5-gram (37.2) is far ahead of all. One seed, one core
-of an AMD EPYC each (results/capacity_curve_text_models.csv).
+experts, 48.9 with 256: 8 % lower, 11 % after 4800 steps; in the paper 21 %, at
+100 times the words. More in docs/results.md (results/capacity_curve*.csv).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from experiments import figures, harness, kneser_ney, paper_tables, training
@@ -54,9 +45,8 @@ NAMES = {
   "moe_143m": "256 wider ones",
 }
 # The two lines of Fig. 2, right.
-DENSE_CURVE = ("lstm_512_512", "lstm_1024_512", "lstm_2048_512")
-DENSE_CURVE += ("two_lstm_8192_1024",)
-SPARSE_CURVE = ("moe_4096_h", "moe_34m", "moe_143m")
+LARGER = ("lstm_512_512", "lstm_1024_512", "lstm_2048_512")
+LARGER += ("two_lstm_8192_1024", "moe_4096_h", "moe_34m", "moe_143m")
 QUICK = ("moe_256_h",)
 TEXT = "comma-separated files (.txt, .gz, .xz) in place of the messages"
 OPTIONS = {
@@ -73,12 +63,8 @@ def rows(
   models: str = "",
   batch_size: str = "",
   steps: str = "",
-) -> Iterator[figures.Row]:
-  """Yields a row per model.
-
-  Raises:
-    SystemExit: there is no such model.
-  """
+) -> figures.Rows:
+  """Yields a row per model."""
   length = (int(batch_size or BATCH_SIZE), int(steps or STEPS))
   for name in harness.chosen(models, NAMES, QUICK if quick else ()):
     yield row(name, 8, text, quick, *length) | {"paper": paper(name)}
@@ -87,12 +73,9 @@ def rows(
     config = scaled("lm1b/moe_32", 8, text)
     if quick:
       training.shrink(config, runs)
-    counted = kneser_ney.perplexities(config)
-  yield {
-    "model": "kneser_ney_5",
-    **harness.rounded(2, **counted),
-    "paper": paper("kneser_ney_5"),
-  }
+    counted = harness.rounded(2, **kneser_ney.perplexities(config))
+  name = "kneser_ney_5"
+  yield {"model": name, **counted, "paper": paper(name)}
 
 
 def paper(name: str) -> float:
@@ -119,10 +102,7 @@ def row(
     if quick:
       training.shrink(config, runs)
     workdir = runs / f"{name}_{smaller}_{batch_size}_{steps}"
-    return {
-      "model": name,
-      **training.report(config, training.train(config, workdir)),
-    }
+    return {"model": name, **training.report(training.train(config, workdir))}
 
 
 def scaled(
@@ -145,7 +125,7 @@ def scaled(
   model = shrunk("", training.load(name).model.to_dict())
   ours = ("num_samples", "dropout")
   model |= {name: config.model[name] for name in ours} | {"vocab_multiple": 1}
-  training.replace(config, model=model)
+  config.model = model
   config.data.batch_size = batch_size
   training.regroup(config, batch_size * config.data.row_length)
   config.train.update({"steps": steps, "eval_every": STEPS // 2})
@@ -157,14 +137,14 @@ def scaled(
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws test perplexity over parameters, and over ops where these differ."""
   models = {row["model"]: row for row in table if row["model"] in NAMES}
   counted = [row["test"] for row in table if row["model"] not in models]
+  shown = {
+    "parameters": set(NAMES) - set(LARGER) | {"lstm_2048_512", "moe_4096_h"},
+    "ops": set(LARGER),
+  }
   meanings = {"parameters": "at equal ops/timestep", "ops": "larger models"}
-  shown = {"parameters": set(NAMES) - set(DENSE_CURVE + SPARSE_CURVE)}
-  shown["parameters"] |= {"lstm_2048_512", "moe_4096_h"}
-  shown["ops"] = set(DENSE_CURVE + SPARSE_CURVE)
-  if len(models.keys() - shown["parameters"]) == 0:
+  if models.keys() <= shown["parameters"]:
     del meanings["ops"]
   for axes, column in figures.panels(figure, 4, meanings, sharey=True):
     if counted and column == "parameters":
@@ -172,15 +152,11 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
     for name in filter(shown[column].__contains__, models):
       row = models[name]
       sparse = row["cv_load"] is not None
-      color = figures.SPARSE if sparse else figures.DENSE
-      at = (row[column] / 1e6, row["test"])
-      axes.plot(*at, marker="o" if sparse else "s", color=color)
-      figures.label(axes, NAMES[name], at, color)
-    axes.set_xscale("log")
-    axes.margins(x=0.2, y=0.12)
-    figures.plain(axes.xaxis, (0.1, 0.3, 1, 3, 10, 30))
+      figures.point(axes, NAMES[name], row[column] / 1e6, row["test"], sparse)
     unit = {"parameters": "parameters", "ops": "ops/timestep"}[column]
-    axes.set_xlabel(f"million {unit} outside embedding and softmax")
+    about = f"million {unit} outside embedding and softmax"
+    figures.scales(axes, about, x_ticks=(0.1, 0.3, 1, 3, 10, 30))
+    axes.margins(x=0.2, y=0.12)
   figure.supylabel("test perplexity per word")
   flat = {
     NAMES[name]: row["test"]

@@ -13,34 +13,29 @@ between its points. One seed, one core of an AMD EPYC each
 (results/compute_curve_text.csv).
 """
 
-from collections.abc import Iterator
-
 from experiments import capacity_curve, figures, harness
 
 MODELS = {"moe_1_wide": "dense", "moe_256_h": "4 of 256 experts"}
 
 
-def rows(quick: bool, text: str = "") -> Iterator[figures.Row]:
+def rows(quick: bool, text: str = "") -> figures.Rows:
   """Yields a row per width and model."""
-  for smaller in (16,) if quick else (16, 8, 4):
+  for smaller in (8,) if quick else (16, 8, 4):
     for name in MODELS:
       yield capacity_curve.row(name, smaller, text, quick)
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws test perplexity over ops/timestep."""
   axes = figure.subplots()
-  points = {
-    label: [(r["ops"] / 1e6, r["test"]) for r in table if r["model"] == name]
-    for name, label in MODELS.items()
-  }
+  points = figures.points(table, "ops", "test", "model", MODELS, unit=1e6)
   figures.lines(axes, points, (figures.DENSE, figures.SPARSE))
-  axes.set_xscale("log")
-  axes.set_yscale("log")
-  figures.plain(axes.yaxis, (40, 45, 50, 55, 60, 65, 70))
-  figures.plain(axes.xaxis, (0.03, 0.1, 0.3, 0.5))
-  axes.set_xlabel("million ops/timestep outside embedding and softmax")
-  axes.set_ylabel("test perplexity per word")
+  figures.scales(
+    axes,
+    "million ops/timestep outside embedding and softmax",
+    "test perplexity per word",
+    (0.03, 0.1, 0.3, 0.5),
+    (40, 45, 50, 55, 60, 65, 70),
+  )
   leads = [
     100 * (1 - sparse / dense)
     for (_, dense), (_, sparse) in zip(*points.values(), strict=True)

@@ -15,18 +15,14 @@ as many as all else at E=1024) and the traffic of weights, gradients and Adam's
 moments, all E experts' a step (results/expert_count_cost.csv).
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments import figures, harness, training
 from moejax import config as config_lib
-from moejax import sharding
-from moejax.training import cost, state, step
+from moejax.training import cost
 from moejax.training import session as session_lib
 
 SEED = 0
@@ -34,21 +30,19 @@ VOCABULARY = 10_000
 LAYERS = {"dense": "dense", "flat": "flat", "two_level": "two levels"}
 
 
-def rows(quick: bool) -> Iterator[figures.Row]:
+def rows(quick: bool) -> figures.Rows:
   """Yields a row per number of experts and kind of layer."""
   for num_experts in (4,) if quick else (4**i for i in range(1, 8)):
     configs = {layer: config_of(layer, num_experts) for layer in LAYERS}
     if quick:
       for config in configs.values():
-        config.update_from_flattened_dict({"data.batch_size": 2})
-        config.model.width = 8
+        small = {"data.batch_size": 2, "model.width": 8}
+        config.update_from_flattened_dict(small)
         training.regroup(config, 2 * config.data.row_length)
     with training.roughly_compiled(quick):
-      programs = {name: program(config) for name, config in configs.items()}
-    times = harness.interleaved(
-      {name: run for name, (run, _) in programs.items()}, 2 if quick else 7
-    )
-    for name, (_, gigabytes) in programs.items():
+      programs = {name: random_step(config) for name, config in configs.items()}
+    times = harness.interleaved(programs, 2 if quick else 7)
+    for name, each in programs.items():
       count = cost.count(config_lib.parse(configs[name]), VOCABULARY)
       yield {
         "E": num_experts,
@@ -57,7 +51,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         "parameters": count.parameters,
         "ms": round(times[name].median, 1),
         "of_dense": round(times[name].median / times["dense"].median, 2),
-        "GB": round(gigabytes, 3),
+        "GB": round(session_lib.bytes_needed(each.compiled) / 1e9, 3),
       }
 
 
@@ -66,82 +60,47 @@ def config_of(layer: str, num_experts: int) -> config_lib.Config:
   if layer == "dense":
     return training.load("sotu/moe_1_wide")
   config = training.load("sotu/moe_32")
-  moe = config.model.moe.to_dict()
-  shape = {
-    "num_experts": num_experts,
-    "group_size": config.data.batch_size * config.data.row_length,
-  }
+  model, moe, data = config.model, config.model.moe.to_dict(), config.data
+  shape = {"num_experts": num_experts}
+  shape["group_size"] = data.batch_size * data.row_length
   if layer == "flat":
-    moe |= shape | {"dispatch": "ragged", "capacity_factor": None}
-    training.replace(config.model, layers=("lstm", "moe", "lstm"), moe=moe)
+    model.moe = moe | shape | {"dispatch": "ragged", "capacity_factor": None}
     return config
-  with config.unlocked():
-    del config.model["moe"]
+  del model["moe"]
   router = moe["router"] | {"k": 2}
-  training.replace(
-    config.model,
-    layers=("lstm", "hierarchical_moe", "lstm"),
-    hierarchical_moe={
-      **shape,
-      "num_groups": math.isqrt(num_experts),
-      "primary": router,
-      "secondary": {"router": router, "experts": moe["experts"]},
-    },
-  )
+  model.layers = ("lstm", "hierarchical_moe", "lstm")
+  model.hierarchical_moe = {
+    **shape,
+    "num_groups": math.isqrt(num_experts),
+    "primary": router,
+    "secondary": {"router": router, "experts": moe["experts"]},
+  }
   return config
 
 
-def program(config: config_lib.Config) -> tuple[Callable[[], Any], float]:
-  """Compiles a training step on a batch of random words.
-
-  Returns:
-    What runs it once, on the state that the turn before left; the gigabytes it
-    takes.
-  """
+def random_step(config: config_lib.Config) -> training.Step:
+  """Compiles a training step on a batch of random words, for one device."""
   shape = (config.data.batch_size, config.data.row_length)
   words = jax.random.randint(jax.random.key(SEED), shape, 0, VOCABULARY)
   mask = jnp.ones(shape, bool)
   batch = {"inputs": words, "targets": words, "mask": mask, "start": ~mask}
   experiment = config_lib.parse(config)
-  model, tx = experiment.model(VOCABULARY), experiment.tx
-  layout = experiment.layout
-  mesh = sharding.make_mesh(layout, jax.devices()[:1])
-  shapes = jax.eval_shape(lambda: batch)
-  current = state.create(model, tx, shapes, SEED, layout, mesh)
-  aux = experiment.aux_weights
-  train_step = functools.partial(
-    step.train_step, model=model, tx=tx, aux_weights=aux, seed=SEED
-  )
-  compiled = (
-    jax.jit(train_step, donate_argnums=0).lower(current, batch).compile()
-  )
-
-  def run():
-    nonlocal current
-    current, metrics = compiled(current, batch)
-    return metrics
-
-  return run, session_lib.bytes_needed(compiled) / 1e9
+  devices = jax.devices()[:1]
+  built = session_lib.build(experiment, VOCABULARY, devices)
+  return training.Step(built, jax.device_get(batch))
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws time and memory over the number of experts."""
   meanings = {
     "of_dense": "time of a training step / dense step",
     "GB": "memory of a training step, GB",
   }
   colors = (figures.DENSE, figures.SPARSE, figures.OTHERS[0])
-  for axes, name in figures.panels(figure, 4, meanings):
-    points = {
-      label: [(row["E"], row[name]) for row in table if row["layer"] == layer]
-      for layer, label in LAYERS.items()
-    }
+  for axes, column in figures.panels(figure, 4, meanings):
+    points = figures.points(table, "E", column, "layer", LAYERS)
     figures.lines(axes, points, colors)
-    axes.set_xscale("log", base=4)
-    axes.set_yscale("log")
-    figures.plain(axes.xaxis, (4, 64, 1024, 16384))
-    figures.plain(axes.yaxis, (0.1, 0.3, 1, 3, 10, 30))
-    axes.set_xlabel("experts")
+    ticks = (4, 64, 1024, 16384), (0.1, 0.3, 1, 3, 10, 30)
+    figures.scales(axes, "experts", "", *ticks)
   most = max(row["E"] for row in table)
   last = {row["layer"]: row["of_dense"] for row in table if row["E"] == most}
   return (

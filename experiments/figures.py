@@ -8,23 +8,23 @@ shows, in one sentence out of the table's own numbers: it becomes the title.
 """
 
 import argparse
+import contextlib
 import csv
-import functools
 import importlib
 import pathlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib
-import matplotlib.axes
-import matplotlib.backends.backend_agg
-import matplotlib.figure
-import matplotlib.text
-import matplotlib.ticker
-import matplotlib.transforms
 import numpy as np
 import PIL.Image
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from moejax import terminal
 
@@ -52,24 +52,23 @@ STYLE = {
 }
 # Where a label may stand, in points from what it names, the best place first.
 _BESIDE = [(7.0, 1.5 * sign * i) for i in range(40) for sign in (-1, 1)]
-_DIRECTIONS = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-_DIRECTIONS += [(x, y) for x in (0.8, -0.8) for y in (0.8, -0.8)]
 _AROUND = [
   (distance * x, distance * y)
   for distance in (6.0, 15.0, 22.0, 30.0, 40.0, 50.0)
-  for x, y in _DIRECTIONS
+  for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1))
+  + ((0.8, 0.8), (0.8, -0.8), (-0.8, 0.8), (-0.8, -0.8))
 ]
 
 Row = dict[str, Any]
-Figure = matplotlib.figure.Figure
+Rows = Iterator[Row]
 Draw = Callable[[Figure, list[Row]], str]
 
 
 def picture(draw: Draw, table: list[Row]) -> Figure:
   """Returns the figure of a table."""
-  with matplotlib.rc_context(STYLE):
+  with rc_context(STYLE):
     # Not by pyplot: without its global state a figure is always drawn by Agg.
-    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     finding = draw(figure, table)
     width = int(figure.get_figwidth() * 10.3)
@@ -83,7 +82,7 @@ def write(stem: pathlib.Path, draw: Draw) -> None:
   """Draws the table stem.csv on stem.png."""
   figure = picture(draw, read(stem.with_suffix(".csv")))
   figure.set_dpi(150)
-  canvas = matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  canvas = FigureCanvasAgg(figure)
   canvas.draw()
   image = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
   # Few colors make a file of a third of the size.
@@ -92,20 +91,16 @@ def write(stem: pathlib.Path, draw: Draw) -> None:
 
 def read(path: pathlib.Path) -> list[Row]:
   """Reads a table as it was before it was written; empty cells are None."""
+
+  def value(text: str) -> Any:
+    for kind in (int, float):
+      with contextlib.suppress(ValueError):
+        return kind(text)
+    return {"": None, "True": True, "False": False}.get(text, text)
+
   with path.open(newline="") as file:
-    return [
-      {name: _value(text) for name, text in row.items()}
-      for row in csv.DictReader(file)
-    ]
-
-
-def _value(text: str) -> Any:
-  for kind in (int, float):
-    try:
-      return kind(text)
-    except ValueError:
-      pass
-  return {"": None, "True": True, "False": False}.get(text, text)
+    rows = csv.DictReader(file)
+    return [{name: value(text) for name, text in r.items()} for r in rows]
 
 
 def experiment(stem: str) -> str:
@@ -142,9 +137,31 @@ def paper_name(config: str) -> str:
   return name.replace("moe", "MoE").replace("lstm", "LSTM")
 
 
+def points(
+  table: list[Row],
+  x: str,
+  y: str,
+  by: str,
+  names: Mapping[Any, str],
+  unit: float = 1,
+  **where: Any,
+) -> dict[str, list[tuple[float, float]]]:
+  """Returns columns x (in units) and y by name, for `lines`.
+
+  Of the rows `where` columns hold these values; `names` are those of what the
+  column `by` holds.
+  """
+  rows = [row for row in table if where.items() <= row.items()]
+  found = {
+    name: [(row[x] / unit, row[y]) for row in rows if row[by] == value]
+    for value, name in names.items()
+  }
+  return {name: each for name, each in found.items() if each}
+
+
 def panels(
-  figure: Figure, height: float, meanings: Mapping[str, str], **options: Any
-) -> Iterator[tuple[matplotlib.axes.Axes, str]]:
+  figure: Figure, height: float, meanings: Mapping[Any, str], **options: Any
+) -> Iterator[tuple[Axes, Any]]:
   """Yields axes side by side, each with its column, titled by what it means."""
   figure.set_size_inches(8, height)
   every = np.ravel(figure.subplots(1, len(meanings), **options))
@@ -153,8 +170,33 @@ def panels(
     yield axes, column
 
 
+def scales(
+  axes: Axes,
+  x: str = "",
+  y: str = "",
+  x_ticks: Sequence[float] = (),
+  y_ticks: Sequence[float] = (),
+) -> None:
+  """Names the axes; one that has ticks is logarithmic."""
+  axes.set(xlabel=x, ylabel=y)
+  if x_ticks:
+    axes.set_xscale("log")
+    plain(axes.xaxis, x_ticks)
+  if y_ticks:
+    axes.set_yscale("log")
+    plain(axes.yaxis, y_ticks)
+
+
+def plain(axis: Any, ticks: Sequence[float] = ()) -> None:
+  """Writes numbers as they are, 0.2 and 4,096, at the ticks if given."""
+  if ticks:
+    axis.set_major_locator(FixedLocator(ticks))
+  axis.set_major_formatter(lambda x, _: number(x))
+  axis.set_minor_locator(NullLocator())
+
+
 def bars(
-  axes: matplotlib.axes.Axes,
+  axes: Axes,
   groups: Sequence[str],
   series: Mapping[str, Sequence[float | None]],
   colors: Sequence[Any],
@@ -183,8 +225,27 @@ def bars(
   plain(axes.xaxis)
 
 
+def grid(
+  axes: Axes,
+  cells: Mapping[tuple[str, str], float],
+  shades: Mapping[tuple[str, str], float],
+) -> None:
+  """Writes numbers by row and column, on shades between 0 and 1."""
+  rows, columns = (
+    list(dict.fromkeys(names)) for names in zip(*cells, strict=True)
+  )
+  image = [[shades.get((row, x), 0) for x in columns] for row in rows]
+  axes.imshow(image, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+  for (row, column), value in cells.items():
+    at, text = (columns.index(column), rows.index(row)), number(value)
+    axes.text(*at, text, ha="center", va="center", fontsize=8)
+  axes.set_xticks(range(len(columns)), columns)
+  axes.set_yticks(range(len(rows)), rows)
+  axes.grid(visible=False)
+
+
 def lines(
-  axes: matplotlib.axes.Axes,
+  axes: Axes,
   points: Mapping[str, Sequence[tuple[float, float]]],
   colors: Sequence[str],
 ) -> None:
@@ -194,9 +255,14 @@ def lines(
     label(axes, name, each[-1], color, beside=True)
 
 
-def level(
-  axes: matplotlib.axes.Axes, name: str, y: float, color: str = GRAY
-) -> None:
+def point(axes: Axes, name: str, x: float, y: float, sparse: bool) -> None:
+  """Draws a model, a mixture or a dense one, and its name."""
+  color = SPARSE if sparse else DENSE
+  axes.plot(x, y, marker="o" if sparse else "s", color=color)
+  label(axes, name, (x, y), color)
+
+
+def level(axes: Axes, name: str, y: float, color: str = GRAY) -> None:
   """Draws a dashed line from left to right, with its name at the end."""
   axes.axhline(y, color=color, linestyle="--", linewidth=1)
   across = axes.get_yaxis_transform()
@@ -204,7 +270,7 @@ def level(
 
 
 def label(
-  axes: matplotlib.axes.Axes,
+  axes: Axes,
   text: str,
   at: tuple[float, float],
   color: str,
@@ -212,7 +278,7 @@ def label(
   xycoords: Any = "data",
 ) -> None:
   """Names a point: to the right of it, or wherever there is space around it."""
-  note = axes.annotate(
+  axes.annotate(
     text,
     at,
     _BESIDE[0],
@@ -222,16 +288,8 @@ def label(
     annotation_clip=False,
     color=color,
     fontsize=8.5,
+    gid="beside" if beside else "around",
   )
-  note.set_gid("beside" if beside else "around")
-
-
-def plain(axis: matplotlib.axis.Axis, ticks: Sequence[float] = ()) -> None:
-  """Writes numbers as they are, 0.2 and 4,096, at the ticks if given."""
-  if ticks:
-    axis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
-  axis.set_major_formatter(lambda x, _: number(x))
-  axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def settle(figure: Figure) -> None:
@@ -242,18 +300,15 @@ def settle(figure: Figure) -> None:
   # Twice: the layout makes room for labels where they stand.
   for _ in range(2):
     figure.draw_without_rendering()
-    moving = [note for axes in figure.axes for note in axes.texts]
-    moving = [note for note in moving if note.get_gid()]
+    moving = [t for axes in figure.axes for t in axes.texts if t.get_gid()]
     moving.sort(key=lambda note: -note.get_window_extent().y0)
     drawn = {axes: _drawn(axes) for axes in figure.axes}
     taken = [box for text, box in texts(figure) if text not in moving]
-    taken += [box for boxes in drawn.values() for box in boxes]
+    taken += sum(drawn.values(), [])
     for note in moving:
       beside = note.get_gid() == "beside"
-      axes, (x, y) = note.axes, note.xy
-      x, y = axes.convert_xunits(x), axes.convert_yunits(y)
-      own = axes.transData.transform((x, y))
-      centers = [(box.p0 + box.p1) / 2 for box in drawn[axes]]
+      own = note.axes.transData.transform(note.xy)
+      centers = [(box.p0 + box.p1) / 2 for box in drawn[note.axes]]
       others = [p for p in centers if np.hypot(*(p - own)) > 2]
       for x, y in _BESIDE if beside else _AROUND:
         note.xyann = (x, y)
@@ -262,41 +317,35 @@ def settle(figure: Figure) -> None:
         note.set_va("center" if middle else "bottom" if y > 0 else "top")
         far = not beside and np.hypot(x, y) > 12
         note.arrow_patch.set_visible(far)
-        box = matplotlib.text.Text.get_window_extent(note).padded(1)
+        box = Text.get_window_extent(note).padded(1)
         if any(box.overlaps(other) for other in taken):
           continue
-        gap = functools.partial(_gap, box)
-        if beside or far or gap(own) + 3 < min(map(gap, others), default=99):
+        to_own, *gaps = (
+          np.hypot(*np.max([box.p0 - point, point - box.p1, [0, 0]], 0))
+          for point in (own, *others)
+        )
+        if beside or far or to_own + 3 < min(gaps, default=99):
           break
       taken.append(box)
 
 
-def _gap(box: matplotlib.transforms.Bbox, point: np.ndarray) -> float:
-  """Returns the distance of a point to a box."""
-  return float(np.hypot(*np.max([box.p0 - point, point - box.p1, [0, 0]], 0)))
-
-
-def texts(
-  figure: Figure,
-) -> list[tuple[matplotlib.text.Text, matplotlib.transforms.Bbox]]:
+def texts(figure: Figure) -> list[tuple[Text, Bbox]]:
   """Returns every text that a drawn figure shows, with its box in pixels."""
-  found = figure.findobj(matplotlib.text.Text)
   hidden = set()
-  for axes in figure.axes:
-    for axis in (axes.xaxis, axes.yaxis):
-      low, high = sorted(axis.get_view_interval())
-      for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-        # A tick beyond the axes has a text that nobody sees.
-        if not low <= tick.get_loc() <= high:
-          hidden |= {tick.label1, tick.label2}
+  for axis in (a for axes in figure.axes for a in (axes.xaxis, axes.yaxis)):
+    low, high = sorted(axis.get_view_interval())
+    for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+      # A tick beyond the axes has a text that nobody sees.
+      if not low <= tick.get_loc() <= high:
+        hidden |= {tick.label1, tick.label2}
   return [
-    (text, matplotlib.text.Text.get_window_extent(text))
-    for text in dict.fromkeys(found)
+    (text, Text.get_window_extent(text))
+    for text in dict.fromkeys(figure.findobj(Text))
     if text.get_visible() and text.get_text().strip() and text not in hidden
   ]
 
 
-def _drawn(axes: matplotlib.axes.Axes) -> list[matplotlib.transforms.Bbox]:
+def _drawn(axes: Axes) -> list[Bbox]:
   """Returns boxes around the markers of axes, and along their lines."""
   boxes = []
   for line in axes.lines:
@@ -306,10 +355,7 @@ def _drawn(axes: matplotlib.axes.Axes) -> list[matplotlib.transforms.Bbox]:
       between = points[None, :-1] + steps * np.diff(points, axis=0)[None]
       points = np.concatenate([points, between.reshape(-1, 2)])
     size = 4.0 if line.get_marker() != "None" else 1.0
-    boxes += [
-      matplotlib.transforms.Bbox.from_extents(*(p - size), *(p + size))
-      for p in points
-    ]
+    boxes += [Bbox([p - size, p + size]) for p in points]
   return boxes
 
 

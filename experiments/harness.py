@@ -46,23 +46,21 @@ class Milliseconds(NamedTuple):
 
 
 def interleaved(
-  candidates: Mapping[str, Callable[[], Any]], repeats: int
-) -> dict[str, Milliseconds]:
+  candidates: Mapping[Any, Callable[[], Any]], repeats: int
+) -> dict[Any, Milliseconds]:
   """Times candidates in turn (A B C A B C ...), so that all see one machine.
 
   Each runs once before, untimed, and is waited for.
   """
-  for run in candidates.values():
-    jax.block_until_ready(run())
   times = {name: [] for name in candidates}
-  for _ in range(repeats):
+  for _ in range(1 + repeats):
     for name, run in candidates.items():
       begin = time.perf_counter()
       jax.block_until_ready(run())
       times[name].append(1e3 * (time.perf_counter() - begin))
   return {
     name: Milliseconds(statistics.median(each), min(each))
-    for name, each in times.items()
+    for name, (_, *each) in times.items()
   }
 
 
@@ -90,52 +88,46 @@ def main(
 ) -> list[Row]:
   """Runs an experiment: prints its table and writes `<name>.csv/.json/.png`.
 
-  A quick run writes only where --out says, so that it never replaces the
-  results of a full one. The time and the machine that it notes are those of the
-  last call; where runs were resumed, the rows say how long each took.
+  A quick run writes only where --out says: it never replaces a full one's
+  results. What is refused, by ValueError or OSError, ends in one sentence.
 
   Args:
     name: the experiment's module, and the stem of its files.
-    rows: given whether to be quick, and the options by name, yields the rows
-      of the table.
+    rows: given whether to be quick, and the options by name, yields the rows.
     draw: draws the table, see `figures`.
-    seed: recorded with the results.
+    seed: recorded with the results, as are time and machine of this call.
     argv: the arguments; those of the command line by default.
     **options: further ones that take a text, and what they are. One that is
       given becomes part of the files' stem: its results are others. Beside
-      "config" there may be --config.FIELD=VALUE, which `rows` gets as its
-      `changes`.
-
-  Returns:
-    The rows.
+      "config" there may be --config.FIELD=VALUE, the `changes` of `rows`.
   """
   argv = sys.argv[1:] if argv is None else argv
-  parser = argparse.ArgumentParser(
-    prog=f"python -m experiments.{name}", allow_abbrev=False
-  )
+  program = f"experiments.{name}"
+  parser = argparse.ArgumentParser(f"python -m {program}", allow_abbrev=False)
   parser.add_argument("--quick", action="store_true", help="small and rough")
   folder = "folder for the files (full runs: experiments/results)"
   parser.add_argument("--out", type=pathlib.Path, help=folder)
   for option, meaning in options.items():
     parser.add_argument(f"--{option}", default="", help=meaning)
   args, more = parser.parse_known_args(argv)
-  changes = [word for word in more if word.startswith("--config.")]
-  if more != (changes if "config" in options else []):
+  given = {option: getattr(args, option) for option in options}
+  stem = "_".join([name, *filter(given.get, given)])
+  fields = [w for w in more if w.startswith("--config.") and "config" in given]
+  if more != fields:
     parser.error(f"what are {' '.join(more)}? --help lists the options")
+  if fields:
+    pairs = [word.removeprefix("--").split("=", 1) for word in fields]
+    given["changes"] = [(field, said) for field, *said in pairs]
   # Orbax warns of what is no trouble.
   logging.set_verbosity(logging.ERROR)
-  begin = time.perf_counter()
-  table = []
-  given = {option: getattr(args, option) for option in options}
-  overrides = {}
-  if changes:
-    fields = (word.removeprefix("--").partition("=") for word in changes)
-    overrides = {"changes": [(field, [said]) for field, _, said in fields]}
-  for row in rows(args.quick, **given, **overrides):
-    table.append(row)
-    passed = time.perf_counter() - begin
-    cells = " ".join(f"{name}={value}" for name, value in row.items())
-    terminal.say(f"[{passed:5.0f} s] {cells}")
+  begin, table = time.perf_counter(), []
+  try:
+    for row in rows(args.quick, **given):
+      table.append(row)
+      cells = " ".join(f"{column}={value}" for column, value in row.items())
+      terminal.say(f"[{time.perf_counter() - begin:5.0f} s] {cells}")
+  except (OSError, ValueError) as error:
+    raise SystemExit(f"{program}: {error}") from error
   seconds = time.perf_counter() - begin
   terminal.say(aligned(table))
   out = args.out or (None if args.quick else RESULTS)
@@ -143,7 +135,7 @@ def main(
     terminal.say("quick run: no file written; --out writes them")
     return table
   about = {
-    "command": shlex.join(["python", "-m", f"experiments.{name}", *argv]),
+    "command": shlex.join(["python", "-m", program, *argv]),
     "seed": seed,
     "machine": machine(),
     "jax": jax.__version__,
@@ -151,14 +143,14 @@ def main(
     "seconds": round(seconds, 1),
   }
   out.mkdir(parents=True, exist_ok=True)
-  stem = out / "_".join([name, *(option for option in given if given[option])])
-  with stem.with_suffix(".csv").open("w", newline="") as file:
+  path = out / stem
+  with path.with_suffix(".csv").open("w", newline="") as file:
     writer = csv.DictWriter(file, columns(table), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-  stem.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
-  figures.write(stem, draw)
-  terminal.say(f"wrote {stem}.csv, .json and .png")
+  path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+  figures.write(path, draw)
+  terminal.say(f"wrote {path}.csv, .json and .png")
   return table
 
 
@@ -167,13 +159,12 @@ def chosen(
 ) -> Sequence[str]:
   """Returns the names in --models; without it those of a quick run, or all.
 
-  Raises:
-    SystemExit: one of them is not known.
+  Raises ValueError where one of them is not known.
   """
   names = models.split(",") if models else quick or tuple(known)
   for name in names:
     if name not in known:
-      raise SystemExit(
+      raise ValueError(
         f"there is no model {name!r}; take of {', '.join(known)}"
       )
   return names
@@ -184,17 +175,13 @@ def machine() -> Row:
   device = jax.devices()[0]
   if device.platform != "cpu":
     return {"accelerator": device.device_kind, "devices": jax.device_count()}
-  model = platform.processor()
-  info = pathlib.Path("/proc/cpuinfo")
+  model, info = platform.processor(), pathlib.Path("/proc/cpuinfo")
   if info.exists():
     lines = (line.partition(":") for line in info.read_text().splitlines())
-    names = [value.strip() for key, _, value in lines if "model name" in key]
-    model = names[0] if names else model
-  return {
-    "cpu": model,
-    "cores": os.cpu_count(),
-    "load_average_1_min": round(os.getloadavg()[0], 2),
-  }
+    names = (value.strip() for key, _, value in lines if "model name" in key)
+    model = next(names, model)
+  load = round(os.getloadavg()[0], 2)
+  return {"cpu": model, "cores": os.cpu_count(), "load_average_1_min": load}
 
 
 def columns(table: list[Row]) -> list[str]:

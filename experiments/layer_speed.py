@@ -9,26 +9,23 @@ repeats, of_dense its ratio to the dense block of the same turn. GB is what XLA
 sets aside for arguments, results and temporaries, flops its count over the
 analytic one, which includes the router (a loop's body is counted once, so it
 means nothing for ragged on a CPU). einsum routes in groups of 512, which suits
-it best; the others all tokens at once. The peer is the PyTorch package
-mixture-of-experts (top 2 of E, capacity for all edges at 1.25), beside a torch
-block of hidden width 2 * F, left out where it is not installed.
+it best. The peer is the PyTorch package mixture-of-experts (top 2 of E,
+capacity for all edges at 1.25), beside a torch block of hidden width 2 * F.
 
 "growth" is the same at D=256, F=128 for E from 4 to 4096. "tpu" rows are
 compiled ahead of time for one v5e chip in bfloat16 (needs libtpu, no TPU):
 compiled over analytic FLOPs and bytes accessed.
 
 Result: two cores of an AMD EPYC, forward and backward: the best of ours takes
-1.11 (E=4), 1.20 (E=32), 1.30 (E=128), 1.49 (E=256) of the dense block. The
-products run at the dense block's rate; what grows is the traffic of the
-weights, read twice and their gradient zeroed and written once: one gigabyte of
-each at E=256. Compiled for a TPU, gather does 1.003 to 1.005 times the FLOPs of
-its capacity, ragged 1.004 to 1.008 times the analytic ones
-(results/layer_speed.csv).
+1.11 (E=4), 1.20 (E=32), 1.30 (E=128), 1.49 (E=256) of the dense block. What
+grows is the traffic of the weights, read twice and their gradient zeroed and
+written once. Compiled for a TPU, ragged does 1.004 to 1.008 times the analytic
+FLOPs (results/layer_speed.csv).
 """
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -52,17 +49,18 @@ TPU = "v5e:2x2"
 PEER_GROUP = 512
 
 
-def rows(quick: bool) -> Iterator[figures.Row]:
+def rows(quick: bool) -> figures.Rows:
   """Yields the rows of the three tables."""
   T, D, F, repeats = (16, 8, 16, 2) if quick else (4096, 512, 1024, 7)
   with training.roughly_compiled(quick):
     for E in (8,) if quick else (4, 32, 128, 256):
-      yield from speed("speed", E, T, D, F, repeats, tuple(CANDIDATES))
+      names = ("einsum", "dropless") if quick else tuple(CANDIDATES)
+      yield from speed("speed", (E, T, D, F), repeats, names)
       with harness.if_installed("mixture-of-experts of torch"):
         yield from peer(E, T, D, F, repeats)
     for E in (4,) if quick else (4, 16, 64, 256, 1024, 4096):
       names = ("dropless",) if quick else ("gather", "ragged", "dropless")
-      yield from speed("growth", E, T, D // 2, F // 8, repeats, names)
+      yield from speed("growth", (E, T, D // 2, F // 8), repeats, names)
   for E in () if quick else (32, 128):
     with harness.if_installed("a TPU"):
       yield from tpu(E, T, D, F)
@@ -70,11 +68,8 @@ def rows(quick: bool) -> Iterator[figures.Row]:
 
 def layer(num_experts: int, hidden: int, **options: Any) -> moe.MoE:
   """Returns the layer under test."""
-  return moe.MoE(
-    router.TopK(num_experts, K),
-    experts.FeedForward(num_experts, hidden),
-    **options,
-  )
+  own = router.TopK(num_experts, K), experts.FeedForward(num_experts, hidden)
+  return moe.MoE(*own, **options)
 
 
 def analytic(E: int, T: int, D: int, F: int) -> int:
@@ -83,15 +78,10 @@ def analytic(E: int, T: int, D: int, F: int) -> int:
 
 
 def speed(
-  table: str,
-  E: int,
-  T: int,
-  D: int,
-  F: int,
-  repeats: int,
-  names: tuple[str, ...],
-) -> Iterator[figures.Row]:
+  table: str, size: tuple[int, ...], repeats: int, names: Sequence[str]
+) -> figures.Rows:
   """Yields a row for the dense block and for each way to dispatch."""
+  E, T, D, F = size
   x = jax.random.normal(jax.random.key(SEED), (1, T, D))
   modules = {"dense": moe.MoE(router.Single(), experts.FeedForward(1, K * F))}
   for name in names:
@@ -99,29 +89,24 @@ def speed(
     if "group_size" in options:
       options["group_size"] = min(T, options["group_size"])
     modules[name] = layer(E, F, **options)
-  programs, params = {part: {} for part in PARTS}, {}
+  programs = {part: {} for part in PARTS}
   for name, module in modules.items():
-    # Weights of one shape are the same for all, and in memory once.
-    kind = type(module.router)
-    if kind not in params:
-      init = jax.jit(module.init)
-      params[kind] = nn.unbox(init(jax.random.key(1), x)["params"])
+    # The layer's weights are the same however it sends, and in memory once.
+    if name in ("dense", names[0]):
+      params = jax.jit(module.init)(jax.random.key(1), x)["params"]
+      params = nn.unbox(params)
     for part in PARTS:
-      programs[part][name] = program(module, params[kind], x, part)
-  runs = {
-    part: {name: each.run for name, each in own.items()}
-    for part, own in programs.items()
-  }
-  for name, row in measured(runs, repeats).items():
+      programs[part][name] = program(module, params, x, part)
+  for name, row in measured(programs, repeats).items():
+    both = programs["both"][name].compiled
+    flops = both.cost_analysis().get("flops", 0) / (3 * analytic(*size))
     about = {"table": table, "E": E, "D": D, "F": F, "k": K, "dispatch": name}
-    both = programs["both"][name]
-    memory = {"GB": round(both.peak_bytes / 1e9, 2)}
-    flops = {"flops": round(both.flops / (3 * analytic(E, T, D, F)), 3)}
-    yield about | row | memory | flops
+    memory = round(session_lib.bytes_needed(both) / 1e9, 2)
+    yield about | row | {"GB": memory, "flops": round(flops, 3)}
 
 
 def measured(
-  runs: dict[str, dict[str, Callable[[], Any]]], repeats: int
+  runs: Mapping[str, Mapping[str, Callable[[], Any]]], repeats: int
 ) -> dict[str, figures.Row]:
   """Times what runs the parts, also over the time of "dense"."""
   rows = {name: {} for name in runs["both"]}
@@ -135,19 +120,16 @@ def measured(
 
 
 class Program:
-  """A compiled function; `run` calls it once."""
+  """A compiled function; a call's result has the buffers of the one before."""
 
-  def __init__(self, fn: Callable[..., Any], *args: Any, donated: Any = ()):
+  def __init__(self, fn: Callable[..., Any], *args: Any, donated: Any):
     # An argument that nobody reads would be left out, its buffers unused.
     jitted = jax.jit(fn, donate_argnums=len(args), keep_unused=True)
-    self._run = jitted.lower(*args, donated).compile()
+    self.compiled = jitted.lower(*args, donated).compile()
     self._args, self._donated = args, donated
-    self.flops = self._run.cost_analysis().get("flops", 0)
-    self.peak_bytes = session_lib.bytes_needed(self._run)
 
-  def run(self) -> Any:
-    """Runs once; the result's buffers serve the next turn."""
-    self._donated = self._run(*self._args, self._donated)
+  def __call__(self) -> Any:
+    self._donated = self.compiled(*self._args, self._donated)
     return self._donated
 
 
@@ -170,29 +152,26 @@ def loss(module: nn.Module, params: Any, x: jax.Array) -> jax.Array:
   return jnp.square(y.astype(jnp.float32)).mean()
 
 
-def peer(E: int, T: int, D: int, F: int, repeats: int) -> Iterator[figures.Row]:
+def peer(E: int, T: int, D: int, F: int, repeats: int) -> figures.Rows:
   """Yields a row for the PyTorch package and one for a dense torch block."""
   import torch
 
-  mixture = peer_layer(E, D, F)
-  group = min(T, PEER_GROUP)
-  x = torch.randn(T // group, group, D)
+  mixture, group = peer_layer(E, D, F), min(T, PEER_GROUP)
+  x = torch.randn(T // group, group, D, requires_grad=True)
+  modules = {"dense": peer_dense(D, 2 * F), "mixture-of-experts": mixture}
 
-  dense = peer_dense(D, 2 * F)
-  calls = {"dense": (dense, dense)}
-  calls["mixture-of-experts"] = (mixture, lambda x: mixture(x)[0])
-  runs = {part: {} for part in PARTS}
-  for name, (module, call) in calls.items():
+  def run(name, part):
+    with torch.set_grad_enabled(part == "both"):
+      y = modules[name](x)
+    y = y if name == "dense" else y[0]
+    if part == "both":
+      modules[name].zero_grad()
+      y.square().mean().backward()
 
-    def forward(call=call):
-      with torch.no_grad():
-        call(x)
-
-    def both(module=module, call=call):
-      module.zero_grad()
-      call(x.requires_grad_()).square().mean().backward()
-
-    runs["forward"][name], runs["both"][name] = forward, both
+  runs = {
+    part: {name: functools.partial(run, name, part) for name in modules}
+    for part in PARTS
+  }
   for name, row in measured(runs, repeats).items():
     about = {"table": "torch", "E": E, "D": D, "F": F, "k": 2}
     yield about | {"dispatch": name} | row
@@ -202,9 +181,7 @@ def peer_layer(num_experts: int, width: int, hidden: int) -> Any:
   """Returns the package's layer: rows [B, L, D] -> rows, its balance loss.
 
   Every token visits 2 experts. A row is a group: PEER_GROUP long is best.
-
-  Raises:
-    ImportError: torch or the package is not installed.
+  ImportError where torch or the package is not installed.
   """
   import mixture_of_experts
   import torch
@@ -225,14 +202,12 @@ def peer_dense(width: int, hidden: int) -> Any:
   """Returns a dense block of torch."""
   import torch
 
-  return torch.nn.Sequential(
-    torch.nn.Linear(width, hidden, bias=False),
-    torch.nn.ReLU(),
-    torch.nn.Linear(hidden, width, bias=False),
-  )
+  first = torch.nn.Linear(width, hidden, bias=False)
+  second = torch.nn.Linear(hidden, width, bias=False)
+  return torch.nn.Sequential(first, torch.nn.ReLU(), second)
 
 
-def tpu(E: int, T: int, D: int, F: int) -> Iterator[figures.Row]:
+def tpu(E: int, T: int, D: int, F: int) -> figures.Rows:
   """Yields what a TPU's compiler makes of each way to dispatch."""
   import libtpu  # noqa: F401
 
@@ -249,8 +224,7 @@ def tpu(E: int, T: int, D: int, F: int) -> Iterator[figures.Row]:
   x = on_device(jax.ShapeDtypeStruct((1, T, D), jnp.bfloat16))
   for name, options in CANDIDATES.items():
     module = layer(E, F, **options)
-    init = functools.partial(module.init, jax.random.key(1))
-    shapes = jax.eval_shape(init, x)["params"]
+    shapes = jax.eval_shape(module.init, jax.random.key(1), x)["params"]
     params = jax.tree.map(on_device, nn.unbox(shapes))
     run = functools.partial(loss, module)
     row = {"table": f"tpu {TPU}", "E": E, "D": D, "F": F, "k": K}
@@ -267,38 +241,37 @@ def tpu(E: int, T: int, D: int, F: int) -> Iterator[figures.Row]:
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws the ratios to the dense block, and how time grows with E."""
   colors = dict(zip(CANDIDATES, figures.OTHERS[1:], strict=False))
   colors |= {"dropless": figures.SPARSE, "dense": figures.DENSE}
   colors["mixture-of-experts"] = figures.GRAY
+  names = {name: name for name in (*CANDIDATES, "mixture-of-experts", "dense")}
+  speed = [row for row in table if row["table"] in ("speed", "torch")]
+  speed = [row for row in speed if row["dispatch"] != "dense"]
+  growth = [row for row in table if row["table"] == "growth"]
+  some = {"both_of_dense": speed, "both_ms": growth}
   meanings = {
     "both_of_dense": "forward + backward, time / dense block of equal work",
     "both_ms": "forward + backward, ms, smaller experts",
   }
-  best = {}
   for axes, column in figures.panels(figure, 4, meanings):
-    points = {}
-    for row in table:
-      name, ratio = row["dispatch"], row.get("both_of_dense")
-      growth = row["table"] == "growth"
-      if growth == (column == "both_ms") and ratio and (growth or ratio != 1):
-        points.setdefault(name, []).append((row["E"], row[column]))
-      if row["table"] == "speed" and name != "dense":
-        best[row["E"]] = min(ratio, best.get(row["E"], ratio))
+    points = figures.points(some[column], "E", column, "dispatch", names)
     figures.lines(axes, points, [colors[name] for name in points])
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("experts")
-    ticks = sorted({E for each in points.values() for E, _ in each})
-    figures.plain(axes.xaxis, ticks if len(ticks) < 5 else ticks[::2])
+    ticks = sorted({row["E"] for row in some[column]})
+    ticks = ticks if len(ticks) < 5 else ticks[::2]
+    figures.scales(axes, "experts", x_ticks=ticks)
   left, right = figure.axes
   figures.level(left, "dense", 1, figures.DENSE)
   left.set_ylim(bottom=0)
-  right.set_yscale("log")
-  figures.plain(right.yaxis, (50, 100, 200, 500, 1000))
-  few, many = min(best), max(best)
+  figures.scales(right, "experts", y_ticks=(50, 100, 200, 500, 1000))
+  ours = [row for row in speed if row["table"] == "speed"]
+  few, many = min(row["E"] for row in ours), max(row["E"] for row in ours)
+  fewest, most = (
+    min(row["both_of_dense"] for row in ours if row["E"] == E)
+    for E in (few, many)
+  )
   return (
-    f"The fastest dispatch takes {best[few]:.2f} times the dense block's time"
-    f" with {few} experts, {best[many]:.2f} times with {many}"
+    f"The fastest dispatch takes {fewest:.2f} times the dense block's time"
+    f" with {few} experts, {most:.2f} times with {many}"
   )
 
 

@@ -15,15 +15,16 @@ come, `speedup` over the first kind of twin and `of_distinct` over the second.
 "part" rows say where a step of the mixture goes: parts compiled by themselves,
 forward and backward, on the same shapes; "other" is what they leave of a step.
 
-Result: with as many experts a token (2 of 32) 1.45 times the words a second of
-torch's twin at 32 rows of 32 words and 1.63 at 32 rows of 128; with the paper's
-4 of 32 against the peer's 2, 1.21 and 1.35; dense 1.27 and 1.41 (two quiet
-cores of an AMD EPYC, results/lm_speed.csv). The softmax makes that: given ours,
-torch has 1.04 and 1.13 with 2 of 32, 0.87 and 0.94 with 4, dense 0.87 and 0.99.
+Result: with as many experts a token 1.45 times the words a second of torch's
+twin at 32 rows of 32 words and 1.63 at 32 rows of 128; with 4 against the
+peer's 2, 1.21 and 1.35; dense 1.27 and 1.41 (two quiet cores of an AMD EPYC,
+results/lm_speed.csv). The softmax makes that: given ours, torch has 1.04 and
+1.13 with 2 of 32, 0.87 and 0.94 with 4, dense 0.87 and 0.99.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -61,20 +62,11 @@ LABELS = {
     "dense, distinct": "dense, distinct samples",
   },
 }
-PARTS = (
-  "embedding",
-  "LSTMs",
-  "router",
-  "mixture",
-  "dropout",
-  "softmax",
-  "optimizer",
-)
-
-Runs = dict[tuple[str, str, str], Callable[[], Any]]
+PARTS = ("embedding", "LSTMs", "router", "mixture", "dropout", "softmax")
+PARTS += ("optimizer",)
 
 
-def rows(quick: bool) -> Iterator[figures.Row]:
+def rows(quick: bool) -> figures.Rows:
   """Yields the rows of both tables, for each size of a batch."""
   for size in ((2, 4),) if quick else SIZES:
     at = {"rows": size[0], "length": size[1]}
@@ -85,12 +77,12 @@ def rows(quick: bool) -> Iterator[figures.Row]:
     for (table, by, name), ours in times.items():
       if table == "part":
         continue
-      twin = name.partition(",")[0]
       row = {
         "ms": round(ours.median, 1),
         "fastest_ms": round(ours.fastest, 1),
         "words_per_second": round(1e3 * size[0] * size[1] / ours.fastest),
       }
+      twin = name.partition(",")[0]
       for column, other in {"speedup": "", "of_distinct": ", distinct"}.items():
         theirs = ms.get(("step", "torch", twin + other))
         row[column] = theirs and round(theirs / ours.fastest, 2)
@@ -106,33 +98,38 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         yield {"table": "part"} | at | row | of_step
 
 
-def runs(size: tuple[int, int], quick: bool) -> Runs:
+def runs(
+  size: tuple[int, int], quick: bool
+) -> dict[tuple[str, str, str], Callable[[], Any]]:
   """Returns all steps and parts, by table, implementation and name."""
   fields = {"data.batch_size": size[0], "data.row_length": size[1]}
+  fields["train.microbatches"] = 1  # as torch's
   if quick:
     fields |= {"model.width": 8, "model.num_samples": 16}
+  files = {"moe": "moe_32", "dense": "moe_1_wide", "moe, 2 of 32": "moe_32"}
+  if quick:
+    del files["moe, 2 of 32"]
   configs = {}
-  for name, file in {"moe": "moe_32", "dense": "moe_1_wide"}.items():
+  for name, file in files.items():
     configs[name] = training.load(f"lm1b/{file}", fields)
     training.regroup(configs[name], size[0] * size[1])
-  found = {("part", "moejax", n): r for n, r in parts(configs["moe"]).items()}
+    if name == "moe, 2 of 32":
+      configs[name].model.moe.router.k = 2
+  found = {
+    ("step", "moejax", name): expert_count_cost.random_step(config)
+    for name, config in configs.items()
+  }
+  ours = parts(configs["moe"])
+  found |= {("part", "moejax", name): run for name, run in ours.items()}
   with harness.if_installed("torch's twins"):
     twins = {
       name: Twin(configs[of], distinct)
       for name, (of, distinct) in TWINS.items()
     }
-    found |= {("step", "torch", n): twin.step for n, twin in twins.items()}
-    own = torch_parts(twins["moe"])
-    found |= {("part", "torch", name): run for name, run in own.items()}
-  if not quick:
-    configs["moe, 2 of 32"] = training.load("lm1b/moe_32", fields)
-    configs["moe, 2 of 32"].model.moe.router.k = 2
-    training.regroup(configs["moe, 2 of 32"], size[0] * size[1])
-  steps = {
-    ("step", "moejax", name): expert_count_cost.program(config)[0]
-    for name, config in configs.items()
-  }
-  return steps | found
+    found |= {("step", "torch", name): twin for name, twin in twins.items()}
+    theirs = torch_parts(twins["moe"])
+    found |= {("part", "torch", name): run for name, run in theirs.items()}
+  return found
 
 
 def parts(config: config_lib.Config) -> dict[str, Callable[[], Any]]:
@@ -144,69 +141,67 @@ def parts(config: config_lib.Config) -> dict[str, Callable[[], Any]]:
   words = jax.random.randint(key, shape, 0, VOCABULARY)
   start = jnp.zeros(shape, bool)
   batch = {"inputs": words, "targets": words, "mask": ~start, "start": start}
-
-  def init(key, batch):
-    return model.init(key, batch, method="loss")
-
-  params = nn.unbox(jax.jit(init)(key, batch)["params"])
+  init = jax.jit(functools.partial(model.init, method="loss"))
+  params = nn.unbox(init(key, batch)["params"])
+  first, moe, second = (params[f"layers_{i}"] for i in range(3))
   x = jax.random.normal(key, (*shape, config.model.width))
 
-  # Each of its parameters, x, and what is no constant of the program.
-  def embedding(table, x, words, start, key):
-    return jnp.square(layers.look_up(table, words)).mean()
+  # Each of its parameters, x, and the batch, which is no constant of the
+  # program.
+  def embedding(table, x, batch):
+    return jnp.square(layers.look_up(table, batch["inputs"])).mean()
 
-  def lstms(params, x, words, start, key):
+  def lstms(params, x, batch):
     for lstm, own in zip(model.layers[::2], params, strict=True):
-      x = lstm.apply({"params": own}, x, start)
+      x = lstm.apply({"params": own}, x, batch["start"])
     return jnp.square(x).mean()
 
-  def router(params, x, words, start, key):
+  def router(params, x, batch):
     x = x.reshape(1, -1, x.shape[-1])
+    rngs = {"router": batch["key"]}
     routing = model.layers[1].router.apply(
-      {"params": params}, x, train=True, rngs={"router": key}
+      {"params": params}, x, train=True, rngs=rngs
     )
     auxiliary, _ = losses.auxiliary([routing], weights)
     return jnp.square(routing.assignment.gate).mean() + auxiliary
 
-  def mixture(params, x, words, start, key):
+  def mixture(params, x, batch):
+    rngs = {"router": batch["key"]}
     y, sown = model.layers[1].apply(
-      {"params": params}, x, train=True, rngs={"router": key}, mutable=[ROUTING]
+      {"params": params}, x, train=True, rngs=rngs, mutable=[ROUTING]
     )
     return jnp.square(y).mean() + losses.auxiliary(sown, weights)[0]
 
-  def dropout(params, x, words, start, key):
+  def dropout(params, x, batch):
     drop = nn.Dropout(model.dropout, deterministic=False)
     for place in range(1 + len(model.layers)):
-      x = drop.apply({}, x, rngs={"dropout": jax.random.fold_in(key, place)})
+      rngs = {"dropout": jax.random.fold_in(batch["key"], place)}
+      x = drop.apply({}, x, rngs=rngs)
     return jnp.square(x).mean()
 
-  def softmax(params, x, words, start, key):
+  def softmax(params, x, batch):
     return model.apply(
       {"params": {"head": params}},
-      x,
-      words,
-      rngs={"softmax": key},
-      method=lambda model, *args: model.head.loss(*args, train=True),
+      rngs={"softmax": batch["key"]},
+      method=lambda model: model.head.loss(x, batch["targets"], train=True),
     ).mean()
 
   def by_gradient(loss, params, x):
-    def run(params, x, *args_and_before):
-      return jax.grad(loss, (0, 1))(params, x, *args_and_before[:-1])
+    def run(params, x, batch, before):
+      del before
+      return jax.grad(loss, (0, 1))(params, x, batch)
 
     zeros = jax.tree.map(jnp.zeros_like, (params, x))
-    args = (params, x, words, start, key)
-    return layer_speed.Program(run, *args, donated=zeros).run
-
-  tx = config_lib.parse(config).tx
+    data = batch | {"key": key}
+    return layer_speed.Program(run, params, x, data, donated=zeros)
 
   def update(gradients, before):
     params, state = before
-    updates, state = tx.update(gradients, state, params)
+    updates, state = experiment.tx.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 
   own = jax.tree.map(jnp.copy, params)
-  optimizer = layer_speed.Program(update, params, donated=(own, tx.init(own)))
-  first, moe, second = (params[f"layers_{i}"] for i in range(3))
+  before = own, experiment.tx.init(own)
   return {
     "embedding": by_gradient(embedding, params["embed"]["table"], ()),
     "LSTMs": by_gradient(lstms, (first, second), x),
@@ -214,7 +209,7 @@ def parts(config: config_lib.Config) -> dict[str, Callable[[], Any]]:
     "mixture": by_gradient(mixture, moe, x),
     "dropout": by_gradient(dropout, (), x),
     "softmax": by_gradient(softmax, params["head"], x),
-    "optimizer": optimizer.run,
+    "optimizer": layer_speed.Program(update, params, donated=before),
   }
 
 
@@ -230,8 +225,7 @@ class Twin:
   def __init__(self, config: config_lib.Config, distinct: bool):
     import torch
 
-    model = config.model
-    width = model.width
+    model, width = config.model, config.model.width
     self.is_mixture = "moe" in model
     if self.is_mixture:
       sizes = model.moe.num_experts, width, model.moe.experts.hidden
@@ -257,21 +251,17 @@ class Twin:
     shape = (config.data.batch_size, config.data.row_length)
     self.words = torch.randint(VOCABULARY, shape)
 
-  def step(self) -> None:
-    """Updates the parameters once."""
+  def __call__(self) -> None:
+    """Updates the parameters once, by nats per word and the balance loss."""
     self.adam.zero_grad()
-    self.loss().backward()
-    self.adam.step()
-
-  def loss(self) -> Any:
-    """Returns nats per word and the package's balance loss, added up."""
     first, second = self.lstms
     x = self.drop(self.embed(self.words))
     x = x + self.drop(first(x)[0])
     y, auxiliary = self.mix(x)
     x = x + self.drop(y.sigmoid())
     x = x + self.drop(second(x)[0])
-    return self.softmax(x) + auxiliary
+    (self.softmax(x) + auxiliary).backward()
+    self.adam.step()
 
   def grouped(self, x: Any) -> Any:
     length = min(x[..., 0].numel(), layer_speed.PEER_GROUP)
@@ -310,8 +300,8 @@ def torch_parts(twin: Twin) -> dict[str, Callable[[], Any]]:
   """Returns the parts of the training step of a twin's mixture."""
   import torch
 
-  width = twin.embed.embedding_dim
-  x = torch.randn(*twin.words.shape, width, requires_grad=True)
+  shape = (*twin.words.shape, twin.embed.embedding_dim)
+  x = torch.randn(*shape, requires_grad=True)
 
   def lstms():
     y = x
@@ -340,13 +330,11 @@ def torch_parts(twin: Twin) -> dict[str, Callable[[], Any]]:
   every = (lambda: twin.embed(twin.words).square().mean(), lstms, router)
   every += (mixture, dropout, lambda: twin.softmax(x))
   # The optimizer's is by the gradient that the last step has left.
-  return dict(
-    zip(PARTS, [*map(by_gradient, every), twin.adam.step], strict=True)
-  )
+  programs = [*map(by_gradient, every), twin.adam.step]
+  return dict(zip(PARTS, programs, strict=True))
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws words a second, and where a step goes at the first size."""
   figure.set_size_inches(8, 4.4)
   speed, where = figure.subplots(1, 2)
   size = (table[0]["rows"], table[0]["length"])
@@ -354,25 +342,20 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   whole = [row for row in first if row["table"] == "step"]
   whole.sort(key=lambda row: "moe" not in row["what"])
   colors = {
-    ("moejax", True): figures.SPARSE,
-    ("moejax", False): figures.DENSE,
-    ("torch", True): figures.PALE_SPARSE,
-    ("torch", False): figures.PALE_DENSE,
+    "moejax": (figures.DENSE, figures.SPARSE),
+    "torch": (figures.PALE_DENSE, figures.PALE_SPARSE),
   }
-  figures.bars(
-    speed,
-    [f"{row['by']}, {LABELS[row['by']][row['what']]}" for row in whole],
-    {"words": [row["words_per_second"] for row in whole]},
-    [colors[row["by"], "moe" in row["what"]] for row in whole],
-  )
+  names = [f"{row['by']}, {LABELS[row['by']][row['what']]}" for row in whole]
+  words = {"words": [row["words_per_second"] for row in whole]}
+  own = [colors[row["by"]]["moe" in row["what"]] for row in whole]
+  figures.bars(speed, names, words, own)
   speed.set_xlabel(f"words a second, {size[0]} rows of {size[1]}")
-  parts = {
-    by: {r["what"]: r["fastest_ms"] for r in first if r["by"] == by}
-    for by in dict.fromkeys(row["by"] for row in first)
+  parts = [row for row in first if row["table"] == "part"]
+  names = list(dict.fromkeys(row["what"] for row in parts))
+  series = {
+    by: [row["fastest_ms"] for row in parts if row["by"] == by]
+    for by in dict.fromkeys(row["by"] for row in parts)
   }
-  names = [row["what"] for row in first if row["table"] == "part"]
-  names = list(dict.fromkeys(names))
-  series = {by: [ms[name] for name in names] for by, ms in parts.items()}
   figures.bars(where, names, series, (figures.SPARSE, figures.PALE_SPARSE))
   where.set_xlabel("ms of a training step of the mixture")
   ours = {row["what"]: row for row in whole if row["by"] == "moejax"}

@@ -14,7 +14,7 @@ too small to keep two cores busy.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -27,11 +27,12 @@ from moejax.models import layers
 SEED = 0
 
 
-def rows(quick: bool) -> Iterator[figures.Row]:
+def rows(quick: bool) -> figures.Rows:
   """Yields one row per implementation and size."""
   batch, repeats = (4, 2) if quick else (64, 20)
-  sizes = [(8, 16)] if quick else [(32, 128), (64, 128), (32, 512)]
-  for length, width in sizes:
+  for length, width in (
+    ((8, 16),) if quick else ((32, 128), (64, 128), (32, 512))
+  ):
     rng = np.random.default_rng(SEED)
     x = rng.normal(size=(batch, length, width)).astype(np.float32)
     start = jnp.zeros(x.shape[:2], bool).at[:, 0].set(True)
@@ -44,7 +45,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
     with harness.if_installed("torch's LSTM"):
       candidates["torch"] = torch_lstm(x)
     times = harness.interleaved(candidates, repeats)
-    before, theirs = times["flax"], times.get("torch")
+    theirs = times.get("torch")
     for name, ours in times.items():
       yield {
         "length": length,
@@ -53,7 +54,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         "ms": round(ours.median, 2),
         "fastest_ms": round(ours.fastest, 2),
         "of_torch": theirs and round(ours.fastest / theirs.fastest, 2),
-        "speedup": round(before.fastest / ours.fastest, 2),
+        "speedup": round(times["flax"].fastest / ours.fastest, 2),
       }
 
 
@@ -88,27 +89,23 @@ def torch_lstm(x: np.ndarray) -> Callable[[], object]:
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws the fastest times, a panel for each size."""
   colors = {"flax": figures.OTHERS[0], "moejax": figures.SPARSE}
   sizes = dict.fromkeys((row["length"], row["width"]) for row in table)
   meanings = {size: "{} steps of {} units".format(*size) for size in sizes}
-  options = {"sharey": True, "squeeze": False}
-  for axes, size in figures.panels(figure, 2.6, meanings, **options):
+  panels = figures.panels(figure, 2.6, meanings, sharey=True, squeeze=False)
+  ratios = {"moejax": [], "flax": []}
+  for axes, size in panels:
     mine = [row for row in table if (row["length"], row["width"]) == size]
-    names = [row["lstm"] for row in mine]
-    times = {"time": [row["fastest_ms"] for row in mine]}
-    own = [colors.get(name, figures.LIGHT) for name in names]
-    figures.bars(axes, names, times, own)
+    times = {row["lstm"]: row["fastest_ms"] for row in mine}
+    own = [colors.get(name, figures.LIGHT) for name in times]
+    figures.bars(axes, list(times), {"time": list(times.values())}, own)
     axes.set_xlabel("ms, forward + backward")
-  times = {(r["lstm"], r["length"], r["width"]): r["fastest_ms"] for r in table}
-  other = "torch" if "torch" in names else "flax"
-  ratios = [
-    [times[(name, *size)] / times[(other, *size)] for size in sizes]
-    for name in ("moejax", "flax")
-  ]
+    other = "torch" if "torch" in times else "flax"
+    for name, each in ratios.items():
+      each.append(times[name] / times[other])
   return (
-    f"Our LSTM takes {figures.span(ratios[0])} of {other}'s time, flax's"
-    f" {figures.span(ratios[1])}"
+    f"Our LSTM takes {figures.span(ratios['moejax'])} of {other}'s time, flax's"
+    f" {figures.span(ratios['flax'])}"
   )
 
 

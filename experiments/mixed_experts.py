@@ -11,23 +11,19 @@ the 100 most frequent words, `rare` of those seen fewer than 100 times in
 training; `words` are those it gets most above its share, of at least 20 in the
 test.
 
-Result: the kinds divide the language by what a word needs. Identity experts get
-articles and possessives (the, a, its, his), linear ones the modal verbs
-(should, could, will), narrow ones conjunctions (And, But, because, whether),
-and wide ones what carries the content (programs, forces, receipts): 40 % of the
-edges of rare words and 9 % of those of the 100 most frequent. Test perplexity
-is 81.30, against 79.82 of the uniform mixture and 82.15 of the dense twin. One
-seed, two cores of an Intel Xeon (results/mixed_experts.csv).
+Result: the kinds divide the language by what a word needs: articles go to
+identity experts, modal verbs to linear ones, conjunctions to narrow ones, and
+to wide ones what carries the content, 40 % of the edges of rare words and 9 %
+of those of the 100 most frequent. Test perplexity is 81.30, against 79.82 of
+the uniform mixture and 82.15 of the dense twin. One seed, two cores of an Intel
+Xeon (results/mixed_experts.csv).
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 
 from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax import losses
-from moejax import workdir as workdir_lib
 
 SEED = 0
 KINDS = {
@@ -38,7 +34,7 @@ KINDS = {
 }
 
 
-def rows(quick: bool) -> Iterator[figures.Row]:
+def rows(quick: bool) -> figures.Rows:
   """Yields a row per model and kind of expert."""
   with training.folder("mixed_experts", quick) as runs:
     for model in ("mixed",) if quick else ("uniform", "mixed"):
@@ -49,7 +45,7 @@ def rows(quick: bool) -> Iterator[figures.Row]:
       width, moe = config.model.width, config.model.moe
       ops = {"all 32": 2 * width * moe.experts.hidden}
       if model == "mixed":
-        training.replace(moe, experts=tuple(KINDS.values()))
+        moe.experts = tuple(KINDS.values())
         wide, narrow = KINDS["wide"]["hidden"], KINDS["narrow"]["hidden"]
         costs = (2 * width * wide, 2 * width * narrow, width**2, 0)
         ops = dict(zip(KINDS, costs, strict=True))
@@ -59,54 +55,51 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         "test_perplexity": round(run.result["test"]["perplexity"], 2),
         "seconds": round(run.result["seconds"]),
       }
-      workdir = runs / model
-      experiment = config_lib.parse(workdir_lib.recall(workdir))
-      data = config_lib.open_corpus(experiment, workdir)
-      gates = np.zeros(len(ops))
-      # [words, kinds]: how many edges.
-      edges = np.zeros((len(data.vocabulary), len(ops) + 1), np.int64)
-      for batch, sown in training.decisions(workdir, "test"):
-        (routing,) = losses.routings(sown)
-        found = routing.assignment
-        words = batch["inputs"].reshape(found.expert.shape[0], -1)
-        word = np.tile(words, (1, found.expert.shape[1] // words.shape[1]))
-        # The last column takes the unused edges.
-        kind = found.expert // (moe.num_experts // len(ops))
-        np.add.at(edges, (word, np.minimum(kind, len(ops))), 1)
-        gates += [found.gate[kind == i].sum() for i in range(len(ops))]
-      edges = edges[:, :-1]
-      (tokens,) = data.tokens("train")
-      seen = np.bincount(tokens.ids["target"], minlength=len(edges))
-      common = np.argsort(-seen, kind="stable")[:100]
-      total = edges.sum(axis=1)
-      for i, kind in enumerate(ops):
-        parts = {
-          name: each[..., i].sum() / each.sum()
-          for name, each in {
-            "share": edges,
-            "gate": gates,
-            "frequent": edges[common],
-            "rare": edges[seen < 100],
-          }.items()
-        }
-        parts = harness.rounded(**parts)
-        # Few edges make no habit: 20 words of 4 edges.
-        share = np.where(total >= 80, edges[:, i] / np.maximum(total, 1), -1)
-        words = np.argsort(-share, kind="stable")[:8]
-        cost = moe.router.k * ops[kind] * edges[:, i].sum() / edges.sum()
-        yield about | {
-          "kind": kind,
-          "share": parts["share"],
-          "gate": parts["gate"],
-          "ops": round(float(cost)),
-          "frequent": parts["frequent"],
-          "rare": parts["rare"],
-          "words": " ".join(data.vocabulary.decode(words.tolist())),
-        }
+      for row in kinds(run, ops):
+        yield about | row
+
+
+def kinds(run: training.Run, ops: dict[str, int]) -> figures.Rows:
+  """Yields what each kind of expert does with the test text."""
+  data = config_lib.open_corpus(config_lib.parse(run.config), run.workdir)
+  moe = run.config.model.moe
+  gates = np.zeros(len(ops))
+  # [words, kinds]: how many edges.
+  edges = np.zeros((len(data.vocabulary), len(ops) + 1), np.int64)
+  for batch, sown in training.decisions(run.workdir, "test"):
+    (routing,) = losses.routings(sown)
+    found = routing.assignment
+    words = batch["inputs"].reshape(found.expert.shape[0], -1)
+    word = np.tile(words, (1, found.expert.shape[1] // words.shape[1]))
+    # The last column takes the unused edges.
+    kind = found.expert // (moe.num_experts // len(ops))
+    np.add.at(edges, (word, np.minimum(kind, len(ops))), 1)
+    gates += [found.gate[kind == i].sum() for i in range(len(ops))]
+  edges = edges[:, :-1]
+  (tokens,) = data.tokens("train")
+  seen = np.bincount(tokens.ids["target"], minlength=len(edges))
+  common = np.argsort(-seen, kind="stable")[:100]
+  total = edges.sum(axis=1)
+
+  def parts(table):
+    return table.sum(axis=tuple(range(table.ndim - 1))) / table.sum()
+
+  share, frequent = parts(edges), parts(edges[common])
+  gate, rare = parts(gates), parts(edges[seen < 100])
+  for i, kind in enumerate(ops):
+    # Few edges make no habit: 20 words of 4 edges.
+    habit = np.where(total >= 80, edges[:, i] / np.maximum(total, 1), -1)
+    words = np.argsort(-habit, kind="stable")[:8]
+    yield {
+      "kind": kind,
+      **harness.rounded(share=share[i], gate=gate[i]),
+      "ops": round(float(moe.router.k * ops[kind] * share[i])),
+      **harness.rounded(frequent=frequent[i], rare=rare[i]),
+      "words": " ".join(data.vocabulary.decode(words.tolist())),
+    }
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws each kind's part of all, of frequent and of rare words."""
   mixed = [row for row in table if row["model"] == "mixed"]
   meanings = {
     "share": "all words",

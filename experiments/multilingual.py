@@ -18,7 +18,6 @@ at half time). Documentation, one seed (results/multilingual_pairs.csv).
 
 import collections
 import pathlib
-from collections.abc import Iterator
 
 from experiments import figures, harness, training, translating
 from moejax import files
@@ -28,13 +27,11 @@ from moejax.data.packing import Direction
 STEPS = 2400
 SCORES = ("bleu", "chrf")
 LANGUAGES = ("de", "es", "fr", "it", "nl")
-MODELS = {
-  "moe_32": ("moe", translating.flat(32, 2)),
-  "dense": ("one_expert", translating.one_expert(2)),
-}
+MODELS = {"moe_32": translating.flat(32, 2), "dense": translating.one_expert(2)}
+LABELS = {"moe_32": "32 experts", "dense": "dense"}
 
 
-def rows(quick: bool, pairs: str = "") -> Iterator[figures.Row]:
+def rows(quick: bool, pairs: str = "") -> figures.Rows:
   """Yields a row per model and direction."""
   with training.folder("multilingual", quick, pairs) as runs:
     found = translating.pair_files(pairs, LANGUAGES, runs, quick)
@@ -43,7 +40,7 @@ def rows(quick: bool, pairs: str = "") -> Iterator[figures.Row]:
     for name in list(MODELS)[:1] if quick else MODELS:
       config = translating.config(*MODELS[name], STEPS, runs, quick, **splits)
       run = training.train(config, runs / name)
-      about = {"model": name} | training.report(config, run)
+      about = {"model": name} | training.report(run)
       for direction in map(str, corpora.directions(found, True)):
         scores = {n: run.result["test"][f"{n}_{direction}"] for n in SCORES}
         yield about | {"direction": direction} | harness.rounded(2, **scores)
@@ -75,35 +72,26 @@ def carve(found: translating.Files, folder: pathlib.Path) -> dict[str, str]:
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws the BLEU of every direction, a bar for each model."""
   figure.set_size_inches(8, 5)
   axes = figure.subplots()
-  labels = {"moe_32": "32 experts", "dense": "dense"}
-  by_model = {
+  models = {
     name: [row for row in table if row["model"] == name]
-    for name in labels
-    if any(row["model"] == name for row in table)
+    for name in dict.fromkeys(row["model"] for row in table)
   }
-  directions = [row["direction"] for row in by_model["moe_32"]]
-  figures.bars(
-    axes,
-    [direction.replace("-", " to ") for direction in directions],
-    {labels[n]: [r["bleu"] for r in mine] for n, mine in by_model.items()},
-    (figures.SPARSE, figures.DENSE),
-    "{:.1f}".format,
-  )
+  directions = [row["direction"] for row in models["moe_32"]]
+  groups = [direction.replace("-", " to ") for direction in directions]
+  bleu = {LABELS[n]: [row["bleu"] for row in own] for n, own in models.items()}
+  colors = (figures.SPARSE, figures.DENSE)
+  figures.bars(axes, groups, bleu, colors, "{:.1f}".format)
   axes.set_xlabel("test BLEU")
-  if len(by_model) == 1:
+  if len(models) == 1:
     return "Translation with 32 experts"
-  sparse, dense = by_model.values()
-  higher = sum(
-    s["bleu"] > d["bleu"] for s, d in zip(sparse, dense, strict=True)
-  )
+  sparse, dense = bleu.values()
+  higher = sum(s > d for s, d in zip(sparse, dense, strict=True))
+  test = figures.than(*(own[0]["test"] for own in models.values()))
   return (
-    "With 32 experts test perplexity is"
-    f" {figures.than(sparse[0]['test'], dense[0]['test'])} than with the dense"
-    f" layer, but BLEU is higher in {higher} of {len(directions)} directions"
-    " only"
+    f"With 32 experts test perplexity is {test} than with the dense layer, but"
+    f" BLEU is higher in {higher} of {len(directions)} directions only"
   )
 
 

@@ -4,18 +4,12 @@
 
 downloads wheels by pip, about 87 MB in all, without installing or running
 anything of them, and writes runs/en_fr.tsv, one `source<TAB>target` a line. The
-versions are fixed and nothing is random: the same file every time.
+versions are fixed and nothing is random: the same file every time. What it
+holds is its authors', under the licenses of PACKAGES.
 
 It is the text of user interfaces and their messages, short and about computers:
 "Failed to connect." and "The IP address of your device.", seldom a paragraph.
-Beside a corpus such as WMT's it is tiny and narrow, and scores on it say
-nothing of news. What the files hold is their authors', under these licenses:
-
-  homeassistant (home automation)                   Apache-2.0
-  horizon (dashboard of OpenStack)                  Apache-2.0
-  jupyterlab-language-pack-* (one per language)     BSD-3-Clause
-  Trac (issues of a project)                        BSD-3-Clause
-  Weblate (translating in the browser)              MIT, its translations
+Scores on it say nothing of news.
 
 No English text comes twice, not even with other numbers, case or punctuation,
 so that none of training is met again in a test. Neighbouring lines come from
@@ -33,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from babel.messages import mofile, pofile
@@ -63,18 +57,8 @@ PACKAGES = (
 )
 
 
-def packages(language: str) -> tuple[Package, ...]:
-  """Returns the packages with text of a language, in the order of its lines."""
-  name = f"jupyterlab-language-pack-{language}-{language.upper()}"
-  return (*PACKAGES, Package(name, "4.5.post3", "BSD-3-Clause", 0.2))
-
-
 def download(package: Package, folder: pathlib.Path) -> pathlib.Path:
-  """Returns a package's wheel, downloaded unless the folder has it.
-
-  Raises:
-    SystemExit: pip failed; what it says stands on stderr.
-  """
+  """Returns a package's wheel, downloaded unless the folder has it."""
   own = folder / f"{package.name}-{package.version}"
   if not own.exists():
     pinned = f"{package.name}=={package.version}"
@@ -110,7 +94,8 @@ def read(wheel: pathlib.Path, language: str) -> Iterator[Pair]:
       content = archive.read(name)
       if name.endswith(".json"):
         english = name.removesuffix(f"{language}.json") + "en.json"
-        yield from parallel(archive.read(english), content)
+        sides = (json.loads(x) for x in (archive.read(english), content))
+        yield from parallel(*sides)
       else:
         yield from messages(content, name)
 
@@ -132,19 +117,15 @@ def messages(content: bytes, name: str) -> Iterator[Pair]:
       yield tuple(x if isinstance(x, str) else x[-1] for x in both)
 
 
-def parallel(english: bytes, other: bytes) -> Iterator[Pair]:
-  """Yields the pairs of two JSON objects with the same keys, at any depth."""
-
-  def leaves(tree):
-    for key, value in tree.items():
-      if isinstance(value, str):
-        yield (key,), value
-      else:
-        yield from (((key, *rest), text) for rest, text in leaves(value))
-
-  found = dict(leaves(json.loads(other)))
-  for key, text in leaves(json.loads(english)):
-    yield text, found.get(key, "")
+def parallel(english: dict, other: dict) -> Iterator[Pair]:
+  """Yields the texts of two trees at the same keys, "" where there is none."""
+  for key, text in english.items():
+    if isinstance(text, str):
+      there = other.get(key, "")
+      yield text, there if isinstance(there, str) else ""
+    else:
+      there = other.get(key, {})
+      yield from parallel(text, there if isinstance(there, dict) else {})
 
 
 # -- cleaning -----------------------------------------------------------------
@@ -179,77 +160,65 @@ def clean(source: str, target: str) -> Iterator[Pair]:
   sides = [re.split(r"\n\s*\n", text.strip()) for text in (source, target)]
   if len(sides[0]) != len(sides[1]):
     sides = [[source], [target]]
-  for source, target in zip(*sides, strict=True):
-    source, target = _plain(source), _plain(target)
+  for both in zip(*sides, strict=True):
+    lines = []
+    for text in both:
+      for markup in (_LINK, _NUMBERED):
+        text = markup.sub(r"\1", text)
+      text = _TAG.sub("", _BREAK.sub(" ", text))
+      lines.append(" ".join(html.unescape(_EMPHASIS.sub("", text)).split()))
     # Each placeholder, and the how many-th of its name it is.
     places, wanted = [
       [(name, names[:i].count(name)) for i, name in enumerate(names)]
-      for names in map(_PLACEHOLDER.findall, (source, target))
+      for names in map(_PLACEHOLDER.findall, lines)
     ]
     if sorted(places) != sorted(wanted):
       raise ValueError("with other placeholders")
+    if any(_REST.search(_PLACEHOLDER.sub("", line)) for line in lines):
+      raise ValueError("with addresses or markup")
     number = {place: f"{{{i}}}" for i, place in enumerate(places, start=1)}
-    filled = []
-    for text, found in ((source, places), (target, wanted)):
-      if _REST.search(_PLACEHOLDER.sub("", text)):
-        raise ValueError("with addresses or markup")
-      names = map(number.get, found)
-      filled.append(
-        _PLACEHOLDER.sub(lambda match, names=names: next(names), text)
-      )
-    yield tuple(filled)
-
-
-def _plain(text: str) -> str:
-  for markup in (_LINK, _NUMBERED):
-    text = markup.sub(r"\1", text)
-  text = _TAG.sub("", _BREAK.sub(" ", text))
-  return " ".join(html.unescape(_EMPHASIS.sub("", text)).split())
+    # No braces are left but those of placeholders.
+    yield tuple(
+      _PLACEHOLDER.sub("{}", line).format(*map(number.get, found))
+      for line, found in zip(lines, (places, wanted), strict=True)
+    )
 
 
 # -- the file -----------------------------------------------------------------
 
 
-class Pairs:
-  """Clean pairs in the order they came, no source twice.
+def kept(
+  messages: Iterable[Pair], seen: set[str], left_out: collections.Counter
+) -> Iterator[Pair]:
+  """Yields clean pairs of messages, no source twice.
 
-  Attributes:
-    pairs: those that are kept.
-    left_out: reasons, and how many messages.
+  Adds the letters of sources to `seen`, and reasons to `left_out`.
   """
-
-  def __init__(self):
-    self.pairs: list[Pair] = []
-    self.left_out: collections.Counter[str] = collections.Counter()
-    self._seen: set[str] = set()
-
-  def add(self, source: str, target: str) -> None:
-    """Adds what a message gives."""
-    if not target.strip():
-      self.left_out["without a translation"] += 1
-      return
+  for message in messages:
+    if not message[1].strip():
+      left_out["without a translation"] += 1
+      continue
     try:
-      found = list(clean(source, target))
+      found = list(clean(*message))
     except ValueError as reason:
-      self.left_out[str(reason)] += 1
-      return
+      left_out[str(reason)] += 1
+      continue
     for source, target in found:
       letters = "".join(filter(str.isalpha, source.casefold()))
-      if letters in self._seen:
-        self.left_out["seen before"] += 1
+      if letters in seen:
+        left_out["seen before"] += 1
       elif source == target or not letters or not target:
-        self.left_out["the same in both languages"] += 1
+        left_out["the same in both languages"] += 1
       else:
-        self._seen.add(letters)
-        self.pairs.append((source, target))
+        seen.add(letters)
+        yield source, target
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Downloads the packages and writes a file for each language."""
   parser = argparse.ArgumentParser(prog="python -m experiments.package_pairs")
-  parser.add_argument(
-    "--languages", default="fr", help=f"of {','.join(LANGUAGES)} (fr)"
-  )
+  known = ", ".join(LANGUAGES)
+  parser.add_argument("--languages", default="fr", help=f"of {known} (fr)")
   parser.add_argument(
     "--out", type=pathlib.Path, default="runs", help="folder (runs)"
   )
@@ -257,30 +226,30 @@ def main(argv: Sequence[str] | None = None) -> None:
   languages = args.languages.split(",")
   for language in languages:
     if language not in LANGUAGES:
-      known = ", ".join(LANGUAGES)
       parser.error(f"no language {language!r}; there are {known}")
   args.out.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as scratch:
     for language in languages:
-      wheels = {
-        package: download(package, pathlib.Path(scratch))
-        for package in packages(language)
-      }
-      result = Pairs()
-      for package, wheel in wheels.items():
-        before = len(result.pairs)
-        for pair in read(wheel, language):
-          result.add(*pair)
+      own = f"jupyterlab-language-pack-{language}-{language.upper()}"
+      pack = Package(own, "4.5.post3", "BSD-3-Clause", 0.2)
+      wheels = [
+        (package, download(package, pathlib.Path(scratch)))
+        for package in (*PACKAGES, pack)
+      ]
+      pairs, seen, left_out = [], set(), collections.Counter()
+      for package, wheel in wheels:
+        found = list(kept(read(wheel, language), seen, left_out))
         name = f"{package.name} {package.version}, {package.license}"
-        terminal.say(f"{name}: {len(result.pairs) - before:,}")
-      reasons = result.left_out.most_common()
-      left_out = ", ".join(f"{n:,} {reason}" for reason, n in reasons)
-      terminal.say(f"left out: {left_out}")
+        terminal.say(f"{name}: {len(found):,}")
+        pairs += found
+      reasons = left_out.most_common()
+      said = ", ".join(f"{n:,} {reason}" for reason, n in reasons)
+      terminal.say(f"left out: {said}")
       path = args.out / f"en_{language}.tsv"
-      files.write_whole(path, "".join(f"{s}\t{t}\n" for s, t in result.pairs))
-      words = sum(len(source.split()) for source, _ in result.pairs)
+      files.write_whole(path, "".join(f"{s}\t{t}\n" for s, t in pairs))
+      words = sum(len(source.split()) for source, _ in pairs)
       terminal.say(
-        f"wrote {path}: {len(result.pairs):,} pairs, {words:,} English words"
+        f"wrote {path}: {len(pairs):,} pairs, {words:,} English words"
       )
 
 

@@ -20,13 +20,8 @@ the table has 6.0, as it has for MoE-143M with its 57 million more. All 6 cells
 of the paper's own translation models agree, with 32,768 wordpieces. So do the
 214 million ops/timestep of GNMT, which Table 5 gives as 212. Its 278 million
 parameters are not ours, 283: they are reached with 32,000 wordpieces and
-without attention and biases, 278.7, whose ops would be 213. Experts have
-37.2 % (MoE-4096-h) to 45.5 % (MoE-143M) of the operations of Table 7's
-mixtures, as the paper's 37 % to 46 %. For each number an expert computes as
-many multiply-adds as its hidden layer is wide: 1024, 2048 and 8192.
+without attention and biases, 278.7, whose ops would be 213.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -36,7 +31,7 @@ from moejax import config as config_lib
 from moejax import terminal
 from moejax.training import cost
 
-# config -> parameters and ops/timestep in millions, total in billions, as
+# Config -> parameters and ops/timestep in millions, total in billions, as
 # printed in Table 7 (lm1b) and Table 8 (news).
 PAPER = {
   f"{folder}/{name}": (parameters, ops, total)
@@ -44,47 +39,43 @@ PAPER = {
   for name, (_, _, ops, parameters, total, *_) in table.items()
   if parameters  # n-grams have none of the kind
 }
-
-# config -> ops/timestep in millions, total in billions, as printed in Tables 2
-# and 4, 3, and 5.
+# The same of Tables 2 and 4, 3, and 5, which give no parameters of the kind.
 TRANSLATION = {
-  "wmt14/en_fr_moe_2048_h": ("85", "8.7"),
-  "wmt14/en_de_moe_2048_h": ("85", "8.7"),
-  "multilingual/moe_512": ("102", "8.7"),
-  "wmt14/en_fr_gnmt": ("214", "0.278"),
-  "wmt14/en_de_gnmt": ("214", "0.278"),
-  "multilingual/gnmt": ("212", "0.278"),
+  "wmt14/en_fr_moe_2048_h": ("", "85", "8.7"),
+  "wmt14/en_de_moe_2048_h": ("", "85", "8.7"),
+  "multilingual/moe_512": ("", "102", "8.7"),
+  "wmt14/en_fr_gnmt": ("", "214", "0.278"),
+  "wmt14/en_de_gnmt": ("", "214", "0.278"),
+  "multilingual/gnmt": ("", "212", "0.278"),
 }
 
 
-def rows(quick: bool) -> Iterator[figures.Row]:
-  """Yields a row per model; it is no work to count them all."""
-  del quick
-  for table in (PAPER, TRANSLATION):
-    differ, cells = [], 2 * len(table)
-    for name, paper in table.items():
+def rows(quick: bool) -> figures.Rows:
+  """Yields a row per model."""
+  # What a table prints to the last digit, by its place: of language models not
+  # totals, which depend on a vocabulary that the paper does not give.
+  of_tables = (PAPER, {"parameters": 0, "ops": 1})
+  for table, cells in of_tables, (TRANSLATION, {"ops": 1, "total": 2}):
+    names, differ = list(table)[:1] if quick else list(table), []
+    for name in names:
+      paper = table[name]
       config = training.load(name)
       about = config_lib.parse(config), config.data.vocab_size
       count = cost.count(*about)
       ops, digits = count.ops, 1
       if table is TRANSLATION:
-        ops += count.softmax - count.gates - count.attention
-        digits, paper = 0, ("", *paper)
+        ops, digits = ops + count.softmax - count.gates - count.attention, 0
       ours = (
         f"{count.parameters / 1e6:.1f}",
         f"{ops / 1e6:.{digits}f}",
         # Billions, of GNMT in thousandths.
         f"{count.total / 1e9:.{len(paper[2].partition('.')[2])}f}",
       )
-      # What a table prints to the last digit: of language models not totals,
-      # which depend on a vocabulary that the paper does not give.
-      compared = {"parameters": 0, "ops": 1}
-      if table is TRANSLATION:
-        compared = {"ops": 1, "total": 2}
-      unlike = [cell for cell, i in compared.items() if ours[i] != paper[i]]
-      for cell in unlike:
-        i = compared[cell]
-        differ.append(f"{name}: {cell} {ours[i]} for {paper[i]}")
+      unlike = [cell for cell, i in cells.items() if ours[i] != paper[i]]
+      differ += [
+        f"; {name}: {cell} {ours[cells[cell]]} for {paper[cells[cell]]}"
+        for cell in unlike
+      ]
       yield {
         "config": name,
         "parameters": count.parameters,
@@ -100,14 +91,12 @@ def rows(quick: bool) -> Iterator[figures.Row]:
         "experts_percent": round(100 * cost.experts_share(*about, count), 1),
         "ops_per_io": count.ops_per_io and round(count.ops_per_io),
       }
-    terminal.say(
-      f"{cells - len(differ)} of {cells} cells are the paper's"
-      + "".join(f"; {each}" for each in differ)
-    )
+    size = len(cells) * len(names)
+    agree = f"{size - len(differ)} of {size} cells are the paper's"
+    terminal.say(agree + "".join(differ))
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws those of language models: rings are ours, crosses the paper's."""
   axes = figure.subplots()
   models = [row for row in table if row["config"] in PAPER]
   seen = []
@@ -115,20 +104,20 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
     sparse = "moe_1_" not in row["config"] and "lstm" not in row["config"]
     color = figures.SPARSE if sparse else figures.DENSE
     at = (row["parameters"] / 1e6, row["ops"] / 1e6)
-    paper = (row["paper_M"], row["paper_ops_M"])
     axes.plot(*at, "o", mfc="none", color=color, markersize=9)
-    axes.plot(*paper, "x", color=color)
+    axes.plot(row["paper_M"], row["paper_ops_M"], "x", color=color)
     # Many lie on each other: the first is named.
     if not any(abs(np.log(at) - np.log(other)).max() < 0.1 for other in seen):
       figures.label(axes, figures.paper_name(row["config"]), at, color)
       seen.append(at)
-  axes.set_xscale("log")
-  axes.set_yscale("log")
+  figures.scales(
+    axes,
+    "million parameters without embedding and softmax",
+    "million ops/timestep",
+    (1, 10, 100, 1000, 10_000, 100_000),
+    (3, 10, 30, 100),
+  )
   axes.margins(x=0.12, y=0.12)
-  figures.plain(axes.xaxis, (1, 10, 100, 1000, 10_000, 100_000))
-  figures.plain(axes.yaxis, (3, 10, 30, 100))
-  axes.set_xlabel("million parameters without embedding and softmax")
-  axes.set_ylabel("million ops/timestep")
   cells = 2 * len(models)
   unlike = sum(len((row["unlike"] or "").split()) for row in models)
   return (

@@ -19,35 +19,33 @@ from typing import Any, NamedTuple
 from experiments import figures, harness
 from moejax import terminal
 
+
+def _table(text: str) -> dict[str, tuple[str, ...]]:
+  rows = (line.split() for line in text.strip().splitlines())
+  return {name: tuple(x.strip("-") for x in row) for name, *row in rows}
+
+
 # Perplexity after 10 epochs and in the end, ops/timestep and parameters without
 # embedding and softmax in millions, all parameters in billions, dropout, TFLOPS
 # per GPU; as printed. Those marked * in the paper are Jozefowicz et al.'s.
-TABLE_7 = {
-  "kneser_ney_5": ("", "67.6", "0.00001", "", "1.8", "", ""),
-  "lstm_512_512": ("", "54.1", "2.4", "2.4", "0.8", "0.1", ""),
-  "lstm_1024_512": ("", "48.2", "4.7", "4.7", "0.8", "0.1", ""),
-  "lstm_2048_512": ("44.7", "", "9.4", "9.4", "0.8", "0.1", "1.21"),
-  "four_lstm_512": ("46.0", "", "8.4", "8.4", "0.8", "0.1", "1.07"),
-  "moe_1_wide": ("46.1", "", "8.4", "8.4", "0.8", "0.1", "1.29"),
-  "moe_1_deep": ("45.7", "", "8.4", "8.4", "0.8", "0.1", "1.29"),
-  "moe_4": ("45.0", "", "8.4", "8.4", "0.8", "0.1", "0.52"),
-  "moe_32": ("39.7", "", "8.4", "37.8", "0.9", "0.1", "0.87"),
-  "moe_256": ("35.7", "", "8.6", "272.9", "1.1", "0.1", "0.81"),
-  "moe_256_h": ("36.0", "", "8.4", "272.9", "1.1", "0.1", "0.89"),
-  "moe_1024_h": ("34.6", "", "8.5", "1079.0", "1.9", "0.2", "0.90"),
-  "moe_4096_h": ("34.1", "", "8.9", "4303.4", "5.1", "0.2", "0.74"),
-  "two_lstm_8192_1024": (
-    "34.7",
-    "30.6",
-    "151.0",
-    "151.0",
-    "1.8",
-    "0.25",
-    "1.09",
-  ),
-  "moe_34m": ("31.3", "", "33.8", "4313.9", "6.0", "0.3", "1.22"),
-  "moe_143m": ("28.0", "", "142.7", "4371.1", "6.0", "0.4", "1.56"),
-}
+TABLE_7 = _table("""
+  kneser_ney_5        -     67.6  0.00001  -       1.8  -     -
+  lstm_512_512        -     54.1  2.4      2.4     0.8  0.1   -
+  lstm_1024_512       -     48.2  4.7      4.7     0.8  0.1   -
+  lstm_2048_512       44.7  -     9.4      9.4     0.8  0.1   1.21
+  four_lstm_512       46.0  -     8.4      8.4     0.8  0.1   1.07
+  moe_1_wide          46.1  -     8.4      8.4     0.8  0.1   1.29
+  moe_1_deep          45.7  -     8.4      8.4     0.8  0.1   1.29
+  moe_4               45.0  -     8.4      8.4     0.8  0.1   0.52
+  moe_32              39.7  -     8.4      37.8    0.9  0.1   0.87
+  moe_256             35.7  -     8.6      272.9   1.1  0.1   0.81
+  moe_256_h           36.0  -     8.4      272.9   1.1  0.1   0.89
+  moe_1024_h          34.6  -     8.5      1079.0  1.9  0.2   0.90
+  moe_4096_h          34.1  -     8.9      4303.4  5.1  0.2   0.74
+  two_lstm_8192_1024  34.7  30.6  151.0    151.0   1.8  0.25  1.09
+  moe_34m             31.3  -     33.8     4313.9  6.0  0.3   1.22
+  moe_143m            28.0  -     142.7    4371.1  6.0  0.4   1.56
+""")
 # The four of Table 7 that Table 1 compares: hours and K40s of ten epochs.
 TABLE_1 = {
   "two_lstm_8192_1024": ("59", "32"),
@@ -57,17 +55,17 @@ TABLE_1 = {
 }
 # Perplexity after a tenth of the 100 billion words and after all, then as in
 # Table 7, without dropout.
-TABLE_8 = {
-  "kneser_ney_5": ("67.1", "45.3", "0.00001", "", "76.0", ""),
-  "four_lstm_512": ("54.5", "47.0", "8.4", "8.4", "0.1", "1.23"),
-  "moe_32": ("48.5", "40.4", "8.4", "37.8", "0.1", "0.83"),
-  "moe_256_h": ("42.8", "35.3", "8.4", "272.9", "0.4", "1.11"),
-  "moe_1024_h": ("40.3", "32.7", "8.5", "1079.0", "1.2", "1.14"),
-  "moe_4096_h": ("38.9", "30.9", "8.6", "4303.4", "4.4", "1.07"),
-  "moe_16384_h": ("38.2", "29.7", "8.8", "17201.0", "17.3", "0.96"),
-  "moe_65536_h": ("38.2", "28.9", "9.2", "68791.0", "68.9", "0.72"),
-  "moe_131072_h": ("39.8", "29.2", "9.7", "137577.6", "137.7", "0.30"),
-}
+TABLE_8 = _table("""
+  kneser_ney_5   67.1  45.3  0.00001  -         76.0   -
+  four_lstm_512  54.5  47.0  8.4      8.4       0.1    1.23
+  moe_32         48.5  40.4  8.4      37.8      0.1    0.83
+  moe_256_h      42.8  35.3  8.4      272.9     0.4    1.11
+  moe_1024_h     40.3  32.7  8.5      1079.0    1.2    1.14
+  moe_4096_h     38.9  30.9  8.6      4303.4    4.4    1.07
+  moe_16384_h    38.2  29.7  8.8      17201.0   17.3   0.96
+  moe_65536_h    38.2  28.9  9.2      68791.0   68.9   0.72
+  moe_131072_h   39.8  29.2  9.7      137577.6  137.7  0.30
+""")
 # Test perplexity, BLEU, ops/timestep in millions, parameters.
 TABLE_2 = {
   "moe_2048_h": ("2.69", "40.35", "85", "8.7B"),
@@ -151,25 +149,24 @@ class Item(NamedTuple):
 
 _LM = ("after 10 epochs", "in the end", "ops, M", "parameters, M", "total, B")
 _LM += ("dropout", "TFLOPS/GPU")
+_RUN = "python -m experiments."
 _CURVE = {
-  "command": "python -m experiments.capacity_curve --text=FILES",
+  "command": f"{_RUN}capacity_curve --text=FILES",
   "results": ("capacity_curve_text_models", "paper_counts"),
   "ours": {"after 10 epochs": "test"},
 }
 _UNSEEN = {
-  "command": "python -m experiments.unseen_text --text=FILES",
+  "command": f"{_RUN}unseen_text --text=FILES",
   "results": ("paper_counts",),
 }
-_COUNTED = "parameters and operations: python -m experiments.paper_counts"
-_MT = ("test perplexity", "BLEU", "ops, M", "parameters")
+_ANY_PAIRS = "the data is not public: any files of pairs in its place"
 
 
 def _pair(pair: str, table: Mapping[str, Sequence[str]]) -> dict[str, Any]:
   return {
-    "columns": _MT,
+    "columns": ("test perplexity", "BLEU", "ops, M", "parameters"),
     "paper": {(pair, model): values for model, values in table.items()},
-    "command": "python -m experiments.translation_capacity"
-    " --pairs=en-fr=FILE,en-de=FILE",
+    "command": f"{_RUN}translation_capacity --pairs=en-fr=FILE,en-de=FILE",
     "results": ("translation_capacity_pairs", "paper_counts"),
     "rows": ("pair", "model"),
     "ours": {"test perplexity": "test", "BLEU": "bleu"},
@@ -185,7 +182,7 @@ ITEMS = {
     ("hours", "K40s", *_LM),
     {name: (*given, *TABLE_7[name]) for name, given in TABLE_1.items()},
     **_CURVE,
-    note=_COUNTED,
+    note=f"parameters and operations: {_RUN}paper_counts",
   ),
   "figure_2": Item(
     "perplexity over parameters at equal ops, and over ops",
@@ -193,8 +190,7 @@ ITEMS = {
     {name: TABLE_7[name] for name in TABLE_7 if name != "kneser_ney_5"},
     **_CURVE
     | {"results": ("capacity_curve_text_models", "compute_curve_text")},
-    note="right, one model at three widths: python -m"
-    " experiments.compute_curve --text=FILES",
+    note=f"right: {_RUN}compute_curve --text=FILES",
   ),
   "figure_3": Item(
     "perplexity over parameters, on two amounts of unseen text",
@@ -208,21 +204,21 @@ ITEMS = {
   "table_4": Item(
     "English to French, Google's production data",
     **_pair("en-fr", TABLE_4),
-    note="the data is not public: any file of pairs in its place",
+    note=_ANY_PAIRS,
   ),
   "table_5": Item(
     "twelve directions in one model",
     ("GNMT, one pair", "GNMT, all", "mixture, all"),
     TABLE_5,
-    "python -m experiments.multilingual --pairs=en-fr=FILE,en-de=FILE",
+    f"{_RUN}multilingual --pairs=en-fr=FILE,en-de=FILE",
     ("multilingual_pairs", "paper_counts"),
     ("direction",),
     {"mixture, all": "bleu"},
-    "the data is not public: any files of pairs in its place",
+    _ANY_PAIRS,
   ),
   "figure_4": Item(
     "perplexity over source words, 0 to 2048 experts",
-    command="python -m experiments.translation_curve --pairs=en-fr=FILE",
+    command=f"{_RUN}translation_curve --pairs=en-fr=FILE",
     note="the paper prints no digits; its curves end at Table 2's perplexity;"
     " not run yet",
   ),
@@ -230,7 +226,7 @@ ITEMS = {
     "weights of the balance losses",
     ("perplexity", "CV(importance)", "CV(load)", "max/mean load"),
     TABLE_6,
-    "python -m experiments.balance_losses",
+    f"{_RUN}balance_losses",
     ("balance_losses",),
     ("w_importance", "w_load"),
     {
@@ -252,7 +248,7 @@ ITEMS = {
     "contexts in which an expert has its largest gates",
     ("contexts",),
     TABLE_9,
-    "python -m experiments.specialization --workdir=runs/translate",
+    f"{_RUN}specialization --workdir=runs/translate",
     ("specialization_workdir", "specialization"),
     ("about",),
     note="of a mixture of one level or two",
@@ -260,12 +256,11 @@ ITEMS = {
 }
 
 
-def beside(item: Item) -> Iterator[figures.Row]:
+def beside(item: Item) -> figures.Rows:
   """Yields the rows of an item: ours, and the paper's in brackets."""
-  path = figures.RESULTS / f"{item.results[0]}.csv"
   by_name = {}
   # Where several rows have a name the first is the mixture's.
-  for row in figures.read(path):
+  for row in figures.read(figures.RESULTS / f"{item.results[0]}.csv"):
     by_name.setdefault(tuple(row[name] for name in item.rows), row)
   paper = {
     name if isinstance(name, tuple) else (name,): values
@@ -274,7 +269,7 @@ def beside(item: Item) -> Iterator[figures.Row]:
   # Models of ours that the paper does not have, for the same pair if of one.
   kinds = {name[:-1] for name in paper}
   others = [name for name in by_name if name[:-1] in kinds]
-  for name in [*paper, *(name for name in others if name not in paper)]:
+  for name in dict.fromkeys([*paper, *others]):
     ours = by_name.get(name, {})
     row = dict(zip(item.rows, name, strict=True))
     values = paper.get(name, [""] * len(item.columns))
@@ -285,9 +280,8 @@ def beside(item: Item) -> Iterator[figures.Row]:
     yield row
 
 
-def about(name: str, item: Item) -> Iterator[str]:
-  """Yields the lines of --list."""
-  yield f"{name}: {item.about}"
+def about(item: Item) -> Iterator[str]:
+  """Yields the lines of --list below an item's name."""
   if item.command:
     yield f"  {item.command}"
   for stem in item.results:
@@ -307,20 +301,15 @@ def about(name: str, item: Item) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints the tables, or what makes them."""
-  parser = argparse.ArgumentParser(prog="python -m experiments.paper_tables")
+  parser = argparse.ArgumentParser(prog=f"{_RUN}paper_tables")
   parser.add_argument("--list", action="store_true", help="what makes each")
-  parser.add_argument(
-    "items",
-    nargs="*",
-    metavar="ITEM",
-    help="all by default",
-    choices=[[], *ITEMS],
-  )
+  items = {"nargs": "*", "metavar": "ITEM", "choices": [[], *ITEMS]}
+  parser.add_argument("items", help="all by default", **items)
   args = parser.parse_args(argv)
   for name in args.items or ITEMS:
     item = ITEMS[name]
     if args.list or not item.ours:
-      terminal.say("\n".join(about(name, item)))
+      terminal.say("\n".join([f"{name}: {item.about}", *about(item)]))
     else:
       terminal.say(f"{name}: {item.about}: ours (the paper's)")
       terminal.say(harness.aligned(list(beside(item))))

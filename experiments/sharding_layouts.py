@@ -18,24 +18,17 @@ step of the paper's MoE-256, MoE-4096-h (configs/lm1b) and MoE-131072-h
 every layout and in the config's own; ms is then an estimate. A model whose
 groups do not divide over the chips is left out.
 
-Result: 8 threads of two cores of an Intel Xeon. No number changes: the loss by
-at most 8e-8 of itself, a gradient by 1.3e-6 of its largest entry. By gather
-"expert" sends 9.3 MB and holds 32, "replicated" 59 and 106. Sorted rows over
-split experts send 15 MB by all-gathers and reduce-scatters here (a TPU sends
-each row its own way), and dropless reserves buffers for the worst case.
-
-Of whole models (results/sharding_layouts_topology.csv) those for the benchmark
-fit 16 chips of a v5e (17.2 GB) in the configs' own layout alone, experts and
-tables of words split: MoE-256 7.6 GB and 203 ms a step, MoE-4096-h 6.7 GB and
-105 ms. MoE-131072-h on 128 chips of a v5p: experts over all chips 10.5 GB and
-28 ms, two replicas of them over 64 each 17.2 and 220, the hidden layers of each
-expert in halves 13.5 and 62.
+Result: no number changes, the loss by at most 8e-8 of itself, a gradient by
+1.3e-6 of its largest entry. By gather "expert" sends 9.3 MB and holds 32,
+"replicated" 59 and 106 (8 threads of two cores of an Intel Xeon). What whole
+models need is in docs/planning.md (results/sharding_layouts*.csv).
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -62,21 +55,7 @@ CANDIDATES = {
 MODELS = ("lm1b/moe_256", "lm1b/moe_4096_h", "news/moe_131072_h")
 
 
-class Candidate(NamedTuple):
-  """A layer compiled for one layout.
-
-  Attributes:
-    run: returns ((loss, metrics), gradients).
-    found: its collectives.
-    peak_bytes: on one device.
-  """
-
-  run: functools.partial
-  found: list[collectives.Collective]
-  peak_bytes: int
-
-
-def rows(quick: bool, topology: str = "") -> Iterator[figures.Row]:
+def rows(quick: bool, topology: str = "") -> figures.Rows:
   """Yields a row for each layout and dispatch, or of whole models' plans."""
   if topology:
     yield from planned(topology.split(","))
@@ -87,55 +66,49 @@ def rows(quick: bool, topology: str = "") -> Iterator[figures.Row]:
   devices = jax.devices()
   if len(devices) < DEVICES:
     devices = jax.devices("cpu")
-  T, D, F, E = (256, 8, 16, 32) if quick else (4096, 256, 512, 32)
+  T, D, F = (256, 8, 16) if quick else (4096, 256, 512)
   one = sharding.Layout("one device", (1, 1, 1), sharding.rules())
-  layouts = [one, *sharding.LAYOUTS.values()]
-  dispatches = list(CANDIDATES)
+  layouts, dispatches = [one, *sharding.LAYOUTS.values()], list(CANDIDATES)
   if quick:
     layouts = [one, sharding.LAYOUTS["expert"]]
     dispatches = ["gather", "two_level"]
   x = jax.ShapeDtypeStruct((DEVICES, T // DEVICES, D), jnp.float32)
-  candidates = {}
+  runs, found, memory = {}, {}, {}
   with training.roughly_compiled(quick):
-    for layout in layouts:
+    for layout, name in itertools.product(layouts, dispatches):
+      key = layout.name, name
       own = devices[: 1 if layout is one else DEVICES]
-      for name in dispatches:
-        module = module_of(CANDIDATES[name], E, F, T // DEVICES)
-        candidate = compiled(module, x, layout, own)
-        candidates[layout.name, name] = candidate
-  times = harness.interleaved(
-    {key: each.run for key, each in candidates.items()}, 2 if quick else 5
-  )
-  found = [each for one in candidates.values() for each in one.found]
-  kinds = [
-    k for k in collectives.KINDS if any(each.kind == k for each in found)
-  ]
-  for (layout, name), candidate in candidates.items():
-    alone = candidates[one.name, name]
-    got, want = jax.device_get((candidate.run(), alone.run()))
+      module = module_of(CANDIDATES[name], F, T // DEVICES)
+      runs[key], found[key], memory[key] = compiled(module, x, layout, own)
+  times = harness.interleaved(runs, 2 if quick else 5)
+  there = {each.kind for some in found.values() for each in some}
+  kinds = [kind for kind in collectives.KINDS if kind in there]
+  for layout, name in runs:
+    got, want = (runs[key]() for key in ((layout, name), (one.name, name)))
+    got, want = jax.device_get((got, want))
     # By the largest entry of each array.
     off = jax.tree.map(lambda g, w: abs(g - w).max() / abs(w).max(), got, want)
     yield {
       "layout": layout,
       "dispatch": name,
       "ms": round(times[layout, name].median, 1),
-      "MB": round(candidate.peak_bytes / 1e6, 3),
-      **exchanged(candidate.found, kinds),
+      "MB": round(memory[layout, name] / 1e6, 3),
+      **exchanged(found[layout, name], kinds),
       "loss_difference": float(f"{off[0]:.1e}"),
       "gradient_difference": float(f"{max(jax.tree.leaves(off[1])):.1e}"),
     }
 
 
 def module_of(
-  options: dict[str, Any] | None, E: int, F: int, group_size: int
+  options: dict[str, Any] | None, F: int, group_size: int
 ) -> nn.Module:
   """Returns the layer by a dispatch; where there are no options, two levels."""
   if options is None:
-    inner = router.NoisyTopK(E // 8, 2), experts.FeedForward(E // 8, F)
+    inner = moe.MoE(router.NoisyTopK(4, 2), experts.FeedForward(4, F))
     outer = router.NoisyTopK(8, 2)
-    return moe.HierarchicalMoE(outer, moe.MoE(*inner), group_size=group_size)
-  gate, own = router.NoisyTopK(E, 4), experts.FeedForward(E, F)
-  return moe.MoE(gate, own, group_size=group_size, **options)
+    return moe.HierarchicalMoE(outer, inner, group_size=group_size)
+  own = router.NoisyTopK(32, 4), experts.FeedForward(32, F)
+  return moe.MoE(*own, group_size=group_size, **options)
 
 
 def compiled(
@@ -143,8 +116,12 @@ def compiled(
   x: jax.ShapeDtypeStruct,
   layout: sharding.Layout,
   devices: list[jax.Device],
-) -> Candidate:
-  """Compiles the layer's losses and gradients for a layout."""
+) -> tuple[Callable[[], Any], list[collectives.Collective], int]:
+  """Compiles the layer's losses and gradients for a layout.
+
+  Returns:
+    What runs it, its collectives, and its bytes on one device.
+  """
   boxed = jax.eval_shape(module.init, jax.random.key(SEED), x)["params"]
   mesh = sharding.make_mesh(layout, devices)
   shardings = sharding.shardings(boxed, layout, mesh)
@@ -164,12 +141,9 @@ def compiled(
   x = normal(x, batch, 1)
 
   def loss(params, x):
+    rngs = {"router": jax.random.key(2)}
     y, sown = module.apply(
-      {"params": params},
-      x,
-      train=True,
-      rngs={"router": jax.random.key(2)},
-      mutable=[moe.ROUTING],
+      {"params": params}, x, train=True, rngs=rngs, mutable=[moe.ROUTING]
     )
     balance, _ = losses.auxiliary(losses.routings(sown), WEIGHTS)
     return jnp.square(y).mean() + balance
@@ -180,18 +154,15 @@ def compiled(
       out_shardings=(None, (shardings, batch)),
     )
     program = step.lower(params, x).compile()
-  return Candidate(
-    functools.partial(program, params, x),
-    collectives.read(program.as_text(), mesh),
-    session_lib.bytes_needed(program),
-  )
+  found = collectives.read(program.as_text(), mesh)
+  needed = session_lib.bytes_needed(program)
+  return functools.partial(program, params, x), found, needed
 
 
-def planned(topologies: Sequence[str]) -> Iterator[figures.Row]:
+def planned(topologies: Sequence[str]) -> figures.Rows:
   """Yields a row for each model, topology and layout."""
   for name in MODELS:
-    config = training.load(name)
-    experiment = config_lib.parse(config)
+    experiment = config_lib.parse(training.load(name))
     vocab_size = config_lib.vocab_size(experiment)
     for topology in map(chips.find, topologies):
       groups = search.groups(experiment)
@@ -239,86 +210,59 @@ def exchanged(
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws what is sent, what a device holds, and the time."""
   if "model" in table[0]:
     return draw_planned(figure, table)
-  layouts, dispatches = (
-    list(dict.fromkeys(row[column] for row in table))
-    for column in ("layout", "dispatch")
-  )
   meanings = {
     "sent_MB": "MB sent by one device",
     "MB": "MB held by one device",
     "ms": "ms, forward + backward",
   }
   for axes, column in figures.panels(figure, 3.6, meanings, sharey=True):
-    values = np.array([row[column] for row in table], float)
-    values = values.reshape(len(layouts), len(dispatches))
-    axes.imshow(values, cmap="Blues", vmax=1.4 * values.max(), aspect="auto")
-    for (y, x), value in np.ndenumerate(values):
-      text = {"ha": "center", "va": "center", "fontsize": 8}
-      axes.text(x, y, figures.number(value), **text)
-    axes.set_xticks(range(len(dispatches)), dispatches, rotation=90)
-    axes.set_yticks(range(len(layouts)), layouts)
-    axes.grid(visible=False)
+    cells = {(r["layout"], r["dispatch"]): r[column] for r in table}
+    most = 1.4 * max(cells.values())
+    figures.grid(axes, cells, {key: x / most for key, x in cells.items()})
+    axes.tick_params(axis="x", rotation=90)
   worst = max(row["loss_difference"] for row in table)
+  sends = ", ".join(
+    f"{row['sent_MB']:.0f} MB and holds {row['MB']:.0f} ({row['layout']})"
+    for row in table
+    if row["layout"] in ("expert", "replicated") and row["dispatch"] == "gather"
+  )
   return (
     f"No layout changes the loss by more than {worst:.1g} of itself; by gather"
-    " a device sends "
-    + ", ".join(
-      f"{row['sent_MB']:.0f} MB and holds {row['MB']:.0f} ({row['layout']})"
-      for row in table
-      if row["layout"] in ("expert", "replicated")
-      and row["dispatch"] == "gather"
-    )
+    f" a device sends {sends}"
   )
 
 
 def draw_planned(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws what whole models need, send and take, where they compile."""
-  # A name for each line; below that of a model the layouts that it has.
-  names, lines, best = [], {}, {}
-  for row in table:
-    if row["sent_MB"] is None:
-      continue
-    group = f"{figures.paper_name(row['model'])}, {row['topology']}"
-    if group not in best:
-      names.append(group)
-    lines[len(names)] = row | {"GB sent": row["sent_MB"] / 1e3}
-    names.append(row["layout"])
-    if row["fits"] or group not in best:
-      best[group] = min(row, best.get(group, row), key=lambda row: row["ms"])
+  """Draws what whole models need, send and take; darker where they fit."""
+  compiled = {
+    (r["layout"], f"{figures.paper_name(r['model'])}\n{r['topology']}"): r
+    for r in table
+    if r["sent_MB"] is not None
+  }
   meanings = {
     "GB": "GB held by one chip",
-    "GB sent": "GB sent by one chip a step",
+    "sent_MB": "GB sent by one chip a step",
     "ms": "ms a step, estimated",
   }
-  height = 1.5 + 0.28 * len(names)
-  for axes, column in figures.panels(figure, height, meanings, sharey=True):
-    for y, row in lines.items():
-      color = figures.SPARSE if row["fits"] else figures.GRAY
-      axes.plot(row[column], y, "o", color=color)
-      text = figures.number(row[column])
-      figures.label(axes, text, (row[column], y), color, beside=True)
-    axes.set_xscale("log")
-    figures.plain(axes.xaxis, (1, 10, 100, 1000))
-    axes.margins(x=0.3)
-  first = figure.axes[0]
-  first.set_ylim(len(names) - 0.5, -0.5)
-  first.set_yticks(range(len(names)), names)
-  for y, text in enumerate(first.get_yticklabels()):
-    text.set_weight("normal" if y in lines else "bold")
-  return "Fastest layouts that fit: " + ", ".join(
-    f"{row['layout']} {figures.number(row['ms'])} ms ({group})"
-    for group, row in best.items()
+  shades = {key: 0.4 if r["fits"] else 0.05 for key, r in compiled.items()}
+  for axes, column in figures.panels(figure, 3.6, meanings, sharey=True):
+    unit = 1e3 if column == "sent_MB" else 1
+    cells = {key: r[column] / unit for key, r in compiled.items()}
+    figures.grid(axes, cells, shades)
+    axes.tick_params(axis="x", labelsize=6.5)
+  fastest = {}
+  for (layout, model), row in compiled.items():
+    if row["fits"]:
+      found = (row["ms"], layout)
+      fastest[model] = min(found, fastest.get(model, found))
+  return "Fastest layouts that fit (darker): " + ", ".join(
+    f"{layout} {figures.number(ms)} ms ({model.replace(chr(10), ', ')})"
+    for model, (ms, layout) in fastest.items()
   )
 
 
 if __name__ == "__main__":
-  harness.main(
-    "sharding_layouts",
-    rows,
-    draw,
-    SEED,
-    topology="devices that need not be there, such as v5e:4x4,v5p:4x4x8",
-  )
+  topology = "devices that need not be there, such as v5e:4x4,v5p:4x4x8"
+  harness.main("sharding_layouts", rows, draw, SEED, topology=topology)

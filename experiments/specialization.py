@@ -2,44 +2,34 @@
 
 Method: a finished run, that of translation_capacity with 32 experts or another
 --workdir, of which the encoder's first mixture is looked at, or the first of a
-language model; of one of two levels, as the paper's, the experts of all groups,
-j of group i being i * Q + j, whose gates are the product of both. The test text
-goes through its best checkpoint, each distinct sentence once. `context` is
-where an expert has its largest gates G(x)_i, the piece between **. `bits` are
-how much an expert's pieces differ from everyone's: KL(p(piece | expert) ||
-p(piece)), counted over edges; `shuffled` is the same by luck, after the pieces
-have changed places at random, mean of ten times. Contexts are of the six
-experts of most bits above that, among those with half the mean `load` or more.
-The row `piece` is the mean over edges: the information that the choice of an
-expert carries about the piece. `previous` is what it carries about the piece
-before, where the piece itself is known; only places of the same piece change
-there. `most` is what could be: the entropy of the choice, less that among the
-experts of one place. Experts do not specialize if bits are as many as shuffled.
+language model; of two levels the experts of all groups, whose gates are the
+product of both. The test text goes through its best checkpoint, each distinct
+sentence once. `context` is where an expert has its largest gates, the piece
+between **. `bits` are how much an expert's pieces differ from everyone's:
+KL(p(piece | expert) || p(piece)), counted over edges; `shuffled` is the same by
+luck, after the pieces have changed places at random, mean of ten times.
+Contexts are of the six experts of most bits above that, among those with half
+the mean `load` or more. The row `piece` is the mean over edges: the information
+that the choice of an expert carries about the piece. `previous` is what it
+carries about the piece before, where the piece itself is known; only places of
+the same piece change there. `most` is what could be: the entropy of the choice,
+less that among the experts of one place.
 
 Result: of translation_capacity's English to French (32 experts, 4 a token) the
 choice of an expert carries 2.22 bits about the piece, of 2.99 that it could, by
 luck 0.46; and 0.58 about the piece before, by luck 0.39. Every expert does, by
-1.62 to 3.02 bits. One reads ends of sentences with a full stop, one plurals
-(breaks, macros, headers), one "range" and "date" (results/specialization.csv).
-Of translate_tiny (--workdir=runs/translate, 16 experts, 2 a token) it is 2.33
-bits of 2.99, by luck 0.49 (results/specialization_workdir.csv).
+1.62 to 3.02 bits (results/specialization.csv).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import scipy.special
 
-from experiments import (
-  figures,
-  harness,
-  training,
-  translating,
-  translation_capacity,
-)
+from experiments import figures, harness, training, translating
 from moejax import files as files_lib
-from moejax import losses, terminal
+from moejax import losses
 from moejax import workdir as workdir_lib
 from moejax.data import packing
 from moejax.data.pieces import Pieces
@@ -64,31 +54,32 @@ class Places(NamedTuple):
   gates: np.ndarray
 
 
-def rows(quick: bool, workdir: str = "") -> Iterator[figures.Row]:
+def rows(quick: bool, workdir: str = "") -> figures.Rows:
   """Yields what the experts know, and contexts of the most special ones."""
-  with training.folder("translation_capacity", quick) as runs:
-    run = files_lib.path(workdir) if workdir else runs / "en-fr_moe_32"
-    if quick and not workdir:
-      # Of two levels, as the paper's.
-      files = translating.pair_files("", ["fr"], runs, quick)
-      config = translation_capacity.config_of("moe_512_h", files, runs, quick)
-      training.train(config, run)
-    places = read(run)
-    vocabulary = workdir_lib.vocabulary(Pieces, run)
+  if workdir:
+    yield from known(files_lib.path(workdir))
+  elif quick:
+    # Of two levels, as the paper's.
+    for _, _, run in translating.trained(["moe_512_h"], quick):
+      yield from known(run.workdir)
+  else:
+    runs = training.ROOT / "runs" / "translation_capacity"
+    yield from known(runs / "en-fr_moe_32")
+
+
+def known(workdir: files_lib.Path) -> figures.Rows:
+  """Yields the rows of a run, and prints the contexts."""
+  places = read(workdir)
+  vocabulary = workdir_lib.vocabulary(Pieces, workdir)
   every = list(knowledge(places))
   yield from every
   busy = [row for row in every if row.get("load", 0) >= 0.5]
   busy.sort(key=lambda row: row["shuffled"] - row["bits"])
-  # Beside each other, as in the paper.
-  for three in (busy[:3], busy[3:6]):
-    lines = [{} for _ in range(CONTEXTS)]
-    for row in three:
-      found = contexts(places, row["expert"], vocabulary)
-      for rank, (gate, context) in enumerate(found, start=1):
-        lines[rank - 1][f"expert {row['expert']}"] = context
-        ranked = {"rank": rank, "gate": round(gate, 4), "context": context}
-        yield row | {"about": "context"} | ranked
-    terminal.say(harness.aligned(lines))
+  for row in busy[:6]:
+    found = contexts(places, row["expert"], vocabulary)
+    for rank, (gate, context) in enumerate(found, start=1):
+      ranked = {"rank": rank, "gate": round(gate, 4), "context": context}
+      yield row | {"about": "context"} | ranked
 
 
 def read(workdir: files_lib.Path) -> Places:
@@ -101,7 +92,7 @@ def read(workdir: files_lib.Path) -> Places:
     mixtures = {name: sown[name] for name in sown if name.startswith(side)}
     routing = losses.routings(mixtures)[0]
     gates = training.gates(routing)
-    mask = training.tokens_of(routing).mask
+    mask = (routing.primary or routing).mask
     ids, real = batch[text].reshape(-1), np.reshape(mask, -1)
     starts = np.flatnonzero(batch[start])
     for first, last in zip(starts, [*starts[1:], ids.size], strict=True):
@@ -114,7 +105,7 @@ def read(workdir: files_lib.Path) -> Places:
   return Places(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def knowledge(places: Places) -> Iterator[figures.Row]:
+def knowledge(places: Places) -> figures.Rows:
   """Yields what the choice of an expert tells, and what each expert does."""
   rng = np.random.default_rng(SEED)
   ids, gates = places.ids.astype(np.int64), places.gates
@@ -123,13 +114,13 @@ def knowledge(places: Places) -> Iterator[figures.Row]:
   before = np.where(first, 0, np.roll(ids, 1) + 1)
   apart = ids * (ids.max() + 2)
 
-  def among_same() -> np.ndarray:
+  def among_same():
     mixed = apart.copy()
     order = np.lexsort((rng.random(ids.size), ids))
     mixed[np.argsort(ids, kind="stable")] += before[order]
     return mixed
 
-  def by_luck(shuffle: Callable[[], np.ndarray]) -> np.ndarray:
+  def by_luck(shuffle):
     return np.mean([information(shuffle(), gates)[1] for _ in range(10)], 0)
 
   share, bits = information(ids, gates)
@@ -169,12 +160,11 @@ def contexts(
 ) -> Iterator[tuple[float, str]]:
   """Yields the largest gates of an expert, and where, no context twice."""
 
-  def spell(ids: np.ndarray) -> str:
+  def spell(ids):
     spelled = vocabulary.decode(ids.tolist())
     return spelled if isinstance(spelled, str) else " ".join(spelled)
 
-  seen: set[str] = set()
-  gates = places.gates[:, expert]
+  seen, gates = set(), places.gates[:, expert]
   for place in np.argsort(-gates, kind="stable"):
     if gates[place] == 0 or len(seen) == CONTEXTS:
       return
@@ -194,25 +184,27 @@ def contexts(
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws bits and load of every expert, and the numbers of those shown."""
   axes = figure.subplots()
   experts = [row for row in table if row["about"] == "expert"]
-  load = [row["load"] for row in experts]
-  found, luck = ([r[name] for r in experts] for name in ("bits", "shuffled"))
-  axes.plot(load, found, "o", color=figures.SPARSE)
+  load, bits, luck = (
+    [row[column] for row in experts] for column in ("load", "bits", "shuffled")
+  )
+  axes.plot(load, bits, "o", color=figures.SPARSE)
   axes.plot(load, luck, "x", color=figures.GRAY)
   for row in table:
     if row.get("rank") == 1:
       at = (row["load"], row["bits"])
-      name = f"expert {row['expert']}"
-      figures.label(axes, name, at, figures.SPARSE)
+      figures.label(axes, f"expert {row['expert']}", at, figures.SPARSE)
   figures.label(axes, "by chance", (load[0], luck[0]), figures.GRAY)
-  axes.set_xlabel("load of the expert / mean load")
-  axes.set_ylabel("bits that an expert's word pieces carry")
+  figures.scales(
+    axes,
+    "load of the expert / mean load",
+    "bits that an expert's word pieces carry",
+  )
   axes.margins(x=0.12)
   axes.set_ylim(bottom=0)
   return (
-    f"Every expert has its own word pieces: {figures.span(found, '{:.1f}')}"
+    f"Every expert has its own word pieces: {figures.span(bits, '{:.1f}')}"
     f" bits, by chance {figures.span(luck, '{:.1f}')}"
   )
 

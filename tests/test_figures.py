@@ -4,28 +4,18 @@ import importlib
 import itertools
 import shutil
 
-import matplotlib.patches
 import pytest
+from matplotlib.patches import Rectangle
 
 from experiments import figures
 
 STEMS = sorted(path.stem for path in figures.RESULTS.glob("*.csv"))
 
 
-def picture(stem):
-  """A figure of results/, drawn, and the table that it is of."""
-  module = importlib.import_module(f"experiments.{figures.experiment(stem)}")
-  table = figures.read(figures.RESULTS / f"{stem}.csv")
-  figure = figures.picture(module.draw, table)
-  figure.draw_without_rendering()
-  return figure
-
-
 def faults(figure):
   """What a reader would stumble over."""
   found = []
-  boxes = figures.texts(figure)
-  whole = figure.bbox
+  boxes, whole = figures.texts(figure), figure.bbox
   for text, box in boxes:
     inside = whole.x0 <= box.x0 and box.x1 <= whole.x1
     if not (inside and whole.y0 <= box.y0 and box.y1 <= whole.y1):
@@ -34,18 +24,13 @@ def faults(figure):
     if box.overlaps(its):
       found.append(f"{one.get_text()!r} on {other.get_text()!r}")
   for axes in figure.axes:
-    bars = [
-      patch
-      for patch in axes.patches
-      if isinstance(patch, matplotlib.patches.Rectangle)
-    ]
+    bars = [p for p in axes.patches if isinstance(p, Rectangle)]
     if bars and axes.get_xscale() != "linear":
       found.append("bars on a log scale")
     if bars and not (axes.get_xlim()[0] == 0 == min(b.get_x() for b in bars)):
       found.append("bars that do not begin at 0")
-    if not (
-      axes.get_xlabel() or axes.get_title("left") or figure.get_supxlabel()
-    ):
+    names = axes.get_xlabel(), axes.get_title("left"), figure.get_supxlabel()
+    if not any(names):
       found.append("an axis without a name")
   if not figure.get_suptitle():
     found.append("no title")
@@ -54,16 +39,18 @@ def faults(figure):
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_a_figure_can_be_read(stem):
-  assert faults(picture(stem)) == []
+  module = importlib.import_module(f"experiments.{figures.experiment(stem)}")
+  table = figures.read(figures.RESULTS / f"{stem}.csv")
+  figure = figures.picture(module.draw, table)
+  figure.draw_without_rendering()
+  assert faults(figure) == []
 
 
 def test_all_are_drawn_by_one_command(tmp_path, monkeypatch):
-  for stem in STEMS[:2]:
-    shutil.copy(figures.RESULTS / f"{stem}.csv", tmp_path)
+  shutil.copy(figures.RESULTS / f"{STEMS[0]}.csv", tmp_path)
   monkeypatch.setattr(figures, "RESULTS", tmp_path)
   figures.main([])
-  for stem in STEMS[:2]:
-    assert 5_000 < (tmp_path / f"{stem}.png").stat().st_size < 100_000
+  assert 5_000 < (tmp_path / f"{STEMS[0]}.png").stat().st_size < 100_000
 
 
 def test_every_result_has_its_table_figure_and_origin():
@@ -107,12 +94,8 @@ def test_labels_make_way():
 
 
 def test_numbers_in_words():
-  assert [*map(figures.number, (1234.5, 99.94, 0.1234, None))] == [
-    "1,234",
-    "99.9",
-    "0.123",
-    "",
-  ]
+  numbers = map(figures.number, (1234.5, 99.94, 0.1234, None))
+  assert [*numbers] == ["1,234", "99.9", "0.123", ""]
   assert figures.span([2, 1.5]) == "1.50 to 2.00"
   assert figures.span([2, 1.999], "{:.1f}") == "2.0"
   assert figures.than(79.77, 94.29) == "15 % lower"
