@@ -86,7 +86,7 @@ def dispatch(
     ValueError: a capacity below 1, or rows of whole numbers.
   """
   kinds = (num_experts,) if isinstance(num_experts, int) else num_experts
-  total, ends = sum(kinds), list(itertools.accumulate(kinds))[:-1]
+  *ends, total = itertools.accumulate(kinds)
   slots_lib.check(x, total, capacity)
   G, S, _ = x.shape
   C = S if capacity is None else capacity
@@ -95,33 +95,29 @@ def dispatch(
     assignment.expert
   )
 
+  def reshard(part, steps):
+    # A single expert is on every device already.
+    for axes in steps if part.shape[0] > 1 else _RESHARD[:1]:
+      part = sharding.constrain(part, *axes, *(None,) * (part.ndim - 2))
+    return part
+
   def to_experts(of_slot):
     by_expert = of_slot.reshape(G, total, C, *of_slot.shape[2:]).swapaxes(0, 1)
-    return [_reshard(part, _RESHARD) for part in jnp.split(by_expert, ends)]
+    return [reshard(part, _RESHARD) for part in jnp.split(by_expert, ends)]
 
   def back(parts):
-    rows = [_reshard(part, _RESHARD[::-1]).swapaxes(0, 1) for part in parts]
+    rows = [reshard(part, _RESHARD[::-1]).swapaxes(0, 1) for part in parts]
     rows = jnp.concatenate(rows, axis=1).reshape(G, total * C, -1)
     return jax.vmap(lambda *args: combine(*args, S))(rows, slots, assignment)
 
-  gate = jax.vmap(slots_lib.take)(assignment.gate, slots.edge)
-  token = jax.vmap(slots_lib.take)(assignment.tokens(S), slots.edge)
+  read = jax.vmap(slots_lib.take)
   return Dispatched(
     to_experts(jax.vmap(move)(x, slots, assignment)),
     to_experts(slots.edge < assignment.expert.shape[1]),
-    to_experts(gate),
-    to_experts(token),
+    to_experts(read(assignment.gate, slots.edge)),
+    to_experts(read(assignment.tokens(S), slots.edge)),
     back,
   )
-
-
-def _reshard(
-  part: Array, steps: Sequence[tuple[str | None, str | None]]
-) -> Array:
-  # A single expert is on every device already.
-  for axes in steps if part.shape[0] > 1 else _RESHARD[:1]:
-    part = sharding.constrain(part, *axes, *(None,) * (part.ndim - 2))
-  return part
 
 
 def _by_slots(
@@ -141,15 +137,15 @@ def _by_slots(
     back = (expert_fn(weights, rows[0], mask[0]),)
   else:
     back = expert_fn(weights, rows, mask)
-  shapes = [(*a.shape[:3], -1) for a in sent.rows]
+  shapes = [(*a.shape, -1) for a in sent.mask]
   return sent.combine([a.reshape(s) for a, s in zip(back, shapes, strict=True)])
 
 
 DISPATCH = {
-  **{name: functools.partial(_by_slots, name) for name in _BY_SLOTS},
+  "einsum": functools.partial(_by_slots, "einsum"),
+  "gather": functools.partial(_by_slots, "gather"),
   "ragged": ragged,
 }
-
 
 # Up to so many edges, on a CPU, slots are as fast as sorted rows, or faster.
 _FEW_EDGES = 4096
@@ -180,4 +176,5 @@ def fastest(
   if capacity is None:
     return "ragged"
   sorts = sharding.platform() == "cpu" and edges > _FEW_EDGES and known
-  return "ragged" if sorts and not sharding.splits_experts() else "gather"
+  split = sharding.splits("expert")
+  return "ragged" if sorts and not split else "gather"

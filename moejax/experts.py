@@ -33,17 +33,9 @@ def own(
   """Returns a module that a layer was given, as the layer's own.
 
   A module that is made within `nn.compact` or `setup` belongs to the module
-  around; its weights are to lie in the scope of the layer.
-
-  Args:
-    layer: is being made.
-    module: what it was given.
-    name: of the layer's attribute.
-    fits: whether it can do what it is for, if it is a module.
-    wanted: says what to give.
-
-  Raises:
-    ValueError: it is no module, or does not fit.
+  around; its weights are to lie in the scope of the layer. ValueError, with
+  what is wanted in place of the attribute `name`, where it is no module or does
+  not fit.
   """
   if not isinstance(module, nn.Module) or not fits:
     shown = f"of type {type(module).__name__}"
@@ -52,8 +44,8 @@ def own(
     elif isinstance(module, bool | int | float | str | None):
       shown = repr(module)
     raise ValueError(f"{name} is {shown}; give {wanted}.")
-  # A layer that flax clones has it already, by itself or by a scope.
   parent = module.parent
+  # A layer that flax clones has it already, by itself or by a scope.
   cloned = isinstance(parent, type(layer)) or isinstance(layer, type(parent))
   if isinstance(parent, nn.Module) and not cloned:
     return module.copy(parent=None)
@@ -69,15 +61,6 @@ def own_experts(layer: nn.Module, module: Any, name: str) -> Any:
   return own(layer, module, name, hasattr(module, "run"), wanted)
 
 
-def _matrices(
-  module: nn.Module, name: str, shape: tuple[int, int], *axes: str | None
-) -> Float[Array, "E I O"]:
-  """Declares a matrix of every expert."""
-  E = module.num_experts
-  init = sharding.with_axes(_INIT, sharding.expert_axis(E), *axes)
-  return module.param(name, init, (E, *shape), jnp.float32)
-
-
 def expert_dot(
   rows: Float[Array, "E N I"], matrices: Float[Array, "E I O"]
 ) -> Float[Array, "E N O"]:
@@ -87,6 +70,15 @@ def expert_dot(
 
 class Experts(nn.Module):
   """What all experts share: `__call__` and `run` are each one's own."""
+
+  @nn.nowrap
+  def matrix(
+    self, name: str, shape: tuple[int, int], *axes: str | None
+  ) -> Float[Array, "E I O"]:
+    """Declares a matrix of every expert, with the logical axes of its sides."""
+    E = self.num_experts
+    init = sharding.with_axes(_INIT, sharding.expert_axis(E), *axes)
+    return self.param(name, init, (E, *shape), jnp.float32)
 
   def __call__(self, width: int) -> Weights:
     """Declares the weights of E experts of rows [N, D = width]."""
@@ -132,26 +124,21 @@ class FeedForward(Experts):
   @nn.compact
   def __call__(self, width):
     F = self.widths
-    weights = {"w_in": _matrices(self, "w_in", (width, F[0]), "embed", "mlp")}
-    if self.gated:
-      weights["w_gate"] = _matrices(
-        self, "w_gate", (width, F[0]), "embed", "mlp"
-      )
+    first = ("w_in", "w_gate") if self.gated else ("w_in",)
+    weights = {n: self.matrix(n, (width, F[0]), "embed", "mlp") for n in first}
     for i, shape in enumerate(itertools.pairwise(F), 1):
       # Only one side of a square can lie over the model axis.
-      weights[f"w_{i}"] = _matrices(self, f"w_{i}", shape, None, "mlp")
-    weights["w_out"] = _matrices(self, "w_out", (F[-1], width), "mlp", "embed")
+      weights[f"w_{i}"] = self.matrix(f"w_{i}", shape, None, "mlp")
+    weights["w_out"] = self.matrix("w_out", (F[-1], width), "mlp", "embed")
     return weights
 
   @nn.nowrap
   def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
-    depth = len(self.widths)
-
     def layers(weights, rows, dot):
       h = self.activation(dot(rows, weights["w_in"]))
       if self.gated:
         h = h * dot(rows, weights["w_gate"])
-      for i in range(1, depth):
+      for i in range(1, len(self.widths)):
         h = self.activation(dot(h, weights[f"w_{i}"]))
       return dot(h, weights["w_out"])
 
@@ -174,7 +161,7 @@ class Linear(Experts):
   @nn.compact
   def __call__(self, width):
     shape = (width, self.out or width)
-    return {"w": _matrices(self, "w", shape, "embed", None)}
+    return {"w": self.matrix("w", shape, "embed", None)}
 
   @nn.nowrap
   def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
@@ -229,11 +216,10 @@ class Each(Experts):
         " slots, which ragged dispatch does not have; choose gather or einsum."
       )
     accepts = inspect.signature(type(self.expert).__call__).parameters
-    options = {"train": train} if "train" in accepts else {}
-    masked = "mask" in accepts and mask is not None
 
     def one(expert, rows, taken):
-      return expert(rows, **options, **({"mask": taken} if masked else {}))
+      given = {"train": train} | ({} if mask is None else {"mask": taken})
+      return expert(rows, **{n: v for n, v in given.items() if n in accepts})
 
     taken = jnp.ones(rows.shape[:2], bool) if mask is None else mask
     over = sharding.over_experts(one, self.num_experts)
@@ -269,8 +255,8 @@ class Mixed(Experts):
 
   def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
     """Runs each kind on its rows; slots may be a tuple, those of each kind."""
-    numbers = [kind.num_experts for kind in self.kinds]
-    ends = list(itertools.accumulate(numbers))
+    numbers = itertools.accumulate(kind.num_experts for kind in self.kinds)
+    ends = list(numbers)[:-1]
     if isinstance(rows, tuple):
       mask = (None,) * len(rows) if mask is None else mask
       return tuple(
@@ -278,13 +264,13 @@ class Mixed(Experts):
         for i, kind in enumerate(self.kinds)
       )
     if rows.ndim == 3:
-      parts = tuple(jnp.split(rows, ends[:-1]))
-      mask = None if mask is None else tuple(jnp.split(mask, ends[:-1]))
+      parts = tuple(jnp.split(rows, ends))
+      mask = None if mask is None else tuple(jnp.split(mask, ends))
       return jnp.concatenate(self.run(weights, parts, mask, train))
     out, start = jnp.zeros_like(rows), jnp.int32(0)
     index = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    for i, kind in enumerate(self.kinds):
-      sizes = group_sizes[ends[i] - numbers[i] : ends[i]]
+    of_kinds = zip(self.kinds, jnp.split(group_sizes, ends), strict=True)
+    for i, (kind, sizes) in enumerate(of_kinds):
       end = start + sizes.sum()
       mine = ((index >= start) & (index < end))[:, None]
       # A kind's rows must come first and all others be zero.

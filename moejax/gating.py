@@ -51,20 +51,18 @@ def noisy_top_k(
 ) -> Routing:
   """Noisy top-k gating (eq. 3-5) with the smooth load (eq. 8-10).
 
-  What the paper does not say of it is in docs/decisions.md, 3, 4, 53.
+  What the paper does not say of it is in docs/decisions.md, 3, 4, 53. At
+  inference `top_k` of the clean logits takes its place.
 
   `noise_std` is Softplus(x W_noise), not negative. Where it is 0 the load is 1
   for an expert above its threshold and 0 for one at or below it. The noise of a
   group depends on `rng` and the group's index alone, or on the group's own key,
   not on devices.
 
-  At inference `top_k` of the clean logits takes its place. The gates' gradient
-  reaches logits and noise_std of the k chosen, the load's those of every
-  expert, through the threshold too.
-
-  With k = E all are chosen, and the noise is in the gates alone: there is no
-  k-th other expert to beat, and load is the (constant) count, as in the
-  authors' code.
+  The gates' gradient reaches logits and noise_std of the k chosen, the load's
+  those of every expert, through the threshold too. With k = E there is no k-th
+  other expert to beat, and load is the (constant) count, as in the authors'
+  code.
   """
   num_experts = logits.shape[-1]
   check_k(k, num_experts)
@@ -78,8 +76,13 @@ def noisy_top_k(
   kth, next_best = values[..., k - 1, None], values[..., k, None]
   # kth_excluding(H(x), k, i): an expert that is in must beat the (k+1)-th, one
   # that is out the k-th.
-  threshold = jnp.where(noisy > next_best, next_best, kth)
-  chance = _chance_above(logits - threshold, noise_std)
+  margin = logits - jnp.where(noisy > next_best, next_best, kth)
+  # Phi(margin / noise_std) (eq. 9), and its limit where noise_std is 0. The
+  # gradient divides by noise_std^2, which must not underflow; the inner `where`
+  # keeps 0/0 out of it as well.
+  is_noisy = noise_std > 1e-12
+  smooth = jax.scipy.stats.norm.cdf(margin / jnp.where(is_noisy, noise_std, 1))
+  chance = jnp.where(is_noisy, smooth, (margin > 0).astype(margin.dtype))
   if mask is not None:
     chance = jnp.where(mask[..., None], chance, 0)
   return decision._replace(load=chance.sum(axis=1))
@@ -103,9 +106,9 @@ def balanced(
   Only counts travel between these. A group then has its share of an expert's m
   tokens, as it comes, where "group" gives each group the same. As shapes are
   static, there is room for `group_factor` times the mean share, of small means
-  for more (`_most_of_group`). A group that is no random sample of the batch may
-  have a larger share: its tokens of least X are then `dropped`, and their gates
-  are those of the experts that are left. Larger groups differ less.
+  for more. A group that is no random sample of the batch may have a larger
+  share: its tokens of least X are then `dropped`, and their gates are those of
+  the experts that are left. Larger groups differ less.
 
   Not causal: who takes a token depends on all tokens it is over. It needs
   this statistic of the batch, so `threshold` takes its place at inference. Its
@@ -124,14 +127,15 @@ def balanced(
   factor = group_factor if over == "batch" else None
   token, used, share = _best_tokens(logits, k, mask, factor)
 
+  # Mapped: one write into the whole would fetch all groups to each device. No
+  # expert takes a token twice.
+  @jax.vmap
+  @jax.vmap
   def mark(token, used):
-    # No expert takes a token twice.
     none = jnp.zeros(logits.shape[1], bool)
     return none.at[token].set(used, unique_indices=True)
 
-  # Mapped: one write into the whole would fetch all groups to each device.
-  taken = jax.vmap(jax.vmap(mark))(token, used)
-  gate = _softmax_of(logits, taken.swapaxes(1, 2))
+  gate = _softmax_of(logits, mark(token, used).swapaxes(1, 2))
   decision = _route_experts(logits, gate, token, used, mask)
   # In bfloat16 a count would end at 256.
   share = jnp.broadcast_to(share, decision.count.shape).astype(jnp.float32)
@@ -155,13 +159,11 @@ def threshold(
   Causal: T stands for the batch. Its gradient reaches the logits of the chosen
   experts, not the thresholds, which `losses.threshold` teaches.
   """
-  num_experts = logits.shape[-1]
-  check_k(max_k, num_experts, "max_k")
-  thresholds = _beside_logits(thresholds, num_experts, "thresholds")
+  check_k(max_k, logits.shape[-1], "max_k")
   x = jax.nn.softmax(logits)
   # -1 is below every X.
-  above = jnp.where(x > thresholds, x, -1)
-  values, expert = _largest(above, max_k)
+  above = x > _beside_logits(thresholds, logits, "thresholds")
+  values, expert = _largest(jnp.where(above, x, -1), max_k)
   used = values >= 0
   gate = _softmax_of(jnp.take_along_axis(logits, expert, axis=-1), used)
   return _route_tokens(logits, expert, gate, mask, used)
@@ -189,9 +191,8 @@ def gshard_top_2(
 
   The gates g1 and g2 are the two largest softmaxes, divided by their sum before
   any edge is dropped. The second choice is used with probability
-  min(1, 2 g2), by a draw that depends on `rng` and the group's index alone, or
-  on the group's own key; where it is not, g1 stays as it is. Without rng, as in
-  evaluation, it always is.
+  min(1, 2 g2), by a draw that depends on `rng` as noise does; where it is not,
+  g1 stays as it is. Without rng, as in evaluation, it always is.
 
   Its gradient reaches both logits.
   """
@@ -218,8 +219,7 @@ def expert_choice(
 ) -> Routing:
   """Expert choice (2202.09368): the picks of `balanced`, weighed by X itself.
 
-  k, experts per token on average, is their capacity factor c. The softmax X of
-  an edge is its gate, not renormalized.
+  k, experts per token on average, is their capacity factor c.
 
   Not causal, and nothing takes its place at inference: whether an expert takes
   a token depends on those after it too, so a language model would see its
@@ -240,13 +240,19 @@ def hash_ids(
 
   Every expert gives the id a pseudo-random score, fixed for ever and on every
   platform, and the k largest win: k distinct experts, each with gate 1/k.
-
   Without weights or gradient; the logits are zeros.
   """
   check_k(k, num_experts)
+
+  def mix(x):
+    """Spreads every bit over the word, one-to-one (MurmurHash3's end)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
   # An odd step and a mixing that is one-to-one: a token's scores never tie.
   step = jnp.arange(num_experts, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-  score = _mix(_mix(ids.astype(jnp.uint32))[..., None] + step[None, None])
+  score = mix(mix(ids.astype(jnp.uint32))[..., None] + step[None, None])
   _, expert = _largest(score, k)
   gate = jnp.full(expert.shape, 1 / k, jnp.float32)
   return _route_tokens(jnp.zeros(score.shape, jnp.float32), expert, gate, mask)
@@ -267,14 +273,33 @@ def sigmoid(
   Its gradient reaches the logits of the chosen experts (none for k = 1, where
   the gate is the constant 1), not the bias, which `losses.bias` teaches.
   """
-  num_experts = logits.shape[-1]
-  check_k(k, num_experts)
-  beside = _beside_logits(bias, num_experts, "bias")
+  check_k(k, logits.shape[-1])
+  beside = _beside_logits(bias, logits, "bias")
   _, expert = _largest(jax.nn.sigmoid(logits) + beside, k)
   # Scores over their sum, also where all of them underflow.
   chosen = jnp.take_along_axis(logits, expert, axis=-1)
   gate = jax.nn.softmax(jax.nn.log_sigmoid(chosen))
   return _route_tokens(logits, expert, gate, mask)._replace(bias=bias)
+
+
+def check_k(k: int, num_experts: int, name: str = "k") -> None:
+  """Raises ValueError where a token cannot visit k experts."""
+  if not 1 <= k <= num_experts:
+    raise ValueError(
+      f"{name} = {k} experts per token, but there are {num_experts} experts;"
+      f" choose {name} between 1 and {num_experts}."
+    )
+
+
+def _beside_logits(values, logits, name):
+  """Gives values of the experts, or of every token, the axes of logits."""
+  num_experts = logits.shape[-1]
+  if values.shape[-1] != num_experts:
+    raise ValueError(
+      f"{name} has {values.shape[-1]} entries, but there are {num_experts}"
+      " experts; give one for each."
+    )
+  return jnp.expand_dims(values, tuple(range(3 - values.ndim)))
 
 
 def _largest(values, k):
@@ -309,20 +334,20 @@ def _draw(sample, rng, shape, dtype):
   return jax.vmap(lambda key: sample(key, shape[1:], dtype))(rng)
 
 
-def _mix(x):
-  """Spreads every bit over the whole word, one-to-one (MurmurHash3's end)."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+def _route_tokens(logits, expert, gate, mask, used=True) -> Routing:
+  """Makes the decision of tokens that choose experts [G, S, K]."""
+  if mask is not None:
+    used = used & mask[..., None]
+  expert = jnp.where(used, expert, logits.shape[-1])
+  choice = routing.from_token_choice(expert, jnp.where(used, gate, 0))
+  return routing.make_routing(choice, logits, mask)
 
 
-def _chance_above(margin, noise_std):
-  """Phi(margin / noise_std) (eq. 9), and its limit where noise_std is 0."""
-  # The gradient divides by noise_std^2, which must not underflow; the inner
-  # `where` keeps 0/0 out of it as well.
-  noisy = noise_std > 1e-12
-  smooth = jax.scipy.stats.norm.cdf(margin / jnp.where(noisy, noise_std, 1))
-  return jnp.where(noisy, smooth, (margin > 0).astype(margin.dtype))
+def _route_experts(logits, gate, token, used, mask) -> Routing:
+  """Makes the decision of experts that choose; the gates are [G, S, E]."""
+  picked = jnp.take_along_axis(gate.swapaxes(1, 2), token, axis=-1)
+  choice = routing.from_expert_choice(token, picked, used)
+  return routing.make_routing(choice, logits, mask)
 
 
 def _best_tokens(logits, k, mask, group_factor=None):
@@ -345,24 +370,17 @@ def _best_tokens(logits, k, mask, group_factor=None):
   x = jnp.where(mask[..., None], x, -1)
   real = mask.sum(axis=1, dtype=jnp.int32)
   most = max(1, portion(S))
-  if group_factor is not None:
-    most = _most_of_group(most, group_factor)
-    most = min(most, S, max(1, portion(G * S)))
+  if group_factor is None:
+    share = jnp.clip(portion(real), 1, real)[:, None]
+  else:
+    # At least eight standard deviations above the mean, those of rare events.
+    room = max(most * group_factor, most + 8 * math.sqrt(most))
+    most = min(math.ceil(room), S, max(1, portion(G * S)))
     n = real.sum()
     share = _shares_of_groups(x, jnp.clip(portion(n), 1, n))
-  else:
-    share = jnp.clip(portion(real), 1, real)[:, None]
   _, token = _largest(x.swapaxes(1, 2), most)
   rank = jax.lax.broadcasted_iota(jnp.int32, token.shape, 2)
   return token, rank < share[..., None], share
-
-
-def _most_of_group(mean, factor):
-  """The room for an expert's tokens of one group, of which it has so many.
-
-  At least eight standard deviations above the mean, those of rare events.
-  """
-  return math.ceil(max(mean * factor, mean + 8 * math.sqrt(mean)))
 
 
 def _shares_of_groups(x, m):
@@ -403,43 +421,3 @@ def _shares_of_groups(x, m):
   last = largest(lambda last: before(last) <= left, G.bit_length())
   part = jnp.where(group == last[None], (left - before(last))[None], 0)
   return above + jnp.where(group < last[None], tied, part)
-
-
-def _route_experts(logits, gate, token, used, mask) -> Routing:
-  """Makes the decision of experts that choose; the gates are [G, S, E]."""
-  picked = jnp.take_along_axis(gate.swapaxes(1, 2), token, axis=-1)
-  return routing.make_routing(
-    routing.from_expert_choice(token, picked, used), logits, mask
-  )
-
-
-def _route_tokens(logits, expert, gate, mask, used=None) -> Routing:
-  """Makes the decision of tokens that choose experts [G, S, K]."""
-  if used is None:
-    used = jnp.ones(expert.shape, bool)
-  if mask is not None:
-    used = used & mask[..., None]
-  expert = jnp.where(used, expert, logits.shape[-1])
-  gate = jnp.where(used, gate, 0)
-  return routing.make_routing(
-    routing.from_token_choice(expert, gate), logits, mask
-  )
-
-
-def check_k(k: int, num_experts: int, name: str = "k") -> None:
-  """Raises ValueError where a token cannot visit k experts."""
-  if not 1 <= k <= num_experts:
-    raise ValueError(
-      f"{name} = {k} experts per token, but there are {num_experts} experts;"
-      f" choose {name} between 1 and {num_experts}."
-    )
-
-
-def _beside_logits(values, num_experts, name):
-  """Gives values of the experts, or of every token, the axes of logits."""
-  if values.shape[-1] != num_experts:
-    raise ValueError(
-      f"{name} has {values.shape[-1]} entries, but there are {num_experts}"
-      " experts; give one for each."
-    )
-  return jnp.expand_dims(values, tuple(range(3 - values.ndim)))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax import kernels, partition
 from moejax.slots import num_below
@@ -57,16 +57,15 @@ def grouped_sum(
   """
   # It is what reaches the matrices backward through `grouped_dot`.
   shape = (group_sizes.size, rows.shape[1], values.shape[1])
-  matrices = jnp.zeros_like(values, shape=shape)
-  saved = (matrices, rows, group_sizes, ())
+  saved = (jnp.zeros_like(values, shape=shape), rows, group_sizes, ())
   return _backward(_product, _EXACT, saved, values)[0]
 
 
 grouped_sum.defvjp(
   lambda *args: (grouped_sum(*args), args),
-  lambda saved, gradient: (
+  lambda saved, slope: (
     None,
-    grouped_dot(saved[0], gradient, saved[2], _EXACT),
+    grouped_dot(saved[0], slope, saved[2], _EXACT),
     None,
   ),
 )
@@ -98,7 +97,7 @@ def grouped(
     rows, (jax.tree.map(lambda w: w.astype(rows.dtype), weights), group_sizes)
   )
   if rows.shape[0] == 0:
-    return fn(jax.tree.map(lambda w: w[0], weights), rows, jnp.matmul)
+    return fn(_index(weights, 0), rows, jnp.matmul)
   return _grouped(fn, precision, weights, rows, group_sizes)
 
 
@@ -107,15 +106,13 @@ def _grouped(fn, precision, weights, rows, group_sizes):
   return _forward(fn, precision, weights, rows, group_sizes)[0]
 
 
-def _forward(fn, precision, weights, rows, group_sizes):
+def _forward(fn, precision, *args):
   y, products = jax.lax.platform_dependent(
-    weights,
-    rows,
-    group_sizes,
+    *args,
     tpu=functools.partial(_whole, fn, precision),
     default=functools.partial(_loop, fn, precision),
   )
-  return y, (weights, rows, group_sizes, products)
+  return y, (*args, products)
 
 
 def _backward(fn, precision, saved, gradient):
@@ -148,8 +145,8 @@ def _record(fn, weights, rows, product: Dot):
   return y, tuple(products[:-1] if products and y is products[-1] else products)
 
 
-def _replay(fn, products, by_rows, by_matrix):
-  """Returns fn of weights and rows, with the products of `_record`.
+def _pull_back(fn, weights, rows, products, gradient, by_rows, by_matrix):
+  """Returns the gradients of weights and rows, by the products of `_record`.
 
   by_rows(gradient, matrix) is the gradient of the rows of a product, and
   by_matrix(rows, gradient) that of its matrix.
@@ -159,74 +156,60 @@ def _replay(fn, products, by_rows, by_matrix):
   def known(rows, matrix, product):
     return product
 
-  known.defvjp(
-    lambda rows, matrix, product: (product, (rows, matrix)),
-    lambda saved, gradient: (
-      by_rows(gradient, saved[1]),
-      by_matrix(saved[0], gradient),
-      None,
-    ),
-  )
+  def backward(saved, gradient):
+    rows, matrix = saved
+    return by_rows(gradient, matrix), by_matrix(rows, gradient), None
 
-  def run(weights, rows):
-    left = iter(products)
+  known.defvjp(lambda *args: (args[2], args[:2]), backward)
+  left = iter(products)
 
-    def dot(rows, matrix):
-      shape = (rows.shape[0], matrix.shape[-1])
-      product = next(left, None)
-      if product is None:
-        product = jnp.zeros_like(rows, shape=shape)
-      return known(rows, matrix, product)
+  def dot(rows, matrix):
+    product = next(left, None)
+    if product is None:
+      product = jnp.zeros_like(rows, shape=(len(rows), matrix.shape[-1]))
+    return known(rows, matrix, product)
 
-    return fn(weights, rows, dot)
-
-  return run
+  _, pull = jax.vjp(lambda weights, rows: fn(weights, rows, dot), weights, rows)
+  return pull(gradient)
 
 
 # -- all groups at once -------------------------------------------------------
 
 
 def _whole(fn, precision, weights, rows, group_sizes):
-  product = functools.partial(
-    kernels.rows_by_matrix, group_sizes=group_sizes, precision=precision
-  )
+  options = {"group_sizes": group_sizes, "precision": precision}
+  product = functools.partial(kernels.rows_by_matrix, **options)
   return _record(fn, weights, rows, product)
 
 
 def _whole_backward(
   fn, precision, weights, rows, group_sizes, products, gradient
 ):
-  run = _replay(
-    fn,
-    products,
-    lambda gradient, matrices: kernels.rows_by_matrix(
-      gradient, matrices, group_sizes, transposed=True, precision=precision
-    ),
-    lambda rows, gradient: kernels.rows_by_rows(
-      rows, gradient, group_sizes, precision=precision
-    ),
+  options = {"group_sizes": group_sizes, "precision": precision}
+  by_rows = functools.partial(
+    kernels.rows_by_matrix, transposed=True, **options
   )
-  return jax.vjp(run, weights, rows)[1](gradient)
+  by_matrix = functools.partial(kernels.rows_by_rows, **options)
+  return _pull_back(fn, weights, rows, products, gradient, by_rows, by_matrix)
 
 
 # -- one group after the other ------------------------------------------------
 
 
 def _loop(fn, precision, weights, rows, group_sizes):
-  num_rows = rows.shape[0]
   dot = functools.partial(jnp.matmul, precision=precision)
 
-  def of_part(group, part):
-    return _record(fn, _index(weights, group), part.take(rows), dot)
-
   def body(carry, group, part, first):
-    return jax.tree.map(part.put, carry, of_part(group, part))
+    of_part = _record(fn, _index(weights, group), part.take(rows), dot)
+    return jax.tree.map(part.put, carry, of_part)
 
-  shapes = jax.eval_shape(lambda: of_part(0, _Part(0, 0, 1, num_rows)))
-  empty = jax.tree.map(
-    lambda a: jnp.zeros_like(rows, shape=(num_rows, a.shape[1])), shapes
+  shapes = jax.eval_shape(
+    lambda: _record(fn, _index(weights, 0), rows[:1], dot)
   )
-  return _sweep(num_rows, group_sizes, body, empty)
+  empty = jax.tree.map(
+    lambda a: jnp.zeros_like(rows, shape=(len(rows), a.shape[1])), shapes
+  )
+  return _sweep(len(rows), group_sizes, body, empty)
 
 
 def _loop_backward(
@@ -236,16 +219,16 @@ def _loop_backward(
 
   def body(carry, group, part, first):
     to_weights, to_rows = carry
-    run = _replay(
+    of_weights, of_rows = _pull_back(
       fn,
+      _index(weights, group),
+      part.take(rows),
       [part.take(product) for product in products],
+      # Rows of other groups must not count here.
+      jnp.where(part.mine, part.take(gradient), 0),
       lambda gradient, matrix: dot(gradient, matrix.T),
       lambda rows, gradient: dot(rows.T, gradient),
     )
-    pullback = jax.vjp(run, _index(weights, group), part.take(rows))[1]
-    # Rows of other groups must not count here.
-    mine = jnp.where(part.mine(), part.take(gradient), 0)
-    of_weights, of_rows = pullback(mine)
 
     def add(total, slope):
       if not first:
@@ -256,7 +239,7 @@ def _loop_backward(
     return to_weights, part.put(to_rows, of_rows)
 
   zeros = jax.tree.map(jnp.zeros_like, (weights, rows))
-  return _sweep(rows.shape[0], group_sizes, body, zeros)
+  return _sweep(len(rows), group_sizes, body, zeros)
 
 
 def _index(weights, group):
@@ -266,45 +249,30 @@ def _index(weights, group):
 
 
 class _Part(NamedTuple):
-  """Rows [start, end) of one group, and others that fill a static size up.
+  """Rows of one group, `mine`, and others that fill a static size M up."""
 
-  `num_rows` is that of the whole, static.
-  """
+  at: Array
+  mine: Array
 
-  start: Int[Array, ""] | int
-  end: Int[Array, ""] | int
-  size: int
-  num_rows: int
-
-  def _at(self):
-    # A part that would reach past the last row begins before its group.
-    return jnp.minimum(self.start, self.num_rows - self.size)
-
-  def mine(self) -> Bool[Array, "N 1"]:
-    index = self._at() + jnp.arange(self.size, dtype=jnp.int32)
-    return ((index >= self.start) & (index < self.end))[:, None]
+  @classmethod
+  def make(cls, start, end, size, num_rows) -> "_Part":
+    # One that would reach past the last row begins before its group.
+    at = jnp.minimum(start, num_rows - size)
+    index = at + jnp.arange(size, dtype=jnp.int32)
+    return cls(at, ((index >= start) & (index < end))[:, None])
 
   def take(self, rows: Float[Array, "N I"]) -> Float[Array, "M I"]:
-    return jax.lax.dynamic_slice_in_dim(rows, self._at(), self.size)
+    return jax.lax.dynamic_slice_in_dim(rows, self.at, len(self.mine))
 
   def put(
     self, rows: Float[Array, "N I"], part: Float[Array, "M I"]
   ) -> Float[Array, "N I"]:
     """Writes the group's own rows."""
-    part = jnp.where(self.mine(), part, self.take(rows))
-    return jax.lax.dynamic_update_slice_in_dim(rows, part, self._at(), 0)
+    part = jnp.where(self.mine, part, self.take(rows))
+    return jax.lax.dynamic_update_slice_in_dim(rows, part, self.at, 0)
 
 
-def part_sizes(num_rows: int, num_groups: int) -> list[int]:
-  """Returns the static sizes in which rows go together, rising."""
-  blocks = num_rows / (8 * num_groups * _LEAST_ROWS)
-  sizes = {_LEAST_ROWS * max(1, math.ceil(i * blocks)) for i in _EIGHTHS}
-  return sorted({min(size, num_rows) for size in sizes})
-
-
-def _sweep(
-  num_rows: int, group_sizes: Int[Array, "E"], body, carry: Any
-) -> Any:
+def _sweep(num_rows, group_sizes, body, carry):
   """Calls carry = body(carry, group, part, first) for every part of a group.
 
   `first`, whether it is its group's first part, is static. The first part is
@@ -312,7 +280,9 @@ def _sweep(
   the same static size go in one loop. The full parts that are left go in
   another.
   """
-  sizes = part_sizes(num_rows, group_sizes.size)
+  blocks = num_rows / (8 * group_sizes.size * _LEAST_ROWS)
+  sizes = {_LEAST_ROWS * max(1, math.ceil(i * blocks)) for i in _EIGHTHS}
+  sizes = sorted({min(size, num_rows) for size in sizes})
   full = jnp.maximum(group_sizes - 1, 0) // sizes[-1]
   rest = group_sizes - full * sizes[-1]
   start = jnp.cumsum(group_sizes) - group_sizes
@@ -327,7 +297,8 @@ def _sweep(
     def one(at, carry, size=size):
       group = order[at]
       end = start[group] + rest[group]
-      return body(carry, group, _Part(start[group], end, size, num_rows), True)
+      part = _Part.make(start[group], end, size, num_rows)
+      return body(carry, group, part, True)
 
     carry = jax.lax.fori_loop(bounds[i], bounds[i + 1], one, carry)
   total = jnp.cumsum(full)
@@ -336,7 +307,7 @@ def _sweep(
     group = num_below(total, at + 1)
     before = at - (total[group] - full[group])
     begin = start[group] + rest[group] + before * size
-    part = _Part(begin, begin + size, size, num_rows)
+    part = _Part.make(begin, begin + size, size, num_rows)
     return body(carry, group, part, False)
 
   return jax.lax.fori_loop(jnp.int32(0), total[-1], more, carry)

@@ -6,7 +6,6 @@ not; widths that are no multiple of a vector's lanes are left to the former.
 """
 
 import contextlib
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +37,10 @@ def _kernel(name: str, left, right, group_sizes, widths, precision, interpret):
     )
 
 
+def _whole_tiles(rows):
+  return jnp.pad(rows, ((0, -rows.shape[0] % _TILE_ROWS), (0, 0)))
+
+
 def rows_by_matrix(
   rows: Float[Array, "N I"],
   matrices: Float[Array, "E M O"],
@@ -49,22 +52,21 @@ def rows_by_matrix(
   """Multiplies each group's rows by its matrix, or by its transpose."""
   if transposed:
     matrices = matrices.swapaxes(1, 2)
-  run = functools.partial(_rows_by_matrix, precision, interpret)
-  return jax.custom_batching.sequential_vmap(run)(rows, matrices, group_sizes)
-
-
-# Under `jax.vmap` one product comes after the other: `jax.lax.ragged_dot` has
-# no rule for matrices that all share, nor the kernels one for groups.
-def _rows_by_matrix(precision, interpret, rows, matrices, group_sizes):
-  if any(size % _LANES for size in matrices.shape[1:]):
-    return jax.lax.ragged_dot(rows, matrices, group_sizes, precision)
   widths = matrices.shape[1:]
-  tiles = _whole_tiles(rows)
-  y = _kernel("gmm", tiles, matrices, group_sizes, widths, precision, interpret)
-  y = y[: rows.shape[0]]
-  # It leaves whatever was in memory past the last group.
-  past = jnp.arange(rows.shape[0]) >= group_sizes.sum()
-  return jnp.where(past[:, None], 0, y)
+
+  # Under `jax.vmap` one product comes after the other: `jax.lax.ragged_dot` has
+  # no rule for matrices that all share, nor the kernels one for groups.
+  @jax.custom_batching.sequential_vmap
+  def run(rows, matrices, group_sizes):
+    if any(width % _LANES for width in widths):
+      return jax.lax.ragged_dot(rows, matrices, group_sizes, precision)
+    args = _whole_tiles(rows), matrices, group_sizes
+    y = _kernel("gmm", *args, widths, precision, interpret)[: len(rows)]
+    # It leaves whatever was in memory past the last group.
+    past = jnp.arange(len(rows)) >= group_sizes.sum()
+    return jnp.where(past[:, None], 0, y)
+
+  return run(rows, matrices, group_sizes)
 
 
 def rows_by_rows(
@@ -75,28 +77,23 @@ def rows_by_rows(
   precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "E I O"]:
   """Sums the outer products of each group's rows: a matrix's gradient."""
-  run = functools.partial(_rows_by_rows, precision, interpret)
-  return jax.custom_batching.sequential_vmap(run)(rows, gradient, group_sizes)
-
-
-def _rows_by_rows(precision, interpret, rows, gradient, group_sizes):
-  if any(a.shape[1] % _LANES for a in (rows, gradient)):
-    dims = jax.lax.RaggedDotDimensionNumbers(
-      (((0,), (0,)), ((), ())),
-      lhs_ragged_dimensions=[0],
-      rhs_group_dimensions=[],
-    )
-    return jax.lax.ragged_dot_general(
-      rows, gradient, group_sizes, dims, precision
-    )
-  left, right = _whole_tiles(rows), _whole_tiles(gradient)
   widths = (rows.shape[1], gradient.shape[1])
-  found = _kernel(
-    "tgmm", left.T, right, group_sizes, widths, precision, interpret
-  )
-  # Nor does it write the gradient of a group without rows.
-  return jnp.where((group_sizes == 0)[:, None, None], 0, found)
 
+  @jax.custom_batching.sequential_vmap
+  def run(rows, gradient, group_sizes):
+    if any(width % _LANES for width in widths):
+      dims = jax.lax.RaggedDotDimensionNumbers(
+        (((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+      )
+      return jax.lax.ragged_dot_general(
+        rows, gradient, group_sizes, dims, precision
+      )
+    left, right = _whole_tiles(rows).T, _whole_tiles(gradient)
+    args = left, right, group_sizes, widths
+    found = _kernel("tgmm", *args, precision, interpret)
+    # Nor does it write the gradient of a group without rows.
+    return jnp.where((group_sizes == 0)[:, None, None], 0, found)
 
-def _whole_tiles(rows):
-  return jnp.pad(rows, ((0, -rows.shape[0] % _TILE_ROWS), (0, 0)))
+  return run(rows, gradient, group_sizes)

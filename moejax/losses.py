@@ -173,12 +173,12 @@ def routings(sown: Any) -> list[Routing]:
   """
   leaves = jax.tree.leaves(sown, is_leaf=lambda v: isinstance(v, Routing))
   found = []
-  for routing in leaves:
-    if isinstance(routing, Routing) and routing.count.ndim > 2:
-      for i in range(routing.count.shape[0]):
-        found += routings(jax.tree.map(lambda a, i=i: a[i], routing))
-    elif isinstance(routing, Routing):
+  for routing in (leaf for leaf in leaves if isinstance(leaf, Routing)):
+    if routing.count.ndim <= 2:
       found.append(routing)
+      continue
+    for i in range(routing.count.shape[0]):
+      found += routings(jax.tree.map(lambda a, i=i: a[i], routing))
   return found
 
 
@@ -275,49 +275,44 @@ def balance(sown: Any) -> dict[str, Float[Array, ""]]:
 
     Empty without MoE layers.
   """
-  reports = [_balance(routing) for routing in routings(sown)]
-  if not reports:
-    return {}
-  return jax.tree.map(lambda *values: sum(values) / len(values), *reports)
-
-
-def _balance(routing: Routing) -> dict[str, Float[Array, ""]]:
-  def entropy(level):
-    p = jax.nn.softmax(level.logits)
-    return _mean(jax.scipy.special.entr(p).sum(axis=-1), level)
 
   def max_over_mean(x):
     return x.max() / jnp.maximum(x.mean(), 1e-10)
 
-  count = routing.count.sum(axis=0)
-  first, later = _dropped(routing)
-  return {
-    "cv_importance": jnp.sqrt(importance(routing)),
-    "cv_load": jnp.sqrt(load(routing)),
-    "max_over_mean_load": max_over_mean(_load(routing, "batch")),
-    "max_over_mean_count": max_over_mean(count),
-    "unused_experts": (count == 0).sum().astype(jnp.float32),
-    "entropy": _over_levels(entropy, routing),
-    "dropped_fraction": first + later,
-    "dropped_first_fraction": first,
-    "dropped_later_fraction": later,
-  }
+  def entropy(level):
+    p = jax.nn.softmax(level.logits)
+    return _mean(jax.scipy.special.entr(p).sum(axis=-1), level)
 
+  def report(routing):
+    # Of a drop-free layer's edges, those that are left, and those dropped.
+    kept = jnp.ones((), jnp.float32)
+    first = later = jnp.zeros((), jnp.float32)
+    for level in _levels(routing):
+      share = kept / jnp.maximum(level.count.sum(), 1)
+      dropped, dropped_first = (
+        jnp.zeros((), jnp.float32) if x is None else x.sum() * share
+        for x in (level.dropped, level.dropped_first)
+      )
+      first += dropped_first
+      later += dropped - dropped_first
+      kept -= dropped
+    count = routing.count.sum(axis=0)
+    return {
+      "cv_importance": jnp.sqrt(importance(routing)),
+      "cv_load": jnp.sqrt(load(routing)),
+      "max_over_mean_load": max_over_mean(_load(routing, "batch")),
+      "max_over_mean_count": max_over_mean(count),
+      "unused_experts": (count == 0).sum().astype(jnp.float32),
+      "entropy": _over_levels(entropy, routing),
+      "dropped_fraction": first + later,
+      "dropped_first_fraction": first,
+      "dropped_later_fraction": later,
+    }
 
-def _dropped(routing: Routing) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Fractions dropped at first and at later choices, of a drop-free layer."""
-  kept = jnp.ones((), jnp.float32)
-  first = later = jnp.zeros((), jnp.float32)
-  for level in _levels(routing):
-    share = kept / jnp.maximum(level.count.sum(), 1)
-    dropped, dropped_first = (
-      jnp.zeros((), jnp.float32) if x is None else x.sum() * share
-      for x in (level.dropped, level.dropped_first)
-    )
-    first += dropped_first
-    later += dropped - dropped_first
-    kept -= dropped
-  return first, later
+  reports = [report(routing) for routing in routings(sown)]
+  if not reports:
+    return {}
+  return jax.tree.map(lambda *values: sum(values) / len(values), *reports)
 
 
 # -- groups -------------------------------------------------------------------

@@ -76,12 +76,9 @@ class _Layer(nn.Module):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       x = x.astype(jnp.float32)
     single = isinstance(getattr(self, "router", None), Single)
+    mix = partition.lift_to_compiler(_mix, 0 if single else num_tokens // size)
     try:
-      mix = partition.lift_to_compiler(
-        _mix_single if single else _mix_in_groups,
-        0 if single else num_tokens // size,
-      )
-      y, routing = mix(self, x, mask, ids, train)
+      y, routing = mix(self, x, mask, ids, train, size, single)
     except TypeError as error:
       if "forward-mode" not in str(error):
         raise
@@ -137,35 +134,26 @@ class _Reports(nn.Partitioned):
     return self
 
 
-def _mix_in_groups(module, x, mask, ids, train):
-  """Mixes tokens in groups; returns y, the decision and its logical axes."""
-  size = module.group_size or x.size // x.shape[-1]
+def _mix(module, x, mask, ids, train, size, single):
+  """Mixes tokens; returns y, the decision and its logical axes."""
+  D, front = x.shape[-1], x.shape[:-1]
+  real = None if mask is None else jnp.asarray(mask, bool)
   if mask is not None:
-    mask = jnp.asarray(mask, bool)
     # Whatever stands in padding, NaN included, must not reach a product.
-    x = jnp.where(mask[..., None], x, 0)
-    mask = mask.reshape(-1, size)
-  if ids is not None:
-    ids = jnp.asarray(ids).reshape(-1, size)
-  grouped = x.reshape(-1, size, x.shape[-1])
-  grouped = sharding.constrain(grouped, "group", None, None)
+    x = jnp.where(real[..., None], x, 0)
+  if single:
+    # One expert for all tokens: there is nothing to route.
+    weights = module.declare_experts(D)
+    taken = None if mask is None else real.reshape(1, -1)
+    y = module.expert_fn(train)(weights, x.reshape(1, -1, D), taken)
+    y = y.reshape(*front, -1)
+    return y if mask is None else jnp.where(real[..., None], y, 0), (), ()
+  grouped = sharding.constrain(x.reshape(-1, size, D), "group", None, None)
+  mask, ids = (
+    None if a is None else jnp.asarray(a).reshape(-1, size) for a in (real, ids)
+  )
   y, routing = module.mix(grouped, train, mask, ids)
-  return y.reshape(*x.shape[:-1], -1), routing, routing_lib.axes(routing)
-
-
-def _mix_single(module, x, mask, ids, train):
-  """Applies a single expert to all tokens: there is nothing to route."""
-  taken = None
-  if mask is not None:
-    mask = jnp.asarray(mask, bool)
-    # As above: NaN times the zero gradient of padding would be NaN.
-    x, taken = jnp.where(mask[..., None], x, 0), mask.reshape(1, -1)
-  module.check_experts()
-  rows = x.reshape(1, -1, x.shape[-1])
-  weights = module.experts(x.shape[-1])
-  y = module.expert_fn(train)(weights, rows, taken)
-  y = y.reshape(*x.shape[:-1], -1)
-  return y if mask is None else jnp.where(mask[..., None], y, 0), (), ()
+  return y.reshape(*front, -1), routing, routing_lib.axes(routing)
 
 
 class MoE(_Layer):
@@ -216,7 +204,7 @@ class MoE(_Layer):
     ids: Int[Array, "G S"] | None,
   ) -> tuple[Float[Array, "G S O"], Routing]:
     """Mixes tokens that are in groups; reports nothing but what it returns."""
-    self.check_experts()
+    weights = self.declare_experts(x.shape[-1])
     experts, num_experts = self.experts, self.router.num_experts
     routing = self.router(x, train=train, mask=mask, ids=ids)
     factor = self.capacity_factor if train else self.eval_capacity_factor
@@ -243,14 +231,9 @@ class MoE(_Layer):
       )
     if isinstance(experts, Mixed):
       num_experts = tuple(kind.num_experts for kind in experts.kinds)
-    y = dispatch_lib.DISPATCH[name](
-      self.expert_fn(train),
-      experts(x.shape[-1]),
-      x,
-      routing.assignment,
-      num_experts,
-      capacity,
-    )
+    run = dispatch_lib.DISPATCH[name]
+    sent = x, routing.assignment, num_experts, capacity
+    y = run(self.expert_fn(train), weights, *sent)
     return y, _count_dropped(routing, capacity)
 
   def declare(self, width: int, train: bool) -> tuple[Any, Any, Routing]:
@@ -260,22 +243,23 @@ class MoE(_Layer):
       The weights of both, and a decision of the router about a row of zeros,
       which tells what it learns beside them.
     """
-    self.check_experts()
-    row = jnp.zeros((1, 1, width), jnp.float32)
+    weights = self.declare_experts(width)
     # One row cannot be split as groups of tokens are.
     with nn.logical_axis_rules(()):
+      row = jnp.zeros((1, 1, width), jnp.float32)
       routing = self.router(row, train=train)
     of_router = nn.unbox(self.router.variables.get("params", {}))
-    return of_router, self.experts(width), routing
+    return of_router, weights, routing
 
   @nn.nowrap
-  def check_experts(self) -> None:
-    """Raises ValueError where router and experts differ in their number."""
+  def declare_experts(self, width: int) -> Any:
+    """Returns the experts' weights; ValueError if the router has others."""
     if self.experts.num_experts != self.router.num_experts:
       raise ValueError(
         f"the router chooses among {self.router.num_experts} experts, but there"
         f" are {self.experts.num_experts}; give both the same num_experts."
       )
+    return self.experts(width)
 
   @nn.nowrap
   def expert_fn(self, train: bool) -> slots_lib.ExpertFn:
@@ -344,12 +328,9 @@ class HierarchicalMoE(_Layer):
 
   def __post_init__(self) -> None:
     self.primary = _own_router(self, self.primary, "primary")
+    fits = isinstance(self.secondary, MoE)
     self.secondary = experts_lib.own(
-      self,
-      self.secondary,
-      "secondary",
-      isinstance(self.secondary, MoE),
-      "the MoE of one group of experts",
+      self, self.secondary, "secondary", fits, "the MoE of one group of experts"
     )
     super().__post_init__()
 
@@ -396,71 +377,100 @@ class HierarchicalMoE(_Layer):
     if self.dispatch in ("auto", "ragged") and not unsorted:
       y, routing = self._mix_sorted(x, routing, train)
       return y, routing_lib.merge_groups(routing, together)
+    return self._mix_in_slots(x, routing, train)
+
+  def _why_unsorted(self, x, train: bool) -> str:
+    """Says what keeps rows in slots, and the way out; "" if nothing does."""
+    inner, part = self.secondary, "" if train else "eval_"
+    gate, experts = inner.router, inner.experts
+    outer_factor, inner_factor = (
+      getattr(layer, f"{part}capacity_factor") for layer in (self, inner)
+    )
+    reasons = (
+      (
+        (outer_factor, inner_factor) != (None, None),
+        f"drops none, and the {part}capacity_factor of the two levels is"
+        f" {outer_factor} and {inner_factor}; give both None",
+      ),
+      (
+        not (isinstance(gate, Router) and gate.is_by_token(train)),
+        f"{type(gate).__name__}(num_experts={gate.num_experts}) within groups"
+        f" decides{' in training' * train} about all that came there at once;"
+        " choose a router that decides about every token by itself",
+      ),
+      (
+        isinstance(experts, Mixed) or _need_slots(experts),
+        f"experts of {type(experts).__name__} need slots there; choose experts"
+        " of one kind of moejax.experts",
+      ),
+      (
+        inner.dispatch not in ("auto", "ragged"),
+        f"within groups dispatch is {inner.dispatch!r}; leave that of the"
+        " secondary mixture 'auto'",
+      ),
+      (
+        sharding.in_expert(),
+        "this mixture is part of an expert, one of several on a device",
+      ),
+      (
+        not sharding.is_known("group", x),
+        "it is not known how the mesh splits them; use a layout",
+      ),
+    )
+    return next((reason for holds, reason in reasons if holds), "")
+
+  def _mix_in_slots(self, x, routing: Routing, train: bool):
+    """Gives groups of experts slots, and runs a mixture in each."""
+    (G, S, _), P = x.shape, self.primary.num_experts
+    together = self.groups_together
     factor = self.capacity_factor if train else self.eval_capacity_factor
     num_edges = routing.assignment.expert.shape[1]
-    capacity = slots_lib.capacity(num_edges, x.shape[1], P, factor)
+    capacity = slots_lib.capacity(num_edges, S, P, factor)
     name = "gather" if self.dispatch == "auto" else self.dispatch
     sent = dispatch_lib.dispatch(name, x, routing.assignment, P, capacity)
+    (rows,), (taken,), (gate,), (token,), combine = sent
 
     def side_by_side(slots):
       """[P, G, C, ...] -> [P, G / together, together * C, ...]."""
-      _, G, C, *rest = slots.shape
-      slots = slots.reshape(P, G // together, together * C, *rest)
+      slots = slots.reshape(P, G // together, -1, *slots.shape[3:])
       axes = (sharding.expert_axis(P), "group_replicated")
       return sharding.constrain(slots, *axes, *(None,) * (slots.ndim - 2))
 
+    in_slots = gate.shape
     # Tokens of groups that are together follow each other.
-    first = jnp.arange(x.shape[0], dtype=jnp.int32) % together * x.shape[1]
-    of_slots = (
-      *(each for (each,) in sent[:3]),
-      sent.token[0] + first[None, :, None],
-    )
-    rows, taken, gate, token = map(side_by_side, of_slots)
-    group = jnp.arange(P, dtype=jnp.int32)[:, None, None]
-    filled = Assignment(jnp.where(taken, group, P), gate, token)
+    first = jnp.arange(G, dtype=jnp.int32) % together * S
+    token = token + first[None, :, None]
+    rows, taken, gate, token = map(side_by_side, (rows, taken, gate, token))
     mix = sharding.over_experts(
       lambda secondary, rows, taken: secondary.mix(rows, train, taken, None), P
     )
     y, inner = mix(self.secondary, rows, taken)
-    y = sent.combine([y.reshape(*sent.gate[0].shape, -1)])
-    routing = _count_dropped(routing, capacity)
-    primary = routing_lib.merge_groups(routing, together)
-    return y, _flatten(primary, inner, filled)
+    y = combine([y.reshape(*in_slots, -1)])
 
-  def _why_unsorted(self, x, train: bool) -> str:
-    """Says what keeps rows in slots, and the way out; "" if nothing does."""
-    inner = self.secondary
-    part = "" if train else "eval_"
-    factors = [
-      getattr(layer, f"{part}capacity_factor") for layer in (self, inner)
-    ]
-    if factors != [None, None]:
-      return (
-        f"drops none, and the {part}capacity_factor of the two levels is"
-        f" {factors[0]} and {factors[1]}; give both None"
-      )
-    gate = inner.router
-    if not (isinstance(gate, Router) and gate.is_by_token(train)):
-      return (
-        f"{type(gate).__name__}(num_experts={gate.num_experts}) within groups"
-        f" decides{' in training' * train} about all that came there at once;"
-        " choose a router that decides about every token by itself"
-      )
-    if isinstance(inner.experts, Mixed) or _need_slots(inner.experts):
-      return (
-        f"experts of {type(inner.experts).__name__} need slots there; choose"
-        " experts of one kind of moejax.experts"
-      )
-    if inner.dispatch not in ("auto", "ragged"):
-      return (
-        f"within groups dispatch is {inner.dispatch!r}; leave that of the"
-        " secondary mixture 'auto'"
-      )
-    if sharding.in_expert():
-      return "this mixture is part of an expert, one of several on a device"
-    if not sharding.is_known("group", x):
-      return "it is not known how the mesh splits them; use a layout"
-    return ""
+    # One decision over all P * Q experts of the P groups' own.
+    *_, C, Q = inner.logits.shape
+    group = jnp.arange(P, dtype=jnp.int32)[:, None, None]
+    filled = Assignment(jnp.where(taken, group, P), gate, token)
+
+    @jax.vmap
+    def importance_of(assignment, gate):
+      token = assignment.tokens(C)
+      of_edge = jnp.take_along_axis(gate, token, axis=1, mode="clip")
+      of_edge = of_edge * assignment.gate
+      return routing_lib.per_expert(of_edge, assignment.expert, Q)
+
+    # Eq. 13: each secondary gate counts as much as the primary one before it.
+    importance = importance_of(inner.assignment, gate)
+    inner = inner._replace(importance=importance, sent=filled)
+    flat = {
+      name: getattr(inner, name).swapaxes(0, 1).reshape(-1, P * Q)
+      for name in routing_lib.SUMS
+    }
+    primary = routing_lib.merge_groups(
+      _count_dropped(routing, capacity), together
+    )
+    learned = _flat_learned(inner, P * Q)
+    return y, inner._replace(primary=primary, **flat, **learned)
 
   def _mix_sorted(self, x, routing: Routing, train: bool):
     """Mixes rows that are sorted by group, and then by expert."""
@@ -482,25 +492,23 @@ class HierarchicalMoE(_Layer):
         variables, sorted_rows, train=train, mask=mask, rngs=rngs
       )
 
-    edges = routing.assignment
-    found = ragged.two_levels(
-      decide, inner.expert_fn(train), (of_routers, of_experts), x, edges, P, Q
+    edges, weights = routing.assignment, (of_routers, of_experts)
+    y, expert, gate, logits, load = ragged.two_levels(
+      decide, inner.expert_fn(train), weights, x, edges, P, Q
     )
     # Of the edges between groups each makes K: all first choices come first.
-    G, _, K = found.expert.shape
-    gate = edges.gate[..., None] * found.gate
-    expert, gate = (
-      a.swapaxes(1, 2).reshape(G, -1) for a in (found.expert, gate)
-    )
+    G, _, K = expert.shape
+    gate = edges.gate[..., None] * gate
+    expert, gate = (a.swapaxes(1, 2).reshape(G, -1) for a in (expert, gate))
     token = None if edges.token is None else jnp.tile(edges.token, (1, K))
     flat = routing_lib.make_routing(
-      Assignment(expert, gate, token), found.logits, edges.expert < P, P * Q
+      Assignment(expert, gate, token), logits, edges.expert < P, P * Q
     )
     flat = flat._replace(
-      load=found.load, within=edges.expert, **_flat_learned(learning, P * Q)
+      load=load, within=edges.expert, **_flat_learned(learning, P * Q)
     )
     primary = _count_dropped(routing, None)
-    return found.y, _count_dropped(flat, None)._replace(primary=primary)
+    return y, _count_dropped(flat, None)._replace(primary=primary)
 
 
 def _own_router(layer: nn.Module, module: Any, name: str) -> Any:
@@ -522,43 +530,16 @@ def _count_dropped(routing: Routing, capacity: int | None) -> Routing:
   left_out = zero if routing.dropped is None else routing.dropped
   if capacity is None:
     return routing._replace(dropped=left_out, dropped_first=zero)
-  assignment, first = routing.assignment, zero
-  if assignment.token is None:
-    num_tokens = routing.logits.shape[1]
+  first = zero
+  if routing.assignment.token is None:
+    chosen = routing.assignment.expert[:, : routing.logits.shape[1]]
     # As in `routing.make_routing` not in the gate's type: bfloat16 ends at 256.
-    ones = jnp.ones_like(assignment.gate[:, :num_tokens], dtype=zero.dtype)
-    first = routing_lib.per_expert(
-      ones, assignment.expert[:, :num_tokens], zero.shape[1]
-    )
+    ones = jnp.ones_like(chosen, dtype=zero.dtype)
+    first = routing_lib.per_expert(ones, chosen, zero.shape[1])
   return routing._replace(
     dropped=jnp.maximum(routing.count - capacity, left_out),
     dropped_first=jnp.maximum(first - capacity, 0),
   )
-
-
-def _flatten(primary: Routing, inner: Routing, sent: Assignment) -> Routing:
-  """Makes one decision over all P * Q experts of the P groups' own.
-
-  `sent` are the primary's edges in the slots, [P, G, C].
-  """
-  P, G, C, Q = inner.logits.shape
-
-  def importance_of(assignment, gate):
-    token = assignment.tokens(C)
-    of_edge = jnp.take_along_axis(gate, token, axis=1, mode="clip")
-    return routing_lib.per_expert(
-      of_edge * assignment.gate, assignment.expert, Q
-    )
-
-  # Eq. 13: each secondary gate counts as much as the primary one before it.
-  importance = jax.vmap(importance_of)(inner.assignment, sent.gate)
-  sums = inner._replace(importance=importance)
-  flat = {
-    name: getattr(sums, name).swapaxes(0, 1).reshape(G, P * Q)
-    for name in ("importance", "load", "count", "dropped", "dropped_first")
-  }
-  flat |= _flat_learned(inner, P * Q)
-  return inner._replace(primary=primary, sent=sent, **flat)
 
 
 def _flat_learned(routing: Routing, size: int) -> dict[str, Any]:

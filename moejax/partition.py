@@ -7,7 +7,7 @@ chooses it (Auto axes).
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -45,15 +45,18 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
   def run(*args):
     if sharding.is_local(args):
       return fn(*args)
-    in_leaves, out_leaves = (
-      jax.tree.leaves(axes, is_leaf=is_axes) for axes in (in_axes, out_axes)
+    in_leaves, (out_leaves, out_tree) = (
+      jax.tree.leaves(in_axes, is_leaf=is_axes),
+      jax.tree.flatten(out_axes, is_leaf=is_axes),
     )
     names = {axes[0] for axes in (*in_leaves, *out_leaves)} - {None}
     if not all(sharding.is_known(name, args) for name in names):
-      out = _as_compiled(fn, in_leaves, out_leaves)(*args)
-      return jax.tree.unflatten(
-        jax.tree.structure(out_axes, is_leaf=is_axes), out
+      by_group, out_by_group = (
+        [axes[0] is not None for axes in side]
+        for side in (in_leaves, out_leaves)
       )
+      out = _as_compiled(fn, by_group, out_by_group)(*args)
+      return out_tree.unflatten(out)
     mesh = jax.sharding.get_abstract_mesh()
     in_specs, out_specs = jax.tree.map(
       lambda axes: sharding.spec_of(axes, mesh),
@@ -162,27 +165,15 @@ def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
   return run
 
 
-def _as_compiled(
-  fn: _Fn,
-  in_axes: Sequence[tuple[str | None, ...]],
-  out_axes: Sequence[tuple[str | None, ...]],
-) -> _Fn:
+def _as_compiled(fn: _Fn, by_group: list[bool], out_by_group: list[bool]):
   """Lets fn(*args) work on the parts that the compiler chooses.
 
-  It splits the first axis of those arrays where this has a name: one axis, the
-  groups, is common to all of them.
+  It splits the first axis of those arrays that are `by_group`, among the leaves
+  of the arguments and of the result: one axis is common to all of them.
 
   The backward pass runs `fn` again: what it would keep has no shape that is
   the same for any number of devices.
-
-  Args:
-    fn: works on one device's groups.
-    in_axes: of each array among the arguments, in the order of their leaves.
-    out_axes: of each array in the result.
   """
-  by_group, out_by_group = (
-    [axes[0] is not None for axes in side] for side in (in_axes, out_axes)
-  )
 
   def run(*args):
     leaves, tree = jax.tree.flatten(args)
@@ -198,22 +189,18 @@ def _as_compiled(
       return tuple(itertools.compress(found, is_float))
 
     of_floats = list(itertools.compress(by_group, is_float))
-    forward = _partitioned(
-      flat, by_group, out_by_group, [False] * len(out_by_group)
-    )
+    whole = [False] * len(out_by_group)
+    forward = _partitioned(flat, by_group, out_by_group, whole)
     # What every device has whole gets the sum of all gradients.
     backward = _partitioned(
       slopes, by_group + out_by_group, of_floats, [not b for b in of_floats]
     )
 
-    @jax.custom_vjp
-    def differentiable(*leaves):
-      return forward(*leaves)
-
     def pull(leaves, gradient):
       found = iter(backward(*leaves, *gradient))
       return tuple(next(found) if yes else None for yes in is_float)
 
+    differentiable = jax.custom_vjp(lambda *leaves: forward(*leaves))
     differentiable.defvjp(lambda *leaves: (forward(*leaves), leaves), pull)
     return differentiable(*leaves)
 
@@ -221,11 +208,8 @@ def _as_compiled(
 
 
 def _partitioned(
-  fn: _Fn,
-  by_group: Sequence[bool],
-  out_by_group: Sequence[bool],
-  sums: Sequence[bool],
-) -> _Fn:
+  fn: _Fn, by_group: list[bool], out_by_group: list[bool], sums: list[bool]
+):
   """Runs `fn` on parts of groups; of results named in `sums` adds them up."""
   in_use = jax.sharding.get_abstract_mesh()
   run = custom_partitioning.custom_partitioning(fn)
@@ -265,12 +249,12 @@ def _partitioned(
     """Names the axes: "g" is the groups, every other one is of its own."""
     numbers = itertools.count()
 
-    def factors(split, rank):
-      own = [f"a{next(numbers)}" for _ in range(rank - split)]
+    def factors(split, array):
+      own = [f"a{next(numbers)}" for _ in range(array.rank - split)]
       return " ".join(["g"] * split + own)
 
     sides = [
-      ", ".join(map(factors, splits, (t.rank for t in types)))
+      ", ".join(map(factors, splits, types))
       for splits, types in ((by_group, args), (out_by_group, results))
     ]
     whole = tuple(f"a{i}" for i in range(next(numbers)))

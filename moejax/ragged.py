@@ -21,7 +21,7 @@ move once for each; within a device they are sorted again, by expert.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,42 +55,10 @@ def ragged(
   total = num_experts if isinstance(num_experts, int) else sum(num_experts)
   slots_lib.check(x, total, capacity)
 
-  def run(weights, rows, group_sizes, origin, here):
+  def run(weights, rows, group_sizes, **_):
     return expert_fn(weights, rows, group_sizes=group_sizes), (), ()
 
   return _over_devices(run, weights, x, assignment, num_experts, capacity)[0]
-
-
-class Origin(NamedTuple):
-  """Where sorted rows come from; of those past the last it says nothing.
-
-  Attributes:
-    group: of tokens, counted among those whose rows can come to this device.
-    num_groups: how many these are.
-    number: of the edge, the same however groups lie.
-  """
-
-  group: Int[Array, "N"]
-  num_groups: int
-  number: Int[Array, "N"]
-
-
-class TwoLevels(NamedTuple):
-  """What came of tokens in P groups of Q experts; A edges lead to groups.
-
-  Attributes:
-    y: [G, S, O].
-    expert: of each edge's K, counted through all groups; P * Q is none.
-    gate: G_i(x)_j of these.
-    logits: of each edge, within its group.
-    load: of each token group [G, P * Q], as the groups' own routers have it.
-  """
-
-  y: Float[Array, "G S O"]
-  expert: Int[Array, "G A K"]
-  gate: Float[Array, "G A K"]
-  logits: Float[Array, "G A Q"]
-  load: Float[Array, "G E"]
 
 
 def two_levels(
@@ -101,7 +69,13 @@ def two_levels(
   assignment: Assignment,
   num_groups: int,
   num_experts: int,
-) -> TwoLevels:
+) -> tuple[
+  Float[Array, "G S O"],
+  Int[Array, "G A K"],
+  Float[Array, "G A K"],
+  Float[Array, "G A Q"],
+  Float[Array, "G E"],
+]:
   """Mixes tokens in groups of experts (eq. 12); nothing is dropped.
 
   The work is that of the edges, however many experts there are. The axis P in
@@ -114,29 +88,33 @@ def two_levels(
     expert_fn: as for `ragged`.
     weights: of the P routers, and of the experts [P, Q, ...].
     x: tokens.
-    assignment: which groups each token visits.
+    assignment: which groups each token visits; A edges.
     num_groups: P.
     num_experts: Q, of each group.
+
+  Returns:
+    y; of each edge its K experts, counted through all groups, P * Q being none,
+    their gates G_i(x)_j, and the logits within its group; the load of each
+    token group, as the groups' own routers have it.
 
   Raises:
     ValueError: rows of whole numbers.
   """
-  slots_lib.check(x, num_groups * num_experts, None)
+  total = num_groups * num_experts
+  slots_lib.check(x, total, None)
 
-  def run(weights, rows, group_sizes, origin, here):
+  def run(weights, rows, group_sizes, here, origin, num_origins, number):
     of_routers, of_experts = weights
     end = jnp.cumsum(group_sizes)
     rank = jnp.arange(rows.shape[0], dtype=jnp.int32)
     group = slots_lib.num_below(end, rank + 1)[:, None]
     used = (rank < end[-1])[:, None]
-    routing = decide(of_routers, rows, group_sizes, origin.number, used)
+    routing = decide(of_routers, rows, group_sizes, number, used)
     expert, gate = routing.assignment.expert, routing.assignment.gate
     used &= expert < num_experts
     # Of this device's experts, and of all.
-    mine = jnp.where(
-      used, group * num_experts + expert, here.size * num_experts
-    )
-    total = num_groups * num_experts
+    experts_here = here.size * num_experts
+    mine = jnp.where(used, group * num_experts + expert, experts_here)
     expert = jnp.where(used, here[0] * num_experts + mine - total, 0)
 
     flat = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), of_experts)
@@ -144,18 +122,18 @@ def two_levels(
       lambda rows, sizes, _: (expert_fn(flat, rows, group_sizes=sizes), (), ()),
       rows[:, None],
       Assignment(mine, gate),
-      here.size * num_experts,
+      experts_here,
       mine.size,
     )
-    of_group = jax.nn.one_hot(origin.group, origin.num_groups)
-    load = grouped_sum(of_group, routing.load, group_sizes)
+    of_origin = jax.nn.one_hot(origin, num_origins)
+    load = grouped_sum(of_origin, routing.load, group_sizes)
     return y[:, 0], (expert, gate, routing.logits[:, 0]), (load,)
 
-  y, expert, gate, logits, load = _over_devices(
+  y, expert, *others = _over_devices(
     run, weights, x, assignment, num_groups, None, num_notes=3, num_sums=1
   )
   # What comes from no device is zero: a sum over them must not count it.
-  return TwoLevels(y, expert + num_groups * num_experts, gate, logits, load)
+  return y, expert + total, *others
 
 
 # -- where rows move ----------------------------------------------------------
@@ -166,9 +144,12 @@ def _over_devices(
 ):
   """Sorts rows by expert, or group of experts, and moves them there and back.
 
-  run(weights, rows, group_sizes, origin, here) works on one device's rows. It
-  returns rows; notes about each row [N, ...], which come back to its edge; and
-  sums [experts here, groups of tokens, ...], which come back to the groups.
+  run(weights, rows, group_sizes, here=, origin=, num_origins=, number=) works
+  on one device's rows: of the experts `here`, and of the group of tokens
+  `origin`, counted among the num_origins whose rows can come here; the number
+  of a row's edge is the same however groups lie. It returns rows; notes about
+  each row [N, ...], which come back to its edge; and sums [experts here, groups
+  of tokens, ...], which come back to the groups.
 
   Returns:
     y; the notes [G, A, ...], zero for edges that were dropped or unused; the
@@ -190,9 +171,15 @@ def _over_devices(
       group = jax.lax.all_gather(group, axis, tiled=True)
 
     def visit(rows, group_sizes, place):
-      number = group[place // edges] * edges + place % edges
-      origin = Origin(place // edges, group.size, number)
-      return run(weights, rows, group_sizes, origin, here)
+      return run(
+        weights,
+        rows,
+        group_sizes,
+        here=here,
+        origin=place // edges,
+        num_origins=group.size,
+        number=group[place // edges] * edges + place % edges,
+      )
 
     if axis is None:
       size = assignment.expert.size
@@ -215,11 +202,13 @@ def _over_devices(
   of_group = ("group", None, None)
   of_edges = jax.tree.map(lambda _: ("group", None), assignment)
   in_axes = (of_weights, of_group, of_edges, (expert,), ("group",))
-  all_experts = jnp.arange(total, dtype=jnp.int32)
-  all_groups = jnp.arange(x.shape[0], dtype=jnp.int32)
   out_axes = (of_group,) + (("group",),) * (num_notes + num_sums)
   return partition.manual(on_device, in_axes, out_axes)(
-    weights, x, assignment, all_experts, all_groups
+    weights,
+    x,
+    assignment,
+    jnp.arange(total, dtype=jnp.int32),
+    jnp.arange(x.shape[0], dtype=jnp.int32),
   )
 
 
@@ -234,12 +223,10 @@ def _run_sorted(run, x, assignment, num_experts, buffer_size):
   G, S, D = x.shape
   one = routing_lib.flatten_groups(assignment, S)
   edges = slots_lib.sort_by_expert(one.expert, num_experts)
-  rank = jnp.arange(buffer_size, dtype=jnp.int32)
+  used = jnp.arange(buffer_size, dtype=jnp.int32) < edges.start[-1]
   slots = Slots(
     jnp.where(one.expert < num_experts, edges.rank, buffer_size),
-    jnp.where(
-      rank < edges.start[-1], edges.order[:buffer_size], one.expert.size
-    ),
+    jnp.where(used, edges.order[:buffer_size], one.expert.size),
   )
   rows = slots_lib.dispatch_gather(x.reshape(G * S, D), slots, one)
   # Among the edges of all groups choices are outermost, if tokens choose.
@@ -294,27 +281,13 @@ def _all_to_all(run, x, assignment, here, buffer_size, axis):
   return _run_sorted(visit, x, assignment, num_experts, num_edges)
 
 
-class A2ASplits(NamedTuple):
-  """Slices of rows that devices send each other, one per device and expert.
-
-  Attributes:
-    start: where each slice begins here.
-    size: how many rows it has.
-    to: where it begins on the device it goes to.
-    coming: how many rows each slice has that comes here.
-  """
-
-  start: Int[Array, "slices"]
-  size: Int[Array, "slices"]
-  to: Int[Array, "slices"]
-  coming: Int[Array, "slices"]
-
-
 def _a2a_splits(group_sizes, here, axis):
   """The splits to the experts and back, and the group sizes of those here.
 
   Rows lie by expert where they come from, and by expert and then by source
   where they go: all that a device has for one expert is a slice in both places.
+  Of each slice a split says where it begins here, how many rows it has, where
+  it begins on the device it goes to, and how many rows come here.
   """
   all_sizes = jax.lax.all_gather(group_sizes, axis)
   n, me = all_sizes.shape[0], here[0] // here.size
@@ -325,8 +298,8 @@ def _a2a_splits(group_sizes, here, axis):
   start = jnp.cumsum(total, axis=1) - total
   at_expert = start[None] + jnp.cumsum(size, axis=0) - size
   go, come = size[me], size[:, me]
-  there = A2ASplits(at_source[me], go, at_expert[me], come)
-  back = A2ASplits(at_expert[:, me], come, at_source[:, me], go)
+  there = (at_source[me], go, at_expert[me], come)
+  back = (at_expert[:, me], come, at_source[:, me], go)
   return *jax.tree.map(lambda a: a.reshape(-1), (there, back)), total[me]
 
 
@@ -341,14 +314,10 @@ def _exchange(rows, splits, sizes, axis):
   return jax.lax.ragged_all_to_all(rows, zeros, *splits[0], axis_name=axis)
 
 
-def _exchange_backward(sizes, axis, splits, gradient):
-  return _exchange(gradient, splits[::-1], sizes[::-1], axis), None
-
-
 _exchange.defvjp(
-  lambda rows, splits, sizes, axis: (
-    _exchange(rows, splits, sizes, axis),
-    splits,
+  lambda rows, splits, *args: (_exchange(rows, splits, *args), splits),
+  lambda sizes, axis, splits, gradient: (
+    _exchange(gradient, splits[::-1], sizes[::-1], axis),
+    None,
   ),
-  _exchange_backward,
 )

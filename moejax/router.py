@@ -86,6 +86,8 @@ class Router(nn.Module):
 
   Attributes:
     num_experts: E.
+    k: of most routers, the experts that a token visits; on average, where it is
+      the experts that choose.
   """
 
   num_experts: int
@@ -164,11 +166,7 @@ class Softmax(Router):
 
 
 class TopK(Router):
-  """Top-k gating without noise (eq. 3 and 5).
-
-  Attributes:
-    k: experts per token.
-  """
+  """Top-k gating without noise (eq. 3 and 5)."""
 
   k: int
 
@@ -187,7 +185,6 @@ class NoisyTopK(Router):
   goes to the first k experts, and most find no slot.
 
   Attributes:
-    k: experts per token.
     noise_epsilon: least noise_std, as in the authors' code; 0 is eq. 4 to the
       letter.
   """
@@ -226,7 +223,6 @@ class Balanced(Router):
   and learn by `losses.threshold` alone, eq. 20, over the same.
 
   Attributes:
-    k: experts per token, on average.
     max_k: the most that a token may visit at inference; 2k by default, or all.
     over: what every expert takes its share of in training, the "batch" as in
       the paper, or every "group" by itself; of microbatches it is each.
@@ -279,11 +275,7 @@ class GShardTop2(Router):
 
 
 class ExpertChoice(Router):
-  """Expert choice (2202.09368); not causal, in evaluation neither.
-
-  Attributes:
-    k: experts per token, on average.
-  """
+  """Expert choice (2202.09368); not causal, in evaluation neither."""
 
   k: int
 
@@ -296,11 +288,7 @@ class ExpertChoice(Router):
 
 
 class Hash(Router):
-  """Hash layer (2106.04426): by token id, without parameters.
-
-  Attributes:
-    k: experts per token.
-  """
+  """Hash layer (2106.04426): by token id, without parameters."""
 
   k: int
 
@@ -318,9 +306,6 @@ class Sigmoid(Router):
   """Balance without a loss (2408.15664), as in DeepSeek-V3 (2412.19437).
 
   The parameter "bias" starts at zero and learns by `losses.bias` alone.
-
-  Attributes:
-    k: experts per token.
   """
 
   k: int

@@ -1,6 +1,6 @@
 """The routing decision: the one value that routers make and the rest reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -89,11 +89,6 @@ SUMS = ("importance", "load", "count", "dropped", "dropped_first")
 LEARNED = ("thresholds", "bias")
 
 
-def _map(fn: Callable[..., Any], routing: Routing, names: Sequence[str]) -> Any:
-  """Returns {name: field}, with `fn` applied to every array of these fields."""
-  return {n: jax.tree.map(fn, getattr(routing, n)) for n in names}
-
-
 def per_expert(
   value: Float[Array, "G A *rest"], expert: Int[Array, "G A"], num_experts: int
 ) -> Float[Array, "G E *rest"]:
@@ -104,13 +99,11 @@ def per_expert(
   expert, which fuses into the sum, costs less than the router's own product.
   """
 
+  # Mapped: one write into the whole would fetch all groups to each device.
+  @jax.vmap
   def by_writing(value, expert):
-    def of_group(value, expert):
-      zeros = jnp.zeros((num_experts, *value.shape[1:]), value.dtype)
-      return zeros.at[expert].add(value)
-
-    # Mapped: one write into the whole would fetch all groups to each device.
-    return jax.vmap(of_group)(value, expert)
+    zeros = jnp.zeros((num_experts, *value.shape[1:]), value.dtype)
+    return zeros.at[expert].add(value)
 
   def by_comparing(value, expert):
     chosen = jax.nn.one_hot(expert, num_experts, dtype=value.dtype)
@@ -128,7 +121,7 @@ def from_token_choice(
   expert: Int[Array, "G S K"], gate: Float[Array, "G S K"]
 ) -> Assignment:
   """Tokens choose: all first choices come before all second choices."""
-  return Assignment(*(_by_rank(x) for x in (expert, gate)))
+  return Assignment(_by_rank(expert), _by_rank(gate))
 
 
 def from_expert_choice(
@@ -140,7 +133,7 @@ def from_expert_choice(
   E = token.shape[1]
   expert = jnp.arange(E, dtype=jnp.int32)[None, :, None]
   expert, gate = jnp.where(used, expert, E), jnp.where(used, gate, 0)
-  return Assignment(*(_by_rank(x) for x in (expert, gate, token)))
+  return Assignment(*map(_by_rank, (expert, gate, token)))
 
 
 def _by_rank(x: Shaped[Array, "G N K"]) -> Shaped[Array, "G A"]:
@@ -157,21 +150,12 @@ def make_routing(
 
   There are as many experts as logits, if not said otherwise.
   """
-
-  def add(value):
-    total = logits.shape[-1] if num_experts is None else num_experts
-    return per_expert(value, assignment.expert, total)
-
+  E = logits.shape[-1] if num_experts is None else num_experts
+  gate = assignment.gate.astype(jnp.float32)
+  importance = per_expert(gate, assignment.expert, E)
   # In bfloat16 a count would end at 256.
-  count = add(jnp.ones(assignment.gate.shape, jnp.float32))
-  return Routing(
-    assignment,
-    logits,
-    importance=add(assignment.gate.astype(jnp.float32)),
-    load=count,
-    count=count,
-    mask=mask,
-  )
+  count = per_expert(jnp.ones_like(gate), assignment.expert, E)
+  return Routing(assignment, logits, importance, count, count, mask)
 
 
 def edges(routing: Routing) -> Assignment:
@@ -199,23 +183,38 @@ def edges(routing: Routing) -> Assignment:
 
 def flatten_groups(assignment: Assignment, num_tokens: int) -> Assignment:
   """Makes one group, without its axis, of all."""
-  G = assignment.expert.shape[0]
-  if assignment.token is None:
+  expert, gate, token = assignment
+  G = expert.shape[0]
+  if token is None:
     # Choices stay outermost, as tokens that choose have it.
-    return Assignment(
-      *(
-        a.reshape(G, -1, num_tokens).swapaxes(0, 1).reshape(-1)
-        for a in assignment[:2]
-      )
-    )
+    by_choice = (x.reshape(G, -1, num_tokens) for x in (expert, gate))
+    return Assignment(*(x.swapaxes(0, 1).reshape(-1) for x in by_choice))
   first = num_tokens * jnp.arange(G, dtype=jnp.int32)[:, None]
   # A token out of range must not become one of the next group.
-  token = jnp.where(
-    assignment.token < num_tokens, assignment.token + first, G * num_tokens
-  )
-  return Assignment(
-    *(a.reshape(-1) for a in (assignment.expert, assignment.gate, token))
-  )
+  token = jnp.where(token < num_tokens, token + first, G * num_tokens)
+  return Assignment(*(x.reshape(-1) for x in (expert, gate, token)))
+
+
+# -- groups and batches together ----------------------------------------------
+
+
+def _map(
+  routing: Routing,
+  of_tokens: Callable[[Array, int], Any],
+  of_sums: Callable[[Array], Any],
+  of_learned: Callable[[Array], Any],
+) -> Routing:
+  """Applies to every array, at both levels, the function of its kind.
+
+  That of tokens also gets the axis of G: 1 behind groups of experts, else 0.
+  """
+  axis = int(routing.primary is not None and routing.within is None)
+  fns = dict.fromkeys(OF_TOKENS, lambda x: of_tokens(x, axis))
+  fns |= dict.fromkeys(SUMS, of_sums) | dict.fromkeys(LEARNED, of_learned)
+  mapped = {n: jax.tree.map(fns[n], getattr(routing, n)) for n in fns}
+  if routing.primary is not None:
+    mapped["primary"] = _map(routing.primary, of_tokens, of_sums, of_learned)
+  return Routing(**mapped)
 
 
 def merge_groups(routing: Routing, number: int) -> Routing:
@@ -225,29 +224,23 @@ def merge_groups(routing: Routing, number: int) -> Routing:
   lie, whether it had the whole group or has a part of it now. Two levels are
   merged where rows are sorted.
   """
-  primary = routing.primary
-  S = (primary or routing).logits.shape[1]
-  edges = jax.tree.map(
-    lambda x: x.reshape(-1, number, x.shape[1]), routing.assignment
-  )
 
-  def in_a_row(x):
+  def in_a_row(x, _):
     return x.reshape(-1, number * x.shape[1], *x.shape[2:])
 
   def add(x):
     return x.reshape(-1, number, x.shape[1]).sum(axis=1)
 
-  return routing._replace(
-    assignment=jax.vmap(lambda each: flatten_groups(each, S))(edges),
-    **_map(in_a_row, routing, ("logits", "mask", "within")),
-    **_map(add, routing, SUMS),
-    primary=None if primary is None else merge_groups(primary, number),
+  S = (routing.primary or routing).logits.shape[1]
+  apart = jax.tree.map(
+    lambda x: x.reshape(-1, number, x.shape[1]), routing.assignment
   )
-
-
-def _in_slots(routing):
-  """Whether the groups of experts are an axis P in front of tokens."""
-  return routing.primary is not None and routing.within is None
+  merged = _map(routing, in_a_row, add, lambda x: x)._replace(
+    assignment=jax.vmap(lambda each: flatten_groups(each, S))(apart)
+  )
+  if routing.primary is None:
+    return merged
+  return merged._replace(primary=merge_groups(routing.primary, number))
 
 
 def stack_microbatches(parts: Routing) -> Routing:
@@ -257,36 +250,19 @@ def stack_microbatches(parts: Routing) -> Routing:
   each other, and so stay on the device where they lie.
   """
 
-  def merge(axis):
+  def merge(x, axis=0):
     """[M, G, ...] -> [G * M, ...]; past an axis P in front of G, if any."""
+    x = jnp.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    def of(x):
-      x = jnp.moveaxis(x, 0, axis + 1)
-      return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-    return of
-
-  primary = parts.primary
-  return Routing(
-    **_map(merge(int(_in_slots(parts))), parts, OF_TOKENS),
-    **_map(merge(0), parts, SUMS),
-    # What is learned is the same in every batch.
-    **_map(lambda x: x[0], parts, LEARNED),
-    primary=None if primary is None else stack_microbatches(primary),
-  )
+  # What is learned is the same in every batch.
+  return _map(parts, merge, merge, lambda x: x[0])
 
 
 def axes(routing: Routing) -> Routing:
   """Returns the logical axes of every array of a decision, as tuples."""
 
-  def named(*first):
-    return lambda x: (*first, *(None,) * (x.ndim - len(first)))
+  def by_group(x, axis=0):
+    return tuple("group" if i == axis else None for i in range(x.ndim))
 
-  primary = routing.primary
-  front = (None,) * _in_slots(routing)
-  return Routing(
-    **_map(named(*front, "group"), routing, OF_TOKENS),
-    **_map(named("group"), routing, SUMS),
-    **_map(named(), routing, LEARNED),
-    primary=None if primary is None else axes(primary),
-  )
+  return _map(routing, by_group, by_group, lambda x: (None,) * x.ndim)

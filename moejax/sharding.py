@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 MESH_AXES = ("data", "expert", "model")
@@ -72,12 +73,18 @@ def rules(**changes: Over) -> tuple[tuple[str, Over], ...]:
   Groups lie as the batch does unless they are said to lie elsewhere.
   """
   table = RULES | changes
-  left = changes.get("group", table["batch"])
-  meet = [a for a in _axes(table["batch"]) if a not in _axes(table["vocab"])]
-  follow = {"group": left, "batch_at_vocab": tuple(meet) or None}
-  for name, to in (("group_dispatched", "expert"), ("group_replicated", "mlp")):
-    left = tuple(axis for axis in _axes(left) if axis not in _axes(table[to]))
-    follow[name] = left or None
+
+  def without(over, axis):
+    return tuple(a for a in _axes(over) if a not in _axes(table[axis])) or None
+
+  group = changes.get("group", table["batch"])
+  dispatched = without(group, "expert")
+  follow = {
+    "group": group,
+    "group_dispatched": dispatched,
+    "group_replicated": without(dispatched, "mlp"),
+    "batch_at_vocab": without(table["batch"], "vocab"),
+  }
   return tuple((table | follow | changes).items())
 
 
@@ -120,10 +127,9 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   in_order = sorted(devices, key=lambda each: (each.process_index, each.id))
-  devices = np.asarray(in_order)
-  data, expert, model = abstract_mesh(layout, devices.size).axis_sizes
-  devices = devices.reshape(data, model, expert).swapaxes(1, 2)
-  return jax.sharding.Mesh(devices, MESH_AXES)
+  data, expert, model = abstract_mesh(layout, len(in_order)).axis_sizes
+  in_order = np.asarray(in_order).reshape(data, model, expert)
+  return jax.sharding.Mesh(in_order.swapaxes(1, 2), MESH_AXES)
 
 
 def abstract_mesh(layout: Layout, count: int) -> jax.sharding.AbstractMesh:
@@ -168,6 +174,9 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+# -- while code is traced -----------------------------------------------------
+
+
 @contextlib.contextmanager
 def use(layout: Layout, mesh: AnyMesh) -> Iterator[None]:
   """Makes `constrain` mean this layout on this mesh while code is traced."""
@@ -175,6 +184,61 @@ def use(layout: Layout, mesh: AnyMesh) -> Iterator[None]:
   enter = jax.sharding.use_abstract_mesh if is_abstract else jax.set_mesh
   with enter(mesh), nn.logical_axis_rules(layout.rules):
     yield
+
+
+# How groups lie by the types of the user's arrays, where no rule says it.
+_KNOWN = contextvars.ContextVar("known", default={})  # noqa: B039
+# Whether the code being traced runs once for each expert.
+_IN_EXPERT = contextvars.ContextVar("in_expert", default=False)
+
+
+@contextlib.contextmanager
+def _set(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+  token = variable.set(value)
+  try:
+    yield
+  finally:
+    variable.reset(token)
+
+
+def known_axes(axes: Mapping[str, Over]) -> contextlib.AbstractContextManager:
+  """Says, while code is traced, how logical axes lie that no rule names."""
+  return _set(_KNOWN, axes)
+
+
+def _rules() -> dict[str, Over]:
+  """Returns the rules in use, and how groups are known to lie without any."""
+  return {**_KNOWN.get(), **dict(nn.get_logical_axis_rules())}
+
+
+def auto_axes(mesh: AnyMesh) -> tuple[str, ...]:
+  """Returns the mesh axes over which the compiler splits arrays.
+
+  Those are not the ones that are manual: within `jax.shard_map` a device has
+  its own part of an array, and nothing more is to be said about it.
+  """
+  types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in types if kind == AxisType.Auto)
+
+
+def _is_named(axis: str | None, mesh: AnyMesh) -> bool:
+  """Says whether a rule tells how an axis lies on this mesh.
+
+  One that splits it over axes which the mesh has not, or which are manual,
+  tells nothing.
+  """
+  auto, table = auto_axes(mesh), _rules()
+  over = _axes(table.get(axis))
+  return bool(auto) and axis in table and (not over or bool({*over} & {*auto}))
+
+
+def spec_of(axes: Sequence[str | None], mesh: AnyMesh) -> PartitionSpec:
+  """Returns which axes of the mesh each logical axis is split over."""
+  auto, spec = auto_axes(mesh), []
+  for over in nn.logical_to_mesh_axes(axes, tuple(_rules().items())):
+    over = tuple(name for name in _axes(over) if name in auto)
+    spec.append(over if len(over) > 1 else over[0] if over else None)
+  return PartitionSpec(*spec)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -192,46 +256,9 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x
   spec = spec_of(axes, mesh)
   check_divides(axes, x.shape, spec, mesh)
-  free = jax.sharding.PartitionSpec.UNCONSTRAINED
+  free = PartitionSpec.UNCONSTRAINED
   spec = [o if yes else free for o, yes in zip(spec, asked, strict=True)]
-  return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
-
-
-def _rules() -> dict[str, Over]:
-  """Returns the rules in use, and how groups are known to lie without any."""
-  return {**_KNOWN.get(), **dict(nn.get_logical_axis_rules())}
-
-
-def auto_axes(mesh: AnyMesh) -> tuple[str, ...]:
-  """Returns the mesh axes over which the compiler splits arrays.
-
-  Those are not the ones that are manual: within `jax.shard_map` a device has
-  its own part of an array, and nothing more is to be said about it.
-  """
-  types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-  return tuple(n for n, kind in types if kind == jax.sharding.AxisType.Auto)
-
-
-def _is_named(axis: str | None, mesh: AnyMesh) -> bool:
-  """Says whether a rule tells how an axis lies on this mesh.
-
-  One that splits it over axes which the mesh has not, or which are manual,
-  tells nothing.
-  """
-  auto, table = auto_axes(mesh), _rules()
-  over = _axes(table.get(axis))
-  return bool(auto) and axis in table and (not over or bool({*over} & {*auto}))
-
-
-def spec_of(
-  axes: Sequence[str | None], mesh: AnyMesh
-) -> jax.sharding.PartitionSpec:
-  """Returns which axes of the mesh each logical axis is split over."""
-  auto, spec = auto_axes(mesh), []
-  for over in nn.logical_to_mesh_axes(axes, tuple(_rules().items())):
-    over = tuple(name for name in _axes(over) if name in auto)
-    spec.append(over if len(over) > 1 else over[0] if over else None)
-  return jax.sharding.PartitionSpec(*spec)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def is_local(x: Any) -> bool:
@@ -247,7 +274,7 @@ def is_local(x: Any) -> bool:
       mesh = jax.typeof(leaf).sharding.mesh
   return (
     not auto_axes(mesh)
-    or jax.sharding.AxisType.Manual in mesh.axis_types
+    or AxisType.Manual in mesh.axis_types
     or (mesh.size == 1 and not _rules())
   )
 
@@ -259,20 +286,6 @@ def is_known(axis: str, x: Any) -> bool:
   compiler alone decides.
   """
   return _is_named(axis, jax.sharding.get_abstract_mesh()) or is_local(x)
-
-
-# How groups lie by the types of the user's arrays, where no rule says it.
-_KNOWN = contextvars.ContextVar("known", default={})  # noqa: B039
-
-
-@contextlib.contextmanager
-def known_axes(axes: Mapping[str, Over]) -> Iterator[None]:
-  """Says, while code is traced, how logical axes lie that no rule names."""
-  token = _KNOWN.set(axes)
-  try:
-    yield
-  finally:
-    _KNOWN.reset(token)
 
 
 # How a user changes the size of a logical axis.
@@ -289,7 +302,7 @@ _SET_BY = {
 def check_divides(
   axes: Sequence[str | None],
   shape: Sequence[int],
-  spec: jax.sharding.PartitionSpec,
+  spec: PartitionSpec,
   mesh: AnyMesh,
 ) -> None:
   """Raises ValueError where an axis does not divide by its devices."""
@@ -303,10 +316,16 @@ def check_divides(
       )
 
 
-# -- within an expert ---------------------------------------------------------
+def split_over(axis: str) -> Over:
+  """Returns the mesh axes that a logical axis is split over; None for none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  (over,) = spec_of((axis,), mesh)
+  return over if num_parts(over, mesh) > 1 else None
 
-# Whether the code being traced runs once for each expert.
-_IN_EXPERT = contextvars.ContextVar("in_expert", default=False)
+
+def splits(axis: str) -> bool:
+  """Says whether the layout in use splits a logical axis over devices."""
+  return split_over(axis) is not None
 
 
 def in_expert() -> bool:
@@ -323,23 +342,6 @@ def expert_axis(num_experts: int) -> str | None:
   That is within an expert, and for a single one: every device has a copy.
   """
   return None if in_expert() or num_experts == 1 else "expert"
-
-
-def split_over(axis: str) -> Over:
-  """Returns the mesh axes that a logical axis is split over; None for none."""
-  mesh = jax.sharding.get_abstract_mesh()
-  (over,) = spec_of((axis,), mesh)
-  return over if num_parts(over, mesh) > 1 else None
-
-
-def splits(axis: str) -> bool:
-  """Says whether the layout in use splits a logical axis over devices."""
-  return split_over(axis) is not None
-
-
-def splits_experts() -> bool:
-  """Says whether the code being traced must keep to its part of the experts."""
-  return in_expert() or splits("expert")
 
 
 def over_experts(
@@ -368,12 +370,9 @@ def over_experts(
     if "group_replicated" in inside:
       there = inside["group_replicated"]
       inside |= {"group": there, "group_dispatched": there, "expert": None}
-    token = _IN_EXPERT.set(True)
-    try:
-      with known_axes({}), nn.logical_axis_rules(tuple(inside.items())):
-        return mapped(module, *args)
-    finally:
-      _IN_EXPERT.reset(token)
+    rules = nn.logical_axis_rules(tuple(inside.items()))
+    with _set(_IN_EXPERT, True), known_axes({}), rules:
+      return mapped(module, *args)
 
   return run
 
@@ -393,12 +392,12 @@ class LogicalAxes(nn.LogicallyPartitioned):
       return self.value
     return constrain(self.value, *self.names)
 
+  # The axis of a stack is split over nothing if it has no name.
+
   def add_axis(self, index: int, params: Mapping[str, Any]) -> "LogicalAxes":
-    """Adds the axis of a stack; it is split over nothing if it has no name."""
     return super().add_axis(index, {nn.PARTITION_NAME: None, **params})
 
   def remove_axis(self, index: int, params: Mapping[str, Any]) -> "LogicalAxes":
-    """Undoes `add_axis`."""
     return super().remove_axis(index, {nn.PARTITION_NAME: None, **params})
 
   def to_nnx_metadata(self) -> dict[str, Any]:
@@ -420,6 +419,16 @@ def with_axes(
 ) -> nn.initializers.Initializer:
   """Lets an initializer return `LogicalAxes` of these names."""
   return lambda *args: LogicalAxes(init(*args), names)
+
+
+def unbox(boxed_tree: Any) -> Any:
+  """Takes the logical names off.
+
+  Within `use` flax's own would ask for every parameter to lie as it is used,
+  whole where it otherwise lies in parts.
+  """
+  with nn.logical_axis_rules(()):
+    return nn.unbox(boxed_tree)
 
 
 def zero3(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -448,8 +457,7 @@ def zero3(fn: Callable[..., Any]) -> Callable[..., Any]:
     )
 
   def run(params, *args):
-    whole = constrained(params, lambda _: jax.sharding.PartitionSpec())
-    return fn(whole, *args)
+    return fn(constrained(params, lambda _: PartitionSpec()), *args)
 
   def from_parts(params, *args):
     # Else XLA gathers all of them before a loop over microbatches.
@@ -462,24 +470,14 @@ def zero3(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _shard_spec(
   shape: Sequence[int], over: Over, mesh: AnyMesh
-) -> jax.sharding.PartitionSpec:
+) -> PartitionSpec:
   """Splits the largest axis that divides, so that parts are thick."""
   parts = num_parts(over, mesh)
   fit = [size * (size % parts == 0) for size in shape]
   spec = [None] * len(shape)
   if any(fit):
     spec[np.argmax(fit)] = over
-  return jax.sharding.PartitionSpec(*spec)
-
-
-def unbox(boxed_tree: Any) -> Any:
-  """Takes the logical names off.
-
-  Within `use` flax's own would ask for every parameter to lie as it is used,
-  whole where it otherwise lies in parts.
-  """
-  with nn.logical_axis_rules(()):
-    return nn.unbox(boxed_tree)
+  return PartitionSpec(*spec)
 
 
 def shardings(boxed_tree: Any, layout: Layout, mesh: AnyMesh) -> Any:
@@ -488,45 +486,40 @@ def shardings(boxed_tree: Any, layout: Layout, mesh: AnyMesh) -> Any:
   ValueError where an axis does not divide by the devices it is split over.
   """
   over = dict(layout.rules).get("param_shards")
-  in_parts = num_parts(over, mesh) > 1
+
+  def is_boxed(leaf):
+    return isinstance(leaf, nn.LogicallyPartitioned)
 
   def of_leaf(leaf):
-    boxed = isinstance(leaf, nn.LogicallyPartitioned)
-    shape = (leaf.value if boxed else leaf).shape
-    if in_parts:
+    shape = (leaf.value if is_boxed(leaf) else leaf).shape
+    spec = PartitionSpec()
+    if num_parts(over, mesh) > 1:
       spec = _shard_spec(shape, over, mesh)
-    elif boxed:
+    elif is_boxed(leaf):
       spec = nn.logical_to_mesh_axes(leaf.names, layout.rules)
       check_divides(leaf.names, shape, spec, mesh)
-    else:
-      spec = jax.sharding.PartitionSpec()
-    return jax.sharding.NamedSharding(mesh, spec)
+    return NamedSharding(mesh, spec)
 
-  return jax.tree.map(
-    of_leaf,
-    boxed_tree,
-    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
-  )
+  return jax.tree.map(of_leaf, boxed_tree, is_leaf=is_boxed)
 
 
 def batch_sharding(
   layout: Layout, mesh: jax.sharding.Mesh, batch_size: int
-) -> jax.sharding.NamedSharding:
+) -> NamedSharding:
   """Returns how a batch lies: its first axis over every data replica.
 
   ValueError where the rows do not divide over the replicas.
   """
   spec = nn.logical_to_mesh_axes(("batch",), layout.rules)
   check_divides(("batch",), (batch_size,), spec, mesh)
-  return jax.sharding.NamedSharding(mesh, spec)
+  return NamedSharding(mesh, spec)
 
 
-def device_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+def device_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Returns how an array with one entry a device lies."""
-  spec = jax.sharding.PartitionSpec(mesh.axis_names)
-  return jax.sharding.NamedSharding(mesh, spec)
+  return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def whole_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+def whole_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Returns how an array lies that every device has whole."""
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return NamedSharding(mesh, PartitionSpec())

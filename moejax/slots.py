@@ -18,9 +18,6 @@ from moejax.routing import Assignment
 # experts.py; of several kinds of experts in slots, a tuple of each.
 ExpertFn = Callable[..., Any]
 
-# A move must not round: a matrix unit would take float32 rows as bfloat16.
-_EXACT = jax.lax.Precision.HIGHEST
-
 
 def capacity(
   edges: int,
@@ -57,11 +54,7 @@ def capacity(
 
 
 def check(x: Array, num_experts: int, capacity: int | None) -> None:
-  """Refuses rows that gates cannot weigh, and experts without a slot.
-
-  Raises:
-    ValueError: the rows are not floats, or the capacity is below 1.
-  """
+  """Raises ValueError for rows that are no floats, and a capacity below 1."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(
       f"the rows are {x.dtype}, which gates between 0 and 1 cannot weigh; give"
@@ -146,25 +139,32 @@ def assign_slots(
   edges = sort_by_expert(expert, num_experts)
   position = edges.rank - edges.start[expert]
   has_slot = (position < capacity) & (expert < num_experts)
-  slot = jnp.where(
-    has_slot, expert * capacity + position, num_experts * capacity
-  )
+  slot = expert * capacity + position
   begin, end = edges.start[:-1, None], edges.start[1:, None]
   rank = begin + jnp.arange(capacity, dtype=jnp.int32)[None]
   taken = rank < end
   edge = jnp.where(taken, edges.order[jnp.where(taken, rank, 0)], expert.size)
-  return Slots(slot, edge.reshape(-1))
+  return Slots(
+    jnp.where(has_slot, slot, num_experts * capacity), edge.reshape(-1)
+  )
 
 
 def drop(assignment: Assignment, num_experts: int, capacity: int) -> Assignment:
   """Makes the edges beyond their expert's capacity unused."""
 
   def of_group(expert):
-    edges = sort_by_expert(expert, num_experts)
-    position = edges.rank - edges.start[expert]
-    return jnp.where(position < capacity, expert, num_experts)
+    slot = assign_slots(expert, num_experts, capacity).slot
+    return jnp.where(slot < num_experts * capacity, expert, num_experts)
 
   return assignment._replace(expert=jax.vmap(of_group)(assignment.expert))
+
+
+def _token_of_slot(slots, assignment, num_tokens):
+  """The token of each slot; S marks an empty one."""
+  token = slots.edge % num_tokens
+  if assignment.token is not None:
+    token = take(assignment.token, slots.edge)
+  return jnp.where(slots.edge < slots.slot.size, token, num_tokens)
 
 
 # -- by index -----------------------------------------------------------------
@@ -175,53 +175,42 @@ def take(rows: Num[Array, "N ..."], index: Int[Array, "..."]) -> Array:
   return rows.at[index].get(mode="fill", fill_value=0)
 
 
-def _token_of_slot(slots, num_tokens):
-  empty = slots.edge == slots.slot.size
-  return jnp.where(empty, num_tokens, slots.edge % num_tokens)
-
-
-# Where tokens choose, row s of x feeds the K slots slot[k * S + s], and each
-# slot holds at most one row. Both moves and both gradients are then reads by
-# index; autodiff would write one of each pair as a scatter-add, slow on a CPU
-# and in no fixed order on a GPU. A token's K rows are read one choice after the
-# other: on a CPU that takes a tenth of the time of one read and a sum over it.
+# Where tokens choose, row s of x feeds the K slots slot[:, s], and each slot
+# holds at most one row. Both moves and both gradients are then reads by index;
+# autodiff would write one of each pair as a scatter-add, slow on a CPU and in
+# no fixed order on a GPU. A token's K rows are read one choice after the other:
+# on a CPU that takes a tenth of the time of one read and a sum over it.
 
 
 @jax.custom_vjp
-def _copy(x, slots):
-  """Copies each token of x [S, D] into the slots [N, D] of its edges."""
-  return take(x, _token_of_slot(slots, x.shape[0]))
+def _copy(x, token, slot):
+  """Copies tokens of x [S, D] into the slots: slot [K, S] of token [N]."""
+  return take(x, token)
 
 
-def _copy_backward(saved, gradient):
-  slots, num_tokens = saved
-  of_choice = slots.slot.reshape(-1, num_tokens)
-  return sum(take(gradient, slot) for slot in of_choice), None
+def _copy_backward(slot, gradient):
+  return sum(take(gradient, of_choice) for of_choice in slot), None, None
 
 
 _copy.defvjp(
-  lambda x, slots: (_copy(x, slots), (slots, x.shape[0])), _copy_backward
+  lambda x, token, slot: (take(x, token), slot),
+  _copy_backward,
 )
 
 
 @jax.custom_vjp
-def _sum(rows, gate, slots):
-  """Sums each token's rows [N, O], weighted by its gates [K, S]."""
-  of_choice = slots.slot.reshape(gate.shape)
-  return sum(
-    one[:, None] * take(rows, slot)
-    for one, slot in zip(gate, of_choice, strict=True)
-  )
+def _sum(rows, gate, slot, token, edge):
+  """Sums each token's rows [N, O], weighed by its gates [K, S]."""
+  of_choice = zip(gate, slot, strict=True)
+  return sum(weight[:, None] * take(rows, slot) for weight, slot in of_choice)
 
 
 def _sum_backward(saved, gradient):
-  rows, gate, slots = saved
-  of_choice = slots.slot.reshape(gate.shape)
-  to_gate = [(take(rows, slot) * gradient).sum(axis=-1) for slot in of_choice]
-  gate_of_slot = take(gate.reshape(-1), slots.edge)
-  token = _token_of_slot(slots, gate.shape[1])
+  rows, gate, slot, token, edge = saved
+  to_gate = [(take(rows, one) * gradient).sum(axis=-1) for one in slot]
+  gate_of_slot = take(gate.reshape(-1), edge)
   to_rows = take(gradient, token) * gate_of_slot[:, None]
-  return to_rows, jnp.stack(to_gate), None
+  return to_rows, jnp.stack(to_gate), None, None, None
 
 
 _sum.defvjp(lambda *args: (_sum(*args), args), _sum_backward)
@@ -231,10 +220,11 @@ def dispatch_gather(
   x: Float[Array, "S D"], slots: Slots, assignment: Assignment
 ) -> Float[Array, "N D"]:
   """Returns the token's row in every slot, zeros in empty ones."""
+  S = x.shape[0]
+  token = _token_of_slot(slots, assignment, S)
   if assignment.token is None:
-    return _copy(x, slots)
-  empty = jnp.full(1, x.shape[0], assignment.token.dtype)
-  return take(x, jnp.append(assignment.token, empty)[slots.edge])
+    return _copy(x, token, slots.slot.reshape(-1, S))
+  return take(x, token)
 
 
 def combine_gather(
@@ -249,7 +239,9 @@ def combine_gather(
   """
   gate = assignment.gate.astype(rows.dtype)
   if assignment.token is None:
-    return _sum(rows, gate.reshape(-1, num_tokens), slots)
+    token = _token_of_slot(slots, assignment, num_tokens)
+    by_choice = (a.reshape(-1, num_tokens) for a in (gate, slots.slot))
+    return _sum(rows, *by_choice, token, slots.edge)
   of_edge = take(rows, slots.slot) * gate[:, None]
   y = jnp.zeros((num_tokens, rows.shape[1]), rows.dtype)
   return y.at[assignment.token].add(of_edge, mode="drop")
@@ -262,7 +254,7 @@ def dispatch_einsum(
   x: Float[Array, "S D"], slots: Slots, assignment: Assignment
 ) -> Float[Array, "N D"]:
   """Returns what `dispatch_gather` does, by a product with a mask [N, S]."""
-  token, _ = _tokens_and_gates(slots, assignment, x.shape[0])
+  token = _token_of_slot(slots, assignment, x.shape[0])
   return _product(jax.nn.one_hot(token, x.shape[0], dtype=x.dtype), x)
 
 
@@ -273,21 +265,11 @@ def combine_einsum(
   num_tokens: int,
 ) -> Float[Array, "S O"]:
   """Returns what `combine_gather` does, by a product with a mask [N, S]."""
-  token, gate = _tokens_and_gates(slots, assignment, num_tokens)
+  token = _token_of_slot(slots, assignment, num_tokens)
+  gate = take(assignment.gate, slots.edge).astype(rows.dtype)
   mask = jax.nn.one_hot(token, num_tokens, dtype=bool)
   # By choice, as a gate that is NaN times 0 would be.
-  weights = jnp.where(mask, gate.astype(rows.dtype)[:, None], 0)
-  return _product(weights.T, rows)
-
-
-def _tokens_and_gates(slots, assignment, num_tokens):
-  """The token and the gate of each slot; S marks an empty one."""
-  token = assignment.token
-  if token is None:
-    token = jnp.arange(assignment.expert.size, dtype=jnp.int32) % num_tokens
-  empty = slots.edge == assignment.expert.size
-  edge = jnp.where(empty, 0, slots.edge)
-  return jnp.where(empty, num_tokens, token[edge]), assignment.gate[edge]
+  return _product(jnp.where(mask, gate[:, None], 0).T, rows)
 
 
 def _product(weights, rows):
@@ -298,6 +280,8 @@ def _product(weights, rows):
   """
   finite = jnp.isfinite(rows).all(axis=1)
   clean = jnp.where(finite[:, None], rows, 0)
-  y = jnp.einsum("NS,SD->ND", weights, clean, precision=_EXACT)
+  # A matrix unit would round float32 rows to bfloat16; a move must not.
+  exact = jax.lax.Precision.HIGHEST
+  y = jnp.einsum("NS,SD->ND", weights, clean, precision=exact)
   spoilt = ((weights != 0) & ~finite[None]).any(axis=1)
   return jnp.where(spoilt[:, None], jnp.nan, y)

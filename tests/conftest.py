@@ -85,6 +85,14 @@ def standard_promotion():
     yield
 
 
+@pytest.fixture(scope="module")
+def few_sizes():
+  """Sorted rows go together in two sizes, not in eight: smaller programs."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("moejax.grouped._EIGHTHS", (8, 16))
+    yield
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
   """shared(name, make): the folder that make(folder) fills in one worker."""

@@ -17,12 +17,9 @@ Q, J = 3, 2  # experts within an expert, and how many of them a row visits
 
 
 class Case(NamedTuple):
-  """Experts and their loops.
+  """E -> module, and (weights, E) -> the loops (e, row) -> row.
 
-  Attributes:
-    make: E -> module.
-    loops: (weights, E) -> (e, row) -> row.
-    slots_only: whether they cannot run on sorted rows.
+  slots_only says whether they cannot run on sorted rows.
   """
 
   make: Callable
@@ -65,6 +62,22 @@ def mixed(weights, num_experts):
       for i, (n, _) in enumerate(two_kinds(num_experts))
     ]
   )
+
+
+def make_nested(num_experts):
+  """Any kinds may be mixed, mixed ones too: here three."""
+  inner = experts.Mixed((experts.Linear(1), experts.FeedForward(1, F)))
+  return experts.Mixed((experts.Identity(num_experts - 2), inner))
+
+
+def nested(weights, num_experts):
+  inner = weights["kinds_1"]
+  kinds = [
+    (num_experts - 2, lambda e, row: row),
+    (1, reference.linear(inner["kinds_0"])),
+    (1, reference.feed_forward(inner["kinds_1"])),
+  ]
+  return reference.mixed_experts(kinds)
 
 
 def make_mixtures(num_experts, noisy=False):
@@ -116,6 +129,7 @@ VARIANTS = CASES | {
     lambda E: experts.FeedForward(E, (F, F - 1), gated=True),
     lambda weights, E: reference.feed_forward(weights),
   ),
+  "nested": Case(make_nested, nested),
   "mixtures": Case(make_mixtures, mixtures, slots_only=True),
 }
 

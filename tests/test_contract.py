@@ -8,28 +8,20 @@ import gatings
 import jax
 import jax.numpy as jnp
 import kinds
-import layers
 import numpy as np
 import pytest
 import reference
 
-from moejax import dispatch, experts, router
+from moejax import dispatch, experts, losses, moe, router
+from moejax import slots as slots_lib
+
+pytestmark = pytest.mark.usefixtures("few_sizes")
 
 G, D = 2, 2
-# Dispatchers that cannot run experts that need slots.
-WITHOUT_SLOTS = ("ragged",)
 
 
 class Setting(NamedTuple):
-  """What decides the shapes of a mixture.
-
-  Attributes:
-    tokens: S.
-    num_experts: E.
-    k: experts per token.
-    capacity: slots per expert and group.
-    dtype: of the activations.
-  """
+  """What decides the shapes of a mixture, and the type of its activations."""
 
   tokens: int = 4
   num_experts: int = 3
@@ -38,6 +30,7 @@ class Setting(NamedTuple):
   dtype: Any = jnp.float32
 
 
+USUAL = Setting()
 SETTINGS = {
   "capacity 1": Setting(capacity=1),
   "k = E": Setting(k=3),
@@ -49,23 +42,22 @@ SETTINGS = {
 
 
 def fits(dispatcher, kind):
-  return dispatcher not in WITHOUT_SLOTS or not kinds.case(kind).slots_only
+  return dispatcher != "ragged" or not kinds.VARIANTS[kind].slots_only
 
 
-# Every dispatcher with every gate, and with every kind of experts.
+# Every kind of experts in slots and on sorted rows. By products rows move as by
+# index, whatever becomes of them.
 OF_KINDS = [
   (dispatcher, "top_k", kind)
-  for dispatcher in dispatch.DISPATCH
-  for kind in experts.EXPERTS
+  for dispatcher, some in (
+    ("gather", kinds.VARIANTS),
+    ("ragged", kinds.VARIANTS),
+    ("einsum", ("feed_forward", "each")),
+  )
+  for kind in some
 ]
 FIT = [each for each in OF_KINDS if fits(each[0], each[2])]
 REFUSED = [each for each in OF_KINDS if each not in FIT]
-COMBINATIONS = FIT + [
-  (dispatcher, gate, "feed_forward")
-  for dispatcher in dispatch.DISPATCH
-  for gate in gatings.CASES
-  if gate != "top_k"
-]
 
 
 def covering():
@@ -80,34 +72,29 @@ def covering():
   return found
 
 
-class Layer(nn.Module):
-  """A mixture without what MoE adds: any capacity, and edges changed by hand.
+COVERING = covering()
+# Every setting has a quarter of these, of different dispatchers.
+IN_SETTINGS = [
+  (name, combination)
+  for i, name in enumerate(SETTINGS)
+  for combination in COVERING[i % 4 :: 4]
+]
 
-  Attributes:
-    dispatcher: a name in DISPATCH.
-    gate: a name in gatings.CASES.
-    experts: the module.
-    setting: the shapes.
-  """
+
+class Layer(nn.Module):
+  """A mixture without what MoE adds, and so of any capacity."""
 
   dispatcher: str
   gate: str
   experts: nn.Module
   setting: Setting
 
-  def __call__(self, x, logits, noise_std, mask, edit):
-    """`edit` says where edges lead; -1 where the gate says it."""
-    gate = gatings.CASES[self.gate].run
-    routing = gate(logits, noise_std, mask, self.setting.k)
-    assignment = routing.assignment
-    expert = jnp.where(edit < 0, assignment.expert, edit)
+  def __call__(self, x, logits, noise_std, mask):
+    _, num_experts, k, capacity, _ = self.setting
+    routing = gatings.CASES[self.gate].run(logits, noise_std, mask, k)
+    run, weights = self.experts.run, self.experts(x.shape[-1])
     y = dispatch.DISPATCH[self.dispatcher](
-      self.experts.run,
-      self.experts(x.shape[-1]),
-      x,
-      assignment._replace(expert=expert),
-      self.setting.num_experts,
-      self.setting.capacity,
+      run, weights, x, routing.assignment, num_experts, capacity
     )
     return y, routing
 
@@ -118,30 +105,20 @@ class Inputs(NamedTuple):
   at: dict[str, Any]
   noise_std: jax.Array
   mask: jax.Array
-  edit: jax.Array
   out: jax.Array
 
 
-def draw(combination, setting, seed=3):
+def draw(combination, setting):
   """Draws inputs, some of them padding."""
-  _, gate, kind = combination
-  S, E, k = setting[:3]
+  _, _, kind = combination
+  S, E, _, _, dtype = setting
+  seed = 3 + sum(map(ord, "".join(combination))) % 7
   random = np.random.default_rng(seed)
   logits, noise_std, mask = gatings.draw(seed, True, (G, S, E))
-  x, out = random.normal(size=(2, G, S, D))
-  at = {
-    "x": jnp.asarray(x, setting.dtype),
-    "logits": logits,
-    "experts": kinds.draw(kinds.case(kind).make(E), E, D),
-  }
-  edges = gatings.num_edges(gate, S, E, k)
-  return Inputs(
-    at,
-    noise_std,
-    mask.at[:, 0].set(True),
-    jnp.full((G, edges), -1, jnp.int32),
-    jnp.asarray(out, setting.dtype),
-  )
+  x, out = jnp.asarray(random.normal(size=(2, G, S, D)), dtype)
+  weights = kinds.draw(kinds.case(kind).make(E), E, D)
+  at = {"x": x, "logits": logits, "experts": weights}
+  return Inputs(at, noise_std, mask.at[:, 0].set(True), out)
 
 
 @functools.cache
@@ -151,11 +128,9 @@ def compiled(combination, setting):
   module = kinds.case(kind).make(setting.num_experts)
   layer = Layer(dispatcher, gate, module, setting)
 
-  def score(at, noise_std, mask, edit, out):
+  def score(at, noise_std, mask, out):
     variables = {"params": {"experts": at["experts"]}}
-    y, routing = layer.apply(
-      variables, at["x"], at["logits"], noise_std, mask, edit
-    )
+    y, routing = layer.apply(variables, at["x"], at["logits"], noise_std, mask)
     return (y * out).sum(), (y, routing)
 
   return jax.jit(jax.value_and_grad(score, has_aux=True))
@@ -169,28 +144,16 @@ def run(combination, setting, inputs):
 def expected(combination, setting, inputs, routing):
   """at -> y and the decisions, by the loops."""
   _, gate, kind = combination
-  S, E, k, capacity, _ = setting
+  _, E, k, capacity, _ = setting
   noise = gatings.noise_of(routing, inputs.at["logits"], inputs.noise_std)
-  noise_std, mask, edit = map(np.asarray, inputs[1:4])
-  token = np.asarray(routing.assignment.tokens(S))
-  # Where edges led before they were changed.
-  led = np.asarray(routing.assignment.expert)
-
-  def edges(g, decision):
-    if (edit < 0).all():
-      return decision.edges
-    return [
-      (int(s), new, decision.gates[s, old])
-      for s, old, new in zip(token[g], led[g], edit[g], strict=True)
-      if new < E
-    ]
+  noise_std, mask = map(np.asarray, inputs[1:3])
 
   def loops(at):
     found = gatings.decide(gate, at["logits"], noise, noise_std, mask, k)
     expert = kinds.case(kind).loops(at["experts"], E)
     y = [
-      reference.dispatch(at["x"][g], edges(g, decision), expert, capacity)
-      for g, decision in enumerate(found)
+      reference.dispatch(x, decision.edges, expert, capacity)
+      for x, decision in zip(at["x"], found, strict=True)
     ]
     return np.stack(y), found
 
@@ -221,6 +184,21 @@ def agree(combination, setting, inputs):
   return y, routing, slopes
 
 
+# -- whole layers, with weights off their start and with drops -----------------
+
+# Groups of 8 tokens: in training 4 slots, the least there are.
+TOKENS, E, K = 8, 3, 2
+FACTORS = {True: 0.5, False: 1.0}
+RANDOM = np.random.default_rng(2)
+# For the gating that has none of its own: its ids are made of them.
+GIVEN = RANDOM.normal(size=(G, TOKENS, E))
+# What multiplies y in the score.
+OUT = RANDOM.normal(size=(G, TOKENS, D))
+MASK = np.arange(TOKENS)[None] != np.array([[2], [TOKENS]])
+# What routers do in evaluation, where they do something else.
+EVALUATES = {"noisy_top_k": "top_k", "balanced": "threshold"}
+
+
 def whole_layers():
   """Every router, every kind of experts, and every dispatcher with some."""
   names = list(dispatch.DISPATCH)
@@ -228,24 +206,85 @@ def whole_layers():
     (names[i % len(names)], name, "feed_forward")
     for i, name in enumerate(router.ROUTERS)
   ]
-  for dispatcher, _, kind in covering():
-    if (dispatcher, "top_k", kind) not in found:
-      found.append((dispatcher, "top_k", kind))
-  return found
+  others = [(dispatcher, "top_k", kind) for dispatcher, _, kind in COVERING]
+  return list(dict.fromkeys(found + others))
 
 
-def nobody_visits_the_first(token, expert, num_experts):
-  return np.where(expert == 0, num_experts, expert)
+def make(dispatcher, name, kind):
+  """Makes the layer, all its random weights, and x."""
+  choose = router.ROUTERS[name]
+  has_k = "k" in choose.__dataclass_fields__
+  layer = moe.MoE(
+    choose(E, **({"k": K} if has_k else {})),
+    kinds.case(kind).make(E),
+    group_size=TOKENS,
+    capacity_factor=FACTORS[True],
+    eval_capacity_factor=FACTORS[False],
+    dispatch=dispatcher,
+  )
+  x = 1 + np.random.default_rng(1).normal(size=(G, TOKENS, D))
+  ids = jnp.zeros((G, TOKENS), jnp.int32)
+  at = {"router": {}, "experts": {}, "x": jnp.asarray(x, jnp.float32)}
+  at |= kinds.random_params(layer, at["x"], ids=ids)
+  if "gate" in at["router"]:
+    # The last expert is wanted by most tokens, and x is mostly positive.
+    kernel = at["router"]["gate"]["kernel"]
+    at["router"]["gate"]["kernel"] = kernel.at[:, -1].add(2)
+  if "bias" in at["router"]:
+    at["router"]["bias"] = jnp.asarray(gatings.bias(E))
+  if "log_thresholds" in at["router"]:
+    at["router"]["log_thresholds"] = jnp.log(gatings.thresholds(E))
+  return layer, at
 
 
-def all_visit_the_last(token, expert, num_experts):
-  """Each token once, and no other expert."""
-  changed, seen = np.full_like(expert, num_experts), set()
-  for g, a in np.ndindex(expert.shape):
-    if expert[g, a] < num_experts and (g, token[g, a]) not in seen:
-      seen.add((g, token[g, a]))
-      changed[g, a] = num_experts - 1
-  return changed
+def decided(name, at, routing, train):
+  """at -> the decisions of the loops, with the chance that `routing` had."""
+  second = np.asarray(routing.assignment.expert)[:, TOKENS:] < E
+  gate, k = (name, K) if train else (EVALUATES.get(name, name), K)
+  if gate == "threshold":
+    k = E  # max_k is 2 k, or all.
+
+  def logits_of(at):
+    x, weights = at["x"], at["router"]
+    logits = x @ weights["gate"]["kernel"] if "gate" in weights else GIVEN
+    noise = x @ weights["noise"]["kernel"] if "noise" in weights else 0 * logits
+    return logits, np.logaddexp(0, noise) + 1e-2
+
+  noise = gatings.noise_of(routing, *logits_of(at))
+
+  def decide(at):
+    logits, noise_std = logits_of(at)
+    if gate == "gshard_top_2" and train:
+      args = zip(logits, np.where(second, 0, 2), MASK, strict=True)
+      return [reference.gshard_top_2(*each) for each in args]
+    return gatings.decide(gate, logits, noise, noise_std, MASK, k)
+
+  return decide
+
+
+def run_layer(layer, at, train):
+  """Returns y, the decision, and, in training, the gradient of sum(y * OUT)."""
+
+  def score(at):
+    at = dict(at)
+    y, state = layer.apply(
+      {"params": at},
+      at.pop("x"),
+      train=train,
+      mask=jnp.asarray(MASK),
+      ids=jnp.asarray(gatings.ids(GIVEN)),
+      rngs={"router": jax.random.key(4)} if train else {},
+      mutable=["routing"],
+    )
+    return (y * jnp.asarray(OUT, y.dtype)).sum(), (y, state)
+
+  if train:
+    fn = jax.jit(jax.value_and_grad(score, has_aux=True))
+    (_, (y, state)), slopes = fn(at)
+  else:
+    (_, (y, state)), slopes = jax.jit(score)(at), None
+  (routing,) = losses.routings(state)
+  return y, routing, slopes
 
 
 class TestContract:
@@ -255,43 +294,34 @@ class TestContract:
   of the paper's loops; and what changes nothing has a gradient of exactly zero.
   """
 
-  @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+  @pytest.mark.parametrize(
+    "combination", dict.fromkeys(FIT + COVERING), ids="-".join
+  )
   def test_some_padding(self, combination):
-    agree(combination, Setting(), draw(combination, Setting()))
+    agree(combination, USUAL, draw(combination, USUAL))
 
-  @pytest.mark.parametrize("combination", covering(), ids="-".join)
+  @pytest.mark.parametrize("combination", COVERING, ids="-".join)
   def test_padding_everywhere(self, combination):
-    inputs = draw(combination, Setting())
+    inputs = draw(combination, USUAL)
     inputs = inputs._replace(mask=jnp.zeros_like(inputs.mask))
-    y, _, slopes = agree(combination, Setting(), inputs)
+    y, _, slopes = agree(combination, USUAL, inputs)
     for array in jax.tree.leaves((y, slopes)):
       assert (np.asarray(array) == 0).all()
 
-  @pytest.mark.parametrize(
-    "edit", [nobody_visits_the_first, all_visit_the_last]
-  )
   @pytest.mark.parametrize("combination", FIT, ids="-".join)
-  def test_experts_without_tokens(self, combination, edit):
-    """Their gradient is exactly zero."""
-    setting = Setting()
-    inputs = draw(combination, setting)
-    _, routing, _ = run(combination, setting, inputs)
-    edited = edit(
-      np.asarray(routing.assignment.tokens(setting.tokens)),
-      np.asarray(routing.assignment.expert),
-      setting.num_experts,
-    )
-    assert (edited != 0).all() and (edited < setting.num_experts).any()
-    _, _, slopes = agree(
-      combination, setting, inputs._replace(edit=jnp.asarray(edited))
-    )
+  def test_experts_without_tokens(self, combination):
+    """Their gradient is exactly zero, however many the others have."""
+    inputs = draw(combination, USUAL)
+    logits = inputs.at["logits"].at[..., 0].set(-9).at[..., -1].add(2)
+    inputs = inputs._replace(at=inputs.at | {"logits": logits})
+    _, routing, slopes = agree(combination, USUAL, inputs)
+    assert (np.asarray(routing.count) > 0).tolist() == [[False, True, True]] * G
     for path, slope in jax.tree_util.tree_leaves_with_path(slopes["experts"]):
       # Of mixed experts the first is among the first kind.
       if path[0].key != "kinds_1":
         assert (np.asarray(slope)[0] == 0).all()
 
-  @pytest.mark.parametrize("combination", covering(), ids="-".join)
-  @pytest.mark.parametrize("name", SETTINGS)
+  @pytest.mark.parametrize("name, combination", IN_SETTINGS)
   def test_setting(self, name, combination):
     setting = SETTINGS[name]
     if combination[1] == "gshard_top_2" and setting.num_experts == 1:
@@ -303,33 +333,43 @@ class TestContract:
   @pytest.mark.parametrize("combination", REFUSED, ids="-".join)
   def test_what_needs_slots_says_so(self, combination):
     with pytest.raises(ValueError, match="need slots"):
-      run(combination, Setting(), draw(combination, Setting()))
+      run(combination, USUAL, draw(combination, USUAL))
 
   @pytest.mark.parametrize("combination", whole_layers(), ids="-".join)
   def test_the_whole_layer(self, combination):
-    """In training, with drops: y, and its gradient to every weight and x."""
+    """With drops: y, and in training its gradient to every weight and x."""
     _, name, kind = combination
-    layer, at = layers.make(*combination)
-    y, routing, slopes = layers.run(layer, at)
-    at = kinds.in_float64(at)
-    decide = layers.decided(name, at, routing)
-    out, slots = layers.OUT, layers.SLOTS
+    layer, at = make(*combination)
+    every = kinds.in_float64(at)
+    for train in (True, False) if kind == "feed_forward" else (True,):
+      y, routing, slopes = run_layer(layer, at, train)
+      decide = decided(name, every, routing, train)
+      edges = routing.assignment.expert.shape[1]
+      slots = slots_lib.capacity(edges, TOKENS, E, FACTORS[train])
 
-    def loops(at):
-      expert = kinds.case(kind).loops(at["experts"], layers.E)
-      return np.stack(
-        [
-          reference.dispatch(at["x"][g], decision.edges, expert, slots)
-          for g, decision in enumerate(decide(at))
-        ]
-      )
+      def loops(at, decide=decide, slots=slots):
+        expert = kinds.case(kind).loops(at["experts"], E)
+        found = zip(at["x"], decide(at), strict=True)
+        y = [reference.dispatch(x, d.edges, expert, slots) for x, d in found]
+        return np.stack(y)
 
-    np.testing.assert_allclose(y, loops(at), rtol=1e-4, atol=1e-4)
-    counts = np.array([decision.count for decision in decide(at)])
-    dropped = np.maximum(counts - slots, 0)
-    np.testing.assert_array_equal(routing.dropped, dropped)
-    assert dropped.sum() > 0 and (
-      kind == "feed_forward" or dropped[:, -1].all()
-    )
-    want = kinds.finite_differences(lambda at: (loops(at) * out).sum(), at)
-    kinds.same_gradient(slopes, want, rtol=2e-3, atol=2e-3, exact=False)
+      np.testing.assert_allclose(y, loops(every), rtol=1e-4, atol=1e-4)
+      for g, decision in enumerate(decide(every)):
+        fits = np.array(reference.has_slot(decision.edges, slots))
+        experts_of = np.array([e for _, e, _ in decision.edges])
+        np.testing.assert_array_equal(
+          routing.dropped[g], np.bincount(experts_of[~fits], minlength=E)
+        )
+        if routing.assignment.token is None:
+          # The first choices of all tokens come before all second ones.
+          lost = ~fits[: len({s for s, _, _ in decision.edges})]
+          np.testing.assert_array_equal(
+            routing.dropped_first[g],
+            np.bincount(experts_of[: len(lost)][lost], minlength=E),
+          )
+      assert routing.dropped.sum() > 0 or not train
+      if train:
+        want = kinds.finite_differences(
+          lambda at: (loops(at) * OUT).sum(), every
+        )
+        kinds.same_gradient(slopes, want, rtol=2e-3, atol=2e-3, exact=False)

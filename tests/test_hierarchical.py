@@ -14,6 +14,8 @@ import reference_losses
 
 from moejax import experts, losses, moe, router
 
+pytestmark = pytest.mark.usefixtures("few_sizes")
+
 P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
 MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 7 > 0)
 OUT = np.random.default_rng(8).normal(size=(G, S, D))
@@ -23,15 +25,9 @@ KEY = jax.random.key(3)
 class Case(NamedTuple):
   """What is compiled as one.
 
-  Attributes:
-    train: whether in training.
-    strict: whether gating is strictly balanced (app. F), and not noisy.
-    factors: slots over the mean load, of groups and of their experts.
-    capacities: what that comes to, 4 being the least.
-    masked: whether there is padding.
-    dispatch: how rows move to groups, and within them.
-    recompute: whether the experts run again in the backward pass.
-    together: groups of tokens that are one at the second level.
+  Strict is app. F, else gating is noisy. Factors are slots over the mean load,
+  of groups and of their experts, and capacities what that comes to, 4 being the
+  least. Dispatch is how rows move to groups, and within them.
   """
 
   train: bool = True
@@ -45,18 +41,12 @@ class Case(NamedTuple):
 
   def layer(self):
     gate = router.Balanced if self.strict else router.NoisyTopK
-    now, other = "capacity_factor", "eval_capacity_factor"
-    if not self.train:
-      now, other = other, now
+    names = ("capacity_factor", "eval_capacity_factor")
+    now, other = names if self.train else names[::-1]
     outer, inner = ({now: factor, other: None} for factor in self.factors)
     between, within = self.dispatch
-    secondary = moe.MoE(
-      gate(Q, K),
-      experts.FeedForward(Q, F),
-      dispatch=within,
-      recompute=self.recompute,
-      **inner,
-    )
+    inner |= {"dispatch": within, "recompute": self.recompute}
+    secondary = moe.MoE(gate(Q, K), experts.FeedForward(Q, F), **inner)
     return moe.HierarchicalMoE(
       gate(P, K), secondary, S, self.together, dispatch=between, **outer
     )
@@ -108,6 +98,10 @@ def params(strict=False):
 
 def arguments(case):
   return {**params(case.strict), "x": inputs()}
+
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 
 @functools.cache
@@ -238,36 +232,36 @@ def expected(case):
   return *in_loops(case, at, *noise), noise
 
 
-def threshold_loss(case, at, held, found):
+def threshold_loss(case, at, found):
   """Eq. 20, of both levels; but for the thresholds all is held fixed."""
-  x, inner = in_joint_groups(case, held["x"]), held["secondary"]["router"]
-  mask = in_joint_groups(case, MASK)
+  held = kinds.in_float64(arguments(case))
+  x, mask = (in_joint_groups(case, a) for a in (held["x"], MASK))
+  levels_of = lambda at: (at["primary"], at["secondary"]["router"])  # noqa: E731
+  (outer, inner), (held_outer, held_inner) = map(levels_of, (at, held))
   total = 0
   for g, levels in enumerate(found):
+    logits = x[g] @ held_outer["gate"]["kernel"]
+    thresholds = np.exp(outer["log_thresholds"])
     total += reference_losses.threshold_loss(
-      x[g] @ held["primary"]["gate"]["kernel"],
-      np.exp(at["primary"]["log_thresholds"]),
-      levels.primary.edges,
-      mask[g],
+      logits, thresholds, levels.primary.edges, mask[g]
     )
     for i, tokens in enumerate(levels.sent):
-      total += reference_losses.threshold_loss(
-        x[g][tokens] @ inner["gate"]["kernel"][i],
-        np.exp(at["secondary"]["router"]["log_thresholds"][i]),
-        levels.secondary[i].edges,
-      )
+      logits = x[g][tokens] @ held_inner["gate"]["kernel"][i]
+      thresholds = np.exp(inner["log_thresholds"][i])
+      edges = levels.secondary[i].edges
+      total += reference_losses.threshold_loss(logits, thresholds, edges)
   return total
 
 
 def losses_in_loops(case, at, found):
   importance = reference_losses.two_level_importance(found)
+  load = reference_losses.two_level_load(found)
   values = {
     "importance": reference_losses.cv_squared(importance),
-    "load": reference_losses.cv_squared(reference_losses.two_level_load(found)),
+    "load": reference_losses.cv_squared(load),
   }
   if "threshold" in case.weights:
-    held = kinds.in_float64(arguments(case))
-    values["threshold"] = threshold_loss(case, at, held, found)
+    values["threshold"] = threshold_loss(case, at, found)
   return values
 
 
@@ -275,7 +269,7 @@ def losses_in_loops(case, at, found):
 def test_is_the_mixture_of_eq_12(name):
   (_, (y, _, _)), _ = run(CASES[name])
   want, _, _ = expected(CASES[name])
-  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+  near(y, want)
   if CASES[name].masked:
     assert (np.asarray(y)[~np.asarray(MASK)] == 0).all()
 
@@ -286,7 +280,6 @@ def test_importance_and_load_are_eq_13_and_14(name):
   (_, (_, routing, values)), _ = run(case)
   _, found, _ = expected(case)
   importance = reference_losses.two_level_importance(found)
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   close(routing.importance.sum(axis=0), importance)
   by_hand = losses_in_loops(case, kinds.in_float64(arguments(case)), found)
   assert values.keys() == by_hand.keys()
@@ -362,7 +355,6 @@ def test_gradient_of_the_whole_layer(name):
 def test_how_rows_move_changes_nothing():
   """Nor whether the hidden layers are kept, in value and gradient."""
   other = {"dispatch": ("einsum", "gather"), "recompute": True}
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   case = CASES["training"]
   jax.tree.map(close, run(case._replace(**other)), run(case))
 
@@ -396,14 +388,9 @@ def test_a_popular_expert_takes_all_that_come(name):
   assert not routing.dropped.any() and not routing.primary.dropped.any()
   own = of_group(kinds.in_float64(at["secondary"]["experts"]), 0)
   expert = reference.feed_forward(own)
-  for row, got, real in zip(
-    kinds.in_float64(at["x"]).reshape(-1, D),
-    y.reshape(-1, D),
-    np.asarray(MASK).reshape(-1),
-    strict=True,
-  ):
-    want = expert(0, row) * real
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  rows = kinds.in_float64(at["x"]).reshape(-1, D)
+  want = [expert(0, row) for row in rows] * np.asarray(MASK).reshape(-1, 1)
+  near(y.reshape(-1, D), want)
 
 
 def test_nan_in_padding_stays_there():

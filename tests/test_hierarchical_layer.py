@@ -13,16 +13,17 @@ import pytest
 
 from moejax import experts, losses, moe, router, sharding
 
+pytestmark = pytest.mark.usefixtures("few_sizes")
+
 P, Q, K, D, F, S, G = 3, 4, 2, 3, 2, 8, 2
 IDS = jnp.arange(G * S, dtype=jnp.int32).reshape(G, S)
 KEY = jax.random.key(3)
+NOISY = router.NoisyTopK(P, K)
 
 
 def layer(primary=None, secondary=None, **options):
-  primary = primary or router.NoisyTopK(P, K)
-  return moe.HierarchicalMoE(
-    primary, secondary or mixture(), **{"group_size": S} | options
-  )
+  primary, options = primary or NOISY, {"group_size": S} | options
+  return moe.HierarchicalMoE(primary, secondary or mixture(), **options)
 
 
 def mixture(gate=None, kind=None, **options):
@@ -31,15 +32,13 @@ def mixture(gate=None, kind=None, **options):
   return moe.MoE(gate, kind or experts.FeedForward(Q, F), **options)
 
 
-def sorted_layer(gate=None, kind=None, groups=P, **options):
+FREE = {"capacity_factor": None, "eval_capacity_factor": None}
+
+
+def sorted_layer(gate=None, kind=None, primary=None, **options):
   """Without a capacity, its rows sorted."""
-  free = {"capacity_factor": None, "eval_capacity_factor": None}
-  return layer(
-    router.NoisyTopK(groups, K),
-    mixture(gate, kind, **free, **options),
-    dispatch="ragged",
-    **free,
-  )
+  within = mixture(gate, kind, **FREE, **options)
+  return layer(primary, within, dispatch="ragged", **FREE)
 
 
 def inputs(shape=(G, S)):
@@ -111,33 +110,42 @@ def make(kind, num_experts):
   return router.ROUTERS[kind](*args)
 
 
-@pytest.mark.parametrize("factor", [1.25, None])
-@pytest.mark.parametrize("kind", router.ROUTERS)
-def test_every_router_serves_at_either_level(kind, factor, together=2):
-  """But for ids, which are not dispatched: they are the primary's."""
-  inner = "top_k" if kind == "hash" else kind
-  free = {"capacity_factor": factor}
-  options = free | {"groups_together": together}
-  module = layer(make(kind, P), mixture(make(inner, Q), **free), **options)
+def shapes_of(module, train, **options):
+  """y and the routing of a layer just made; their shapes."""
 
   def run():
-    variables = module.init(KEY, inputs(), ids=IDS)
-    return apply(module, variables["params"], inputs(), True, ids=IDS)
+    variables = module.init(KEY, inputs(), **options)
+    return apply(module, variables["params"], inputs(), train, **options)
 
-  y, routing = jax.eval_shape(run)
+  return jax.eval_shape(run)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("factor", [1.25, None])
+@pytest.mark.parametrize("kind", router.ROUTERS)
+def test_every_router_serves_at_either_level(kind, factor, train, together=2):
+  """But for ids, which are not dispatched: they are the primary's.
+
+  Rows are sorted where no token's experts depend on the others of its group.
+  """
+  inner = make("top_k" if kind == "hash" else kind, Q)
+  free = {"capacity_factor": factor, "eval_capacity_factor": factor}
+  options = free | {"groups_together": together}
+  module = layer(make(kind, P), mixture(inner, **free), **options)
+  y, routing = shapes_of(module, train, ids=IDS)
   assert y.shape == (G, S, D)
-  *front, _ = routing.logits.shape
-  assert routing.mask.shape == (*front,)
-  by_token = kind not in ("balanced", "expert_choice")
-  if factor is None and by_token:
+  *front, experts_within = routing.logits.shape
+  assert routing.mask.shape == (*front,) and experts_within == Q
+  if factor is None and inner.is_by_token(train):
     edges = routing.primary.assignment.expert.shape
     assert routing.within.shape == (*front,) == edges
   else:
+    assert routing.within is None
     assert front[:2] == [P, G // together] and front[2] % together == 0
   for name in ("importance", "load", "count", "dropped", "dropped_first"):
     assert getattr(routing, name).shape == (G // together, P * Q)
     assert getattr(routing.primary, name).shape == (G // together, P)
-  learned = {"balanced": "thresholds", "sigmoid": "bias"}
+  learned = {"balanced": "thresholds" * train, "sigmoid": "bias"}
   for name in ("thresholds", "bias"):
     vector = getattr(routing, name)
     assert (vector is not None) == (learned.get(kind) == name)
@@ -180,19 +188,6 @@ def test_bad_arguments_are_named(module, message):
     jax.eval_shape(lambda: module.init(KEY, inputs()))
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_balanced_gating_sorts_rows_at_inference_alone(train):
-  module = sorted_layer(router.Balanced(Q, K)).clone(dispatch="auto")
-
-  def run():
-    params = module.init(KEY, inputs())["params"]
-    return apply(module, params, inputs(), train)[1]
-
-  routing = jax.eval_shape(run)
-  assert (routing.within is None) == train
-  assert routing.logits.shape == ((P, G, S, Q) if train else (G, S * K, Q))
-
-
 def test_a_mixture_in_every_expert_keeps_its_slots():
   """A device has several of them."""
   within = sorted_layer().clone(group_size=None, dispatch="auto")
@@ -214,9 +209,10 @@ def test_work_is_that_of_edges_not_of_experts():
   """No expert is given every token: 16 times as many are of no more rows."""
 
   def memory(groups, size, dispatch):
-    module = sorted_layer(
-      router.NoisyTopK(size, K), experts.FeedForward(size, 8), groups
-    ).clone(dispatch=dispatch)
+    noisy = functools.partial(router.NoisyTopK, k=K)
+    kind = experts.FeedForward(size, 8)
+    module = sorted_layer(noisy(size), kind, noisy(groups))
+    module = module.clone(dispatch=dispatch)
     x = jnp.zeros((2, 512, 256))
     shapes = jax.eval_shape(lambda: module.init(KEY, x))["params"]
     loss = lambda at, x: apply(module, at, x, True)[0].sum()  # noqa: E731
@@ -231,7 +227,7 @@ def test_work_is_that_of_edges_not_of_experts():
 def test_sorted_rows_and_slots_for_all_are_one_mixture():
   """In value, in every loss of either scope, in the report, and in gradient."""
   primary = router.ExpertChoice(P, K)
-  module = sorted_layer(router.Sigmoid(Q, K)).clone(primary=primary)
+  module = sorted_layer(router.Sigmoid(Q, K), primary=primary)
   params, x = kinds.random_params(module, inputs()), inputs()
   weights = dict.fromkeys(("importance", "switch_balance", "z", "bias"), 0.3)
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import tempfile
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax import experts, losses, moe, router, sharding
+from moejax import dispatch, experts, gating, losses, moe, router, sharding
 from moejax.data import packing
 from moejax.models import lstm_lm
 from moejax.planning import collectives
 from moejax.planning.collectives import Collective
 from moejax.training import state
+
+pytestmark = pytest.mark.usefixtures("few_sizes")
 
 # So wide a hidden layer that its rows weigh more than its matrix: XLA moves the
 # lighter of the two.
@@ -32,31 +35,43 @@ FACTOR = 1.0
 CAPACITY = K * L // E
 DISPATCHED = 4 * D * E * CAPACITY * B // 8
 MASK = jnp.asarray(np.arange(B * L).reshape(B, L) % 7 > 0)
-BY_SLOTS = pytest.mark.parametrize("name", ["einsum", "gather"])
+# The devices that share an expert have the same tokens.
+COPIES = sharding.Layout(
+  "copies", (1, -1, 2), sharding.rules(batch=("data", "expert"))
+)
+LAYOUTS = sharding.LAYOUTS | {"copies": COPIES}
 # Layers of two levels, and how many groups of tokens are one at the second.
-TWO_LEVELS = {
-  "hierarchical": 1,
-  "half together": B // 2,
-  "all together": B,
-  "sorted": 1,
-}
-# Einsum differs from gather within a device alone; more of ragged is in
-# test_ragged.py.
+TWO_LEVELS = {"hierarchical": 1, "half together": B // 2, "sorted": 1}
+# Whose rows are sorted, where they can be sent to a device of their own. Of
+# "picks" the experts choose.
+DROPLESS = ("dropless", "picks", "sorted")
+# Einsum differs from gather within a device alone. Where all devices have all
+# experts no row moves.
+SPLIT = ("expert", "data_expert", "expert_model", "fsdp")
 CASES = [
-  *((layout, "gather") for layout in sharding.LAYOUTS),
-  *((layout, "hierarchical") for layout in sharding.LAYOUTS),
-  *((layout, "sorted") for layout in sharding.LAYOUTS),
-  *((layout, "ragged") for layout in ("replicated", "expert_model", "fsdp")),
-  *((layout, "einsum") for layout in ("expert", "data_expert")),
+  *((layout, "gather", "") for layout in sharding.LAYOUTS),
+  *((layout, "hierarchical", "") for layout in SPLIT),
+  *((layout, "sorted", "") for layout in ("replicated", *SPLIT[1:])),
+  ("data_expert", "half together", ""),
+  ("data_expert", "einsum", ""),
+  ("data_expert", "ragged", ""),
+  ("copies", "ragged", ""),
+  ("expert_model", "dropless", ""),
+  ("data_expert", "picks", ""),
+  ("expert", "dropless", "all-to-all"),
+  ("data_expert", "ragged", "all-to-all"),
+  ("expert_model", "picks", "all-to-all"),
+  ("copies", "dropless", "all-to-all"),
+  ("data_expert", "sorted", "all-to-all"),
 ]
 INVOLUNTARY = "Involuntary full rematerialization"
 
 
-def layer(name, num_experts=E, group_size=L):
+def layer(name):
   """E experts by a dispatch, or E groups of Q experts."""
-  gate = router.NoisyTopK(num_experts, K)
-  factor = None if name == "sorted" else FACTOR
-  options = {"group_size": group_size, "capacity_factor": factor}
+  gate = router.NoisyTopK(E, K)
+  factor = None if name in DROPLESS else FACTOR
+  options = {"group_size": L, "capacity_factor": factor}
   if name in TWO_LEVELS:
     within = moe.MoE(
       router.NoisyTopK(Q, K),
@@ -66,13 +81,13 @@ def layer(name, num_experts=E, group_size=L):
     )
     options["groups_together"] = TWO_LEVELS[name]
     return moe.HierarchicalMoE(gate, within, **options)
-  return moe.MoE(
-    gate,
-    experts.FeedForward(num_experts, F),
-    dispatch=name,
-    recompute=name == "ragged",
-    **options,
-  )
+  if name == "picks":
+    gate = router.ExpertChoice(E, K)
+  if name in ("dropless", "picks", "ragged"):
+    options |= {"recompute": True, "dispatch": "ragged"}
+  else:
+    options["dispatch"] = name
+  return moe.MoE(gate, experts.FeedForward(E, F), **options)
 
 
 def inputs():
@@ -86,12 +101,10 @@ def boxed(name):
   tree = jax.eval_shape(lambda: layer(name).init(rng, inputs()))["params"]
   leaves, structure = jax.tree.flatten(tree)
   keys = jax.random.split(rng, len(leaves))
-  tree = structure.unflatten(
-    [
-      0.5 * jax.random.normal(key, leaf.shape)
-      for key, leaf in zip(keys, leaves, strict=True)
-    ]
+  drawn = map(
+    lambda key, w: 0.5 * jax.random.normal(key, w.shape), keys, leaves
   )
+  tree = structure.unflatten(drawn)
   gate = tree["primary" if name in TWO_LEVELS else "router"]["gate"]
   kernel = gate["kernel"]
   gate["kernel"] = kernel.replace_boxed(kernel.value.at[:, 0].add(1))
@@ -111,13 +124,13 @@ def forward(name, params, x):
   aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})
   (routing,) = losses.routings(state)
   first = routing if routing.primary is None else routing.primary
-  # Of sorted rows the noise of both levels, which no layout may change; where
-  # rows go that are none is theirs to say.
-  noisy = first.logits
+  decided = first.logits, routing.importance
   if routing.within is not None:
-    noisy = noisy, jnp.where(routing.mask[..., None], routing.logits, 0)
-  report = (y, first.dropped, routing.load, noisy)
-  return jnp.mean(y**2) + aux, report
+    # The noise of both levels, which no layout may change; where rows go that
+    # are none is theirs to say.
+    noisy = jnp.where(routing.mask[..., None], routing.logits, 0)
+    decided = *decided, noisy, routing.assignment
+  return jnp.mean(y**2) + aux, (y, first.dropped, routing.load, decided)
 
 
 def step(name, params, x):
@@ -131,29 +144,37 @@ def on_one_device(name):
   return run(nn.unbox(boxed(name)), inputs())
 
 
+def placed(layout_name, name):
+  """Layout, mesh, arguments as they lie on it, and how they do."""
+  layout = LAYOUTS[layout_name]
+  mesh = sharding.make_mesh(layout)
+  params = sharding.shardings(boxed(name), layout, mesh)
+  lies = params, sharding.batch_sharding(layout, mesh, len(inputs()))
+  args = jax.device_put((nn.unbox(boxed(name)), inputs()), lies)
+  return layout, mesh, args, lies
+
+
 class OnMesh(NamedTuple):
   """What came of a compiled program: result, collectives, XLA's warnings."""
 
   result: Any
   found: list[Collective]
   warnings: str
-  params: Any
 
 
 @functools.cache
-def on_all_devices(layout_name, name, fn=step):
-  layout = sharding.LAYOUTS[layout_name]
-  mesh = sharding.make_mesh(layout)
-  places = sharding.shardings(boxed(name), layout, mesh)
-  params = jax.device_put(nn.unbox(boxed(name)), places)
-  batch = sharding.batch_sharding(layout, mesh, len(inputs()))
-  x = jax.device_put(inputs(), batch)
-  kept = (None, (places, batch)) if fn is step else None
-  with sharding.use(layout, mesh), stderr() as warnings:
+def on_all_devices(layout_name, name, move="", fn=step):
+  layout, mesh, args, lies = placed(layout_name, name)
+  kept = (None, lies) if fn is step else None
+  with contextlib.ExitStack() as stack:
+    if move:
+      pretend(stack.enter_context(pytest.MonkeyPatch.context()))
+    stack.enter_context(sharding.use(layout, mesh))
+    warnings = stack.enter_context(stderr())
     run = jax.jit(functools.partial(fn, name), out_shardings=kept)
-    compiled = run.lower(params, x).compile()
+    compiled = run.lower(*args).compile()
   found = collectives.read(compiled.as_text(), mesh)
-  return OnMesh(compiled(params, x), found, warnings[0], params)
+  return OnMesh(compiled(*args), found, warnings[0])
 
 
 @contextlib.contextmanager
@@ -172,14 +193,49 @@ def stderr():
       caught.append(file.read().decode())
 
 
-@pytest.mark.parametrize("layout, name", CASES)
-def test_layouts_agree_with_one_device(layout, name):
+def pretend(patch):
+  """Gives a CPU what it does not have."""
+  patch.setattr(jax.lax, "ragged_all_to_all", emulated)
+  patch.setattr(sharding, "platform", lambda: "tpu")
+
+
+def emulated(
+  operand, output, offsets, sizes, to_offsets, recv_sizes, *, axis_name
+):
+  """What jax.lax.ragged_all_to_all is documented to do; NaN if misused."""
+  n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+  operands, *slices = (
+    jax.lax.all_gather(a, axis_name)
+    for a in (operand, offsets, sizes, to_offsets)
+  )
+  # Of the slices that come here, sender by sender.
+  start, size, to = (a.reshape(n, n, -1)[:, me].reshape(-1) for a in slices)
+  sender = jnp.arange(n).repeat(start.size // n)
+  row = jnp.arange(output.shape[0])[:, None]
+  inside = (row >= to[None]) & (row < (to + size)[None])
+  of_row = inside.argmax(axis=1)
+  source = start[of_row] + row[:, 0] - to[of_row]
+  got = operands[sender[of_row], source]
+  right = (
+    (size == recv_sizes).all()
+    & (inside.sum(axis=1) <= 1).all()
+    & (to + size <= output.shape[0]).all()
+    & (start + size <= operand.shape[0]).all()
+  )
+  result = jnp.where(inside.any(axis=1)[:, None], got, output)
+  # No number of an edge is below zero.
+  is_float = jnp.issubdtype(result.dtype, jnp.floating)
+  return jnp.where(right, result, jnp.nan if is_float else -1)
+
+
+@pytest.mark.parametrize("layout, name, move", CASES)
+def test_layouts_agree_with_one_device(layout, name, move):
   """And XLA finds a path from each sharding to the next."""
-  on_mesh = on_all_devices(layout, name)
-  assert INVOLUNTARY not in on_mesh.warnings
+  on_mesh = on_all_devices(layout, name, move)
+  assert move or INVOLUNTARY not in on_mesh.warnings
   got, want = on_mesh.result, on_one_device(name)
   (_, (_, dropped, _, _)), _ = want
-  assert (np.asarray(dropped).sum() > 0) == (name != "sorted")
+  assert (np.asarray(dropped).sum() > 0) == (name not in DROPLESS)
   assert all(np.abs(slope).max() > 0 for slope in jax.tree.leaves(want[1]))
   close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
   jax.tree.map(close, got, want)
@@ -192,7 +248,7 @@ HELD = {"replicated": E, "expert": 1, "data_expert": 2, "expert_model": 2}
 @pytest.mark.parametrize("name", ["gather", "hierarchical"])
 def test_every_device_holds_its_share_of_the_experts(layout, name):
   """Or of the groups of experts, with the gates within."""
-  params = on_all_devices(layout, name).params
+  *_, (params, _), _ = placed(layout, name)
   split, whole = ("experts", "router")
   if name == "hierarchical":
     split, whole = ("secondary", "primary")
@@ -206,11 +262,15 @@ def test_every_device_holds_its_share_of_the_experts(layout, name):
 
 @pytest.mark.parametrize("name", ["gather", "hierarchical"])
 def test_fsdp_keeps_an_eighth_of_everything(name):
-  for w in jax.tree.leaves(on_all_devices("fsdp", name).params):
+  *_, (params, _), _ = placed("fsdp", name)
+  for w in jax.tree.leaves(params):
     part = w.addressable_shards[0].data.shape
     assert math.prod(part) == w.size // 8
     # Of the largest axis that divides, so that parts are thick.
     assert max(n for n in w.shape if n % 8 == 0) not in part
+
+
+# -- what is exchanged --------------------------------------------------------
 
 
 def moves(found, *kinds):
@@ -236,7 +296,7 @@ OF_ROUTER = 4 * (2 * D * E + 2 * E + 1)
 OF_EXPERTS = 4 * 2 * E * D * F
 
 
-@pytest.mark.parametrize("name", ["gather", "ragged", "hierarchical", "sorted"])
+@pytest.mark.parametrize("name", ["gather", "sorted"])
 def test_replicated_layout_moves_no_token(name):
   found = on_all_devices("replicated", name).found
   assert not moves(found)
@@ -246,8 +306,10 @@ def test_replicated_layout_moves_no_token(name):
     assert added["data",] == OF_ROUTER + OF_EXPERTS
 
 
-@BY_SLOTS
-@pytest.mark.parametrize("layout", ["expert", "data_expert"])
+@pytest.mark.parametrize(
+  "layout, name",
+  [("expert", "gather"), ("data_expert", "gather"), ("data_expert", "einsum")],
+)
 def test_tokens_move_there_and_back_and_nothing_else(layout, name):
   found = on_all_devices(layout, name).found
   # There and back, and both gradients.
@@ -262,7 +324,7 @@ def test_tokens_move_there_and_back_and_nothing_else(layout, name):
       np.testing.assert_allclose(each.wire_bytes, want, rtol=0.05)
   if layout == "expert":
     assert sums(found) == {("expert",): OF_ROUTER}
-    forth = on_all_devices(layout, name, forward).found
+    forth = on_all_devices(layout, name, fn=forward).found
     assert moves(forth) == 2 * [one]
   else:
     # Of the experts, each device's own with their copies.
@@ -293,39 +355,135 @@ def test_fsdp_gathers_every_parameter_twice():
 @pytest.mark.parametrize("layout", ["expert", "data_expert"])
 def test_tokens_move_once_to_each_group_of_experts(layout):
   """And of every slot whether it is taken, the gate, and the gate's slope."""
-
-  def of_slots(found, *more):
-    sizes = [each[1] for each in moves(found, "all-to-all")]
-    assert sizes == sorted([*more, *len(sizes[len(more) :]) * [DISPATCHED]])
-    # The slope of each group's load; no tokens.
-    others = [each for each in moves(found) if each[0] != "all-to-all"]
-    assert all(each[:2] <= ("all-gather", 4 * E) for each in others)
-    return len(sizes) - len(more)
-
-  slots = DISPATCHED // (4 * D)
   found = on_all_devices(layout, "hierarchical").found
-  assert of_slots(found, slots, 4 * slots, 4 * slots) == 4
-  if layout == "expert":
-    found = on_all_devices(layout, "hierarchical", forward).found
-    assert of_slots(found, slots, 4 * slots) == 2
+  slots = DISPATCHED // (4 * D)
+  sizes = [each[1] for each in moves(found, "all-to-all")]
+  assert sizes == sorted([slots, 4 * slots, 4 * slots] + 4 * [DISPATCHED])
+  # The slope of each group's load; no tokens.
+  others = [each for each in moves(found) if each[0] != "all-to-all"]
+  assert all(each[:2] <= ("all-gather", 4 * E) for each in others)
+
+
+def test_groups_of_tokens_that_are_together_exchange_no_more():
+  together, apart = (
+    on_all_devices("data_expert", name).found
+    for name in ("half together", "hierarchical")
+  )
+  assert moves(together) == moves(apart) and len(together) == len(apart)
+
+
+# -- sorted rows --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["data_expert", "copies"])
+def test_tokens_are_gathered_once_and_sums_scattered_back(layout):
+  """And of every edge its expert and its gate; no weights, unless split."""
+  split = layout == "copies"
+  tokens = 4 * B // (4 if split else 8) * L
+  edges = tokens * K
+  weights = 2 * [("all-gather", E // 4 * D * F)] if split else []
+  there = 2 * [("all-gather", edges)] + [("all-gather", tokens * D)]
+  sums = [("reduce-scatter", tokens * D // 4)]
+  # And their gradients, that of the gates among them.
+  back = [("all-gather", tokens * D), *sums, ("reduce-scatter", edges // 4)]
+  found = moves(on_all_devices(layout, "ragged").found)
+  found = [(kind, size // 4) for kind, size, _ in found]
+  assert found == sorted(weights + there + sums + back)
 
 
 @pytest.mark.parametrize(
-  "layout, name",
+  "name, capacity, buffer_size",
   [
-    ("data_expert", "half together"),
-    ("expert_model", "all together"),
+    # Of each of its experts all tokens, but never more than all edges.
+    ("expert", None, B * L),
+    ("data_expert", None, B // 2 * L * K),
+    ("data_expert", L + 1, B // 2 * L * K),
+    ("data_expert", 1, B // 2 * 2),
   ],
 )
-def test_groups_of_tokens_that_are_together_exchange_no_more(layout, name):
-  """And all is what it is on one device."""
-  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
-  got = on_all_devices(layout, name)
-  jax.tree.map(close, got.result, on_one_device(name))
-  apart = on_all_devices(layout, "hierarchical")
-  assert moves(got.found) == moves(apart.found)
-  assert len(got.found) == len(apart.found)
-  assert INVOLUNTARY not in got.warnings
+@pytest.mark.parametrize("move", ["", "all-to-all"])
+def test_the_buffer_holds_all_rows_that_can_come(
+  monkeypatch, move, name, capacity, buffer_size
+):
+  seen = []
+
+  def spy(weights, rows, group_sizes):
+    seen.append((weights.shape, rows.shape, group_sizes.shape))
+    return rows
+
+  if move:
+    pretend(monkeypatch)
+  layout = sharding.LAYOUTS[name]
+  mesh = sharding.make_mesh(layout)
+
+  def run(x):
+    edges = gating.top_k(x @ jnp.ones((D, E)), K).assignment
+    args = jnp.ones((E, D, F)), x, edges, E, capacity
+    return dispatch.DISPATCH["ragged"](spy, *args)
+
+  with sharding.use(layout, mesh):
+    jax.eval_shape(run, inputs())
+  mine = E // mesh.shape["expert"]
+  assert seen == [((mine, D, F), (buffer_size, D), (mine,))]
+
+
+def test_rows_travel_to_groups_of_experts_alone(monkeypatch):
+  """Once for each group, and back; nothing of their size is gathered.
+
+  Of every edge comes back which experts took it and with what gates, and the
+  gates' slopes return.
+  """
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+  layout, mesh, args, _ = placed("expert", "sorted")
+  loss = lambda *args: forward("sorted", *args)[0]  # noqa: E731
+  with sharding.use(layout, mesh):
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(*args)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  of_device, edges, groups = B * L, B * L * K // 8, B // 8
+  op = r"(ragged_all_to_all|all_to_all|all_gather)\b.*-> tensor<(\S+)>"
+  assert collections.Counter(re.findall(op, text)) == {
+    ("ragged_all_to_all", f"{of_device}x{D}xf32"): 2,
+    ("ragged_all_to_all", f"{edges}x{D}xf32"): 2,
+    ("ragged_all_to_all", f"{edges}x{K}xi32"): 1,
+    ("ragged_all_to_all", f"{edges}x{K}xf32"): 1,
+    ("ragged_all_to_all", f"{of_device}x{K}xf32"): 1,
+    # Which edges they are: their noise depends on it, and their load.
+    ("ragged_all_to_all", f"{of_device}x1xi32"): 1,
+    ("all_gather", f"{B}xi32"): 1,
+    ("all_gather", f"8x{E}xi32"): 1,
+    # Load, with its slope.
+    ("all_to_all", f"{E}x{groups}x{Q}xf32"): 1,
+    ("all_to_all", f"1x{B}x{Q}xf32"): 1,
+  }
+
+
+@pytest.mark.parametrize(
+  "kind",
+  [
+    experts.FeedForward(1, F),
+    experts.Identity(E),
+    experts.Mixed((experts.Linear(E), experts.Identity(E))),
+  ],
+  ids=lambda kind: type(kind).__name__,
+)
+def test_experts_without_an_axis_of_their_own_stay(kind):
+  """A single one, those without weights and those of several kinds."""
+  gate = router.TopK(kind.num_experts, min(K, kind.num_experts))
+  module = moe.MoE(gate, kind, L, None, dispatch="ragged")
+  params = nn.unbox(jax.jit(module.init)(jax.random.key(0), inputs()))
+  layout = sharding.LAYOUTS["expert"]
+
+  def loss(params, x):
+    return jnp.square(module.apply(params, x, train=True)).sum()
+
+  want = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, inputs())
+  with sharding.use(layout, sharding.make_mesh(layout)):
+    got = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, inputs())
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  jax.tree.map(close, got, want)
+
+
+# -- what else XLA does -------------------------------------------------------
 
 
 def test_xla_says_where_it_finds_none():

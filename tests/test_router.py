@@ -1,9 +1,8 @@
 """Routers: their weights, their noise, their precision."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,74 +17,14 @@ IDS = jnp.asarray(np.arange(G * S).reshape(G, S) % 5, jnp.int32)
 ALL = pytest.mark.parametrize("name", router.ROUTERS)
 
 
-class Case(NamedTuple):
-  """A router and the gating that it should be.
-
-  Attributes:
-    module: the router.
-    evaluates: (logits, params, mask) -> Routing.
-    trains: the same in training; None where chance has a part in it.
-    from_zero: whether the weights start at zero.
-  """
-
-  module: nn.Module
-  evaluates: Callable
-  trains: Callable | None
-  from_zero: bool = False
-
-
-def without_noise(module, gate, from_zero=False):
-  return Case(module, gate, gate, from_zero)
-
-
-CASES = {
-  "softmax": without_noise(
-    router.Softmax(E), lambda h, params, mask: gating.softmax(h, mask), True
-  ),
-  "top_k": without_noise(
-    router.TopK(E, K), lambda h, params, mask: gating.top_k(h, K, mask)
-  ),
-  "noisy_top_k": Case(
-    router.NoisyTopK(E, K),
-    lambda h, params, mask: gating.top_k(h, K, mask),
-    None,
-    True,
-  ),
-  "balanced": Case(
-    router.Balanced(E, K),
-    lambda h, params, mask: gating.threshold(
-      h, jnp.exp(params["log_thresholds"]), 2 * K, mask
-    ),
-    lambda h, params, mask: gating.balanced(h, K, mask)._replace(
-      thresholds=jnp.exp(params["log_thresholds"])
-    ),
-  ),
-  "switch": without_noise(
-    router.Switch(E), lambda h, params, mask: gating.switch(h, mask)
-  ),
-  "gshard_top_2": Case(
-    router.GShardTop2(E),
-    lambda h, params, mask: gating.gshard_top_2(h, None, mask),
-    None,
-  ),
-  "expert_choice": without_noise(
-    router.ExpertChoice(E, K),
-    lambda h, params, mask: gating.expert_choice(h, K, mask),
-  ),
-  "hash": without_noise(
-    router.Hash(E, K), lambda h, params, mask: gating.hash_ids(IDS, E, K, mask)
-  ),
-  "sigmoid": without_noise(
-    router.Sigmoid(E, K),
-    lambda h, params, mask: gating.sigmoid(h, params["bias"], K, mask),
-  ),
-}
-FROM_RANDOM = [name for name in CASES if not CASES[name].from_zero]
+# Those whose weights start at zero, and whose training has chance in it.
+FROM_ZERO = ("softmax", "noisy_top_k")
+BY_CHANCE = ("noisy_top_k", "gshard_top_2")
 
 
 def make(name):
-  assert type(CASES[name].module) is router.ROUTERS[name]
-  return CASES[name].module
+  fixed = ("softmax", "switch", "gshard_top_2")
+  return router.ROUTERS[name](E, *(() if name in fixed else (K,)))
 
 
 def inputs(seed=1):
@@ -100,15 +39,13 @@ def init(module, train=False):
 
 def random_params(module):
   """Params off their start, so that every one of them shows in the output."""
-  params = nn.unbox(init(module))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(5), len(leaves))
-  return tree.unflatten(
-    [
-      jax.random.normal(k, w.shape) * (1 if w.ndim == 2 else 0.3) + w
-      for k, w in zip(keys, leaves, strict=True)
-    ]
-  )
+  random = np.random.default_rng(5)
+
+  def shifted(w):
+    noise = random.normal(size=w.shape) * (1 if w.ndim == 2 else 0.3)
+    return w + jnp.asarray(noise, w.dtype)
+
+  return jax.tree.map(shifted, nn.unbox(init(module)))
 
 
 def apply(module, params, x, train=False, noise=None, mask=None, ids=IDS):
@@ -155,7 +92,7 @@ def test_where_the_parameters_start(name):
   for leaf in jax.tree.leaves(params):
     if leaf.ndim == 2:
       assert leaf.shape == (D, E)
-      assert (np.asarray(leaf) == 0).all() == CASES[name].from_zero
+      assert (np.asarray(leaf) == 0).all() == (name in FROM_ZERO)
   if name in vectors:
     vector, start = vectors[name]
     np.testing.assert_allclose(
@@ -165,7 +102,9 @@ def test_where_the_parameters_start(name):
     )
 
 
-@pytest.mark.parametrize("name", FROM_RANDOM)
+@pytest.mark.parametrize(
+  "name", [name for name in router.ROUTERS if name not in FROM_ZERO]
+)
 def test_at_first_tokens_and_experts_meet_evenly(name):
   """From zeros all would tie: k experts or k tokens of E would take part."""
   module = make(name)
@@ -181,30 +120,15 @@ def test_at_first_tokens_and_experts_meet_evenly(name):
 
 @pytest.mark.parametrize("train", [False, True])
 @ALL
-def test_is_the_gating(name, train):
-  """In evaluation deterministic, and without a key for noise."""
-  module, case = make(name), CASES[name]
-  gate = case.trains if train else case.evaluates
-  if gate is None:
-    return
+def test_without_chance_no_key_is_needed(name, train):
+  module = make(name)
   params = random_params(module)
-  kernel = params["gate"]["kernel"] if "gate" in params else jnp.zeros((D, E))
-  want = gate(inputs() @ kernel, params, MASK)
-  got = apply(module, params, inputs(), train=train, mask=MASK)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want
-  )
-  assert np.asarray(got.count).sum() > 0
-  same(got, apply(module, params, inputs(), train=train, mask=MASK))
-
-
-def test_training_noise_follows_the_key():
-  module = make("noisy_top_k")
-  params = random_params(module)
-  first = apply(module, params, inputs(), train=True, noise=1)
-  same(first, apply(module, params, inputs(), train=True, noise=1))
-  second = apply(module, params, inputs(), train=True, noise=2)
-  assert (np.asarray(first.logits) != np.asarray(second.logits)).all()
+  run = functools.partial(apply, module, params, inputs(), train, mask=MASK)
+  if train and name in BY_CHANCE:
+    with pytest.raises(flax.errors.InvalidRngError):
+      run()
+  else:
+    same(run(), run())
 
 
 @pytest.mark.parametrize("epsilon", [1e-2, 0.5])
@@ -213,17 +137,18 @@ def test_noise_std_is_softplus_of_w_noise_plus_epsilon(epsilon):
   module = router.NoisyTopK(E, K, noise_epsilon=epsilon)
   params = random_params(module)
   zeros = jax.tree.map(jnp.zeros_like, params)
+  train = functools.partial(apply, module, x=inputs(), train=True)
   # From zeros: noise * (ln 2 + epsilon) and nothing else.
-  at_zero = apply(module, zeros, inputs(), train=True, noise=1).logits
-  noise = np.asarray(at_zero) / (np.log(2) + epsilon)
+  noise, other = (
+    np.asarray(train(zeros, noise=key).logits) / (np.log(2) + epsilon)
+    for key in (1, 2)
+  )
+  assert (noise != other).all()
   x, w = np.asarray(inputs()), jax.tree.map(np.asarray, params)
   noise_std = np.logaddexp(0, x @ w["noise"]["kernel"]) + epsilon
-  np.testing.assert_allclose(
-    apply(module, params, inputs(), train=True, noise=1).logits,
-    x @ w["gate"]["kernel"] + noise * noise_std,
-    rtol=1e-4,
-    atol=1e-4,
-  )
+  want = x @ w["gate"]["kernel"] + noise * noise_std
+  got = train(params, noise=1).logits
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   bad = router.NoisyTopK(E, K, noise_epsilon=-epsilon)
   with pytest.raises(ValueError, match=r"noise_epsilon is -0\..*0 or more"):
     apply(bad, params, inputs(), train=True, noise=1)

@@ -22,16 +22,12 @@ def choices(seed=0):
 
 def test_first_choices_come_before_second_choices():
   expert, gate = choices()
-  assignment = routing.from_token_choice(jnp.asarray(expert), jnp.asarray(gate))
+  got = routing.from_token_choice(jnp.asarray(expert), jnp.asarray(gate))
+  order = [(s, k) for k in range(K) for s in range(S)]
   for g in range(G):
-    order = [(s, k) for k in range(K) for s in range(S)]
-    assert [int(e) for e in assignment.expert[g]] == [
-      expert[g, s, k] for s, k in order
-    ]
-    assert [float(w) for w in assignment.gate[g]] == [
-      gate[g, s, k] for s, k in order
-    ]
-    assert [int(t) for t in assignment.tokens(S)[g]] == [s for s, _ in order]
+    want = [(s, expert[g, s, k], gate[g, s, k]) for s, k in order]
+    found = zip(got.tokens(S)[g], got.expert[g], got.gate[g], strict=True)
+    assert list(found) == want
 
 
 def test_first_picks_come_before_second_picks():
@@ -40,30 +36,23 @@ def test_first_picks_come_before_second_picks():
   token = random.integers(0, S, (G, E, C)).astype("int32")
   gate = random.random((G, E, C)).astype("float32")
   used = random.random((G, E, C)) < 0.5
-  assignment = routing.from_expert_choice(
-    jnp.asarray(token), jnp.asarray(gate), jnp.asarray(used)
-  )
+  got = routing.from_expert_choice(*map(jnp.asarray, (token, gate, used)))
   order = [(e, c) for c in range(C) for e in range(E)]
   for g in range(G):
-    want = [
-      (e, token[g, e, c], gate[g, e, c]) if used[g, e, c] else (E, None, 0)
-      for e, c in order
-    ]
-    assert [int(e) for e in assignment.expert[g]] == [e for e, _, _ in want]
-    assert [float(w) for w in assignment.gate[g]] == [w for _, _, w in want]
-    tokens = assignment.tokens(S)[g]
-    assert all(
-      t in (None, s) for s, (_, t, _) in zip(tokens, want, strict=True)
-    )
+    found = zip(got.expert[g], got.gate[g], got.tokens(S)[g], strict=True)
+    for at, (expert, weight, start) in zip(order, found, strict=True):
+      if used[g][at]:
+        assert (expert, weight, start) == (at[0], gate[g][at], token[g][at])
+      else:
+        assert (expert, weight) == (E, 0)
 
 
 def test_merged_groups_keep_first_choices_first():
   random = np.random.default_rng(2)
   expert = random.integers(0, E + 1, (G, K * S)).astype("int32")
   gate = random.random((G, K * S)).astype("float32")
-  got = routing.flatten_groups(
-    Assignment(jnp.asarray(expert), jnp.asarray(gate)), S
-  )
+  edges = Assignment(jnp.asarray(expert), jnp.asarray(gate))
+  got = routing.flatten_groups(edges, S)
   assert got.token is None
   order = [(g, k * S + s) for k in range(K) for g in range(G) for s in range(S)]
   np.testing.assert_array_equal(got.expert, [expert[at] for at in order])
@@ -77,13 +66,11 @@ def test_merged_groups_keep_their_tokens():
   # The last of each group names no token at all.
   token = random.integers(0, S, (G, 11)).astype("int32")
   token[:, -1] = S
-  got = routing.flatten_groups(
-    Assignment(*map(jnp.asarray, (expert, gate, token))), S
-  )
-  np.testing.assert_array_equal(got.expert, expert.reshape(-1))
-  np.testing.assert_array_equal(got.gate, gate.reshape(-1))
+  edges = Assignment(*map(jnp.asarray, (expert, gate, token)))
   want = [t + g * S if t < S else G * S for g in range(G) for t in token[g]]
-  np.testing.assert_array_equal(got.token, want)
+  flat = expert.reshape(-1), gate.reshape(-1), want
+  for found, wanted in zip(routing.flatten_groups(edges, S), flat, strict=True):
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("picks", [False, True])
