@@ -16,14 +16,8 @@ from moejax.data import vocab
 class Scores(NamedTuple):
   """How close translations come to their references, each from 0 to 100.
 
-  Attributes:
-    bleu: of the corpus.
-    chrf: chrF2 of the corpus.
-    bleu_signature: how it was computed, in sacrebleu's words.
-    chrf_signature: the same of chrF.
-    doubt: what speaks against the tokenizer that was taken; "" if nothing.
-    moses_bleu: BLEU of Moses tokens; None where there are none.
-    moses_bleu_signature: how it was computed, or why not.
+  A signature says in sacrebleu's words how a score was computed, or why there
+  is none; the doubt, what speaks against the tokenizer that was taken.
   """
 
   bleu: float
@@ -86,15 +80,12 @@ def tokenizer(language: str, references: Sequence[str]) -> tuple[str, str]:
 def scores(
   hypotheses: Sequence[str], references: Sequence[str], language: str = ""
 ) -> Scores:
-  """Scores lines of plain text, one reference each.
+  """Scores lines of plain text, one reference each; ValueError without any.
 
   sacrebleu cuts both into words by its "13a"; where there are no spaces between
   them, by what `tokenizer` chooses. The paper's BLEU (sec. 5.3) is another
   number, `moses_bleu`: Moses' tokenizer cuts both before, by the rules of the
   language, and sacrebleu takes what it finds between spaces.
-
-  Raises:
-    ValueError: there are no lines, or not equally many.
   """
   if len(hypotheses) != len(references) or not references:
     raise ValueError(
@@ -102,12 +93,11 @@ def scores(
       f" {len(references)} references; give one reference for each line"
     )
   cut, doubt = tokenizer(language, references)
-  bleu, chrf = metrics.BLEU(tokenize=cut), metrics.CHRF()
-  found = [
-    metric.corpus_score(list(hypotheses), [list(references)]).score
-    for metric in (bleu, chrf)
-  ]
-  signatures = str(bleu.get_signature()), str(chrf.get_signature())
+  found, signatures = [], []
+  for metric in (metrics.BLEU(tokenize=cut), metrics.CHRF()):
+    score = metric.corpus_score(list(hypotheses), [list(references)])
+    found.append(score.score)
+    signatures.append(str(metric.get_signature()))
   return Scores(
     *found, *signatures, doubt, *_moses(hypotheses, references, language, cut)
   )
@@ -131,13 +121,12 @@ def _moses(
   # English.
   code = re.split("[-_]", language.lower())[0] or "en"
   split = sacremoses.MosesTokenizer(code).tokenize
-  sides = (
+  translated, wanted = (
     [split(line, return_str=True) for line in lines]
     for lines in (hypotheses, references)
   )
   # By force, or it would warn that the text looks tokenized.
   bleu = metrics.BLEU(tokenize="none", smooth_method="none", force=True)
-  translated, wanted = sides
   score = bleu.corpus_score(translated, [wanted]).score
   version = importlib.metadata.version("sacremoses")
   return score, f"{bleu.get_signature()} on sacremoses {version}, {code!r}"
