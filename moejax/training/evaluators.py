@@ -276,8 +276,6 @@ def translation_eval(
     found = context.translator.lines(params, lines, language)
     _write_lines(context.workdir, f"{split}.{direction}", pairs, found)
     scores[direction] = bleu.scores(found, list(pairs.targets), language)
-    if scores[direction].doubt and processes.first():
-      terminal.warn(f"{direction}: {scores[direction].doubt}")
   means, each, signatures = {}, {}, {}
   for name in ("bleu", "chrf", "moses_bleu"):
     values = {to: getattr(score, name) for to, score in scores.items()}
