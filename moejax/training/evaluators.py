@@ -42,7 +42,6 @@ class Context:
     data: its corpus.
     workdir: of the run.
     rows: split -> its rows, which are read once.
-    losses: see `losses_of`; of as many rows at once as a microbatch has.
     translator: translates by beam search; None for a language model.
   """
 
@@ -51,11 +50,16 @@ class Context:
   ):
     self.session, self.data, self.workdir = built, data, workdir
     self.rows = functools.cache(data.rows)
-    rows_at_once = built.experiment.rows_at_once
-    self.losses = losses_of(built.model, rows_at_once, built.layout, built.mesh)
     self.translator = None
     if built.experiment.translates:
       self.translator = Translator(built, data.vocabulary)
+
+  @functools.cached_property
+  def losses(self) -> Callable[[Any, Rows], dict[str, float]]:
+    """See `losses_of`; of as many rows at once as a microbatch has."""
+    built = self.session
+    rows = built.experiment.rows_at_once
+    return losses_of(built.model, rows, built.layout, built.mesh)
 
   @functools.cached_property
   def identity(self) -> dict[str, str]:

@@ -140,6 +140,8 @@ class _Run:
     _say(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
     _say("compiling the training step")
     self.step_fn = session.compiled(self.built)
+    # What could not be measured is refused now.
+    _ = context.losses
 
     # From here on there is a run; what is wrong with it has shown above.
     processes.first_does(
