@@ -113,9 +113,7 @@ def console() -> None:
     status = status or 1
   processes = sys.modules.get("moejax.training.processes")
   if status and processes and processes.several():
-    if status == 1:
-      processes.fail_together()
-    processes.leave(status)
+    processes.leave(status, alike=status == 1)
   sys.exit(status)
 
 
@@ -241,11 +239,11 @@ def _plan(
     out: a folder for plan.json and plan.png.
   """
   from moejax import config as config_lib
-  from moejax.planning import command
+  from moejax.planning import search
 
   experiment = config_lib.parse(config_lib.load(config, changes))
   folder = files.local(out) if out else None
-  command.run(experiment, topology, layout, suggest, folder)
+  search.run(experiment, topology, layout, suggest, folder)
 
 
 def _configs() -> None:
@@ -319,21 +317,19 @@ def _refuse(
   name: str, flags: Mapping[str, named.Field], config: Sequence[str]
 ) -> NoReturn:
   """Says which flag, or which field of the config, is meant by none."""
+  said, meant = f"there is no flag --{name};", []
   if "config" in flags:
     from moejax import config as config_lib
 
     # Without a file there still are the fields that every config has.
     fields = config_lib.fields(config_lib.load(*config) if any(config) else {})
     end = f".{name.replace('-', '_')}"
-    if meant := [each.name for each in fields if each.name.endswith(end)]:
-      raise ReadError(
-        f"there is no flag --{name}; a field of the config is changed by"
-        f" {' or '.join(f'--{each}=VALUE' for each in meant)}."
-      )
-  raise ReadError(
-    f"there is no flag --{name}; the nearest is"
-    f" --{named.nearest(name, [*flags, 'help'])}."
-  )
+    meant = [f"--{f.name}=VALUE" for f in fields if f.name.endswith(end)]
+  if meant:
+    ways = " or ".join(meant)
+    raise ReadError(f"{said} a field of the config is changed by {ways}.")
+  nearest = named.nearest(name, [*flags, "help"])
+  raise ReadError(f"{said} the nearest is --{nearest}.")
 
 
 _FIELDS = """\
@@ -344,26 +340,24 @@ the fields that this kind has too. Entries of a list are parted by commas."""
 
 
 def _help(command: Callable[..., Any], values: Mapping[str, Any]) -> str:
-  lines = [f"  --{flag.name}: {flag.line}" for flag in _flags(command)]
+  lines = [USAGE, "", *(f"  --{f.name}: {f.line}" for f in _flags(command))]
   if "config" in values:
     from moejax import config as config_lib
 
+    lines += ["", _FIELDS, ""]
     config = config_lib.load(values["config"], values.get("changes", ()))
-    lines += ["", _FIELDS, "", *map(_listed, config_lib.fields(config))]
-  return "\n".join([USAGE, "", *lines])
-
-
-def _listed(field: named.Field) -> str:
-  left_out = field.value is named.EMPTY
-  value = field.default if left_out else field.value
-  text = shlex.quote(named.written(value))
-  if value is named.EMPTY:
-    text = "..."
-  elif hasattr(value, "keys"):
-    text = "{...}"
-  about = named.worded(field.annotation)
-  note = "; left out" if left_out else ""
-  return f"  --{field.name}={text}\n      {field.line} ({about}{note})"
+    for field in config_lib.fields(config):
+      left_out = field.value is named.EMPTY
+      value = field.default if left_out else field.value
+      text = shlex.quote(named.written(value))
+      if value is named.EMPTY:
+        text = "..."
+      elif hasattr(value, "keys"):
+        text = "{...}"
+      about = named.worded(field.annotation)
+      about += "; left out" * left_out
+      lines.append(f"  --{field.name}={text}\n      {field.line} ({about})")
+  return "\n".join(lines)
 
 
 # -- what went wrong ----------------------------------------------------------

@@ -1,5 +1,8 @@
 """Small states to save, and checkpoints of them."""
 
+import contextlib
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,3 +51,14 @@ def fill(directory, steps, keep=2):
 def assert_is(restored, step):
   assert restored.progress == {"data": {"at": step}}
   jax.tree.map(np.testing.assert_array_equal, restored.state, make(step))
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+  """What the end of a disk does, at a place of our choice."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -20,26 +20,18 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What a device can do at best, as its maker says.
+  """What a device can do at best, as its maker says."""
 
-  Attributes:
-    kind: how a device at hand begins to call itself.
-    flops: of its matrix units a second, bfloat16 operands, without sparsity.
-    memory: bytes of its large memory.
-    memory_rate: bytes to or from it a second.
-    link_rate: bytes a second of one link to another device, in one direction.
-    links: how many it has.
-    axes: of the torus that the links make; 0 is a switch that joins all.
-    wraps: a side of so many devices, or of a multiple, closes to a ring.
-  """
-
-  kind: str
+  kind: str  # How a device at hand begins to call itself.
+  # Of its matrix units a second, bfloat16 operands, without sparsity.
   flops: float
-  memory: float
-  memory_rate: float
+  memory: float  # Bytes of its large memory.
+  memory_rate: float  # Bytes to or from it a second.
+  # Bytes a second of one link to another device, in one direction.
   link_rate: float
-  links: int
-  axes: int
+  links: int  # How many it has.
+  axes: int  # Of the torus that the links make; 0 is a switch that joins all.
+  # A side of so many devices, or of a multiple, closes to a ring.
   wraps: int = 0
 
 
@@ -62,21 +54,14 @@ TPUS = tuple(name for name, chip in CHIPS.items() if chip.axes)
 
 
 class Topology(NamedTuple):
-  """Devices to compile for.
+  """Devices to compile for."""
 
-  Attributes:
-    name: as `find` takes it.
-    devices: they need not be there.
-    chip: what one can do; None where that is unknown, as of a CPU.
-    sides: of the torus in which they lie; one number where it is none.
-    is_here: whether a program compiled for them runs.
-  """
-
-  name: str
-  devices: Sequence[jax.Device]
-  chip: Chip | None
+  name: str  # As `find` takes it.
+  devices: Sequence[jax.Device]  # They need not be there.
+  chip: Chip | None  # What one can do; None where that is unknown, as of a CPU.
+  # Of the torus in which they lie; one number where it is none.
   sides: tuple[int, ...]
-  is_here: bool
+  is_here: bool  # Whether a program compiled for them runs.
 
 
 _HOW = (
@@ -95,13 +80,10 @@ _NO_MACHINE = {
 
 
 def find(name: str) -> Topology:
-  """Returns the devices of a name such as "v5p:4x4x8" or "cpu:8".
+  """Returns the devices of a name such as "v5p:4x4x8"; of "" those at hand.
 
-  "" are the devices at hand.
-
-  Raises:
-    ValueError: names no topology; says which are known.
-    ModuleNotFoundError: the TPU's compiler is missing; says how to install it.
+  ValueError where there are none of that name; ModuleNotFoundError where the
+  TPU's compiler is missing.
   """
   if not name:
     return _at_hand()

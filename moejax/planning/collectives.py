@@ -11,26 +11,18 @@ from moejax.planning import hlo
 
 
 class Collective(NamedTuple):
-  """One exchange of a program, as one of its devices sees it.
+  """One exchange of a program, as one of its devices sees it."""
 
-  Attributes:
-    kind: a key of `KINDS`.
-    dtype: of what is sent; that of the first array where there are several.
-    bytes: of the result.
-    wire_bytes: that one device sends each time, see `KINDS`.
-    axes: the mesh axes it runs over; None where its groups of devices are not
-      those of any axes.
-    times: how often it runs.
-    is_bounded: as of `hlo.Run`.
-  """
-
-  kind: str
+  kind: str  # A key of `KINDS`.
+  # Of what is sent; that of the first array where there are several.
   dtype: str
-  bytes: int
-  wire_bytes: int
+  bytes: int  # Of the result.
+  wire_bytes: int  # That one device sends each time, see `KINDS`.
+  # The mesh axes it runs over; None where its groups of devices are not those
+  # of any axes.
   axes: tuple[str, ...] | None
-  times: int
-  is_bounded: bool
+  times: int  # How often it runs.
+  is_bounded: bool  # As of `hlo.Run`.
 
 
 # What one of n devices sends at least for a result of b bytes; in rings for the
@@ -55,9 +47,7 @@ def read(
   An asynchronous one counts once, and so does one that a TPU spreads over
   several fusions; both branches of a condition count; one of each device with
   itself does not.
-
-  Raises:
-    ValueError: the program runs on another number of devices.
+  ValueError where the program runs on another number of devices.
   """
   found, chains = [], set()
   for op, times, is_bounded, _ in hlo.runs(text):

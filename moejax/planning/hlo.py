@@ -4,21 +4,15 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class ArrayShape(NamedTuple):
-  """An array's shape.
+  """An array's shape."""
 
-  Attributes:
-    dtype: of its entries.
-    sizes: of its axes.
-    space: the memory that it lies in; 0 is the large one.
-  """
-
-  dtype: str
-  sizes: tuple[int, ...]
-  space: int
+  dtype: str  # Of its entries.
+  sizes: tuple[int, ...]  # Of its axes.
+  space: int  # The memory that it lies in; 0 is the large one.
 
   @property
   def bytes(self) -> int:
@@ -41,17 +35,9 @@ class Computation:
 class Op:
   """An instruction: %name = shape opcode(inputs), rest.
 
-  Attributes:
-    name: of what it makes.
-    shape: the text of its shape.
-    opcode: as written.
-    kind: the opcode; that of an asynchronous start is the whole operation's.
-    inputs: the text between the brackets.
-    rest: the text of the attributes.
-    within: its computation.
-    program: all computations by name.
-    operands: the instructions whose results it reads, in order.
-    users: the instructions that read its result, and as which operand.
+  Its kind is the opcode; that of an asynchronous start is the whole
+  operation's. Operands are the instructions whose results it reads, in order;
+  users those that read its own, and as which operand.
   """
 
   def __init__(
@@ -121,25 +107,20 @@ class Op:
 
 
 class Run(NamedTuple):
-  """An instruction that runs, as often as it does.
+  """An instruction that runs, as often as it does."""
 
-  Attributes:
-    op: the instruction.
-    times: how often.
-    is_bounded: whether that is known; what runs in a loop of unknown length
-      counts once a round.
-    is_part: whether it runs within another, as in a fusion or a reduction.
-  """
-
-  op: Op
-  times: int
+  op: Op  # The instruction.
+  times: int  # How often.
+  # Whether that is known; what runs in a loop of unknown length counts once a
+  # round.
   is_bounded: bool
+  # Whether it runs within another, as in a fusion or a reduction.
   is_part: bool
 
 
-# Whole numbers that a computation takes: a loop's are elements of its tuple, by
-# position; a fusion's are parameters, by name.
-_Numbers = Mapping[int | str, int]
+# What is known of the numbers that a computation takes, by parameter: a whole
+# number, or those of a tuple by position.
+_Known = Mapping[str, Any]
 # Instructions that run the instructions of others one by one.
 _CALLS = ("while", "conditional", "call", "async-start", "call-start")
 # Instructions that return the number they take.
@@ -156,13 +137,10 @@ _SAME = (
 
 @functools.lru_cache(maxsize=1)
 def runs(text: str) -> list[Run]:
-  """Lists what runs: all branches of a condition, loops in all their rounds.
+  """Lists what runs by the text of a program compiled for a CPU, GPU or TPU.
 
-  An asynchronous computation runs where it starts. The last list is kept, as
-  several readers ask for it.
-
-  Args:
-    text: `jax.stages.Compiled.as_text()` of a CPU, GPU or TPU.
+  All branches of a condition run, loops in all their rounds, an asynchronous
+  computation where it starts. The last list is kept, as several ask for it.
   """
   program: dict[str, Computation] = {}
   for line in text.splitlines():
@@ -177,7 +155,7 @@ def runs(text: str) -> list[Run]:
 
 def _walk(
   computation: Computation,
-  known: _Numbers,
+  known: _Known,
   times: int,
   is_bounded: bool,
   is_part: bool,
@@ -186,20 +164,20 @@ def _walk(
     yield Run(op, times, is_bounded, is_part)
     if op.opcode.endswith(("-update", "-done")):
       continue
-    rounds, inner = 1, {}
+    rounds, same = 1, {}
     if op.opcode == "while":
-      rounds, inner = _loop(op, known)
+      rounds, same = _loop(op, known)
     for called in op.called:
       yield from _walk(
         called,
-        inner,
+        {called.parameters[0].name: same} if same else {},
         times * (1 if rounds is None else rounds),
         is_bounded and rounds is not None,
         is_part or op.opcode not in _CALLS,
       )
 
 
-def _loop(op: Op, known: _Numbers) -> tuple[int | None, _Numbers]:
+def _loop(op: Op, known: _Known) -> tuple[int | None, dict[int, int]]:
   """Returns how often a loop goes round, and the numbers that it never changes.
 
   The text of a CPU or GPU says how often. That of a TPU does not: the loop's
@@ -210,14 +188,17 @@ def _loop(op: Op, known: _Numbers) -> tuple[int | None, _Numbers]:
     op.program[re.search(rf"{part}=%([\w.-]+)", op.rest)[1]]
     for part in ("body", "condition")
   )
-  before = _elements(op.operands[0], known)
-  after = _elements(body.root, before)
-  later = _elements(body.root, after)
+  rounds = [_value(op.operands[0], known, {}) or {}]
+  for _ in range(2):
+    taken = {body.parameters[0].name: rounds[-1]}
+    rounds.append(_value(body.root, taken, {}) or {})
+  before, after, later = rounds
   same = {i: n for i, n in before.items() if n == after.get(i) == later.get(i)}
   if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', op.rest):
     return int(said[1]), same
-  sides = [_compared(condition.root, each) for each in (before, after, later)]
-  if None in sides:
+  name = condition.parameters[0].name
+  sides = [_value(condition.root, {name: each}, {}) for each in rounds]
+  if not all(isinstance(each, tuple) for each in sides):
     return None, same
   (first, end), (second, _), (third, _) = sides
   step = second - first
@@ -226,61 +207,42 @@ def _loop(op: Op, known: _Numbers) -> tuple[int | None, _Numbers]:
   return max(0, math.ceil((end - first) / step)), same
 
 
-def _compared(test: Op, known: _Numbers) -> tuple[int, int] | None:
-  """Returns both sides of left < right, where a loop goes on by that."""
-  while test.opcode == "fusion":
-    test, known = _inside(test, known)
-  if test.opcode != "compare" or "direction=LT" not in test.rest:
-    return None
-  sides = _all_known(test.operands, known)
-  return (sides[0], sides[1]) if len(sides) == 2 else None
+def _value(op: Op, known: _Known, told: dict[str, Any]) -> Any:
+  """Returns the whole number that an instruction makes, if easily told.
 
-
-def _elements(op: Op, known: _Numbers) -> _Numbers:
-  """Returns the known numbers of a tuple by position."""
-  while op.opcode in _SAME:
-    op = op.operands[0]
-  return _all_known(op.operands, known) if op.opcode == "tuple" else {}
-
-
-def _inside(fusion: Op, known: _Numbers) -> tuple[Op, _Numbers]:
-  """Returns what a fusion ends with, and the numbers that it takes."""
-  inner, taken = fusion.called[0], _all_known(fusion.operands, known)
-  return inner.root, {inner.parameters[i].name: n for i, n in taken.items()}
-
-
-def _all_known(ops: list[Op], known: _Numbers) -> dict[int, int]:
-  # Each is told once, however many paths lead to it.
-  told: dict[str, int | None] = {}
-  numbers = {
-    i: _number(op, known, told)
-    for i, op in enumerate(ops)
-    if re.match(r"[su]\d+\[\]", op.shape)
-  }
-  return {i: number for i, number in numbers.items() if number is not None}
-
-
-def _number(op: Op, known: _Numbers, told: dict[str, int | None]) -> int | None:
-  """Returns the whole number that an instruction makes, if easily told."""
-  if op.name in told:
-    return told[op.name]
+  Of a tuple, the numbers that are, by position; of left < right, both sides.
+  Each is told once, however many paths lead to it.
+  """
+  if op.name in told or not re.match(r"[su]\d+\[\]|pred\[\]|\(", op.shape):
+    return told.get(op.name)
   value = None
-  if op.opcode == "constant" and re.fullmatch(r"-?\d+", op.inputs):
-    value = int(op.inputs)
+  if op.opcode == "constant":
+    value = int(op.inputs) if re.fullmatch(r"-?\d+", op.inputs) else None
   elif op.opcode == "parameter":
     value = known.get(op.name)
-  elif op.opcode == "get-tuple-element":
-    if op.operands[0].opcode == "parameter":
-      value = known.get(int(re.search(r"index=(\d+)", op.rest)[1]))
-  elif op.opcode in _SAME:
-    value = _number(op.operands[0], known, told)
-  elif op.opcode == "add":
-    terms = [_number(each, known, told) for each in op.operands]
-    value = None if None in terms else sum(terms)
-  elif op.opcode == "fusion":
-    value = _number(*_inside(op, known), {})
+  elif op.opcode in (*_SAME, *_TOLD):
+    taken = [_value(each, known, told) for each in op.operands]
+    if op.opcode == "tuple":
+      value = {i: n for i, n in enumerate(taken) if isinstance(n, int)}
+    elif op.opcode == "get-tuple-element":
+      index = int(re.search(r"index=(\d+)", op.rest)[1])
+      value = (taken[0] or {}).get(index)
+    elif op.opcode == "fusion":
+      inner = op.called[0]
+      within = {inner.parameters[i].name: n for i, n in enumerate(taken)}
+      value = _value(inner.root, within, {})
+    elif op.opcode in _SAME:
+      value = taken[0]
+    elif None not in taken:
+      if op.opcode == "add":
+        value = sum(taken)
+      elif "direction=LT" in op.rest:
+        value = tuple(taken)
   told[op.name] = value
   return value
+
+
+_TOLD = ("add", "compare", "fusion", "get-tuple-element", "tuple")
 
 
 def _names(text: str) -> list[str]:
@@ -290,8 +252,7 @@ def _names(text: str) -> list[str]:
 def rows_and_buffer(op: Op) -> tuple[int, int]:
   """Returns the bytes of the two sides of a ragged all-to-all.
 
-  One side is the rows of this device, the other the buffer for all that could
-  come, in whichever direction they are sent.
+  The rows of this device, and the buffer for all that could come.
   """
   rows, buffer = sorted(each.bytes for each in op.operands[:2])
   return rows, buffer

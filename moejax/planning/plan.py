@@ -22,20 +22,14 @@ REPEATS = 3
 
 
 class Memory(NamedTuple):
-  """Bytes of one device while a step runs.
+  """Bytes of one device while a step runs."""
 
-  Attributes:
-    parameters: its part of them.
-    optimizer: its part of the optimizer's state.
-    rest: batch, gradients, activations, and whatever else is in between; on a
-      CPU at hand also the state before the step, while that is being saved.
-    has: what there is; None where that is unknown.
-  """
-
-  parameters: int
-  optimizer: int
+  parameters: int  # Its part of them.
+  optimizer: int  # Its part of the optimizer's state.
+  # Batch, gradients, activations, and whatever else is in between; on a CPU at
+  # hand also the state before the step, while that is being saved.
   rest: int
-  has: int | None
+  has: int | None  # What there is; None where that is unknown.
 
   @property
   def needs(self) -> int:
@@ -55,16 +49,11 @@ class Estimate(NamedTuple):
   longer (a roofline); collectives come on top, as if nothing ran beside them.
   What a scheduler overlaps makes it less; small products, short loops and
   waiting make it more.
-
-  Attributes:
-    matrix: of instructions that matrix units bound.
-    memory: of those that memory bounds.
-    network: of collectives.
   """
 
-  matrix: float
-  memory: float
-  network: float
+  matrix: float  # Of instructions that matrix units bound.
+  memory: float  # Of those that memory bounds.
+  network: float  # Of collectives.
 
   @property
   def seconds(self) -> float:
@@ -78,48 +67,29 @@ class Estimate(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What one layout costs on one topology.
+  """What one layout costs on one topology."""
 
-  Attributes:
-    topology: its name.
-    layout: its name.
-    changes: what differs from the config, as the command line takes it.
-    devices: how many.
-    inner: parameters outside embedding and softmax, the paper's number.
-    parameters: all of them, vectors too.
-    memory: of one device.
-    model_flops: of one device in a step, by `cost.flops_per_step`.
-    experts_share: the experts' part of them.
-    ops_per_io: as of `cost.Count`.
-    flops: of one device in a step, of the compiled program.
-    is_bounded: whether the lengths of all loops are known; else FLOPs,
-      collectives and estimate are the least there may be.
-    collectives: those of a step.
-    estimate: of a step; None where the chip is unknown.
-    words: positions for words in a step.
-    compile_seconds: how long compiling took here.
-    peak_flops: of one chip; None where it is unknown.
-    measured: seconds of a step that ran; None where none did.
-  """
-
-  topology: str
-  layout: str
+  topology: str  # Its name.
+  layout: str  # Its name.
+  # What differs from the config, as the command line takes it.
   changes: dict[str, Any]
-  devices: int
-  inner: int
-  parameters: int
-  memory: Memory
-  model_flops: float
-  experts_share: float
-  ops_per_io: float | None
-  flops: int
+  devices: int  # How many.
+  inner: int  # Parameters outside embedding and softmax, the paper's number.
+  parameters: int  # All of them, vectors too.
+  memory: Memory  # Of one device.
+  model_flops: float  # Of one device in a step, by `cost.flops_per_word`.
+  experts_share: float  # The experts' part of them.
+  ops_per_io: float | None  # As of `cost.Count`.
+  flops: int  # Of one device in a step, of the compiled program.
+  # Whether the lengths of all loops are known; else FLOPs, collectives and
+  # estimate are the least there may be.
   is_bounded: bool
-  collectives: list[collectives.Collective]
-  estimate: Estimate | None
-  words: int
-  compile_seconds: float
-  peak_flops: float | None
-  measured: float | None
+  collectives: list[collectives.Collective]  # Those of a step.
+  estimate: Estimate | None  # Of a step; None where the chip is unknown.
+  words: int  # Positions for words in a step.
+  compile_seconds: float  # How long compiling took here.
+  peak_flops: float | None  # Of one chip; None where it is unknown.
+  measured: float | None  # Seconds of a step that ran; None where none did.
 
   @property
   def words_per_second(self) -> float | None:
@@ -140,23 +110,15 @@ class Plan(NamedTuple):
 
 
 class Refusal(NamedTuple):
-  """A layout that cannot be: it divides no devices, or fits into none.
+  """A layout that cannot be: it divides no devices, or fits into none."""
 
-  Attributes:
-    topology: its name.
-    layout: its name.
-    changes: as of `Plan`.
-    reason: a sentence.
-    needs: bytes of a device, at least, where that is the reason.
-    has: bytes that there are.
-  """
-
-  topology: str
-  layout: str
-  changes: dict[str, Any]
-  reason: str
+  topology: str  # Its name.
+  layout: str  # Its name.
+  changes: dict[str, Any]  # As of `Plan`.
+  reason: str  # A sentence.
+  # Bytes of a device, at least, where that is the reason.
   needs: int | None = None
-  has: int | None = None
+  has: int | None = None  # Bytes that there are.
 
 
 Outcome = Plan | Refusal
@@ -182,16 +144,14 @@ def make(
   On devices at hand the step also runs, a few times, if it fits. What no
   compiler could make fit is refused before one tries for minutes. The changes
   go into the plan.
-
-  Raises:
-    ValueError: the layout does not divide the devices, or the config; names
-      both numbers.
+  ValueError where the layout does not divide the devices, or the config.
   """
   parts = session.build(experiment, vocab_size, topology.devices)
   chip, changes = topology.chip, changes or {}
   has = int(chip.memory) if chip else None
   if topology.is_here:
     has = state.device_memory(topology.devices[0])
+  parameters, optimizer = map(state.bytes_per_device, parts.abstract_state[1:])
   least = state.bytes_per_device(parts.abstract_state)
   if has is not None and least > has:
     reason = (
@@ -206,17 +166,17 @@ def make(
   begin = time.monotonic()
   compiled, text, needs, limit = _compile(lowered)
   took = time.monotonic() - begin
+  if topology.is_here:
+    needs += session.bytes_beside(parts)
+  rest = needs - parameters - optimizer
+  memory = Memory(parameters, optimizer, rest, limit or has)
+  runs = topology.is_here and compiled is not None and memory.fits
   found = collectives.read(text, parts.mesh)
   done = list(work.instructions(text))
   count = cost.count(experiment, vocab_size)
-  parameters = state.bytes_per_device(parts.abstract_state.params)
-  optimizer = state.bytes_per_device(parts.abstract_state.opt_state)
-  rest = needs - parameters - optimizer
-  if topology.is_here:
-    rest += session.bytes_beside(parts)
-  memory = Memory(parameters, optimizer, rest, limit or has)
-  runs = topology.is_here and compiled is not None and memory.fits
-  flops = cost.flops_per_step(experiment, vocab_size, count)
+  positions = {n: math.prod(a.shape) for n, a in parts.shapes.items()}
+  target, source = cost.flops_per_word(experiment, vocab_size, count)
+  flops = target * positions["mask"] + source * positions.get("source", 0)
   return Plan(
     topology=topology.name,
     layout=parts.layout.name,
@@ -232,7 +192,7 @@ def make(
     is_bounded=all(each.is_bounded for each in done),
     collectives=found,
     estimate=chip and estimate(done, found, topology, parts.mesh),
-    words=math.prod(parts.shapes["mask"].shape),
+    words=positions["mask"],
     compile_seconds=took,
     peak_flops=chip and chip.flops,
     measured=_measure(compiled, parts) if runs else None,
@@ -288,10 +248,7 @@ def estimate(
   return Estimate(matrix, memory, exchanged)
 
 
-def _measure(
-  compiled: jax.stages.Compiled,
-  parts: session.Session,
-) -> float:
+def _measure(compiled: jax.stages.Compiled, parts: session.Session) -> float:
   """Returns the median seconds of a step; the first is not counted."""
   current = state.create(
     parts.model,
@@ -307,6 +264,6 @@ def _measure(
   times = []
   for _ in range(REPEATS + 1):
     begin = time.perf_counter()
-    current, metrics = jax.block_until_ready(compiled(current, batch, asked))
+    current, _ = jax.block_until_ready(compiled(current, batch, asked))
     times.append(time.perf_counter() - begin)
   return statistics.median(times[1:])

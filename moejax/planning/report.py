@@ -4,7 +4,6 @@ import collections
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -22,16 +21,35 @@ FIGURE_FILE = "plan.png"
 
 
 def text(outcomes: Sequence[Outcome]) -> str:
-  """Returns two tables: a column for each layout; collectives by axis."""
+  """Returns two tables: a column for each layout; collectives by axis.
+
+  Below them it says why a layout cannot be, or what is not known of it.
+  """
   columns = [_cells(each) for each in outcomes]
   names = list(dict.fromkeys(name for each in columns for name in each))
   lines = [[name, *(each.get(name, "-") for each in columns)] for name in names]
   sent = [["layout", "collective", "over", "a step", "each sends", "in all"]]
+  trouble = []
   for each in outcomes:
-    if isinstance(each, Plan):
-      sent += [[each.layout, *row] for row in _collectives(each)]
+    where = f"{_name(each, [])} on {each.topology}"
+    if isinstance(each, Refusal):
+      trouble.append(f"{where}: {each.reason}")
+      continue
+    sent += [[each.layout, *row] for row in _collectives(each)]
+    memory = each.memory
+    if not memory.fits:
+      trouble.append(
+        f"{where}: needs {with_prefix(memory.needs)}B of each device, which has"
+        f" {with_prefix(memory.has)}B; take more devices, a layout that splits"
+        " more, or more config.train.microbatches (--suggest looks for them)."
+      )
+    elif not each.is_bounded:
+      trouble.append(
+        f"{where}: loops of unknown length, as over sorted rows, count once:"
+        " FLOPs and time are more than the table says."
+      )
   tables = [_aligned(each) for each in (lines, sent) if len(each) > 1]
-  return "\n\n".join([*tables, *filter(None, map(_trouble, outcomes))])
+  return "\n\n".join([*tables, *trouble])
 
 
 def tries(outcomes: Sequence[Outcome]) -> str:
@@ -44,73 +62,47 @@ def tries(outcomes: Sequence[Outcome]) -> str:
   return _aligned([["tried", *columns], *lines])
 
 
-def _trouble(outcome: Outcome) -> str:
-  """Says why a layout cannot be, or what is not known of it; or nothing."""
-  where = f"{_name(outcome, [])} on {outcome.topology}"
-  if isinstance(outcome, Refusal):
-    return f"{where}: {outcome.reason}"
-  memory = outcome.memory
-  if not memory.fits:
-    return (
-      f"{where}: needs {with_prefix(memory.needs)}B of each device, which has"
-      f" {with_prefix(memory.has)}B; take more devices, a layout that splits"
-      " more, or more config.train.microbatches (--suggest looks for them)."
-    )
-  if outcome.is_bounded:
-    return ""
-  return (
-    f"{where}: loops of unknown length, as over sorted rows, count once: FLOPs"
-    " and time are more than the table says."
-  )
-
-
 def write(
   outcomes: Sequence[Outcome], shown: Sequence[Outcome], folder: pathlib.Path
 ) -> None:
-  """Writes all to `PLAN_FILE`, and draws what is shown in `FIGURE_FILE`."""
+  """Writes all to `PLAN_FILE`, and draws what is shown in `FIGURE_FILE`.
+
+  The figure has the memory of each plan against what there is and, where that
+  is estimated, the time of a step against what was measured.
+  """
   folder.mkdir(parents=True, exist_ok=True)
-  as_json = json.dumps([as_dict(each) for each in outcomes], indent=2)
+  everything = []
+  for each in outcomes:
+    values = each._asdict()
+    if isinstance(each, Plan):
+      memory, estimate = each.memory, each.estimate
+      more = {"needs": memory.needs, "fits": memory.fits}
+      values["memory"] = memory._asdict() | more
+      values["tflops_per_device"] = each.tflops_per_device
+      values["collectives"] = [found._asdict() for found in each.collectives]
+      values["estimate"] = estimate and estimate._asdict() | {
+        "seconds": estimate.seconds,
+        "bound": estimate.bound,
+        "words_per_second": each.words_per_second,
+        "utilization": each.utilization,
+      }
+    everything.append(values)
+  as_json = json.dumps(everything, indent=2)
   (folder / PLAN_FILE).write_text(as_json + "\n", encoding="utf-8")
-  # Not by pyplot: without its global state a figure is always drawn by Agg.
-  height = 2 + 0.4 * len(shown)
-  # Imported late: it is an extra, and only figures need it.
+
+  # Imported late: it is an extra, and only figures need it. Not by pyplot:
+  # without its global state a figure is always drawn by Agg.
   import matplotlib.figure
 
-  figure = matplotlib.figure.Figure((10, height), layout="constrained")
-  draw(figure, shown)
-  figure.savefig(folder / FIGURE_FILE, dpi=120)
-
-
-def as_dict(outcome: Outcome) -> dict[str, Any]:
-  """Returns all that is known, in plain values."""
-  values = outcome._asdict()
-  if isinstance(outcome, Refusal):
-    return values
-  memory, estimate = outcome.memory, outcome.estimate
-  values["memory"] = memory._asdict() | {
-    "needs": memory.needs,
-    "fits": memory.fits,
-  }
-  values["tflops_per_device"] = outcome.tflops_per_device
-  values["collectives"] = [each._asdict() for each in outcome.collectives]
-  values["estimate"] = estimate and estimate._asdict() | {
-    "seconds": estimate.seconds,
-    "bound": estimate.bound,
-    "words_per_second": outcome.words_per_second,
-    "utilization": outcome.utilization,
-  }
-  return values
-
-
-def draw(figure: Any, outcomes: Sequence[Outcome]) -> None:
-  """Draws memory against what there is and, where estimated, time."""
-  plans = [each for each in outcomes if isinstance(each, Plan)]
+  plans = [each for each in shown if isinstance(each, Plan)]
   timed = [each for each in plans if each.estimate]
   panels = [("GB of each device", "memory", Memory._fields[:3], 1e-9, plans)]
   if timed:
     panels.append(
       ("ms a step, estimated", "estimate", Estimate._fields, 1e3, timed)
     )
+  size = 10, 2 + 0.4 * len(shown)
+  figure = matplotlib.figure.Figure(size, layout="constrained")
   all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
   for axes, (label, of, fields, scale, rows) in zip(
     all_axes, panels, strict=True
@@ -132,6 +124,7 @@ def draw(figure: Any, outcomes: Sequence[Outcome]) -> None:
     axes.invert_yaxis()
     axes.legend(fontsize=7)
     axes.set_xlabel(label)
+  figure.savefig(folder / FIGURE_FILE, dpi=120)
 
 
 def _name(outcome: Outcome, among: Sequence[Outcome]) -> str:

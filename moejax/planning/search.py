@@ -1,18 +1,91 @@
-"""Plans for several layouts, and the search for the fastest that fits."""
+"""`moejax plan`: what layouts cost; the search for the fastest that fits."""
 
 import math
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from moejax import config as config_lib
 from moejax import named, sharding, terminal
+from moejax.planning import chips, report
 from moejax.planning import plan as plan_lib
-from moejax.planning.chips import Topology
 from moejax.planning.plan import Outcome, Plan, Refusal, with_prefix
 
 # How often microbatches are doubled to make a layout fit, and how many steps
 # are tried from the best.
 DOUBLINGS, STEPS = 3, 8
+
+
+def run(
+  experiment: config_lib.Experiment,
+  topologies: Sequence[str],
+  names: Sequence[str],
+  suggests: bool,
+  out: pathlib.Path | None = None,
+) -> list[Outcome]:
+  """Plans, prints tables, writes files into a folder; returns all it tried.
+
+  Without topologies (names as of `chips.find`) it plans for the devices at
+  hand, without names of layouts for the config's own; to suggest is to search
+  for the fastest layout that fits, on each topology.
+  Errors as of `chips.find`; ValueError also where nothing can be or, after all
+  else, where nothing fits that was to be suggested.
+  """
+  if topologies:
+    # Else JAX looks for a TPU as well, and its compiler complains of none.
+    jax.config.update("jax_platforms", "cpu")
+  # Before anything else asks for a device.
+  found = [chips.find(name) for name in topologies or [""]]
+  if suggests and names:
+    raise ValueError(
+      f"--suggest looks at every layout, also at those of --layout"
+      f" ({', '.join(names)}); give one of the two flags."
+    )
+  for topology in found if suggests else []:
+    if topology.chip is None:
+      raise ValueError(
+        f"the speed of a device of {topology.name} is unknown, so there is no"
+        " fastest layout to suggest; give --topology of a TPU, such as"
+        " v5e:4x4."
+      )
+  known = layouts(experiment)
+  names = [named.one_of(each, known, "--layout") for each in names]
+  vocab_size, by_topology = config_lib.vocab_size(experiment), []
+  for topology in found:
+    about = experiment, vocab_size, topology
+    if suggests:
+      tried = list(suggest(*about))
+    else:
+      choices = [known[name] for name in names or list(known)[:1]]
+      tried = [attempt(*about, {"config.layout": c}) for c in choices]
+    by_topology.append(tried)
+  shown = outcomes = sum(by_topology, [])
+  if suggests:
+    terminal.say(f"\n{report.tries(outcomes)}")
+    shown = []
+    for tried in by_topology:
+      # What did best with each layout, in the order of the search.
+      best = {e.layout: e for e in reversed(sorted(tried, key=rank))}
+      shown += [best[name] for name in dict.fromkeys(e.layout for e in tried)]
+  terminal.say(f"\n{report.text(shown)}\n")
+  if out is not None:
+    report.write(outcomes, shown, out)
+    terminal.say(
+      f"wrote {out / report.PLAN_FILE} and {out / report.FIGURE_FILE}"
+    )
+  unfit = []
+  for tried in by_topology if suggests else []:
+    try:
+      terminal.say(verdict(tried))
+    except ValueError as error:
+      unfit.append(str(error))
+  if unfit:
+    raise ValueError("\n".join(unfit))
+  if all(isinstance(each, Refusal) for each in outcomes):
+    raise ValueError(outcomes[0].reason)
+  return outcomes
 
 
 def layouts(experiment: config_lib.Experiment) -> dict[str, Any]:
@@ -21,126 +94,10 @@ def layouts(experiment: config_lib.Experiment) -> dict[str, Any]:
   return own | {name: name for name in sharding.LAYOUTS if name not in own}
 
 
-def with_layouts(
-  experiment: config_lib.Experiment,
-  vocab_size: int,
-  topology: Topology,
-  names: Sequence[str],
-) -> Iterator[Outcome]:
-  """Yields an `attempt` for each layout; the config's own without names.
-
-  Raises:
-    ValueError: unknown layouts; names those that exist.
-  """
-  known = layouts(experiment)
-  for name in names or list(known)[:1]:
-    choice = known[named.one_of(name, known, "--layout")]
-    yield attempt(experiment, vocab_size, topology, {"config.layout": choice})
-
-
-def suggest(
-  experiment: config_lib.Experiment, vocab_size: int, topology: Topology
-) -> Iterator[Outcome]:
-  """Yields all that is tried in search of the fastest estimate that fits.
-
-  First every layout as the config stands; one that does not fit is tried with
-  twice as many microbatches, and twice again, while what that saves, saved
-  every time, would do. Then, one step after the other, what is next to the best
-  so far: half the microbatches, recompute or not, less capacity, groups of
-  twice or half the size, twice the microbatches.
-  """
-  tried = []
-
-  def look(changes):
-    tried.append((attempt(experiment, vocab_size, topology, changes), changes))
-    return tried[-1][0]
-
-  for choice in layouts(experiment).values():
-    changes = {"config.layout": choice}
-    before = math.inf
-    for left in range(DOUBLINGS, -1, -1):
-      outcome = look(changes)
-      yield outcome
-      if isinstance(outcome, Refusal) or outcome.memory.fits:
-        break
-      needs, has = outcome.memory.needs, outcome.memory.has
-      saved, before = before - needs, needs
-      if needs - saved * left > has:
-        break
-      changes = changes | _more_microbatches(experiment, changes, topology)
-  for _ in range(STEPS):
-    _, changes = min(tried, key=lambda each: rank(each[0]))
-    # Changes may say what the config says already.
-    known = [config_lib.changed(experiment, each).values for _, each in tried]
-    for step in _steps(experiment, changes, topology):
-      if config_lib.changed(experiment, changes | step).values not in known:
-        yield look(changes | step)
-        break
-    else:
-      return
-
-
-def best_of_layouts(outcomes: Sequence[Outcome]) -> list[Outcome]:
-  """Returns what did best with each layout, in the order of a search."""
-  best = {each.layout: each for each in reversed(sorted(outcomes, key=rank))}
-  return [best[name] for name in dict.fromkeys(e.layout for e in outcomes)]
-
-
-def rank(outcome: Outcome) -> tuple[int, float]:
-  """Orders outcomes: fitting ones by time, then others by what they need."""
-  if isinstance(outcome, Plan):
-    if outcome.memory.fits:
-      return 0, outcome.estimate.seconds
-    return 1, float(outcome.memory.needs)
-  return (1, float(outcome.needs)) if outcome.needs else (2, 0.0)
-
-
-def verdict(outcomes: Sequence[Outcome]) -> str:
-  """Says which outcome to take, and why.
-
-  Raises:
-    ValueError: none fits; names the least that one needs, or says why the
-      first cannot be.
-  """
-  best, *others = sorted(outcomes, key=rank)
-  kind, least = rank(best)
-  if kind == 2:
-    raise ValueError(f"nothing can be on {best.topology}: {best.reason}")
-  if kind == 1:
-    raise ValueError(
-      f"nothing fits on {best.topology}: the least, layout {best.layout!r},"
-      f" needs {with_prefix(int(least))}B of each device; take more devices, or"
-      " config.optimizer.kind 'factored_adam'."
-    )
-  fitting = [
-    each for each in others if rank(each)[0] == 0 and each.layout != best.layout
-  ]
-  flags = [f"--{name}={value}" for name, value in best.changes.items()]
-  lines = [
-    " ".join(
-      [f"suggested for {best.topology}: layout {best.layout!r}", *flags]
-    ),
-    f"  it needs {with_prefix(best.memory.needs)}B of"
-    f" {with_prefix(best.memory.has)}B, and {1e3 * best.estimate.seconds:,.1f}"
-    f" ms a step by the estimate ({best.words_per_second:,.0f} words/s), bound"
-    f" by {best.estimate.bound}",
-  ]
-  if fitting:
-    ratio = fitting[0].estimate.seconds / best.estimate.seconds
-    lines.append(
-      f"  the next layout that fits, {fitting[0].layout!r}, takes {ratio:.2f}"
-      " times as long"
-    )
-  out = {e.layout for e in outcomes} - {e.layout for e in (best, *fitting)}
-  if out:
-    lines.append(f"  {', '.join(sorted(out))}: no fit was found")
-  return "\n".join(lines)
-
-
 def attempt(
   experiment: config_lib.Experiment,
   vocab_size: int,
-  topology: Topology,
+  topology: chips.Topology,
   changes: dict[str, Any],
 ) -> Outcome:
   """Plans a config with other values, by name, or says why that cannot be."""
@@ -184,26 +141,54 @@ def groups(experiment: config_lib.Experiment) -> int:
   return tokens // experiment.train.microbatches // layer["group_size"]
 
 
-def _more_microbatches(
-  experiment: config_lib.Experiment, changes: dict[str, Any], topology: Topology
-) -> dict[str, Any]:
-  """Doubles the microbatches; of groups half the size, if those get too few."""
-  now = config_lib.changed(experiment, changes)
-  count = 2 * now.train.microbatches
-  step = {"config.train.microbatches": count}
-  path, layer = _mixture(now)
-  if size := layer.get("group_size"):
-    left = groups(config_lib.changed(now, step))
-    if left < 1 or left % len(topology.devices):
-      step[f"{path}.group_size"] = size // 2
-  return step
+def suggest(
+  experiment: config_lib.Experiment, vocab_size: int, topology: chips.Topology
+) -> Iterator[Outcome]:
+  """Yields all that is tried in search of the fastest estimate that fits.
+
+  First every layout as the config stands; one that does not fit is tried with
+  twice as many microbatches, and twice again, while what that saves, saved
+  every time, would do. Then, one step after the other, what is next to the best
+  so far: half the microbatches, recompute or not, less capacity, groups of
+  twice or half the size, twice the microbatches.
+  """
+  tried = []
+
+  def look(changes):
+    tried.append((attempt(experiment, vocab_size, topology, changes), changes))
+    return tried[-1][0]
+
+  for choice in layouts(experiment).values():
+    changes = {"config.layout": choice}
+    before = math.inf
+    for left in range(DOUBLINGS, -1, -1):
+      outcome = look(changes)
+      yield outcome
+      if isinstance(outcome, Refusal) or outcome.memory.fits:
+        break
+      needs, has = outcome.memory.needs, outcome.memory.has
+      saved, before = before - needs, needs
+      if needs - saved * left > has:
+        break
+      now = config_lib.changed(experiment, changes)
+      changes = changes | _more_microbatches(now, topology)
+  for _ in range(STEPS):
+    _, changes = min(tried, key=lambda each: rank(each[0]))
+    # Changes may say what the config says already.
+    known = [config_lib.changed(experiment, each).values for _, each in tried]
+    now = config_lib.changed(experiment, changes)
+    for step in _steps(now, topology):
+      if config_lib.changed(now, step).values not in known:
+        yield look(changes | step)
+        break
+    else:
+      return
 
 
 def _steps(
-  experiment: config_lib.Experiment, changes: dict[str, Any], topology: Topology
+  now: config_lib.Experiment, topology: chips.Topology
 ) -> Iterator[dict[str, Any]]:
-  """Yields the changes to try next to these."""
-  now = config_lib.changed(experiment, changes)
+  """Yields the changes to try next to a config."""
   path, layer = _mixture(now)
   size, section = layer.get("group_size"), path
   if layer and layer.get("secondary") is not None:
@@ -221,4 +206,65 @@ def _steps(
     yield {f"{path}.group_size": 2 * size}
     if size % 2 == 0:
       yield {f"{path}.group_size": size // 2}
-  yield _more_microbatches(experiment, changes, topology)
+  yield _more_microbatches(now, topology)
+
+
+def _more_microbatches(
+  now: config_lib.Experiment, topology: chips.Topology
+) -> dict[str, Any]:
+  """Doubles the microbatches; of groups half the size, if those get too few."""
+  step = {"config.train.microbatches": 2 * now.train.microbatches}
+  path, layer = _mixture(now)
+  if size := layer.get("group_size"):
+    left = groups(config_lib.changed(now, step))
+    if left < 1 or left % len(topology.devices):
+      step[f"{path}.group_size"] = size // 2
+  return step
+
+
+def rank(outcome: Outcome) -> tuple[int, float]:
+  """Orders outcomes: fitting ones by time, then others by what they need."""
+  if isinstance(outcome, Plan):
+    if outcome.memory.fits:
+      return 0, outcome.estimate.seconds
+    return 1, float(outcome.memory.needs)
+  return (1, float(outcome.needs)) if outcome.needs else (2, 0.0)
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+  """Says which outcome to take, and why.
+
+  ValueError where none fits: it names the least that one needs, or says why the
+  first cannot be.
+  """
+  best, *others = sorted(outcomes, key=rank)
+  kind, least = rank(best)
+  if kind == 2:
+    raise ValueError(f"nothing can be on {best.topology}: {best.reason}")
+  if kind == 1:
+    raise ValueError(
+      f"nothing fits on {best.topology}: the least, layout {best.layout!r},"
+      f" needs {with_prefix(int(least))}B of each device; take more devices, or"
+      " config.optimizer.kind 'factored_adam'."
+    )
+  fitting = [
+    each for each in others if rank(each)[0] == 0 and each.layout != best.layout
+  ]
+  flags = "".join(f" --{name}={value}" for name, value in best.changes.items())
+  lines = [
+    f"suggested for {best.topology}: layout {best.layout!r}{flags}",
+    f"  it needs {with_prefix(best.memory.needs)}B of"
+    f" {with_prefix(best.memory.has)}B, and {1e3 * best.estimate.seconds:,.1f}"
+    f" ms a step by the estimate ({best.words_per_second:,.0f} words/s), bound"
+    f" by {best.estimate.bound}",
+  ]
+  if fitting:
+    ratio = fitting[0].estimate.seconds / best.estimate.seconds
+    lines.append(
+      f"  the next layout that fits, {fitting[0].layout!r}, takes {ratio:.2f}"
+      " times as long"
+    )
+  out = {e.layout for e in outcomes} - {e.layout for e in (best, *fitting)}
+  if out:
+    lines.append(f"  {', '.join(sorted(out))}: no fit was found")
+  return "\n".join(lines)

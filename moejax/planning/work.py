@@ -14,18 +14,13 @@ from moejax.planning.hlo import Op
 
 
 class Work(NamedTuple):
-  """What one device does by an instruction, in all its runs.
+  """What one device does by an instruction, in all its runs."""
 
-  Attributes:
-    flops: of products of matrices; a multiply-add is two.
-    bytes: read from the device's memory and written to it. What a TPU keeps on
-      the chip, `S(1)` in its layout, costs nothing, and no array is padded.
-    is_bounded: as of `hlo.Run`.
-  """
-
-  flops: int
+  flops: int  # Of products of matrices; a multiply-add is two.
+  # Read from the device's memory and written to it. What a TPU keeps on the
+  # chip, `S(1)` in its layout, costs nothing, and no array is padded.
   bytes: int
-  is_bounded: bool
+  is_bounded: bool  # As of `hlo.Run`.
 
 
 def instructions(text: str) -> Iterator[Work]:
@@ -38,9 +33,6 @@ def instructions(text: str) -> Iterator[Work]:
   those that it was declared with; where sorted rows are sent to their experts,
   they count not for the whole buffer but for as many rows as each device gets
   if all experts are equally busy.
-
-  Args:
-    text: `jax.stages.Compiled.as_text()` of a CPU, GPU or TPU.
   """
   runs = hlo.runs(text)
   sides = [

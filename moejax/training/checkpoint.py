@@ -24,17 +24,12 @@ from moejax.training.state import TrainState
 # What `sha256sum --check` reads: the digest of every other file of a
 # checkpoint. Orbax does not notice a flipped bit.
 SUMS_FILE = "SHA256SUMS"
-# What `md5sum --check` reads, in its place in a bucket: digests that the bucket
-# has anyway, so that nothing need be read. Checkpoints may move there and back.
+# In its place in a bucket: digests that the bucket has anyway, so that nothing
+# need be read. Checkpoints may move there and back.
 _MD5_FILE = "MD5SUMS"
-_HASHES = {SUMS_FILE: hashlib.sha256, _MD5_FILE: hashlib.md5}
-# Orbax writes them afterwards, and reads nothing of them here.
-_UNSIGNED = {*_HASHES, "_CHECKPOINT_METADATA", "commit_success.txt"}
+# Orbax writes the last two afterwards, and reads nothing of them here.
+_UNSIGNED = {SUMS_FILE, _MD5_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
 _PERPLEXITY = "metrics/metrics"
-# No room on the host or on a device, another process lost, a file that cannot
-# be read: the checkpoint may be as good as ever.
-_NOT_OF_FILES = (MemoryError, jax.errors.JaxRuntimeError)
-_NOT_DAMAGE = (*_NOT_OF_FILES, OSError)
 # What Orbax, etils and TensorStore all take for the path that it is. They have
 # their own reading of [, *, ?, \ and "..", of "gs:", of names at the root like
 # /s3, and of an ending like that of their locks.
@@ -65,10 +60,9 @@ class Checkpoints:
   ):
     self._in_bucket = bucket.is_in(directory)
     self._directory = directory if self._in_bucket else directory.absolute()
-    self._keep = keep
-    self._read_only = read_only
-    self._saving: int | None = None
-    self._shapes: list[tuple[int, ...]] = []
+    self._keep, self._read_only = keep, read_only
+    # What is being saved: its step, and the shapes of its arrays.
+    self._saving: tuple[int | None, list[tuple[int, ...]]] = None, []
     self._broken = False
     # Of every step that is not known to be damaged; None where not measured.
     self._perplexity: dict[int, float | None] = {}
@@ -90,13 +84,9 @@ class Checkpoints:
   ) -> None:
     """Begins to save; returns once the state may be changed.
 
-    OSError where this, or the one before, could not be written.
-
-    Args:
-      state: what is saved.
-      step: the same step, known to the host.
-      progress: plain values, such as the position in the data.
-      perplexity: of the validation set, where it was measured at this step.
+    OSError where this, or the one before, could not be written. The step is the
+    state's own, known to the host; `progress` are plain values, such as the
+    position in the data; the perplexity is of the validation at this step.
     """
     items: dict[str, Any] = {
       "state": ocp.args.StandardSave(state),
@@ -108,8 +98,7 @@ class Checkpoints:
         {"perplexity": perplexity, "step": step}
       )
     self.wait()
-    self._saving = step
-    self._shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    self._saving = step, [leaf.shape for leaf in jax.tree.leaves(state)]
     self._perplexity[step] = perplexity
     with self._reporting():
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -170,8 +159,7 @@ class Checkpoints:
     del context
     steps = [checkpoint.step for checkpoint in checkpoints]
     sound = [step for step in steps if step in self._perplexity]
-    best = min(sound, key=self._by_perplexity)
-    needed = {best, *sound[-self._keep :]}
+    needed = {min(sound, key=self._by_perplexity), *sound[-self._keep :]}
     return [step in needed or step not in self._perplexity for step in steps]
 
   def _by_perplexity(self, step: int) -> tuple[float, int]:
@@ -227,7 +215,9 @@ class Checkpoints:
       step = min(self._perplexity, key=order)
       try:
         return self._restore(step, target)
-      except _NOT_DAMAGE as error:
+      # No room, another process lost, a file that cannot be read: it may be as
+      # good as ever.
+      except (MemoryError, jax.errors.JaxRuntimeError, OSError) as error:
         missing = isinstance(error, FileNotFoundError | bucket.Unreachable)
         if not missing or not self._has_changed():
           raise
@@ -272,9 +262,11 @@ class Checkpoints:
     )
     try:
       items = self._manager.restore(step, args=wanted)
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise
     except Exception as error:
       # A bucket has all that was written, and gives it or nothing.
-      if self._in_bucket and not isinstance(error, _NOT_OF_FILES):
+      if self._in_bucket:
         raise bucket.Unreachable(self._directory, error) from error
       raise
     state = TrainState(*items.state)
@@ -288,19 +280,22 @@ class Checkpoints:
     """
     if not processes.first():
       return
-    found, sums_file = [str(self._saving)], _MD5_FILE
+    step, shapes = self._saving
     # In a bucket it lies under its own name, and gets a mark of success there.
+    found, sums_file = [str(step)], _MD5_FILE
     if not self._in_bucket:
-      sums_file = SUMS_FILE
-      drafts = f"{self._saving}.orbax-checkpoint-tmp*"
-      found = [path.name for path in self._directory.glob(drafts)]
+      drafts = self._directory.glob(f"{step}.orbax-checkpoint-tmp*")
+      found, sums_file = [path.name for path in drafts], SUMS_FILE
     if len(found) != 1:
       raise OSError(f"{len(found)} folders of it were found, 1 was expected")
-    draft = self._directory / found[0]
-    _check_complete(self._path / found[0] / "state", self._shapes)
-    names = sorted({*_files(draft)} - _UNSIGNED)
-    lines = [f"{d}  {name}\n" for name, d in _digests(draft, names, sums_file)]
-    files_lib.write_whole(draft / sums_file, "".join(lines))
+    _check_complete(self._path / found[0] / "state", shapes)
+    folder = self._directory / found[0]
+    lines = [
+      f"{_digest(folder / name, known, sums_file)}  {name}\n"
+      for name, known in sorted(_files(folder).items())
+      if name not in _UNSIGNED
+    ]
+    files_lib.write_whole(folder / sums_file, "".join(lines))
 
   @contextlib.contextmanager
   def _reporting(self) -> Iterator[None]:
@@ -309,11 +304,12 @@ class Checkpoints:
       yield
     except Exception as error:  # Orbax raises many kinds.
       self._broken = True
-      steps = {*self._manager.all_steps()} - {self._saving}
-      last = f"of step {max(steps)}" if steps else "none"
+      step = self._saving[0]
+      before = {*self._manager.all_steps()} - {step}
+      last = f"of step {max(before)}" if before else "none"
       said = self._named(str(error).strip())
       raise OSError(
-        f"the checkpoint of step {self._saving} could not be saved"
+        f"the checkpoint of step {step} could not be saved"
         f" ({type(error).__name__}: {said:.300}); the last one in"
         f" {self._directory} is {last}."
         " Make room, if there is none, or allow larger files (ulimit -f), and"
@@ -336,10 +332,9 @@ def _plain_path(directory: files_lib.Path) -> Iterator[files_lib.Path]:
   try:
     path = pathlib.Path(f"/proc/self/fd/{descriptor}")
     if not path.is_dir():
-      odd = re.sub(r"[\w/ .,+=@%#~-]", "", str(directory))[:1] or ".."
       raise ValueError(
-        f"Orbax cannot write checkpoints to {directory}, whose path has"
-        f" {odd!r} in it, but where there is /proc; give another --workdir."
+        f"Orbax cannot write checkpoints to {directory} where there is no"
+        " /proc; give a --workdir of letters, digits, spaces, dots and dashes."
       )
     yield path
   finally:
@@ -385,13 +380,11 @@ def _check_complete(
   """
   tree = ocp.StandardCheckpointHandler().metadata(folder)
   arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "storage")]
-  if collections.Counter(shapes) != collections.Counter(
-    array.shape for array in arrays
-  ):
+  there = collections.Counter(array.shape for array in arrays)
+  if collections.Counter(shapes) != there:
     raise OSError(f"{len(shapes)} arrays were saved, {len(arrays)} are there")
   base = {"driver": "ocdbt", "base": f"{folder.as_uri()}/"}
   store = tensorstore.KvStore.open(base).result()
-  keys = store.list().result()
   # Each array has one entry about it, and one for each of its parts.
   wanted = len(arrays)
   for array in arrays:
@@ -399,45 +392,41 @@ def _check_complete(
     wanted += math.prod(-(-size // part) for size, part in parts)
   # The last byte of each, in whichever file it lies: none where that is gone.
   last = slice(-1, None)
-  reads = [store.read(key, byte_range=last) for key in keys]
-  there = sum(len(read.result().value) for read in reads)
-  if there != wanted:
-    raise OSError(f"of {wanted} parts of arrays {there} are there")
+  reads = [store.read(k, byte_range=last) for k in store.list().result()]
+  count = sum(len(read.result().value) for read in reads)
+  if count != wanted:
+    raise OSError(f"of {wanted} parts of arrays {count} are there")
 
 
-def _files(folder: files_lib.Path) -> list[str]:
+def _files(folder: files_lib.Path) -> dict[str, str]:
   """Lists the files in a folder and below, by their paths from there.
 
-  Those that begin with a dot are of file systems and file managers.
+  With the digest that a bucket has of each, on a disk "". Those that begin with
+  a dot are of file systems and file managers.
   """
   if bucket.is_in(folder):
-    if found := list(bucket.digests(folder)):
+    if found := bucket.digests(folder):
       return found
     raise FileNotFoundError(f"{folder} is missing")
 
   def fail(error: OSError) -> None:
     raise error
 
-  found = []
+  found = {}
   for root, _, names in os.walk(folder, onerror=fail, followlinks=True):
-    paths = [pathlib.Path(root, n) for n in names if not n.startswith(".")]
-    found += [p.relative_to(folder).as_posix() for p in paths if p.is_file()]
+    for path in (pathlib.Path(root, name) for name in names):
+      if path.is_file() and not path.name.startswith("."):
+        found[path.relative_to(folder).as_posix()] = ""
   return found
 
 
-def _digests(
-  folder: files_lib.Path, names: Sequence[str], sums_file: str
-) -> Iterator[tuple[str, str]]:
-  """Yields names and digests, as a file of digests has them."""
-  known = {}
-  if sums_file == _MD5_FILE and bucket.is_in(folder):
-    known = bucket.digests(folder)
-  for name in names:
-    digest = known.get(name)
-    if not digest:
-      with (folder / name).open("rb") as opened:
-        digest = hashlib.file_digest(opened, _HASHES[sums_file]).hexdigest()
-    yield name, digest
+def _digest(path: files_lib.Path, known: str, sums_file: str) -> str:
+  """Returns a file's digest, of the kind that a file of them has."""
+  if known and sums_file == _MD5_FILE:
+    return known
+  kind = hashlib.sha256 if sums_file == SUMS_FILE else hashlib.md5
+  with path.open("rb") as opened:
+    return hashlib.file_digest(opened, kind).hexdigest()
 
 
 def _verify(folder: files_lib.Path, wanted: Callable[[str], bool]) -> list[str]:
@@ -446,9 +435,9 @@ def _verify(folder: files_lib.Path, wanted: Callable[[str], bool]) -> list[str]:
   ValueError where one is not what was written, or is one too many or too few.
   """
   files = _files(folder)
-  sums_file = next((name for name in _HASHES if name in files), None)
-  if sums_file is None:
-    raise ValueError(f"it has no {' nor '.join(_HASHES)}")
+  sums_file = SUMS_FILE if SUMS_FILE in files else _MD5_FILE
+  if sums_file not in files:
+    raise ValueError(f"it has no {SUMS_FILE} nor {_MD5_FILE}")
   text = files_lib.read(folder / sums_file).decode()
   lines = [line.partition("  ") for line in text.splitlines()]
   sums = {name: digest for digest, _, name in lines}
@@ -459,7 +448,7 @@ def _verify(folder: files_lib.Path, wanted: Callable[[str], bool]) -> list[str]:
       + (f", as for {min(odd)}" if odd else "")
     )
   names = [name for name in sorted(sums) if wanted(name)]
-  for name, digest in _digests(folder, names, sums_file):
-    if digest != sums[name]:
+  for name in names:
+    if _digest(folder / name, files[name], sums_file) != sums[name]:
       raise ValueError(f"{name} is not as written, by {sums_file}")
   return names

@@ -26,37 +26,24 @@ from moejax.routing import Routing
 
 # A part of a mixture -> the router that chooses among its copies.
 _ROUTER_OF = {"experts": "router", "secondary": "primary"}
-_ROUTERS = tuple(_ROUTER_OF.values())
 
 
 class Count(NamedTuple):
-  """What a whole model has and computes.
+  """What a whole model has and computes."""
 
-  Attributes:
-    parameters: entries of all matrices but embedding and softmax, the paper's
-      number.
-    ops: multiply-adds of a timestep in the forward pass, embedding and softmax
-      excluded: the paper's ops/timestep.
-    biases: entries of all vectors.
-    embedding: entries of the tables of word vectors.
-    softmax: entries of the output layer's table.
-    gates: the part of `ops` in routers.
-    attention: the part of `ops` in attention.
-    source: the part of `ops` that a word of a translation's source costs.
-    experts: the part of `ops` in experts.
-    expert_io: numbers that a timestep's experts read and return.
-  """
-
+  # Entries of all matrices but embedding and softmax, the paper's number.
   parameters: int
+  # Multiply-adds of a timestep in the forward pass, embedding and softmax
+  # excluded: the paper's ops/timestep.
   ops: int
-  biases: int
-  embedding: int
-  softmax: int
-  gates: int
-  attention: int
-  source: int
-  experts: int
-  expert_io: int
+  biases: int  # Entries of all vectors.
+  embedding: int  # Entries of the tables of word vectors.
+  softmax: int  # Entries of the output layer's table.
+  gates: int  # The part of `ops` in routers.
+  attention: int  # The part of `ops` in attention.
+  source: int  # The part of `ops` that a word of a translation's source costs.
+  experts: int  # The part of `ops` in experts.
+  expert_io: int  # Numbers that a timestep's experts read and return.
 
   @property
   def total(self) -> int:
@@ -77,8 +64,7 @@ class Count(NamedTuple):
 def count(experiment: config_lib.Experiment, vocab_size: int) -> Count:
   """Counts the model of a config with a vocabulary of this size.
 
-  Raises:
-    ValueError: the config describes no model.
+  ValueError where the config describes no model.
   """
   model = experiment.model(vocab_size)
   return count_model(model, experiment.shapes, method="loss")
@@ -90,13 +76,11 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
   Its children "embed..." are embeddings, "head" is the softmax, "encoder..."
   reads the source.
   """
+  # By the paths of routers: how many experts a token is sent to, and which
+  # share of all. By those of mixtures: how many numbers go in and come out.
   active, shares, widths = {}, {}, {}
 
   def note(call, args, kwargs, context):
-    """Notes how many, and which share, of its experts a router sends a token.
-
-    Of mixtures it notes the numbers that go in and come out.
-    """
     result, module = call(*args, **kwargs), context.module
     is_mixture = isinstance(module, MoE | HierarchicalMoE)
     if is_mixture and context.method_name == "__call__":
@@ -106,8 +90,8 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
       edges = result.assignment.expert.shape[-1]
       # Experts that choose round what they take; k is what they mean.
       k = getattr(module, "k", fractions.Fraction(edges, tokens))
-      active[module.path] = fractions.Fraction(k)
-      shares[module.path] = active[module.path] / num_experts
+      active[module.path] = k
+      shares[module.path] = fractions.Fraction(k) / num_experts
     return result
 
   keys = {n: jax.random.key(0) for n in ("params", "router", "dropout")}
@@ -122,24 +106,23 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     if where == "head" or where.startswith("embed"):
       sums["softmax" if where == "head" else "embedding"] += size
       continue
-    share, copies = fractions.Fraction(1), 0
-    for depth, name in enumerate(path):
-      if name in _ROUTER_OF:
-        copies += 1
-        # A single expert needs no router.
-        share *= shares.get((*path[:depth], _ROUTER_OF[name]), 1)
+    # A single expert needs no router.
+    of_token = [
+      shares.get((*path[:depth], _ROUTER_OF[name]), 1)
+      for depth, name in enumerate(path)
+      if name in _ROUTER_OF
+    ]
     # Each level of a mixture puts an axis in front; attention's v is a column.
-    if len(leaf.shape) - copies < 2 or path == ("attention", "v"):
+    if len(leaf.shape) - len(of_token) < 2 or path == ("attention", "v"):
       sums["biases"] += size
       continue
-    ops = size * share
+    ops = size * math.prod(of_token)
+    is_source = where.startswith("encoder") or path == ("attention", "u")
     sums["parameters"] += size
     sums["ops"] += ops
-    sums["gates"] += ops * any(name in _ROUTERS for name in path)
+    sums["gates"] += ops * bool({"router", "primary"} & {*path})
     sums["attention"] += ops * (where == "attention")
-    sums["source"] += ops * (
-      where.startswith("encoder") or path == ("attention", "u")
-    )
+    sums["source"] += ops * is_source
     sums["experts"] += ops * ("experts" in path)
   for path, width in widths.items():
     # A mixture that is an expert reads what that one does.
@@ -170,8 +153,7 @@ def flops_per_word(
   source, whatever pair that is of. Empty slots, dispatch, padding, and what is
   computed again to save memory count nothing.
 
-  Returns:
-    FLOPs of a word of the target, and of a word of a translation's source.
+  Returned are those of a word of the target, and of one of the source.
   """
   model = experiment.model(vocab_size)
   target = count.ops - count.source + _softmax_ops(model, vocab_size)
@@ -182,19 +164,7 @@ def flops_per_word(
   return 6 * target, 6 * count.source
 
 
-def flops_per_step(
-  experiment: config_lib.Experiment, vocab_size: int, count: Count
-) -> int:
-  """Counts the FLOPs of a training step without padding: `flops_per_word`."""
-  target, source = flops_per_word(experiment, vocab_size, count)
-  flops = target * math.prod(experiment.shapes["mask"].shape)
-  if experiment.translates:
-    flops += source * math.prod(experiment.shapes["source"].shape)
-  return flops
-
-
 def _softmax_ops(model: nn.Module, vocab_size: int) -> int:
-  """Returns the multiply-adds of a word in training's softmax."""
   classes = vocab_size
   if samples := getattr(model, "num_samples", 0):
     classes = round(softmax.mean_distinct(samples, vocab_size)) + 1

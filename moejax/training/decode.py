@@ -16,8 +16,8 @@ log probability is more than `prune` below the best one's are not followed. Of
 the rest those by `</s>` that are among the `beam` best are finished, and the
 `beam` best others live on. A finished one is dropped when its score is more
 than `prune` below the best finished one's, or worse than `beam` others'. Equals
-keep the order in which they were found, those found together that of their
-predecessors, then of their ids.
+keep the order in which they were found. What the maximum length cuts short is
+kept without `</s>`, by the same rules, but after all finished ones.
 
 What GNMT leaves open (docs/decisions.md, 49, 51): |Y| and the sum over j count
 `</s>`, whose probability is in P and whose step attends like any other. A token
@@ -28,9 +28,6 @@ pieces, scores above log P(Y|X) / lp(n), because lp grows, log P is negative and
 cp at most 0. A row is done when by that bound no living hypothesis can come to
 be kept. A beam of 1 is the greedy search, whatever the settings: it takes the
 likeliest piece at every step and ends with the first `</s>`.
-
-Where the maximum length cuts the living short they are kept without `</s>`, by
-the same rules, but after all finished ones.
 """
 
 from collections.abc import Callable
@@ -56,19 +53,13 @@ class Hypotheses(NamedTuple):
 
   Where a row has fewer than the beam holds, the others have length 0 and score
   -inf.
-
-  Attributes:
-    ids: pieces; `</s>` from where a translation ends.
-    lengths: pieces of each, `</s>` counted.
-    scores: what they are sorted by.
-    log_p: log P(Y|X), nats.
-    coverage: attention that each source token has had, summed over pieces.
   """
 
-  ids: Int32[Array, "B beam L"]
-  lengths: Int32[Array, "B beam"]
-  scores: Float32[Array, "B beam"]
-  log_p: Float32[Array, "B beam"]
+  ids: Int32[Array, "B beam L"]  # Pieces; `</s>` from where a translation ends.
+  lengths: Int32[Array, "B beam"]  # Pieces of each, `</s>` counted.
+  scores: Float32[Array, "B beam"]  # What they are sorted by.
+  log_p: Float32[Array, "B beam"]  # log P(Y|X), nats.
+  # Attention that each source token has had, summed over pieces.
   coverage: Float32[Array, "B beam M"]
 
 
@@ -178,7 +169,7 @@ def check_beam(beam: int) -> None:
 
 
 def _last(paths: Hypotheses) -> Int32[Array, "B beam"]:
-  """Returns the last piece of each; ids have `<s>` in front."""
+  # Ids have `<s>` in front.
   at = paths.lengths[..., None]
   return jnp.take_along_axis(paths.ids, at, axis=2)[..., 0]
 
@@ -235,13 +226,12 @@ def _best(
 
 def _top(x: Float32[Array, "B N"], k: int) -> tuple[Array, Array]:
   """Returns the k largest of each row and where they are, first ones first."""
-
-  def find(x):
-    return tuple(jax.lax.top_k(x, k))
-
   rows = ("batch", None)
   # On its own XLA would bring all rows together on every device.
-  return partition.manual(find, (rows,), (rows, rows))(x)
+  find = partition.manual(
+    lambda x: tuple(jax.lax.top_k(x, k)), (rows,), (rows, rows)
+  )
+  return find(x)
 
 
 def _take(tree: Any, index: Int[Array, "B J"]) -> Any:

@@ -8,11 +8,12 @@ values by name. Numbers among them go into the metrics. A new one is an entry in
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from moejax import files, sharding, terminal
 from moejax.data import batches as batches_lib
@@ -20,8 +21,7 @@ from moejax.data import corpora
 from moejax.data.packing import Pairs, Rows
 from moejax.data.pieces import Pieces
 from moejax.models import gnmt
-from moejax.training import bleu, metrics, processes, session, step
-from moejax.training.translate import Translator
+from moejax.training import bleu, decode, metrics, processes, session, step
 
 TRANSLATIONS = "translations"
 Values = dict[str, Any]
@@ -33,10 +33,16 @@ _WORDS = 4
 
 
 class Context:
-  """What evaluators read: an experiment on devices, its corpus, its workdir.
+  """What evaluators read; it costs nothing before somebody asks.
 
-  What takes long, rows and compiled programs, is made once, when first asked
-  for. No more rows are in memory at once than a microbatch has.
+  ValueError where a model cannot be measured so.
+
+  Attributes:
+    session: an experiment on devices.
+    data: its corpus.
+    workdir: of the run.
+    rows: split -> its rows, which are read once.
+    translator: translates by beam search; None for a language model.
   """
 
   def __init__(
@@ -44,29 +50,21 @@ class Context:
   ):
     self.session, self.data, self.workdir = built, data, workdir
     self.rows = functools.cache(data.rows)
+    self.translator = None
+    if built.experiment.translates:
+      self.translator = Translator(built, data.vocabulary)
 
   @functools.cached_property
   def losses(self) -> Callable[[Any, Rows], dict[str, float]]:
-    """See `losses_of`."""
+    """See `losses_of`; of as many rows at once as a microbatch has."""
     built = self.session
     rows = built.experiment.rows_at_once
     return losses_of(built.model, rows, built.layout, built.mesh)
 
   @functools.cached_property
-  def translator(self) -> Translator:
-    """Translates by beam search."""
-    return translator(self.session, self.data.vocabulary)
-
-  @functools.cached_property
   def identity(self) -> dict[str, str]:
-    """Returns the digest of each split of the text."""
+    """The digest of each split of the text."""
     return {split: self.rows(split).digest for split in self.data.splits}
-
-  def check(self) -> None:
-    """Refuses what could not be measured, before training begins."""
-    _ = self.losses
-    if self.session.experiment.translates:
-      _ = self.translator
 
 
 def measure(
@@ -109,10 +107,8 @@ def losses_of(
 
   Of batch_size rows at once, over all devices, the full softmax of one time
   step has a number for each word of the vocabulary.
-
-  Raises:
-    ValueError: the rows do not divide over the devices.
-    FloatingPointError: when called, the loss is not a finite number.
+  ValueError where the rows do not divide over the devices; FloatingPointError,
+  when called, for a loss that is not finite.
   """
   eval_fn = jax.jit(functools.partial(step.eval_step, model=model))
   where = sharding.batch_sharding(layout, mesh, batch_size)
@@ -140,53 +136,125 @@ def exp(loss: float) -> float:
   return math.inf if loss > 700 else math.exp(loss)
 
 
-def translator(
-  built: session.Session, pieces: Pieces, **search: Any
-) -> Translator:
-  """Returns what translates as many hypotheses as a microbatch has rows."""
-  return Translator(
-    gnmt.for_decoding(built.model),
-    pieces,
-    built.shapes["source"].shape[1],
-    built.experiment.rows_at_once,
-    built.layout,
-    built.mesh,
-    **search,
-  )
+class Translator:
+  """Translates lines of text, whatever the parameters of the model.
+
+  A line's translation depends on no other: the model's mixtures drop nothing
+  here (`gnmt.for_decoding`). All processes give it the same lines, and each
+  gets all of them.
+  """
+
+  def __init__(
+    self, built: session.Session, pieces: Pieces, beam: int = 8, **search: Any
+  ):
+    """Compiles nothing yet; ValueError for rows or a beam too small.
+
+    It follows as many hypotheses at once, in whole beams, as a microbatch has
+    rows. Of `search` see `decode.beam_search`.
+    """
+    self._session, self._pieces = built, pieces
+    self._source_length = built.shapes["source"].shape[1]
+    # Here, as else training would only fail when it first shows examples.
+    batches_lib.check_length(self._source_length)
+    decode.check_beam(beam)
+    devices = built.mesh.size
+    at_once = -(-built.experiment.rows_at_once // (beam * devices)) * devices
+    self._batch_size = at_once
+    model = gnmt.for_decoding(built.model)
+
+    @sharding.zero3
+    def run(params, source, segment, source_start):
+      apply = functools.partial(model.apply, {"params": params})
+      return decode.beam_search(
+        functools.partial(apply, method="step"),
+        apply(source, segment, source_start, method="encode"),
+        apply(source.shape[0], method="begin"),
+        segment > 0,
+        start=pieces.start,
+        end=pieces.end,
+        beam=beam,
+        **search,
+      )
+
+    # Compiled once for each shape of a batch.
+    whole = sharding.whole_sharding(built.mesh)
+    self._run = jax.jit(run, out_shardings=whole)
+
+  def tag(self, language: str) -> int | None:
+    """Returns what a source begins with to be translated into a language.
+
+    ValueError where there are several languages, and it is none of them.
+    """
+    return self._pieces.tag(language) if self._pieces.languages else None
+
+  def find(
+    self, params: Any, batch: batches_lib.SourceRows
+  ) -> decode.Hypotheses:
+    """Returns the hypotheses of each row, on all devices."""
+    layout, mesh = self._session.layout, self._session.mesh
+    where = sharding.batch_sharding(layout, mesh, len(batch.source))
+    source = (
+      jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
+      for rows in (batch.source, batch.source_segment, batch.source_start)
+    )
+    with sharding.use(layout, mesh):
+      return self._run(params, *source)
+
+  def lines(
+    self,
+    params: Any,
+    texts: Sequence[str],
+    language: str,
+    advance: Callable[[int], object] = lambda rows: None,
+  ) -> list[str]:
+    """Translates each line by itself, and keeps their order; errors as `tag`.
+
+    One without words becomes "". `advance` is told after each batch how many
+    parts of lines it had.
+    """
+    # Of each line its parts, which may come in any order.
+    found: list[dict[int, str]] = [{} for _ in texts]
+    for batch in batches_lib.source_rows(
+      self._pieces,
+      texts,
+      self._source_length,
+      self._batch_size,
+      self.tag(language),
+    ):
+      best = jax.device_get(self.find(params, batch))
+      real = np.flatnonzero(batch.line >= 0).tolist()
+      for row in real:
+        ids = best.ids[row, 0, : best.lengths[row, 0]].tolist()
+        # A model may write a line break, which must not make two lines of one.
+        text = " ".join(self._pieces.decode(ids).splitlines())
+        found[batch.line[row]][int(batch.part[row])] = text
+      advance(len(real))
+    return [" ".join(text for _, text in sorted(of.items())) for of in found]
 
 
 def examples(context: Context, params: Any, split: str, say: Say) -> Values:
   """Says a few sentences, always the same, with both translations.
 
-  Each direction gives at least one.
+  They are from all over the text, of some length, and of every direction.
   """
-  parts = context.data.pairs[split] if _translates(context) else ()
+  parts = context.data.pairs[split] if context.translator else ()
   for pairs in parts:
-    places = list(_spread(pairs.sources, -(-_SHOWN // len(parts))))
-    lines = [pairs.sources[place] for place in places]
-    found = context.translator.lines(params, lines, pairs.direction.target)
-    for place, source, translation in zip(places, lines, found, strict=True):
+    sources, count, places = pairs.sources, -(-_SHOWN // len(parts)), []
+    for part in range(count):
+      begin, end = (len(sources) * (part + n) // count for n in (0, 1))
+      long = (i for i in range(begin, end) if len(sources[i].split()) >= _WORDS)
+      if begin < end:
+        places.append(next(long, begin))
+    lines, direction = [sources[at] for at in places], pairs.direction
+    found = context.translator.lines(params, lines, direction.target)
+    for at, source, translation in zip(places, lines, found, strict=True):
       for side, line in (
-        (pairs.direction.source, source),
-        (pairs.direction.target, pairs.targets[place]),
+        (direction.source, source),
+        (direction.target, pairs.targets[at]),
         ("model", translation),
       ):
         say(f"  {side}: {terminal.one_line(line)}")
   return {}
-
-
-def _spread(sources: Sequence[str], count: int) -> Iterator[int]:
-  """Yields places all over the text, of sentences rather than of words."""
-  for part in range(count):
-    begin, end = (len(sources) * (part + more) // count for more in (0, 1))
-    inside = range(begin, end)
-    long = (i for i in inside if len(sources[i].split()) >= _WORDS)
-    if inside:
-      yield next(long, begin)
-
-
-def _translates(context: Context) -> bool:
-  return context.session.experiment.translates
 
 
 def translation_eval(
@@ -198,12 +266,11 @@ def translation_eval(
   test.en-fr.reference -i test.en-fr.translation`, with the -tok of the
   signature.
 
-  Returns:
-    BLEU, chrF and BLEU of Moses tokens (`bleu.scores`), over several directions
-    their means and those of each; and under "signatures" how each is counted,
-    in sacrebleu's words. No mean of what one of the directions lacks.
+  Returned are BLEU, chrF and BLEU of Moses tokens (`bleu.scores`), over several
+  directions their means and those of each; and under "signatures" how each is
+  counted. There is no mean of what one of the directions lacks.
   """
-  if not _translates(context):
+  if not context.translator:
     return {}
   say(f"translating the {split}")
   scores: dict[str, bleu.Scores] = {}
@@ -211,12 +278,8 @@ def translation_eval(
     direction, language = str(pairs.direction), pairs.direction.target
     lines = list(pairs.sources)
     found = context.translator.lines(params, lines, language)
-    _write_lines(
-      context.workdir / TRANSLATIONS, f"{split}.{direction}", pairs, found
-    )
+    _write_lines(context.workdir, f"{split}.{direction}", pairs, found)
     scores[direction] = bleu.scores(found, list(pairs.targets), language)
-    if scores[direction].doubt and processes.first():
-      terminal.warn(f"{direction}: {scores[direction].doubt}")
   means, each, signatures = {}, {}, {}
   for name in ("bleu", "chrf", "moses_bleu"):
     values = {to: getattr(score, name) for to, score in scores.items()}
@@ -238,9 +301,9 @@ def translation_eval(
 
 
 def _write_lines(
-  folder: files.Path, name: str, pairs: Pairs, found: Sequence[str]
+  workdir: files.Path, name: str, pairs: Pairs, found: Sequence[str]
 ) -> None:
-  """Writes sources, references and translations, line by line."""
+  folder = workdir / TRANSLATIONS
   sides = {
     "source": pairs.sources,
     "reference": pairs.targets,

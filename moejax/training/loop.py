@@ -1,10 +1,8 @@
 """The training loop: data, step, validation, checkpoint, resume."""
 
 import contextlib
-import functools
 import json
 import math
-import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +15,9 @@ from moejax import files as files_lib
 from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import batches
-from moejax.training import (
-  cost,
-  evaluators,
-  metrics,
-  processes,
-  session,
-  state,
-  step,
-)
+from moejax.training import cost, evaluators, metrics, processes, session, step
 from moejax.training import run as run_lib
+from moejax.training import state as state_lib
 from moejax.training.checkpoint import Checkpoints
 
 
@@ -41,16 +32,10 @@ def train(
   several processes train (`processes.join`), a signal to any of them stops all.
   They all see the workdir, where the run lives.
 
-  Returns:
-    The result, which also lies in the workdir as JSON; {"signal": its number}
-    where one came first.
-
-  Raises:
-    ValueError: a config or text that cannot be used; says which value.
-    OSError: a file that cannot be read or written; names it.
-    FloatingPointError: loss, gradient or parameters became NaN or infinite;
-      names the step.
-    BlockingIOError: another run trains in the workdir.
+  Returned is the result, which also lies in the workdir as JSON, or {"signal":
+  its number} where one came first. ValueError names a value that cannot be
+  used, OSError a file, FloatingPointError the step at which a number was none;
+  BlockingIOError where another run trains in the workdir.
   """
   values = experiment.values
   processes.check_same(json.dumps(values, sort_keys=True), "config")
@@ -75,7 +60,15 @@ def train(
       )
     finished = _finished(experiment, workdir)
     if not finished or workdir_lib.other_text(values, workdir):
-      context = _open(experiment, workdir)
+      data = processes.first_then_others(
+        lambda: config_lib.open_corpus(experiment, workdir)
+      )
+      built = session.build(experiment, len(data.vocabulary))
+      # Before a large text is first read, which takes long.
+      session.check_fits(built)
+      context = evaluators.Context(built, data, workdir)
+      processes.check_same(json.dumps(context.identity), "text")
+      workdir_lib.check_text(context.identity, workdir)
     if not finished:
       run = _Run(context, checks, stack)
       stopped = run.train()
@@ -84,40 +77,17 @@ def train(
   return finished
 
 
-def _open(
-  experiment: config_lib.Experiment, workdir: files_lib.Path
-) -> evaluators.Context:
-  """Opens the corpus, and lays the model over the devices."""
-  data = processes.first_then_others(
-    lambda: config_lib.open_corpus(experiment, workdir)
-  )
-  built = session.build(experiment, len(data.vocabulary))
-  abstract, layout, mesh = built.abstract_state, built.layout, built.mesh
-  total, inner = session.sizes(abstract.params)
-  opt_state = jax.tree.leaves(abstract.opt_state)
-  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
-  _say(
-    f"{total:,} parameters, {inner:,} of them outside embedding"
-    f" and softmax; layout {layout.name} on {mesh.size}"
-    f" {mesh.devices.flat[0].platform} device(s){processes.how_many()}"
-  )
-  _say(
-    f"optimizer state of {num_bytes:,} bytes,"
-    f" {num_bytes / total:.2f} a parameter"
-  )
-  in_layout = functools.partial(
-    state.abstract_state, built.model, built.tx, built.shapes
-  )
-  # Before a large text is first read, which takes long.
-  state.check_fits(abstract, in_layout, layout, mesh)
-  context = evaluators.Context(built, data, workdir)
-  processes.check_same(json.dumps(context.identity), "text")
-  workdir_lib.check_text(context.identity, workdir)
-  return context
-
-
 class _Run:
-  """A run that trains, alone in its workdir as long as `checks` say so."""
+  """A run that trains, alone in its workdir as long as `checks` say so.
+
+  Attributes:
+    state: after `done` steps, of which the checkpoint has `saved`.
+    last: the last step.
+    text_ends: whether it is the text's end.
+    seconds: of training until the last checkpoint.
+    pending: a step and its metrics, on devices, that are not yet reported.
+    all_stop: the number of a signal to any process; 0 before one came.
+  """
 
   def __init__(
     self,
@@ -125,14 +95,24 @@ class _Run:
     checks: Sequence[Callable[[], None]],
     stack: contextlib.ExitStack,
   ):
-    """Compiles the step; goes on from the last checkpoint, if there is one.
-
-    The checks raise where another run has taken the workdir.
-    """
+    """Compiles the step; goes on from the last checkpoint, if there is one."""
     self.context, self.checks = context, checks
     self.built, self.workdir = context.session, context.workdir
     self.experiment, data = self.built.experiment, context.data
-    self.options = self.experiment.train
+    self.options, mesh = self.experiment.train, self.built.mesh
+    about = self.experiment, len(data.vocabulary)
+    count = cost.count(*about)
+    self.flops_per_word = cost.flops_per_word(*about, count)
+    opt_state = jax.tree.leaves(self.built.abstract_state.opt_state)
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
+    several = f" of {jax.process_count()} processes"
+    _say(
+      f"{count.total:,} parameters, {count.parameters + count.biases:,} of them"
+      f" outside embedding and softmax; layout {self.built.layout.name} on"
+      f" {mesh.size} {mesh.devices.flat[0].platform} device(s)"
+      f"{several if processes.several() else ''}\noptimizer state of"
+      f" {num_bytes:,} bytes, {num_bytes / count.total:.2f} a parameter"
+    )
     rows, passes = context.rows("train"), self.options.passes
     self.batches = batches.train_batches(
       rows,
@@ -142,7 +122,6 @@ class _Run:
       jax.process_count(),
       passes,
     )
-    # The last step: what comes first, the steps asked for or the text's end.
     self.last, self.text_ends = self.options.steps, False
     if passes:
       enough = batches.num_batches(rows, data.batch_size, passes)
@@ -161,7 +140,8 @@ class _Run:
     _say(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
     _say("compiling the training step")
     self.step_fn = session.compiled(self.built)
-    context.check()
+    # What could not be measured is refused now.
+    _ = context.losses
 
     # From here on there is a run; what is wrong with it has shown above.
     processes.first_does(
@@ -169,9 +149,8 @@ class _Run:
         self.experiment.values, data.vocabulary, context.identity, self.workdir
       )
     )
-    self.checkpoints = Checkpoints(
-      self.workdir / run_lib.CHECKPOINTS, self.options.keep
-    )
+    folder = self.workdir / run_lib.CHECKPOINTS
+    self.checkpoints = Checkpoints(folder, self.options.keep)
     stack.enter_context(contextlib.closing(self.checkpoints))
     self.seconds = 0.0
     if restored := self.checkpoints.latest(self.built.abstract_state):
@@ -180,23 +159,22 @@ class _Run:
       self.batches.set_state(progress["data"])
       self.state, self.seconds = restored.state, progress["seconds"]
     else:
-      self.state = state.create(
+      self.state = state_lib.create(
         self.built.model,
         self.built.tx,
         self.built.shapes,
         self.experiment.seed,
         self.built.layout,
-        self.built.mesh,
+        mesh,
       )
     del restored
     self.done = self.saved = int(self.state.step)
     self.begun = time.monotonic() - self.seconds
     self.writer = self.progress = metrics.Silent()
     if processes.first():
+      unit = self.experiment.unit
       self.writer = metrics.Writer(self.workdir, self.done)
-      self.progress = metrics.Progress(
-        self.done, self.last, self.experiment.unit
-      )
+      self.progress = metrics.Progress(self.done, self.last, unit)
     stack.enter_context(contextlib.closing(self.writer))
     stack.enter_context(contextlib.closing(self.progress))
     if self.done:
@@ -204,13 +182,9 @@ class _Run:
         f"resuming {self.workdir} at step {self.done} of {self.last}"
       )
     self.speed = metrics.Speed()
-    about = self.experiment, len(data.vocabulary)
-    self.flops_per_word = cost.flops_per_word(*about, cost.count(*about))
-    # Metrics of a step, on devices, that are not yet reported.
     self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
-    # The number of a signal to any process; 0 before one came.
     self.all_stop = 0
-    stack.enter_context(sharding.use(self.built.layout, self.built.mesh))
+    stack.enter_context(sharding.use(self.built.layout, mesh))
     stack.enter_context(
       processes.ends_with_the_others(
         lambda: f"checkpoint {self.saved}, in {self.workdir}"
@@ -282,9 +256,9 @@ class _Run:
           " config.optimizer.clip_norm."
         )
     self.checkpoints.check()
-    words = values.pop("words"), values.pop("source_words", 0.0)
-    flops = sum(map(operator.mul, words, self.flops_per_word))
-    self.speed.add(words[0], flops, ended)
+    words, source = values.pop("words"), values.pop("source_words", 0.0)
+    of_word, of_source = self.flops_per_word
+    self.speed.add(words, of_word * words + of_source * source, ended)
     if at % self.options.log_every:
       return
     # Of few words, the loss is no perplexity of the model.
@@ -374,8 +348,7 @@ def _finished(
 ) -> dict[str, Any] | None:
   """Reads the result of a run that has come to its end; None before that.
 
-  Raises:
-    OSError, ValueError: the file cannot be read, or is damaged.
+  OSError or ValueError where the file cannot be read, or is damaged.
   """
   path = workdir / workdir_lib.RESULT_FILE
   if not files_lib.exists(path):

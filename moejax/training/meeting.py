@@ -4,9 +4,9 @@ JAX waits for all in silence; where one does not come, or two have one id, it
 aborts the others past all handlers of Python. So all first connect to the
 address of process 0, say which they are, and hear for whom it waits.
 
-A message is a line of JSON. Process 0 sends _GREETING, hears {"process": id,
-"of": count, "host": name}, and then sends {"missing": ids} time and again. The
-last message is {"all": true}, or {"refused": why}.
+A message is a line of JSON. Process 0 sends {"missing": [0]}, hears {"process":
+id, "of": count, "host": name}, and sends who is missing time and again, at last
+nobody, or {"refused": why}.
 """
 
 import asyncio
@@ -27,9 +27,12 @@ PATIENCE = 300.0
 WORD = 10.0
 # Seconds between two messages, and after which one is missed.
 _SIGN, _SILENCE = 0.5, 10.0
-_GREETING = {"moejax": "meeting"}
 # The longest message, in bytes, and the most processes that are named.
 _LONGEST, _NAMED = 100_000, 8
+
+
+class _RefusedError(ConnectionError):
+  """What no further attempt would change."""
 
 
 def meet(
@@ -70,11 +73,12 @@ async def _host(
   async def attend(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter
   ) -> None:
+    nonlocal complete
     guests.add(asyncio.current_task())
     # Whoever sends something else is no process of ours.
     odd = OSError, ValueError, LookupError, TypeError
     with contextlib.suppress(*odd), contextlib.closing(writer):
-      await _send(writer, _GREETING)
+      await _send(writer, {"missing": [0]})
       message = await _receive(reader)
       number, machine = message["process"], terminal.one_line(message["host"])
       refusal = ""
@@ -94,28 +98,24 @@ async def _host(
         return
       present[number] = machine
       try:
-        while missing := wanted():
+        while missing := [n for n in range(count) if n not in present]:
+          # For good: some may be told, and have left, before others are told.
+          if complete:
+            break
           if time.monotonic() > begun + PATIENCE:
-            who = f"{_named(missing)} of {count}"
-            apart = _apart(f"{who} did not come to {address}")
-            await _send(writer, {"refused": apart})
+            who = f"{_named(missing)} of {count} did not come to {address}"
+            await _send(writer, {"refused": _apart(who)})
             return
           await _send(writer, {"missing": missing})
           # It sends no more: what can be read is its end.
           with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reader.read(), _SIGN)
             raise ConnectionResetError
-        await _send(writer, {"all": True})
+        complete = True
+        await _send(writer, {"missing": []})
       except OSError:
         # It has left; started again, it may come again.
         del present[number]
-
-  def wanted() -> list[int]:
-    nonlocal complete
-    missing = [n for n in range(count) if n not in present]
-    # For good: some may be told, and have left, before others are told.
-    complete = complete or not missing
-    return [] if complete else missing
 
   # Where JAX listens afterwards.
   bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
@@ -151,17 +151,18 @@ async def _connect(
   say: Callable[[str], None],
 ) -> None:
   """Connects to process 0, again and again, and stays until all are there."""
-  word = time.monotonic() + WORD
+  itself = "" if number else ", which is this one,"
+  me = {"process": number, "of": count, "host": socket.gethostname()}
+  said = begun
 
   def remind(text: str) -> None:
-    nonlocal word
-    if time.monotonic() > word:
+    nonlocal said
+    if time.monotonic() > said + WORD:
       say(text)
-      word = time.monotonic() + WORD
+      said = time.monotonic()
 
   while True:
-    itself = "" if number else ", which is this one,"
-    waits = f"process 0{itself} does not answer at {address}"
+    waits, missing = f"process 0{itself} does not answer at {address}", []
     try:
       link = await asyncio.to_thread(
         socket.create_connection, _split(address), _SILENCE
@@ -171,36 +172,30 @@ async def _connect(
         if link.getsockname() == link.getpeername():
           # A free port, by chance that of this very connection.
           raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody there")
-        greeting = None
-        with contextlib.suppress(TimeoutError, ValueError):
-          greeting = await _receive(reader)
-        if greeting != _GREETING:
-          raise _RefusedError(
-            f"what answers at --coordinator_address={address} does not wait for"
-            " processes of a run: it is another program, or a run that has"
-            " begun; give all a free port of the first one's machine."
-          )
-        me = {"process": number, "of": count, "host": socket.gethostname()}
+        # It speaks first; of another program there may come no line.
+        with contextlib.suppress(TimeoutError):
+          missing = (await _receive(reader))["missing"]
+        if not missing:
+          raise ValueError("no greeting")
         await _send(writer, me)
-        while not (message := await _receive(reader)).get("all"):
-          if "refused" in message:
-            raise _RefusedError(terminal.one_line(message["refused"]))
-          missing = _named(message["missing"])
-          waits = f"waiting for {missing} of {count} at {address}"
+        while missing := (await _receive(reader))["missing"]:
+          waits = f"waiting for {_named(missing)} of {count} at {address}"
           remind(waits)
         return
     except _RefusedError:
       raise
-    except (OSError, ValueError, LookupError) as error:
-      waits = f"{waits} ({getattr(error, 'strerror', None) or error})"
+    except (ValueError, LookupError):
+      raise _RefusedError(
+        f"what answers at --coordinator_address={address} does not wait for"
+        " processes of a run: it is another program, or a run that has begun;"
+        " give all a free port of the first one's machine."
+      ) from None
+    except OSError as error:
+      waits = f"{waits} ({error.strerror or 'timed out'})"
     if time.monotonic() > begun + PATIENCE:
       raise ConnectionError(_apart(waits))
     remind(waits)
     await asyncio.sleep(_SIGN)
-
-
-class _RefusedError(ConnectionError):
-  """What no further attempt would change."""
 
 
 def _apart(why: str) -> str:
@@ -212,11 +207,10 @@ def _apart(why: str) -> str:
 
 
 def _named(numbers: Sequence[int]) -> str:
-  if len(numbers) == 1:
-    return f"process {numbers[0]}"
   more = len(numbers) - _NAMED
-  named = ", ".join(str(number) for number in numbers[:_NAMED])
-  return f"processes {named}" + (f" and {more} more" if more > 0 else "")
+  named = ", ".join(map(str, numbers[:_NAMED]))
+  several = "es" if len(numbers) > 1 else ""
+  return f"process{several} {named}" + (f" and {more} more" if more > 0 else "")
 
 
 def _split(address: str) -> tuple[str, int]:
@@ -230,11 +224,13 @@ async def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
 
 
 async def _receive(reader: asyncio.StreamReader) -> dict[str, Any]:
-  """Raises OSError or ValueError where none comes."""
+  """Raises OSError where none comes, ValueError where it is none."""
   line = await asyncio.wait_for(reader.readline(), _SILENCE)
   if not line:
     raise ConnectionResetError(errno.ECONNRESET, "it ended")
   message = json.loads(line)
   if not isinstance(message, dict):
     raise ValueError("no message")
+  if "refused" in message:
+    raise _RefusedError(terminal.one_line(message["refused"]))
   return message

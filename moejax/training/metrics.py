@@ -59,10 +59,7 @@ class Writer:
     if damaged:
       aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
       files.write_whole(aside, b"".join(line + b"\n" for line in damaged))
-      terminal.warn(
-        f"{terminal.one_line(path)}: {len(damaged):,} damaged line(s) left out,"
-        f" and kept in {aside.name}."
-      )
+      _warn(path, len(damaged), f", and kept in {aside.name}")
     kept = [
       as_json(line) + "\n"
       for line in sound
@@ -97,8 +94,8 @@ class Writer:
     line = {"step": step, "split": split, **values}
     self._file.write(as_json(line).encode() + b"\n")
     self._file.flush()
+    # Names hold those of languages, which users gave.
     points = [
-      # Names hold those of languages, which users gave.
       summary_pb2.Summary.Value(
         tag=terminal.printable(f"{split}/{name}"), simple_value=value
       )
@@ -124,10 +121,13 @@ def read(path: files.Path) -> list[dict[str, Any]]:
   """
   sound, damaged = _lines(path)
   if damaged:
-    terminal.warn(
-      f"{terminal.one_line(path)}: {len(damaged):,} damaged line(s) left out."
-    )
+    _warn(path, len(damaged), "")
   return sound
+
+
+def _warn(path: files.Path, count: int, more: str) -> None:
+  name = terminal.one_line(path)
+  terminal.warn(f"{name}: {count:,} damaged line(s) left out{more}.")
 
 
 def _lines(path: files.Path) -> tuple[list[dict[str, Any]], list[bytes]]:
@@ -149,15 +149,12 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     step, split = values["step"], values["split"]
   except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
     return None
-  others = [v for n, v in values.items() if n not in ("step", "split")]
-  sound = (
-    type(step) is int
-    and 0 <= step < 2**63
-    and isinstance(split, str)
-    # An int of more digits than a float has cannot be drawn.
-    and all(
-      type(v) is float or (type(v) is int and abs(v) < 2**63) for v in others
-    )
+  # An int of more digits than a float has cannot be drawn.
+  sound = isinstance(split, str) and type(step) is int and step >= 0
+  sound = sound and all(
+    type(value) is float or (type(value) is int and abs(value) < 2**63)
+    for name, value in values.items()
+    if name != "split"
   )
   return values if sound else None
 

@@ -71,11 +71,6 @@ def adam(
   return _finish(scale, schedule, b1, b2, eps, clip_norm)
 
 
-def _scale_by_rms(b2: float, eps: float) -> Update:
-  """Adam's with b1 = 0."""
-  return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
-
-
 def factored_adam(
   schedule: Schedule,
   b1: float = 0.9,
@@ -94,8 +89,7 @@ def factored_adam(
   by themselves; its biases keep a second moment of their own. All are corrected
   for their start at zero, as in Adam, which updates everything else.
 
-  A parameter is an expert's where it lies below a field `experts`. See
-  docs/decisions.md, 38, 39.
+  See docs/decisions.md, 38, 39.
 
   Args:
     schedule: the learning rate.
@@ -104,13 +98,38 @@ def factored_adam(
     eps: added to its root.
     clip_norm: as for `adam`.
   """
+
+  def rule(path, w):
+    """Names the rule of a parameter: an expert's lies below `experts`.
+
+    By its path, as logical names would not do: a single expert has no axis
+    "expert", the routers within groups of experts do, and a user's own module
+    may have no names at all.
+    """
+    fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    if "experts" not in fields:
+      return "adam"
+    # Each has an axis in front, of experts or of groups of them.
+    in_front = sum(field in ("experts", "secondary") for field in fields)
+    return "factored" if w.ndim - in_front >= 2 else "unfactored"
+
   rules = {
     "adam": optax.scale_by_adam(b1, b2, eps),
     "factored": _scale_by_factors(b2, eps),
     "unfactored": _scale_by_rms(b2, eps),
   }
-  scale = optax.partition(rules, _rule_of_each)
+  scale = optax.partition(
+    rules, lambda params: jax.tree.map_with_path(rule, sharding.unbox(params))
+  )
   return _finish(scale, schedule, b1, b2, eps, clip_norm)
+
+
+def _scale_by_rms(b2: float, eps: float) -> Update:
+  """Adam's with b1 = 0."""
+  return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
+
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def _finish(scale, schedule, b1, b2, eps, clip_norm):
@@ -118,16 +137,12 @@ def _finish(scale, schedule, b1, b2, eps, clip_norm):
   # A decay is less than 1 as a float32, too. Without eps, what has had no
   # gradient yet would be 0 / 0.
   decay = "0 or more, and less than 1"
+  norm = "more than 0, or None to clip nothing"
   for name, value, is_good, advice in (
     ("b1", b1, b1 >= 0 and np.float32(b1) < 1, decay),
     ("b2", b2, b2 >= 0 and np.float32(b2) < 1, decay),
     ("eps", eps, _TINY <= eps < math.inf, "more than 0, such as 1e-8"),
-    (
-      "clip_norm",
-      clip_norm,
-      clip_norm is None or clip_norm > 0,
-      "more than 0, or None to clip nothing",
-    ),
+    ("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, norm),
   ):
     if not is_good:
       raise ValueError(f"config.optimizer.{name} is {value}; give {advice}.")
@@ -137,43 +152,12 @@ def _finish(scale, schedule, b1, b2, eps, clip_norm):
   return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
 
 
-_TINY = float(jnp.finfo(jnp.float32).tiny)
-
-# Fields of modules that hold one set of parameters for each expert, or for each
-# group of them, along an axis in front.
-_IN_FRONT = ("experts", "secondary")
-
-
-def _rule_of_each(params: Any) -> Any:
-  """Names the rule that updates each parameter.
-
-  By its path, as logical names would not do: a single expert has no axis
-  "expert", the routers within groups of experts do, and a user's own module may
-  have no names at all.
-  """
-
-  def rule(path, w):
-    fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    if "experts" not in fields:
-      return "adam"
-    in_front = sum(field in _IN_FRONT for field in fields)
-    return "factored" if w.ndim - in_front >= 2 else "unfactored"
-
-  return jax.tree.map_with_path(rule, sharding.unbox(params))
-
-
 class FactoredState(NamedTuple):
-  """Second moments of matrices [..., I, O], by their means.
+  """Second moments of matrices [..., I, O], by their means."""
 
-  Attributes:
-    count: updates so far.
-    rows: R [..., I] of each matrix.
-    columns: C [..., O] of each.
-  """
-
-  count: Int[Array, ""]
-  rows: Any
-  columns: Any
+  count: Int[Array, ""]  # Updates so far.
+  rows: Any  # R [..., I] of each matrix.
+  columns: Any  # C [..., O] of each.
 
 
 def _scale_by_factors(b2: float, eps: float) -> Update:
@@ -184,15 +168,29 @@ def _scale_by_factors(b2: float, eps: float) -> Update:
   start, and gives its state no names of axes.
   """
 
+  def means(tree, axis):
+    """Means over an axis from behind; the others keep their logical names."""
+
+    def is_boxed(leaf):
+      return isinstance(leaf, nn.LogicallyPartitioned)
+
+    def mean(leaf):
+      if not is_boxed(leaf):
+        return leaf.mean(axis)
+      names = leaf.names[:axis] + leaf.names[axis:][1:]
+      return leaf.replace(value=leaf.value.mean(axis), names=names)
+
+    return jax.tree.map(mean, tree, is_leaf=is_boxed)
+
   def init(params):
-    zeros = optax.tree.zeros_like((_means(params, -1), _means(params, -2)))
+    zeros = optax.tree.zeros_like((means(params, -1), means(params, -2)))
     return FactoredState(jnp.zeros((), jnp.int32), *zeros)
 
   def update(gradients, state, params=None):
     del params
     count = optax.safe_increment(state.count)
     squares = jax.tree.map(jnp.square, gradients)
-    now = _means(squares, -1), _means(squares, -2)
+    now = means(squares, -1), means(squares, -2)
     kept = optax.tree.update_moment(now, (state.rows, state.columns), b2, 1)
 
     def scale(gradient, row, column):
@@ -206,18 +204,3 @@ def _scale_by_factors(b2: float, eps: float) -> Update:
     return scaled, FactoredState(count, *kept)
 
   return optax.GradientTransformation(init, update)
-
-
-def _means(tree: Any, axis: int) -> Any:
-  """Means over an axis from behind; the others keep their logical names."""
-
-  def is_boxed(leaf):
-    return isinstance(leaf, nn.LogicallyPartitioned)
-
-  def mean(leaf):
-    if not is_boxed(leaf):
-      return leaf.mean(axis)
-    names = leaf.names[:axis] + leaf.names[axis:][1:]
-    return leaf.replace(value=leaf.value.mean(axis), names=names)
-
-  return jax.tree.map(mean, tree, is_leaf=is_boxed)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -43,8 +43,6 @@ _WATCHERS: list[subprocess.Popen] = []
 LOCK_FILE = "lock"
 # What a file system answers that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-# Seconds that a process which fails waits for others that fail like it.
-_FAILS_ALIKE = 10
 # The most that a process tells the others, in bytes.
 _MESSAGE = 2000
 
@@ -61,21 +59,56 @@ def join(
   Without any of that there is one process; ValueError where some are missing,
   or do not fit each other. To be called before any other use of JAX.
   """
-  given = _cluster(
-    coordinator_address=coordinator_address,
-    num_processes=num_processes,
-    process_id=process_id,
-  )
-  scheduled = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-  on_tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-  if not (given or scheduled or on_tpu):
-    return
-
-  if given:
+  given = {
+    "coordinator_address": coordinator_address,
+    "num_processes": num_processes,
+    "process_id": process_id,
+  }
+  for name, value in given.items():
+    text = os.environ.get(f"JAX_{name.upper()}")
+    if value is None and text is not None:
+      try:
+        given[name] = text if name == "coordinator_address" else int(text)
+      except ValueError:
+        raise ValueError(
+          f"JAX_{name.upper()} is {text!r}; give a whole number."
+        ) from None
+  missing = [name for name, value in given.items() if value is None]
+  slurm = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+  if len(missing) == len(given):
+    given = {}
+    on_tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    if slurm == "1" and not on_tpu:
+      return
+  elif missing:
+    raise ValueError(
+      f"--{missing[0]} is missing: to train by several processes give all of"
+      f" {', '.join('--' + name for name in given)} (or JAX_"
+      f"{missing[0].upper()} and so on); give none to train by one."
+    )
+  else:
     address, count, number = given.values()
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+      raise ValueError(
+        f"--coordinator_address is {address!r}; give the first process's host"
+        " and a free port of it, as in localhost:12345."
+      )
+    if not 0 <= number < count:
+      raise ValueError(
+        f"--process_id={number}, but the {count} processes are numbered from 0"
+        f" to {count - 1}."
+      )
     meeting.meet(
       address, number, count, lambda text: terminal.warn(f"moejax: {text}")
     )
+
+  # Under SLURM JAX gives every process one GPU of those that it sees: right
+  # where the processes of a machine see the same, but not where SLURM made
+  # devices a process's own. [] are all that it sees.
+  nodes = os.environ.get("SLURM_STEP_NUM_NODES")
+  own = slurm == nodes or "SLURM_GPUS_PER_TASK" in os.environ
+  own = own and not os.environ.get("JAX_LOCAL_DEVICE_IDS")
   atexit.register(_dismiss)
   _last_word(
     f"the processes did not meet within {meeting.PATIENCE:.0f} seconds; start"
@@ -84,14 +117,14 @@ def join(
   try:
     jax.distributed.initialize(
       **given,
-      local_device_ids=_own_devices(),
+      local_device_ids=[] if own else None,
       initialization_timeout=int(meeting.PATIENCE),
       heartbeat_timeout_seconds=_SILENCE,
       shutdown_timeout_seconds=_SILENCE,
     )
   except ValueError:
     # A single TPU machine may know nothing of a cluster.
-    if given or scheduled:
+    if given or slurm != "1":
       raise
   if not several():
     _dismiss()
@@ -104,53 +137,6 @@ def join(
     " outside or lost another one; start all of them again: they go on from the"
     " last checkpoint."
   )
-
-
-def _cluster(**given: Any) -> dict[str, Any]:
-  """Completes the arguments of `join`, all or none, from the environment."""
-  for name in given:
-    text = os.environ.get(f"JAX_{name.upper()}")
-    if given[name] is None and text is not None:
-      try:
-        given[name] = text if name == "coordinator_address" else int(text)
-      except ValueError:
-        raise ValueError(
-          f"JAX_{name.upper()} is {text!r}; give a whole number."
-        ) from None
-  missing = [name for name, value in given.items() if value is None]
-  if len(missing) == len(given):
-    return {}
-  if missing:
-    raise ValueError(
-      f"--{missing[0]} is missing: to train by several processes give all of"
-      f" {', '.join('--' + name for name in given)} (or JAX_"
-      f"{missing[0].upper()} and so on); give none to train by one."
-    )
-  address, count, number = given.values()
-  _, _, port = address.rpartition(":")
-  if ":" not in address or not (port.isdecimal() and 0 < int(port) < 2**16):
-    raise ValueError(
-      f"--coordinator_address is {address!r}; give the first process's host and"
-      " a free port of it, as in localhost:12345."
-    )
-  if not 0 <= number < count:
-    raise ValueError(
-      f"--process_id={number}, but the {count} processes are numbered from 0 to"
-      f" {count - 1}."
-    )
-  return given
-
-
-def _own_devices() -> list[int] | None:
-  """Returns [], all that this process sees, where SLURM made them its own.
-
-  None leaves it to JAX, which under SLURM gives every process one GPU of those
-  that it sees: right where the processes of a machine see the same.
-  """
-  tasks = os.environ.get("SLURM_STEP_NUM_TASKS")
-  one_a_node = tasks and tasks == os.environ.get("SLURM_STEP_NUM_NODES")
-  own = one_a_node or "SLURM_GPUS_PER_TASK" in os.environ
-  return [] if own and not os.environ.get("JAX_LOCAL_DEVICE_IDS") else None
 
 
 def _last_word(text: str) -> None:
@@ -168,34 +154,28 @@ def _dismiss() -> None:
     _WATCHERS.pop().communicate(b"\n")
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int, alike: bool = False) -> NoReturn:
   """Ends this process at once; a closed connection tells the others.
 
   Not by sys.exit, at which JAX waits for them, and they may wait for this one.
-  What to do next has been said.
+  With `alike` it waits a little for others that fail, too: each finds a wrong
+  config on its own, and the first one to leave would end the others, above all
+  process 0, before they have said what is wrong.
   """
+  if alike:
+    # Imported late: only several processes need it.
+    from orbax.checkpoint import multihost
+
+    _dismiss()
+    # Where the others work on, they notice that this one leaves.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      multihost.get_barrier_sync_fn()(key="moejax fails", timeout_ms=10_000)
+      part()
   terminal.stop_waiting()
   with contextlib.suppress(OSError):
     terminal.finish()
   _dismiss()
   os._exit(status)
-
-
-def fail_together() -> None:
-  """Waits until all processes have said why they fail, where all of them do.
-
-  A wrong config is found by each on its own. The first one to leave would end
-  the others, above all process 0, before they have said what is wrong.
-  """
-  # Imported late: only several processes need it.
-  from orbax.checkpoint import multihost
-
-  _dismiss()
-  # Where the others work on, they notice that this one leaves.
-  with contextlib.suppress(jax.errors.JaxRuntimeError):
-    barrier = multihost.get_barrier_sync_fn()
-    barrier(key="moejax fails", timeout_ms=1000 * _FAILS_ALIKE)
-    part()
 
 
 def part() -> None:
@@ -212,11 +192,6 @@ def several() -> bool:
 def first() -> bool:
   """Says whether this process is the one that talks and writes."""
   return jax.process_index() == 0
-
-
-def how_many() -> str:
-  """Says how many processes there are, where it is more than one."""
-  return f" of {jax.process_count()} processes" if several() else ""
 
 
 def _tell_all(text: str) -> list[str]:
@@ -275,10 +250,8 @@ def vote(here: int, mesh: jax.sharding.Mesh) -> jax.Array:
   A step that takes it along costs no exchange of its own.
   """
   like = votes(mesh)
-  entry = np.full(1, here, like.dtype)
-  return jax.make_array_from_callback(
-    like.shape, like.sharding, lambda _: entry
-  )
+  own = np.full(1, here, like.dtype)
+  return jax.make_array_from_callback(like.shape, like.sharding, lambda _: own)
 
 
 def votes(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:

@@ -33,9 +33,8 @@ def recall(workdir: files_lib.Path, layout: str = "") -> config_lib.Experiment:
       f"{workdir / workdir_lib.CONFIG_FILE} is no config of this version:"
       f" {error}"
     ) from None
-  if not layout:
-    return experiment
-  return config_lib.changed(experiment, {"config.layout": layout})
+  changes = {"config.layout": layout} if layout else {}
+  return config_lib.changed(experiment, changes)
 
 
 def open_run(
@@ -92,16 +91,12 @@ def evaluate_run(
 ) -> dict[str, Any]:
   """Evaluates the best checkpoint on a split, or on files in its place.
 
-  FileNotFoundError where there is no run in the workdir, or no such file;
-  ValueError where the run has no checkpoint yet, the files hold no text, or the
-  vocabulary or the split's text is not the run's.
-
-  Returns:
-    What the evaluators of the test return, and the checkpoint's step; of a
-    language model also the fraction of words unknown to its vocabulary.
+  Errors as of `open_run` and `load`; ValueError also where the split's text is
+  not the run's.
+  Returned is what the evaluators of the test return, and the checkpoint's step;
+  of a language model also the fraction of words unknown to its vocabulary.
   """
   context = open_run(workdir, layout, files)
-  experiment = context.session.experiment
   split = "data" if files else split
   rows = context.rows(split)
   if not files:
@@ -110,9 +105,9 @@ def evaluate_run(
   values = evaluators.measure(
     evaluators.AT_TEST, context, state.params, split, say
   )
-  said = metrics.describe(values, experiment.unit)
+  said = metrics.describe(values, context.session.experiment.unit)
   values["step"] = int(state.step)
-  if not experiment.translates:
+  if not context.translator:
     values["unknown"] = rows.unknown
     said += f", {rows.unknown:.1%} of them unknown to the vocabulary"
   say(f"{said} (checkpoint of step {values['step']})")
@@ -131,14 +126,9 @@ def translate_run(
 
   ValueError also where the run does not translate, or not into the language.
 
-  Args:
-    workdir: of the run.
-    lines: of text. One without words becomes ""; one that is too long for the
-      model is translated in parts.
-    language: to translate into, where the run has learned several; else "".
-    advance: is told how many more parts of lines are done.
-    layout: name of one to take in place of the run's own.
-    **search: see `decode.beam_search`.
+  A line without words becomes ""; one that is too long for the model is
+  translated in parts, of which `advance` is told how many more are done. Of
+  `search` see `decode.beam_search`.
   """
   experiment = recall(workdir, layout)
   if not experiment.translates:
@@ -158,7 +148,7 @@ def translate_run(
       f" --language: {', '.join(pieces.languages)}."
     )
   built = session.build(experiment, len(pieces))
-  translator = evaluators.translator(built, pieces, **search)
+  translator = evaluators.Translator(built, pieces, **search)
   # Before a checkpoint is read, which takes long.
   translator.tag(language)
   params = best(workdir, built).params

@@ -3,10 +3,11 @@
 Training runs the program, planning only looks at it: nothing is allocated.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,22 +18,16 @@ from moejax.training import optim, processes, state, step
 
 
 class Session(NamedTuple):
-  """An experiment on devices.
-
-  Attributes:
-    model: for the vocabulary.
-    batch_sharding: where a batch lies.
-    shapes: of a batch's arrays.
-    abstract_state: shapes, types and shardings of what training changes.
-  """
+  """An experiment on devices."""
 
   experiment: config_lib.Experiment
-  model: nn.Module
+  model: nn.Module  # For the vocabulary.
   tx: optim.Update
   layout: sharding.Layout
   mesh: jax.sharding.Mesh
-  batch_sharding: jax.sharding.Sharding
-  shapes: Mapping[str, jax.ShapeDtypeStruct]
+  batch_sharding: jax.sharding.Sharding  # Where a batch lies.
+  shapes: Mapping[str, jax.ShapeDtypeStruct]  # Of a batch's arrays.
+  # Shapes, types and shardings of what training changes.
   abstract_state: state.TrainState
 
 
@@ -43,24 +38,23 @@ def build(
 ) -> Session:
   """Lays an experiment over devices, which need not be there.
 
-  Raises:
-    ValueError: a value that cannot be used, or that does not divide over the
-      devices, or a process would need rows that another reads.
+  ValueError for a value that cannot be used or does not divide over the
+  devices, or where a process would need rows that another reads.
   """
   model, tx = experiment.model(vocab_size), experiment.tx
   layout, shapes = experiment.layout, experiment.shapes
   batch_size = experiment.batch_size
   mesh = sharding.make_mesh(layout, devices)
   batch_sharding = sharding.batch_sharding(layout, mesh, batch_size)
-  count = jax.process_count()
-  first, size = jax.process_index(), batch_size // count
+  count, here = jax.process_count(), jax.process_index()
+  size = batch_size // count
   own = batch_sharding.addressable_devices_indices_map((batch_size,))
   for (rows,) in own.values():
     start, stop, _ = rows.indices(batch_size)
-    if not first * size <= start <= stop <= (first + 1) * size:
+    if not here * size <= start <= stop <= (here + 1) * size:
       raise ValueError(
         f"layout {layout.name!r} wants rows {start} to {stop} of a batch of"
-        f" {batch_size} on a device of process {first}, but each of the {count}"
+        f" {batch_size} on a device of process {here}, but each of the {count}"
         f" processes reads {size} rows, one after the other; let the rule of"
         " 'batch' split rows over the devices of all processes."
       )
@@ -70,18 +64,57 @@ def build(
   )
 
 
-def sizes(params: Any) -> tuple[int, int]:
-  """Returns the number of all parameters, and without embedding and softmax.
+def check_fits(session: Session) -> None:
+  """Refuses a state that a device cannot hold, activations left aside.
 
-  The latter is the paper's number, but for biases.
+  The ValueError names the bytes that it takes with gradients, those that the
+  device has, and the layouts that would fit, with more devices if need be.
   """
-
-  def size(tree):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-  outer = "embed", "head"
-  inner = {n: p for n, p in params.items() if not n.startswith(outer)}
-  return size(params), size(inner)
+  abstract, mesh = session.abstract_state, session.mesh
+  has = state.device_memory(mesh.local_devices[0])
+  needs = state.with_gradients(abstract)
+  if needs <= has:
+    return
+  # Double the devices until some layouts fit, or until it is of no help.
+  layouts = {**sharding.LAYOUTS, session.layout.name: session.layout}
+  count, least, before = mesh.size, math.inf, math.inf
+  while True:
+    takes = {}
+    for name, layout in layouts.items():
+      # One that these devices, or the model, do not divide.
+      with contextlib.suppress(ValueError):
+        there = layout, sharding.abstract_mesh(layout, count)
+        takes[name] = state.with_gradients(
+          state.abstract_state(
+            session.model, session.tx, session.shapes, *there
+          )
+        )
+    least = min(takes.values(), default=math.inf)
+    if least <= has or least >= before:
+      break
+    before = least
+    # Fewer could not do, if all were split.
+    count *= 2 ** math.ceil(math.log2(least / has))
+  fits = " or ".join(repr(name) for name in takes if takes[name] <= has)
+  if fits and count == mesh.size:
+    advice = f"config.layout {fits} would fit"
+  else:
+    ways = [f"{count}, on which config.layout {fits} would fit"] if fits else []
+    ways.append("a smaller model")
+    of_experts = [
+      state.bytes_per_device(
+        [a for p, a in leaves if "experts" in jax.tree_util.keystr(p)]
+      )
+      for leaves in map(jax.tree.leaves_with_path, abstract[1:])
+    ]
+    if of_experts[1] > of_experts[0]:
+      ways.append("config.optimizer.kind 'factored_adam'")
+    here = f"no layout fits on {mesh.size} device(s)"
+    advice = f"{here}; take {', or '.join(ways)}"
+  raise ValueError(
+    f"parameters, gradients and optimizer state take {needs:,} bytes of each"
+    f" device in layout {session.layout.name!r}, which has {has:,}; {advice}."
+  )
 
 
 def lower(session: Session) -> jax.stages.Lowered:
@@ -106,28 +139,23 @@ def lower(session: Session) -> jax.stages.Lowered:
     )
     return current, measured | {"asked": asked.max()}
 
+  abstract = session.abstract_state
   step_fn = jax.jit(
-    run,
-    out_shardings=(state.shardings(session.abstract_state), None),
-    donate_argnums=0,
+    run, out_shardings=(state.shardings(abstract), None), donate_argnums=0
   )
+  rows = session.batch_sharding
   batch = {
-    name: jax.ShapeDtypeStruct(
-      a.shape, a.dtype, sharding=session.batch_sharding
-    )
+    name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows)
     for name, a in session.shapes.items()
   }
-  votes = processes.votes(session.mesh)
   with sharding.use(session.layout, session.mesh):
-    return step_fn.lower(session.abstract_state, batch, votes)
+    return step_fn.lower(abstract, batch, processes.votes(session.mesh))
 
 
 def compiled(session: Session) -> jax.stages.Compiled:
   """Compiles the step of `lower`; refuses one that a device has no room for.
 
-  Raises:
-    ValueError: names the bytes that a step needs of a device, and those there
-      are.
+  The ValueError names the bytes that a step needs, and those there are.
   """
   what = "a step takes"
   try:

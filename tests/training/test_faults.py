@@ -5,11 +5,12 @@ import re
 import resource
 import shutil
 import signal
-import textwrap
 
 import program
 import pytest
+import states
 
+from moejax.main import main
 from moejax.training import run
 
 CHECKPOINTS = "moejax.training.checkpoint:Checkpoints"
@@ -22,19 +23,6 @@ KILLS = [
   (f"{CHECKPOINTS} save", 2, "checkpoints/*tmp*", 3),
   (f"{CHECKPOINTS} best", 1, "-", 12),  # before the test
 ]
-
-
-def limited(limit, amount):
-  """Sets a limit of the system for a process that starts."""
-  return functools.partial(resource.setrlimit, limit, (amount, amount))
-
-
-def resumed(whole, tmp_path):
-  """A copy of a finished run that stands at step 9 of 12."""
-  workdir = shutil.copytree(whole[0], tmp_path / "run")
-  shutil.rmtree(workdir / run.CHECKPOINTS / "12")
-  program.forget_the_end(workdir)
-  return workdir
 
 
 def test_fault_killed_in_every_part_of_its_life(start, whole, tmp_path):
@@ -56,7 +44,9 @@ def test_fault_killed_in_every_part_of_its_life(start, whole, tmp_path):
 
 def test_fault_full_disk(environment, small_flags, whole, tmp_path):
   """A limit on the size of a file stands in for the end of the disk."""
-  workdir = resumed(whole, tmp_path)
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  shutil.rmtree(workdir / run.CHECKPOINTS / "12")
+  program.forget_the_end(workdir)
   folder = workdir / run.CHECKPOINTS
   # How Orbax splits the arrays into files varies; this one is in every save.
   size = (folder / "9" / "state" / "_METADATA").stat().st_size - 1
@@ -65,7 +55,7 @@ def test_fault_full_disk(environment, small_flags, whole, tmp_path):
     "from moejax import main; main.console()",
     small_flags,
     workdir,
-    limited(resource.RLIMIT_FSIZE, size),
+    functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)),
   )
   assert full.returncode == 1, full.stderr
   # And no word of what the threads of libraries have met.
@@ -77,46 +67,12 @@ def test_fault_full_disk(environment, small_flags, whole, tmp_path):
   assert program.saved_steps(workdir) == [9]
 
 
-# Not by the data: word ids cannot be NaN.
-NAN_AT_STEP_11 = textwrap.dedent("""
-  from moejax import main
-  from moejax.training import session
-  compiled = session.compiled
-
-  def broken(*about):
-    step_fn = compiled(*about)
-
-    def step(*args):
-      state, metrics = step_fn(*args)
-      if int(state.step) == 11:
-        metrics["loss"] *= float("nan")
-      return state, metrics
-
-    return step
-
-  session.compiled = broken
-  main.console()
-""")
-
-
-def test_fault_not_a_number(environment, small_flags, whole, tmp_path):
-  workdir = resumed(whole, tmp_path)
-  broken = program.run_code(environment, NAN_AT_STEP_11, small_flags, workdir)
-  assert broken.returncode == 1, broken.stderr
-  assert "loss became nan at step 11; checkpoint 9 was saved" in broken.stderr
-  assert program.saved_steps(workdir) == [9]
-
-
-def test_fault_full_disk_while_preparing(environment, small_flags, tmp_path):
-  full = program.run_code(
-    environment,
-    "from moejax import main; main.console()",
-    [*small_flags, f"--config.data.data_dir={tmp_path / 'prepared'}"],
-    tmp_path / "run",
-    limited(resource.RLIMIT_FSIZE, 10000),
-  )
-  assert full.returncode == 1
-  preparing, message = full.stderr.splitlines()
+def test_fault_full_disk_while_preparing(small_flags, tmp_path, capsys):
+  data = f"--config.data.data_dir={tmp_path / 'prepared'}"
+  argv = ["moejax", "train", *small_flags, data, f"--workdir={tmp_path}/run"]
+  with states.files_of_at_most(10_000):
+    assert main(argv) == 1
+  preparing, message = capsys.readouterr().err.splitlines()
   assert "once" in preparing and message.startswith("moejax: text_files could")
   assert "File too large" in message and "make room" in message
   assert not (tmp_path / "run").exists()
@@ -143,9 +99,8 @@ def test_fault_full_disk_while_preparing(environment, small_flags, tmp_path):
 def test_fault_limits_that_libraries_cannot_live_with(
   environment, small_flags, tmp_path, code, limit, amount, said
 ):
-  done = program.run_code(
-    environment, code, small_flags, tmp_path, limited(limit, amount)
-  )
+  limited = functools.partial(resource.setrlimit, limit, (amount, amount))
+  done = program.run_code(environment, code, small_flags, tmp_path, limited)
   assert done.returncode == 1
   assert re.match(said, done.stderr.splitlines()[-1])
   assert ("Traceback" in done.stderr) == ("main" not in code)

@@ -89,8 +89,8 @@ CASES = {
 }
 EVERYWHERE = [
   *(("flat", on) for on in sharding.LAYOUTS),
-  *(("two levels", on) for on in ("expert", "expert_model", "fsdp")),
-  *(("factored", on) for on in ("expert_model", "fsdp")),
+  *(("two levels", on) for on in ("expert_model", "fsdp")),
+  ("factored", "fsdp"),
   *((name, "data_expert") for name in list(CASES)[3:]),
 ]
 

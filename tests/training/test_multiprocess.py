@@ -8,7 +8,6 @@ import sys
 import textwrap
 
 import program
-import pytest
 
 from moejax.training import run
 
@@ -17,30 +16,16 @@ VOTE = "moejax.training.processes vote"
 _GLOO = "Gloo|Rank|ranks|is|connected|to|peer|Expected|number|of|[][.:0-9\\s]"
 
 
-@pytest.fixture(scope="session")
-def one_process(environment, small_flags, shared):
-  """The curve of one process with 8 devices."""
-  eight = environment | {"JAX_NUM_CPU_DEVICES": "8"}
-
-  def train(folder):
-    process = program.start(eight, small_flags, folder / "run")
-    (output,) = program.end_well(process)
-    assert "on 8 cpu device(s)\n" in output
-
-  return shared("one_process", train) / "run"
-
-
-def test_multiprocess_one_device_and_eight_agree(one_process, whole):
-  program.assert_close(program.curve(one_process), program.curve(whole[0]))
-
-
 def test_multiprocess_fault_one_ends_all_and_they_resume(
-  start_several, one_process, tmp_path
+  start_several, whole, tmp_path
 ):
-  """A signal, two deaths and a damaged checkpoint in the life of a run."""
+  """A signal, two deaths and a damaged checkpoint in the life of a run.
+
+  The curve is that of one process with one device.
+  """
   workdir = tmp_path / "run"
   stop = program.fault(VOTE, 2, signal.SIGTERM)
-  processes = start_several(workdir, 2, 4, faults={1: stop})
+  processes = start_several(workdir, 2, 2, faults={1: stop})
   outputs = program.end(processes)
   assert [process.returncode for process in processes] == [143, 143], outputs
   assert "stopping after this step" in outputs[1]
@@ -50,7 +35,7 @@ def test_multiprocess_fault_one_ends_all_and_they_resume(
   # Early, and after the checkpoint of 6, while that of 9 is being saved.
   for victim, call in ((0, 3), (1, 7)):
     die = program.fault(VOTE, call)
-    processes = start_several(workdir, 2, 4, faults={victim: die})
+    processes = start_several(workdir, 2, 2, faults={victim: die})
     output = program.end(processes)[1 - victim]
     assert processes[victim].returncode == -signal.SIGKILL
     assert processes[1 - victim].returncode != 0
@@ -60,13 +45,13 @@ def test_multiprocess_fault_one_ends_all_and_they_resume(
   assert newest in (6, 9)
   program.damage(program.largest_file(workdir / run.CHECKPOINTS / str(newest)))
   other = "--config.layout=replicated"
-  first, *others = program.end_well(start_several(workdir, 4, 2, other))
-  assert "layout replicated on 8 cpu device(s) of 4 processes" in first
+  first, *others = program.end_well(start_several(workdir, 2, 1, other))
+  assert "layout replicated on 2 cpu device(s) of 2 processes" in first
   assert f"checkpoint of step {newest} cannot be read" in first
   assert "test perplexity" in first
   for output in others:
     assert not re.sub(_GLOO, "", output)
-  program.assert_close(program.curve(workdir), program.curve(one_process))
+  program.assert_close(program.curve(workdir), program.curve(whole[0]))
 
 
 def start_code(environment, code, *flags):
@@ -128,7 +113,6 @@ def test_multiprocess_ends_in_a_sentence_where_one_does_not_come(
 
 AGREE = """
   import sys
-  import numpy as np
   from moejax import main
   from moejax.training import processes
 
@@ -183,11 +167,9 @@ def test_multiprocess_agree_or_are_refused(environment, small_flags, tmp_path):
   assert [process.returncode for process in processes] == [1, 1]
 
 
-def test_resume_on_another_mesh(
-  environment, small_flags, one_process, tmp_path
-):
-  """Saved on 8 devices, `expert`: the run goes on with the same loss."""
-  workdir = shutil.copytree(one_process, tmp_path / "run")
+def test_resume_on_another_mesh(environment, small_flags, whole, tmp_path):
+  """Saved on one device, `expert`: the run goes on with the same loss."""
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
   shutil.rmtree(workdir / run.CHECKPOINTS / "12")
   program.forget_the_end(workdir)
   four = environment | {"JAX_NUM_CPU_DEVICES": "4"}
@@ -196,4 +178,4 @@ def test_resume_on_another_mesh(
   (output,) = program.end_well(started)
   assert "layout data_expert on 4 cpu device(s)" in output
   assert "at step 9 of 12" in output
-  program.assert_close(program.curve(workdir), program.curve(one_process))
+  program.assert_close(program.curve(workdir), program.curve(whole[0]))

@@ -13,7 +13,6 @@ from moejax.training import meeting, processes
 def test_alone_nobody_is_asked():
   assert not processes.several()
   assert processes.first()
-  assert processes.how_many() == ""
   assert processes.any_of_us(True) and not processes.any_of_us(False)
   processes.check_same("whatever", "config")
   assert processes.first_then_others(lambda: 7) == 7

@@ -10,7 +10,7 @@ from moejax import dispatch as dispatch_lib
 from moejax import experts, moe, router, sharding
 from moejax.data import packing
 from moejax.models import lstm_lm
-from moejax.training import optim, state
+from moejax.training import optim, session, state
 
 B, L, D, E, F, V = 32, 4, 8, 8, 64, 16
 # Of the experts, and of all else: embedding, softmax and gate.
@@ -23,17 +23,34 @@ ADAM = optim.adam(lambda count: 1e-3)
 MIXTURE = moe.MoE(router.TopK(E, 2), experts.FeedForward(E, F), L)
 
 
-def in_layout(layout, mesh, tx=ADAM, mixtures=(MIXTURE,)):
+def built(layout, mesh, tx=ADAM, mixtures=(MIXTURE,)):
   model = lstm_lm.LSTMLM(V, D, mixtures)
   batch = packing.batch_shapes(B, L)
-  return state.abstract_state(model, tx, batch, layout, mesh)
+  abstract = state.abstract_state(model, tx, batch, layout, mesh)
+  return session.Session(None, model, tx, layout, mesh, None, batch, abstract)
 
 
 @functools.cache
-def abstract(name):
+def on(name, **options):
   layout = sharding.LAYOUTS[name]
-  mesh = sharding.make_mesh(layout)
-  return in_layout(layout, mesh), layout, mesh
+  return built(layout, sharding.make_mesh(layout), **options)
+
+
+def needs(name):
+  return state.with_gradients(on(name).abstract_state)
+
+
+@pytest.fixture
+def refused(monkeypatch):
+  """refused(session, has): what is said of devices that have so many bytes."""
+
+  def refused(about, has):
+    monkeypatch.setattr(state, "device_memory", lambda device: has)
+    with pytest.raises(ValueError, match=f"which has {has:,}") as caught:
+      session.check_fits(about)
+    return str(caught.value)
+
+  return refused
 
 
 @pytest.mark.parametrize(
@@ -41,71 +58,50 @@ def abstract(name):
 )
 def test_bytes_of_a_device(name, copies):
   want = BYTES * (EXPERTS * copies // 8 + OTHERS) + COUNTERS
-  assert state.with_gradients(abstract(name)[0]) == want
+  assert needs(name) == want
 
 
-def check(name, has, monkeypatch):
-  monkeypatch.setattr(state, "device_memory", lambda device: has)
-  wanted, layout, mesh = abstract(name)
-  state.check_fits(wanted, in_layout, layout, mesh)
+def test_what_fits_is_let_through(refused, monkeypatch):
+  least = needs("replicated")
+  assert f"take {least:,} bytes of" in refused(on("replicated"), least - 1)
+  monkeypatch.setattr(state, "device_memory", lambda device: least)
+  session.check_fits(on("replicated"))
 
 
-def test_what_fits_is_let_through(monkeypatch):
-  needs = state.with_gradients(abstract("replicated")[0])
-  check("replicated", needs, monkeypatch)
-  with pytest.raises(ValueError, match=f"take {needs:,} bytes of each"):
-    check("replicated", needs - 1, monkeypatch)
-
-
-def test_what_does_not_names_the_layouts_that_would(monkeypatch):
-  has = state.with_gradients(abstract("data_expert")[0])
-  with pytest.raises(ValueError, match=f"which has {has:,}") as caught:
-    check("replicated", has, monkeypatch)
-  named = set(re.findall("'([a-z_]+)'", str(caught.value)))
+def test_what_does_not_names_the_layouts_that_would(refused):
+  said = refused(on("replicated"), needs("data_expert"))
   fits = {"expert", "data_expert", "expert_model", "fsdp"}
-  assert named == fits | {"replicated"}
+  assert {*re.findall("'([a-z_]+)'", said)} == fits | {"replicated"}
 
 
-def test_what_fits_nowhere_names_where_it_would(monkeypatch):
-  least = state.with_gradients(abstract("fsdp")[0])
-  with pytest.raises(ValueError, match=r"no layout fits on 8 dev") as caught:
-    check("expert", least - least // 4, monkeypatch)
-  said = str(caught.value)
+def test_what_fits_nowhere_names_where_it_would(refused):
+  least = needs("fsdp")
+  said = refused(on("expert"), least - least // 4)
   # Embedding, softmax and gate stay whole where only experts are split.
-  assert "take 16, on which config.layout 'fsdp' would fit, or a sma" in said
+  assert (
+    "no layout fits on 8 device(s); take 16, on which config.layout" in said
+  )
+  assert "'fsdp' would fit, or a smaller model, or config.optim" in said
   assert said.endswith("config.optimizer.kind 'factored_adam'.")
 
 
-def test_what_no_number_of_devices_holds(monkeypatch):
-  with pytest.raises(ValueError, match=r"on 8 device\(s\); take a smaller mod"):
-    check("expert", 100, monkeypatch)
-
-
-@pytest.mark.parametrize(
-  "options",
-  [
+def test_what_no_number_of_devices_holds(refused):
+  assert "on 8 device(s); take a smaller model, or" in refused(on("expert"), 9)
+  # Nor other optimizers: no moments of experts, no experts.
+  for options in (
     {"tx": optim.factored_adam(lambda count: 1e-3)},
     {"mixtures": ()},
-  ],
-  ids=["no moments of experts", "no experts"],
-)
-def test_no_other_optimizer_where_it_would_not_help(options, monkeypatch):
-  monkeypatch.setattr(state, "device_memory", lambda device: 100)
-  make = functools.partial(in_layout, **options)
-  _, layout, mesh = abstract("expert")
-  with pytest.raises(ValueError, match=r"; take a smaller model\.$"):
-    state.check_fits(make(layout, mesh), make, layout, mesh)
+  ):
+    said = refused(on("expert", **options), 9)
+    assert said.endswith("; take a smaller model.")
 
 
-def test_a_layout_of_ones_own_is_among_those_that_would_fit(monkeypatch):
+def test_a_layout_of_ones_own_is_among_those_that_would_fit(refused):
   own = sharding.Layout("own", (1, -1, 1), sharding.rules(vocab="expert"))
-  one = sharding.make_mesh(own, jax.devices()[:1])
-  there = in_layout(own, sharding.abstract_mesh(own, 4))
-  monkeypatch.setattr(
-    state, "device_memory", lambda device: state.with_gradients(there)
-  )
-  with pytest.raises(ValueError, match=r"take 4, on which .*'own'.* would fit"):
-    state.check_fits(in_layout(own, one), in_layout, own, one)
+  there = built(own, sharding.abstract_mesh(own, 4)).abstract_state
+  one = built(own, sharding.make_mesh(own, jax.devices()[:1]))
+  said = refused(one, state.with_gradients(there))
+  assert re.search(r"take 4, on which .*'own'.* would fit", said)
 
 
 @pytest.mark.parametrize("content, counts", [("12345\n", True), ("max", False)])

@@ -1,6 +1,7 @@
 """Lines through a model that repeats its source: all of them, in order."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,9 @@ import pytest
 from moejax import sharding
 from moejax.data.batches import SourceRows
 from moejax.data.pieces import Pieces
-from moejax.training.translate import Translator
+from moejax.models import gnmt
+from moejax.training.evaluators import Translator
+from moejax.training.session import Session
 
 START, END, V = 1, 2, 32
 LETTERS = " abcdefghijklmnopqrst"
@@ -55,8 +58,8 @@ class Letters(Pieces):
     return "".join(LETTERS[i - 3] for i in ids if i > END)
 
 
-# One without words, and one that fills two rows.
-TEXTS = ["ab", "abc def ghi jkl mno", "  ", "t", "a bc", "def"]
+# One without words, and one of two parts, of which the shorter comes first.
+TEXTS = ["ab", 2 * "abc def ghi jkl mno ", "  ", "t", "a bc", "def"]
 
 
 @functools.cache
@@ -66,7 +69,12 @@ def translator(layout_name, beam):
   mesh = sharding.make_mesh(layout)
   params = {"table": jnp.zeros((V, V))}
   params = jax.device_put(params, sharding.shardings(params, layout, mesh))
-  return Translator(Repeats(), Letters(), 16, 8, layout, mesh, beam), params
+  about = types.SimpleNamespace(rows_at_once=8)
+  shapes = {"source": jax.ShapeDtypeStruct((8, 32), jnp.int32)}
+  built = Session(about, Repeats(), None, layout, mesh, None, shapes, None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gnmt, "for_decoding", lambda model: model)
+    return Translator(built, Letters(), beam), params
 
 
 @pytest.mark.parametrize("layout, beam", [("fsdp", 1), ("expert", 3)])
