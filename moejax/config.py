@@ -17,12 +17,12 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from moejax import config_fields, losses, sharding
 from moejax import files as files_lib
-from moejax import losses, named, sharding
 from moejax import workdir as workdir_lib
+from moejax.config_fields import Names, Range, Section, Size
 from moejax.data import corpora, packing
 from moejax.models.build import MODELS, TRANSLATORS
-from moejax.named import Names, Range, Section, Size
 from moejax.training import optim, step
 
 Config = ConfigDict
@@ -58,12 +58,12 @@ def load(
 ) -> ConfigDict:
   """Runs a config file of a user's own or, by its name, of configs/.
 
-  `named.ReadError` says why it is none, or why a change cannot be.
+  `config_fields.ReadError` says why it is none, or why a change cannot be.
 
   Args:
     name: path of the file, or "sotu/moe_32"; what follows a colon is the
       argument of its get_config.
-    changes: what a command line says of its fields, see `named.override`.
+    changes: what a command line says of its fields, see `override`.
   """
   file, _, argument = name.partition(":")
   if os.path.exists(os.path.expanduser(name)):
@@ -72,10 +72,10 @@ def load(
   if not os.path.isfile(path):
     path = known.get(file.removesuffix(".py"), files_lib.local(file))
   if not os.path.isfile(path):
-    raise named.ReadError(
+    raise config_fields.ReadError(
       f"--config={name}: there is no such file, and none of that name comes"
-      f" with moejax; the nearest is {named.nearest(file, known)}, all are"
-      " listed by `moejax configs`."
+      f" with moejax; the nearest is {config_fields.nearest(file, known)}, all"
+      " are listed by `moejax configs`."
     )
   try:
     get_config = runpy.run_path(str(path))["get_config"]
@@ -83,7 +83,7 @@ def load(
     config.to_dict()
     config.lock()
   except Exception as error:  # Whatever the file's own code raises.
-    raise named.ReadError(
+    raise config_fields.ReadError(
       f"--config={name} cannot be read ({type(error).__name__}: {error}); it"
       " must define get_config() -> ConfigDict."
     ) from error
@@ -91,13 +91,15 @@ def load(
   return config
 
 
-def fields(config: ConfigDict | Mapping[str, Any]) -> Iterator[named.Field]:
+def fields(
+  config: ConfigDict | Mapping[str, Any],
+) -> Iterator[config_fields.Field]:
   """Yields all that a config can hold, also what it leaves out.
 
   ValueError where a section is of an unknown kind.
   """
   whole = Annotated[Any, Section(_experiment)]
-  found = named.fields(whole, "config", ConfigDict(config).to_dict())
+  found = config_fields.fields(whole, "config", ConfigDict(config).to_dict())
   next(found)  # The config as a whole.
   return found
 
@@ -105,9 +107,9 @@ def fields(config: ConfigDict | Mapping[str, Any]) -> Iterator[named.Field]:
 def override(
   config: ConfigDict, changes: Sequence[tuple[str, Sequence[str]]]
 ) -> None:
-  """Sets fields to what a command line says, see `named.override`."""
+  """Sets fields to what a command line says, see `config_fields.override`."""
   with config.unlocked(), config.ignore_type():
-    named.override(config, changes, fields)
+    config_fields.override(config, changes, fields)
 
 
 # -- what a config describes --------------------------------------------------
@@ -207,7 +209,7 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Experiment:
       f" of sentences ({', '.join(_PAIRS)}) are for models that translate"
       f" ({', '.join(TRANSLATORS)}), and these for them; change one of the two."
     )
-  return named.build(_experiment, values, "config", values=values)
+  return config_fields.build(_experiment, values, "config", values=values)
 
 
 # Kinds of data that are to be translated.
@@ -218,7 +220,7 @@ def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
   """Returns one with other values of fields such as "config.train.steps"."""
   values = copy.deepcopy(experiment.values)
   for name, value in changes.items():
-    named.set_field(values, name, value)
+    config_fields.set_field(values, name, value)
   return parse(values)
 
 
@@ -249,9 +251,11 @@ def vocab_size(experiment: Experiment) -> int:
 # -- sections -----------------------------------------------------------------
 
 
-@named.fields_of(
+@config_fields.fields_of(
   **{
-    name: Annotated[float, Range(0), f"weight of {named.sentence(fn.__doc__)}"]
+    name: Annotated[
+      float, Range(0), f"weight of {config_fields.sentence(fn.__doc__)}"
+    ]
     | None
     for name, fn in losses.LOSSES.items()
   }
@@ -267,7 +271,7 @@ def _aux(
   return {n: w for n, w in weights.items() if w is not None}, scope
 
 
-@named.fields_of(optim.warmup_rsqrt, optim.factored_adam)
+@config_fields.fields_of(optim.warmup_rsqrt, optim.factored_adam)
 def _scheduled(
   rule: Callable[..., optim.Update], **fields: Any
 ) -> tuple[optim.Schedule, optim.Update]:

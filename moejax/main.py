@@ -15,8 +15,8 @@ from typing import Annotated, Any, NoReturn
 
 from absl import logging
 
-from moejax import bucket, files, limits, named, terminal
-from moejax.named import Names, ReadError
+from moejax import bucket, config_fields, files, limits, terminal
+from moejax.config_fields import Names, ReadError
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[1] not in COMMANDS:
       raise ReadError(
         f"unknown command {argv[1]!r}; the nearest is"
-        f" {named.nearest(argv[1], COMMANDS)!r}.\n{USAGE}"
+        f" {config_fields.nearest(argv[1], COMMANDS)!r}.\n{USAGE}"
       )
     command = COMMANDS[argv[1]]
     values = _parse(command, argv[2:])
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
       terminal.say(_help(command, values))
       return 0
     for flag in _flags(command):
-      if flag.default is named.EMPTY and not values.get(flag.name):
+      if flag.default is config_fields.EMPTY and not values.get(flag.name):
         raise ReadError(f"give --{flag.name}={_WANTED[flag.name]}.")
     if "workdir" in values:
       workdir = files.path(values["workdir"])
@@ -264,10 +264,10 @@ COMMANDS = {
 # -- flags --------------------------------------------------------------------
 
 
-def _flags(command: Callable[..., Any]) -> list[named.Field]:
+def _flags(command: Callable[..., Any]) -> list[config_fields.Field]:
   """Returns the flags of a command, which are its parameters."""
-  section = Annotated[Any, named.Section(command)]
-  _, *flags = named.fields(section, "", {})
+  section = Annotated[Any, config_fields.Section(command)]
+  _, *flags = config_fields.fields(section, "", {})
   return [flag._replace(name=flag.name.removeprefix(".")) for flag in flags]
 
 
@@ -305,16 +305,16 @@ def _parse(command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
     elif name == "data":
       values[name] = [*values.get(name, ()), *said]
     else:
-      values[name] = named.value_of(flags[name], said)
+      values[name] = config_fields.value_of(flags[name], said)
       try:
-        named.checked(values[name], flags[name].annotation, f"--{name}")
+        config_fields.checked(values[name], flags[name].annotation, f"--{name}")
       except ValueError as error:
         raise ReadError(error) from None
   return values
 
 
 def _refuse(
-  name: str, flags: Mapping[str, named.Field], config: Sequence[str]
+  name: str, flags: Mapping[str, config_fields.Field], config: Sequence[str]
 ) -> NoReturn:
   """Says which flag, or which field of the config, is meant by none."""
   said, meant = f"there is no flag --{name};", []
@@ -328,7 +328,7 @@ def _refuse(
   if meant:
     ways = " or ".join(meant)
     raise ReadError(f"{said} a field of the config is changed by {ways}.")
-  nearest = named.nearest(name, [*flags, "help"])
+  nearest = config_fields.nearest(name, [*flags, "help"])
   raise ReadError(f"{said} the nearest is --{nearest}.")
 
 
@@ -347,14 +347,14 @@ def _help(command: Callable[..., Any], values: Mapping[str, Any]) -> str:
     lines += ["", _FIELDS, ""]
     config = config_lib.load(values["config"], values.get("changes", ()))
     for field in config_lib.fields(config):
-      left_out = field.value is named.EMPTY
+      left_out = field.value is config_fields.EMPTY
       value = field.default if left_out else field.value
-      text = shlex.quote(named.written(value))
-      if value is named.EMPTY:
+      text = shlex.quote(config_fields.written(value))
+      if value is config_fields.EMPTY:
         text = "..."
       elif hasattr(value, "keys"):
         text = "{...}"
-      about = named.worded(field.annotation)
+      about = config_fields.worded(field.annotation)
       about += "; left out" * left_out
       lines.append(f"  --{field.name}={text}\n      {field.line} ({about})")
   return "\n".join(lines)

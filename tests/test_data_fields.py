@@ -7,7 +7,7 @@ import pytest
 from config_shapes import experiment
 
 from moejax import config as config_lib
-from moejax import named
+from moejax import config_fields
 from moejax.data import batches as batches_lib
 from moejax.data import corpora
 
@@ -76,8 +76,8 @@ def seen(kind, section):
 @pytest.mark.parametrize("kind", ["text", "pairs"])
 def test_no_field_of_the_data_is_ignored(kind, folder):
   section, changes = base(kind, folder)
-  about = named.Section(corpora.DATA)
-  assert set(changes) == set(named.chosen(about, section, "data")[1])
+  about = config_fields.Section(corpora.DATA)
+  assert set(changes) == set(config_fields.chosen(about, section, "data")[1])
   before, ignored = seen(kind, section), []
   for field, value in changes.items():
     other = section | {field: value}

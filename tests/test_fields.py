@@ -14,7 +14,7 @@ from config_shapes import NAMES, VOCABULARY, experiment, load
 from ml_collections import config_dict
 
 from moejax import config as config_lib
-from moejax import named
+from moejax import config_fields
 from moejax.training import session
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -55,8 +55,8 @@ DECIDES = {
 
 def others(annotation, value):
   """Yields values that a field may hold in place of this one."""
-  for kind, (about, entry, _) in named.alternatives(annotation).items():
-    if isinstance(about, named.Names):
+  for kind, (about, entry, _) in config_fields.alternatives(annotation).items():
+    if isinstance(about, config_fields.Names):
       yield from (name for name in about.known if name != value)
     elif kind is bool:
       yield not value
@@ -102,7 +102,7 @@ def cases():
       own = [each for each in kinds if each[0].startswith(f"config.{section}")]
       sizes = ("row_length", "source_length", "batch_size")
       skip = section == "data" and not field.name.endswith(sizes)
-      is_section = named.section_of(field.annotation)
+      is_section = config_fields.section_of(field.annotation)
       if not is_section and not skip and is_read(values, field.name):
         found.setdefault((field.name, *own), (name, section, field))
   return found.values()
@@ -115,10 +115,12 @@ def test_no_field_is_ignored():
     lambda name, section: DECIDES[section](experiment(name))
   )
   for name, section, field in found:
-    value = field.default if field.value is named.EMPTY else field.value
+    value = field.default if field.value is config_fields.EMPTY else field.value
     for other in others(field.annotation, value):
       config = load(name)
-      config_lib.override(config, [(field.name, [named.written(other)])])
+      config_lib.override(
+        config, [(field.name, [config_fields.written(other)])]
+      )
       try:
         decided = DECIDES[section](config_lib.parse(config))
         if decided != as_they_are(name, section):
@@ -193,28 +195,35 @@ SOME = [
 def test_every_field_is_an_option_at_its_present_value(name):
   config, same = load(name), load(name)
   fields = list(config_lib.fields(config))
-  given = [field for field in fields if field.value is not named.EMPTY]
+  given = [field for field in fields if field.value is not config_fields.EMPTY]
   assert len(given) > 30 and len(fields) > len(given) + 30
   assert all(field.line for field in fields)
-  config_lib.override(same, [(f.name, [named.written(f.value)]) for f in given])
+  config_lib.override(
+    same, [(f.name, [config_fields.written(f.value)]) for f in given]
+  )
   assert types_of(same.to_dict()) == types_of(config.to_dict())
   # What it leaves out can be read where there is a default.
   for field in fields:
-    if field.value is named.EMPTY and field.default is not named.EMPTY:
-      read = named.value_of(field, [named.written(field.default)])
+    if (
+      field.value is config_fields.EMPTY
+      and field.default is not config_fields.EMPTY
+    ):
+      read = config_fields.value_of(
+        field, [config_fields.written(field.default)]
+      )
       assert types_of(read) == types_of(field.default)
 
 
 def values(annotation):
   """Draws what an annotation allows."""
-  kinds = named.alternatives(annotation).items()
+  kinds = config_fields.alternatives(annotation).items()
   return st.one_of([_values(kind, *each) for kind, each in kinds])
 
 
 def _values(kind, about, entry, _):
-  if isinstance(about, named.Names):
+  if isinstance(about, config_fields.Names):
     return st.sampled_from(list(about.known))
-  if isinstance(about, named.Section):
+  if isinstance(about, config_fields.Section):
     kinds = [{"kind": kind} for kind in about.kinds] or [{}]
     return st.one_of([sections(about, kind) for kind in kinds])
   if entry:
@@ -230,7 +239,7 @@ def _values(kind, about, entry, _):
 
 
 def sections(about, kind):
-  _, parameters = named.chosen(about, kind, "there")
+  _, parameters = config_fields.chosen(about, kind, "there")
   return st.fixed_dictionaries(
     {name: values(each.annotation) for name, each in parameters.items()}
   ).map(lambda fields: kind | fields)
@@ -242,7 +251,7 @@ def test_any_field_takes_what_its_annotation_allows(name, data):
   config = load(name)
   field = data.draw(st.sampled_from(list(config_lib.fields(config))))
   value = data.draw(values(field.annotation))
-  config_lib.override(config, [(field.name, [named.written(value)])])
+  config_lib.override(config, [(field.name, [config_fields.written(value)])])
   found = config.to_dict()
   for step in field.name.split(".")[1:]:
     found = found[step]
@@ -257,7 +266,7 @@ FIELDS = list(config_lib.fields(load("tiny")))
 @hypothesis.settings(max_examples=300)
 def test_any_text_is_read_or_refused(field, text):
   with contextlib.suppress(ValueError):
-    named.value_of(field, [text])
+    config_fields.value_of(field, [text])
 
 
 def test_fields_that_refer_to_each_other_stay_so():
@@ -381,5 +390,5 @@ def test_fields_say_what_they_hold_and_what_they_are():
     "train.passes": ("int, 1 or more or None", "how often the text may be"),
   }.items():
     field = fields[f"config.{name}"]
-    assert named.worded(field.annotation).startswith(held), name
+    assert config_fields.worded(field.annotation).startswith(held), name
     assert line in field.line and "None reads" not in field.line, name

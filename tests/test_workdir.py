@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moejax import named, workdir
+from moejax import config_fields, workdir
 from moejax.data.pieces import Pieces
 from moejax.data.vocab import Vocabulary
 
@@ -27,7 +27,7 @@ def made(tmp_path):
 
 def changed(field, value):
   values = copy.deepcopy(CONFIG)
-  named.set_field(values, f"config.{field}", value)
+  config_fields.set_field(values, f"config.{field}", value)
   return values
 
 

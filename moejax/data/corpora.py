@@ -11,12 +11,12 @@ from typing import Annotated, NamedTuple
 
 from moejax import files as files_lib
 from moejax import terminal
+from moejax.config_fields import Names, Paths, Size
 from moejax.data import packing, text_files, tfds_corpora
 from moejax.data.packing import Direction, Pairs, Rows, Tokenizer, Tokens
 from moejax.data.pieces import Pieces
 from moejax.data.tfds_corpora import Records
 from moejax.data.vocab import TokenizedVocabulary, Vocabulary
-from moejax.named import Names, Paths, Size
 
 # A text of words in which more are unknown, or fewer known, is doubted.
 _MANY_UNKNOWN = 0.25

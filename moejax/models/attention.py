@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.config_fields import Names, Size
 from moejax.models import layers
 from moejax.models.layers import LSTMState, LSTMWeights, declare, product
-from moejax.named import Names, Size
 
 
 class Memory(NamedTuple):

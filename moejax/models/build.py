@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import flax.linen as nn
 
-from moejax import named
+from moejax import config_fields
+from moejax.config_fields import Names, Range, Section, Size
 from moejax.dispatch import DISPATCH
 from moejax.experts import FeedForward, Identity, Linear, Mixed
 from moejax.models.attention import Attention
@@ -19,7 +20,6 @@ from moejax.models.layers import LSTM, BidirectionalLSTM
 from moejax.models.lstm_lm import LSTMLM
 from moejax.models.recurrent import RecurrentMoE
 from moejax.moe import HierarchicalMoE, MoE
-from moejax.named import Names, Range, Section, Size
 from moejax.router import ROUTERS, Balanced, Single
 from moejax.routing import SCOPES
 
@@ -30,7 +30,9 @@ _Build = Callable[..., nn.Module]
 ACTIVATIONS = {n: getattr(nn, n) for n in ("relu", "gelu", "silu", "tanh")}
 
 
-@named.fields_of(FeedForward, num_experts=Size, hidden=Size | Sequence[Size])
+@config_fields.fields_of(
+  FeedForward, num_experts=Size, hidden=Size | Sequence[Size]
+)
 def _feed_forward(
   activation: Annotated[str, Names(ACTIVATIONS)] = "relu", **fields: Any
 ) -> FeedForward:
@@ -41,12 +43,12 @@ def _feed_forward(
 # are residuals: what comes out is as wide as what goes in.
 EXPERTS = {
   "feed_forward": _feed_forward,
-  "linear": named.limited(Linear, num_experts=Size, out=None),
-  "identity": named.limited(Identity, num_experts=Size),
+  "linear": config_fields.limited(Linear, num_experts=Size, out=None),
+  "identity": config_fields.limited(Identity, num_experts=Size),
 }
 _Experts = Annotated[_Build, Section(EXPERTS, given=("num_experts",))]
 _Routers = ROUTERS | {
-  "balanced": named.limited(
+  "balanced": config_fields.limited(
     Balanced,
     over=Annotated[str, Names(SCOPES)],
     group_factor=Annotated[float, Range(1)],
@@ -55,7 +57,7 @@ _Routers = ROUTERS | {
 _Router = Annotated[_Build, Section(_Routers, given=("num_experts",))]
 
 _fields_of = functools.partial(
-  named.fields_of,
+  config_fields.fields_of,
   group_size=Size | None,
   dispatch=Annotated[str, Names(("auto", *DISPATCH))],
 )
@@ -169,7 +171,7 @@ def _stacks(
 # -- models -------------------------------------------------------------------
 
 
-@named.fields_of(LSTMLM, **LAYERS)
+@config_fields.fields_of(LSTMLM, **LAYERS)
 def _lstm_lm(
   vocab_size, layers: Sequence[Annotated[str, Names(LAYERS)]], **fields: Any
 ) -> LSTMLM:
@@ -188,7 +190,7 @@ _DECODER = tuple(name for name in LAYERS if name != "recurrent_moe")
 _ENCODER = (*_DECODER, "bidirectional_lstm")
 
 
-@named.fields_of(GNMT, **LAYERS)
+@config_fields.fields_of(GNMT, **LAYERS)
 def _gnmt(
   vocab_size,
   encoder: Sequence[Annotated[str, Names(_ENCODER)]],

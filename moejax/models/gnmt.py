@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.config_fields import Size
 from moejax.models.attention import Attention, Memory, attentive_lstm
 from moejax.models.layers import LSTM, Embed, LSTMState, zero_state
 from moejax.models.lstm_lm import Dropout, DType
 from moejax.models.softmax import Softmax
 from moejax.models.stack import residual
 from moejax.moe import HierarchicalMoE, MoE
-from moejax.named import Size
 from moejax.router import Router
 
 # Of whole pairs, packed. Target: inputs, targets, segment int32 [B, L]; mask,

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import sharding
-from moejax.named import Size
+from moejax.config_fields import Size
 
 
 class LSTMState(NamedTuple):

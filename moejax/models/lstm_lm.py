@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.config_fields import Names, Range, Size
 from moejax.models.layers import Embed
 from moejax.models.softmax import Softmax
 from moejax.models.stack import residual
-from moejax.named import Names, Range, Size
 
 # inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/packing.py.
 Batch = Mapping[str, Array]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 
-from moejax import named
+from moejax import config_fields
 
 GIB = 2**30
 
@@ -103,7 +103,9 @@ def find(name: str) -> Topology:
         " first, or set JAX_NUM_CPU_DEVICES."
       )
     return Topology(name, devices[:count], None, (count,), False)
-  chip = CHIPS[named.one_of(kind, dict.fromkeys((*TPUS, "cpu")), "topology")]
+  chip = CHIPS[
+    config_fields.one_of(kind, dict.fromkeys((*TPUS, "cpu")), "topology")
+  ]
   if len(sides) != chip.axes:
     raise ValueError(
       f"topology {name!r} has {len(sides)} sides, but {kind} chips lie in"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from moejax import config as config_lib
-from moejax import named, sharding, terminal
+from moejax import config_fields, sharding, terminal
 from moejax.planning import chips, report
 from moejax.planning import plan as plan_lib
 from moejax.planning.plan import Outcome, Plan, Refusal, with_prefix
@@ -51,7 +51,7 @@ def run(
         " v5e:4x4."
       )
   known = layouts(experiment)
-  names = [named.one_of(each, known, "--layout") for each in names]
+  names = [config_fields.one_of(each, known, "--layout") for each in names]
   vocab_size, by_topology = config_lib.vocab_size(experiment), []
   for topology in found:
     about = experiment, vocab_size, topology

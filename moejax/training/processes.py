@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moejax import bucket, files, sharding, terminal
-from moejax.training import meeting
+from moejax.training import rendezvous
 
 _Made = TypeVar("_Made")
 
@@ -99,7 +99,7 @@ def join(
         f"--process_id={number}, but the {count} processes are numbered from 0"
         f" to {count - 1}."
       )
-    meeting.meet(
+    rendezvous.meet(
       address, number, count, lambda text: terminal.warn(f"moejax: {text}")
     )
 
@@ -111,14 +111,14 @@ def join(
   own = own and not os.environ.get("JAX_LOCAL_DEVICE_IDS")
   atexit.register(_dismiss)
   _last_word(
-    f"the processes did not meet within {meeting.PATIENCE:.0f} seconds; start"
-    " all of them within that time, with one address that each can reach."
+    f"the processes did not meet within {rendezvous.PATIENCE:.0f} seconds;"
+    " start all of them within that time, with one address that each can reach."
   )
   try:
     jax.distributed.initialize(
       **given,
       local_device_ids=[] if own else None,
-      initialization_timeout=int(meeting.PATIENCE),
+      initialization_timeout=int(rendezvous.PATIENCE),
       heartbeat_timeout_seconds=_SILENCE,
       shutdown_timeout_seconds=_SILENCE,
     )

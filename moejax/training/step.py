@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from moejax import losses, named, routing, sharding
+from moejax import config_fields, losses, routing, sharding
 from moejax.moe import ROUTING
 from moejax.training.state import TrainState
 
@@ -62,7 +62,7 @@ def train_step(
     ValueError: the microbatches do not divide the rows of the batch, or an
       unknown `balance_over`.
   """
-  named.one_of(balance_over, BALANCE_OVER, "balance_over")
+  config_fields.one_of(balance_over, BALANCE_OVER, "balance_over")
   rows = batch["mask"].shape[0]
   if rows % microbatches:
     raise ValueError(

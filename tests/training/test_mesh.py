@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax import named, sharding
+from moejax import config_fields, sharding
 from moejax.models.build import MODELS
 from moejax.training import optim, state, step
 
@@ -68,7 +68,7 @@ class Case(NamedTuple):
       "num_samples": 16,
       self.layers[-1]: self.section,
     }
-    model = named.build(MODELS, section, "config.model", vocab_size=V)
+    model = config_fields.build(MODELS, section, "config.model", vocab_size=V)
     rule = {"adam": optim.adam, "factored_adam": optim.factored_adam}
     schedule = optim.warmup_rsqrt(2e-2, 10)
     return model, rule[self.optimizer](schedule, clip_norm=CLIP)

@@ -92,8 +92,8 @@ def test_multiprocess_ends_in_a_sentence_where_one_does_not_come(
   environment, small_flags, tmp_path
 ):
   code = (
-    "from moejax import main\nfrom moejax.training import meeting\n"
-    "meeting.PATIENCE, meeting.WORD = 3, 0.1\nmain.console()"
+    "from moejax import main\nfrom moejax.training import rendezvous\n"
+    "rendezvous.PATIENCE, rendezvous.WORD = 3, 0.1\nmain.console()"
   )
   flags = [
     f"--coordinator_address={program.free_address()}",

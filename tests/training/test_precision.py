@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import losses, named
+from moejax import config_fields, losses
 from moejax.models.build import MODELS
 
 # All different, so that a shape tells what an array is.
@@ -32,7 +32,7 @@ def build(dtype="float32", **options):
     "moe": MOE,
   }
   section = model | options
-  return named.build(MODELS, section, "config.model", vocab_size=V)
+  return config_fields.build(MODELS, section, "config.model", vocab_size=V)
 
 
 def batch():

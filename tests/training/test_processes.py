@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax import sharding
-from moejax.training import meeting, processes
+from moejax.training import processes, rendezvous
 
 
 def test_alone_nobody_is_asked():
@@ -81,7 +81,7 @@ def test_devices_that_slurm_gave_to_a_process_are_its_own(
   monkeypatch.setattr(
     jax.distributed, "initialize", lambda **options: given.update(options)
   )
-  monkeypatch.setattr(meeting, "meet", lambda *args: None)
+  monkeypatch.setattr(rendezvous, "meet", lambda *args: None)
   processes.join("localhost:1", 2, 0)
   assert given["local_device_ids"] == want
 

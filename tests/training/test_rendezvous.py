@@ -9,14 +9,14 @@ import time
 import program
 import pytest
 
-from moejax.training import meeting
+from moejax.training import rendezvous
 
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch):
-  monkeypatch.setattr(meeting, "PATIENCE", 60.0)
-  monkeypatch.setattr(meeting, "WORD", 0.05)
-  monkeypatch.setattr(meeting, "_SIGN", 0.02)
+  monkeypatch.setattr(rendezvous, "PATIENCE", 60.0)
+  monkeypatch.setattr(rendezvous, "WORD", 0.05)
+  monkeypatch.setattr(rendezvous, "_SIGN", 0.02)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def give_up(monkeypatch):
   def give_up(text, *processes):
     while not all(text in process.said for process in processes):
       time.sleep(0.01)
-    monkeypatch.setattr(meeting, "PATIENCE", 0.0)
+    monkeypatch.setattr(rendezvous, "PATIENCE", 0.0)
 
   return give_up
 
@@ -42,7 +42,7 @@ class Process(threading.Thread):
 
   def run(self):
     try:
-      meeting.meet(*self._about, self.said.append)
+      rendezvous.meet(*self._about, self.said.append)
     except Exception as error:  # A test compares it with nothing.
       self.error = str(error)
 
@@ -127,7 +127,7 @@ def test_one_that_left_may_come_again():
 
 @pytest.mark.parametrize("content", [b"SSH-2.0\r\n", b"\0\0\x12\4", b"[]\n"])
 def test_another_program_at_the_address_is_told(monkeypatch, content):
-  monkeypatch.setattr(meeting, "_SILENCE", 0.5)
+  monkeypatch.setattr(rendezvous, "_SILENCE", 0.5)
   with socket.create_server(("localhost", 0)) as server:
 
     def answer():
