@@ -354,7 +354,7 @@ def test_a_value_that_cannot_be_is_named(field, value, complaint):
     ("model.decoder", ("moe", "lstm"), r"decoder is \('moe', .*with 'lstm'"),
     ("model.decoder", (), r"decoder is \(\), .*begin with 'lstm'"),
     ("model.decoder", ("lstm", "bidirectional_lstm"), r"is 'bidirectional_ls"),
-    ("model.encoder", ("recurrent_moe",), r"encoder\[0\] is 'recurrent_moe'"),
+    ("model.encoder", ("dense",), r"encoder\[0\] is 'dense'"),
     ("model.attention.form", "prod", r"form is 'prod'.*'product'"),
     ("model.attention.wiring", "paralel", r"wiring is 'paralel'.*'parallel'"),
     ("model.attention.width", 0, r"attention\.width is 0; give 1"),

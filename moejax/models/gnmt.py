@@ -16,13 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config_fields import Size
+from moejax.models import stack
 from moejax.models.attention import Attention, Memory, attentive_lstm
-from moejax.models.layers import LSTM, Embed, LSTMState, zero_state
+from moejax.models.layers import Embed, LSTMState
 from moejax.models.lstm_lm import Dropout, DType
 from moejax.models.softmax import Softmax
-from moejax.models.stack import residual
-from moejax.moe import HierarchicalMoE, MoE
-from moejax.router import Router
 
 # Of whole pairs, packed. Target: inputs, targets, segment int32 [B, L]; mask,
 # start bool [B, L]. Source: source, source_segment int32 [B, M]; source_start
@@ -103,7 +101,7 @@ class GNMT(nn.Module):
     x = x + drop(y) if self.residual_from == 1 else drop(y)
     if self.attention.wiring == "parallel":
       x = x + context
-    return residual(
+    return stack.residual(
       self.decoder[1:],
       x,
       drop,
@@ -132,7 +130,7 @@ class GNMT(nn.Module):
       ValueError: the last layer gives more than the width.
     """
     drop = functools.partial(self.drop, deterministic=not train)
-    states = residual(
+    states = stack.residual(
       self.encoder,
       drop(self.embed["source"](source).astype(self.dtype)),
       drop,
@@ -149,12 +147,11 @@ class GNMT(nn.Module):
       )
     return self.attention.remember(states, source_segment)
 
-  def begin(self, rows: int) -> State:
-    """Returns the decoder's state before the first piece, of so many rows."""
-    lstms = (layer for layer in self.decoder if isinstance(layer, LSTM))
-    return tuple(
-      zero_state(rows, lstm.width, lstm.hidden or lstm.width) for lstm in lstms
-    )
+  @nn.nowrap
+  def begin(self, rows: int, length: int) -> State:
+    """Returns the decoder's state before the first piece; all have room."""
+    del length
+    return stack.begin(self.decoder, rows)
 
   def step(
     self, memory: Memory, state: State, ids: Int[Array, "B"]
@@ -172,13 +169,8 @@ class GNMT(nn.Module):
       The next state; log p of the next piece; the attention weights of the
       source's tokens.
     """
-    before, after = iter(state), []
-
-    def run(lstm, x):
-      after.append(lstm.step(x[:, 0], next(before)))
-      return after[-1].y[:, None].astype(self.dtype)
-
     ids, segment = ids[:, None], jnp.ones((len(ids), 1), jnp.int32)
+    run, after = stack.stepping(state, ids)
     x = self.embed["target"](ids).astype(self.dtype)
     if self.attention.wiring == "parallel":
       y = run(self.decoder[0], x)
@@ -193,40 +185,10 @@ class GNMT(nn.Module):
     logits = self.head.logits(x)[:, 0, : self.vocab_size]
     return tuple(after), jax.nn.log_softmax(logits), weights[:, 0]
 
-
-def for_decoding(model: GNMT) -> GNMT:
-  """Returns the same model with mixtures that see every token by itself.
-
-  A token is a group of its own and none is dropped, so that a translation
-  depends on nothing else in the batch. The parameters are those of `model`.
-  Where experts need slots (`Each`; within groups `Mixed` too) every expert
-  works on every token: with many of them a translation is slow and takes much
-  memory.
-
-  Raises:
-    ValueError: experts choose among the tokens of a batch, in evaluation too.
-  """
-
-  def dropless(layer):
-    fields = {"group_size": 1, "capacity_factor": None, "dispatch": "auto"}
-    fields["eval_capacity_factor"] = None
-    if isinstance(layer, HierarchicalMoE):
-      router, fields["groups_together"] = layer.primary, 1
-      # It splits into no groups of its own.
-      fields["secondary"] = dropless(layer.secondary).clone(group_size=None)
-    elif isinstance(layer, MoE):
-      router = layer.router
-    else:
-      return layer
-    if isinstance(router, Router) and not router.is_by_token(train=False):
-      raise ValueError(
-        f"with the router {type(router).__name__}, which experts read a token"
-        " depends on all tokens of a batch, those of the future too: it cannot"
-        " translate piece by piece; choose another router."
-      )
-    return layer.clone(**fields)
-
-  return model.clone(
-    encoder=tuple(map(dropless, model.encoder)),
-    decoder=tuple(map(dropless, model.decoder)),
-  )
+  @nn.nowrap
+  def for_decoding(self) -> "GNMT":
+    """Returns the same model with mixtures of `stack.for_decoding`."""
+    return self.clone(
+      encoder=tuple(map(stack.for_decoding, self.encoder)),
+      decoder=tuple(map(stack.for_decoding, self.decoder)),
+    )

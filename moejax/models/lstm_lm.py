@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moejax.config_fields import Names, Range, Size
-from moejax.models.layers import Embed
+from moejax.models import stack
+from moejax.models.layers import Embed, LSTMState
 from moejax.models.softmax import Softmax
-from moejax.models.stack import residual
+from moejax.moe import ROUTING
 
 # inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/packing.py.
 Batch = Mapping[str, Array]
@@ -58,7 +60,7 @@ class LSTMLM(nn.Module):
     drop = functools.partial(self.drop, deterministic=not train)
     ids, start, mask = (batch[name] for name in ("inputs", "start", "mask"))
     x = drop(self.embed(ids).astype(self.dtype))
-    return residual(
+    return stack.residual(
       self.layers, x, drop, ids=ids, train=train, start=start, mask=mask
     )
 
@@ -67,3 +69,43 @@ class LSTMLM(nn.Module):
     h = self(batch, train=train)
     loss = self.head.loss(h, batch["targets"], train=train)
     return jnp.where(batch["mask"], loss, 0)
+
+  @nn.nowrap
+  def for_decoding(self) -> "LSTMLM":
+    """Returns the same model with mixtures of `stack.for_decoding`."""
+    return self.clone(layers=tuple(map(stack.for_decoding, self.layers)))
+
+  @nn.nowrap
+  def begin(self, rows: int, length: int) -> tuple[LSTMState, ...]:
+    """Returns the state before the first token; any length has room in it."""
+    del length
+    return stack.begin(self.layers, rows)
+
+  def read(
+    self, state: tuple[LSTMState, ...], ids: Int[Array, "B L"]
+  ) -> tuple[tuple[LSTMState, ...], Float[Array, "B L V"]]:
+    """Reads on; returns the next state, and log p of each token's next word.
+
+    Mixtures drop what their capacity does not hold: see `for_decoding`.
+    """
+
+    def step(self, state, ids):
+      ids = ids[:, None]
+      x = self.embed(ids).astype(self.dtype)
+      run, after = stack.stepping(state, ids)
+      h = stack.residual(
+        self.layers, x, lambda y: y, ids=ids, train=False, run=run
+      )
+      return tuple(after), h[:, 0]
+
+    scan = nn.scan(
+      step,
+      variable_broadcast="params",
+      variable_axes={ROUTING: 0},
+      split_rngs={},
+      in_axes=1,
+      out_axes=1,
+    )
+    state, h = scan(self, state, ids)
+    logits = self.head.logits(h)[..., : self.vocab_size]
+    return state, jax.nn.log_softmax(logits)

@@ -59,6 +59,19 @@ class RecurrentMoE(nn.Module):
   segment: int | None = None
 
   @nn.compact
+  def bias(self) -> Float[Array, "gates"]:
+    """Declares what is added to the sums of the mixture: 4u entries."""
+    return declare(self, "bias", ("hidden",), (4 * self.width,), forget_one)
+
+  def step(
+    self, x: Float[Array, "B D"], state: LSTMState, ids: Int[Array, "B"] | None
+  ) -> LSTMState:
+    """Takes one step in evaluation; no token is padding."""
+    both = jnp.concatenate([x, state.y.astype(x.dtype)], axis=-1)
+    z = self.mixture(both, False, ids=ids).astype(jnp.float32)
+    c, y, _ = update_cells(z + self.bias()[None], state.c)
+    return LSTMState(y, c)
+
   def __call__(
     self,
     x: Float[Array, "B L D"],
@@ -81,7 +94,7 @@ class RecurrentMoE(nn.Module):
         f"segments of {segment} time steps do not divide rows of {length};"
         " choose a number that does, or None to run no step again."
       )
-    bias = declare(self, "bias", ("hidden",), (4 * self.width,), forget_one)
+    bias = self.bias()
     zero = zero_state(rows, self.width, self.width)
     each = jax.tree.map(lambda a: a.swapaxes(0, 1), (x, start, mask, ids))
     if self.is_initializing():

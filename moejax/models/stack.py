@@ -6,8 +6,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.models.layers import LSTM, BidirectionalLSTM
+from moejax.models.layers import (
+  LSTM,
+  BidirectionalLSTM,
+  LSTMState,
+  zero_state,
+)
 from moejax.models.recurrent import RecurrentMoE
+from moejax.moe import HierarchicalMoE, MoE
+from moejax.router import Router
+
+# Layers with a state; of those that decode, all read forward.
+_RECURRENT = (LSTM, RecurrentMoE)
 
 
 def residual(
@@ -19,7 +29,7 @@ def residual(
   train: bool,
   start: Bool[Array, "B L"] | None = None,
   mask: Bool[Array, "B L"] | None = None,
-  run: Callable[[LSTM, Array], Array] | None = None,
+  run: Callable[[nn.Module, Array], Array] | None = None,
   context: Float[Array, "B L _"] | None = None,
   residual_from: int = 1,
 ) -> Float[Array, "B L O"]:
@@ -38,23 +48,27 @@ def residual(
     train: as for MoE.
     start: the first token of each sentence.
     mask: real tokens.
-    run: runs an `LSTM` in place of its `__call__`, as where there is one step.
-    context: what every `LSTM` reads beside its input.
+    run: runs a recurrent layer in place of its `__call__`; see `stepping`.
+    context: what every recurrent layer reads beside its input.
     residual_from: number, from 1, of the first layer to whose output its input
       is added.
 
   Raises:
     ValueError: an input is to be added to an output of another width.
   """
-  run = run or (lambda lstm, x: lstm(x, start))
+
+  def whole(layer, x):
+    if isinstance(layer, RecurrentMoE):
+      return layer(x, start, train=train, mask=mask, ids=ids)
+    return layer(x, start)
+
+  run = run or whole
   for number, layer in enumerate(layers, 1):
     if isinstance(layer, BidirectionalLSTM):
       y = layer(x, start | ~mask)
-    elif isinstance(layer, LSTM):
+    elif isinstance(layer, _RECURRENT):
       both = [x] if context is None else [x, context]
       y = run(layer, jnp.concatenate(both, axis=-1))
-    elif isinstance(layer, RecurrentMoE):
-      y = layer(x, start, train=train, mask=mask, ids=ids)
     else:
       y = nn.sigmoid(layer(x, train=train, mask=mask, ids=ids))
     y = drop(y)
@@ -69,3 +83,67 @@ def residual(
         f" {number + 1} or more, or choose layers of one width."
       )
   return x
+
+
+def begin(layers: Sequence[nn.Module], rows: int) -> tuple[LSTMState, ...]:
+  """Returns the states of a stack before the first token of so many rows."""
+  return tuple(
+    zero_state(rows, layer.width, getattr(layer, "hidden", None) or layer.width)
+    for layer in layers
+    if isinstance(layer, _RECURRENT)
+  )
+
+
+def stepping(
+  state: tuple[LSTMState, ...], ids: Int[Array, "B 1"]
+) -> tuple[Callable[[nn.Module, Array], Array], list[LSTMState]]:
+  """Returns `run` of `residual` for one token of each row.
+
+  Beside it is a list, which holds the next states once all layers have run.
+  """
+  before, after = iter(state), []
+
+  def run(layer, x):
+    more = (ids[:, 0],) if isinstance(layer, RecurrentMoE) else ()
+    after.append(layer.step(x[:, 0], next(before), *more))
+    return after[-1].y[:, None].astype(x.dtype)
+
+  return run, after
+
+
+def for_decoding(layer: nn.Module) -> nn.Module:
+  """Returns the same layer with mixtures that see every token by itself.
+
+  A token is a group of its own and none is dropped, so that what is decoded
+  depends on nothing else in the batch. The parameters stay. Where experts need
+  slots (`Each`; within groups `Mixed` too) every expert works on every token:
+  with many of them decoding is slow and takes much memory.
+
+  Raises:
+    ValueError: experts choose among the tokens of a batch, in evaluation too.
+  """
+  if isinstance(layer, RecurrentMoE):
+    return layer.clone(mixture=for_decoding(layer.mixture))
+  fields = {}
+  if isinstance(layer, HierarchicalMoE):
+    router, fields = layer.primary, {"groups_together": 1}
+    # It splits into no groups of its own.
+    secondary = for_decoding(layer.secondary)
+    fields["secondary"] = secondary.clone(group_size=None)
+  elif isinstance(layer, MoE):
+    router = layer.router
+  else:
+    return layer
+  if isinstance(router, Router) and not router.is_by_token(train=False):
+    raise ValueError(
+      f"with the router {type(router).__name__}, which experts read a token"
+      " depends on all tokens of a batch, those of the future too: it cannot"
+      " decode token by token; choose another router."
+    )
+  return layer.clone(
+    group_size=1,
+    capacity_factor=None,
+    eval_capacity_factor=None,
+    dispatch="auto",
+    **fields,
+  )

@@ -95,9 +95,9 @@ def beam_search(
   for name, value in (("alpha", alpha), ("beta", beta), ("prune", prune)):
     if not value >= 0:
       raise ValueError(f"{name} must be 0 or more, got {value}")
-  rows, longest = len(source_mask), 2 * source_mask.shape[1] + EXTRA_PIECES
+  rows, pieces = len(source_mask), longest(source_mask.shape[1])
   tokens = source_mask.sum(1)
-  limits = jnp.where(tokens > 0, 2 * tokens + EXTRA_PIECES, 0)
+  limits = jnp.where(tokens > 0, longest(tokens), 0)
 
   def penalty(lengths):
     return ((5 + lengths).astype(jnp.float32) / 6) ** alpha
@@ -149,7 +149,7 @@ def beam_search(
   # One empty hypothesis a row. `<s>` stands before its pieces until the end.
   size = rows, beam
   log_p = jnp.full(size, -jnp.inf).at[:, 0].set(0)
-  ids = jnp.full((*size, longest + 1), end, jnp.int32).at[..., 0].set(start)
+  ids = jnp.full((*size, pieces + 1), end, jnp.int32).at[..., 0].set(start)
   coverage = jnp.zeros((*size, source_mask.shape[1]))
   first = Hypotheses(ids, jnp.zeros(size, jnp.int32), log_p, log_p, coverage)
   none = first._replace(scores=jnp.full(size, -jnp.inf))
@@ -160,6 +160,11 @@ def beam_search(
     lambda search: is_going(*search[:2]).any(), step, (first, none, state)
   )
   return _best(living, finished, prune, end)
+
+
+def longest(source_tokens: Any) -> Any:
+  """Returns the most pieces of a translation; of each source, of an array."""
+  return 2 * source_tokens + EXTRA_PIECES
 
 
 def check_beam(beam: int) -> None:

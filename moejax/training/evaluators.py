@@ -20,7 +20,6 @@ from moejax.data import batches as batches_lib
 from moejax.data import corpora
 from moejax.data.packing import Pairs, Rows
 from moejax.data.pieces import Pieces
-from moejax.models import gnmt
 from moejax.training import bleu, decode, metrics, processes, session, step
 
 TRANSLATIONS = "translations"
@@ -140,7 +139,7 @@ class Translator:
   """Translates lines of text, whatever the parameters of the model.
 
   A line's translation depends on no other: the model's mixtures drop nothing
-  here (`gnmt.for_decoding`). All processes give it the same lines, and each
+  here (`GNMT.for_decoding`). All processes give it the same lines, and each
   gets all of them.
   """
 
@@ -160,7 +159,7 @@ class Translator:
     devices = built.mesh.size
     at_once = -(-built.experiment.rows_at_once // (beam * devices)) * devices
     self._batch_size = at_once
-    model = gnmt.for_decoding(built.model)
+    model = built.model.for_decoding()
 
     @sharding.zero3
     def run(params, source, segment, source_start):
@@ -168,7 +167,7 @@ class Translator:
       return decode.beam_search(
         functools.partial(apply, method="step"),
         apply(source, segment, source_start, method="encode"),
-        apply(source.shape[0], method="begin"),
+        model.begin(source.shape[0], decode.longest(source.shape[1])),
         segment > 0,
         start=pieces.start,
         end=pieces.end,

@@ -11,6 +11,7 @@ import recurrent
 
 from moejax import experts, losses, moe, router, sharding
 from moejax.models import attention, gnmt, layers
+from moejax.models.recurrent import RecurrentMoE
 
 V, D, H, N, E, F, K = 11, 4, 5, 3, 4, 3, 2
 wirings = pytest.mark.parametrize("wiring", attention.WIRINGS)
@@ -137,11 +138,19 @@ def test_loss_and_gradient_are_those_of_the_loops(form, wiring):
   assert all(slope.any() for slope in jax.tree.leaves(slopes))
 
 
+def recurrent_mixture(**options):
+  """An LSTM of a mixture's matrices, which reads the context beside."""
+  cells = experts.Linear(E, 4 * D)
+  mixture = moe.MoE(router.TopK(E, K), cells, **NO_DROPS | options)
+  return RecurrentMoE(D, mixture)
+
+
 MIXTURES = {
   "noisy": functools.partial(flat, router.NoisyTopK),
   "balanced": functools.partial(flat, router.Balanced),
   "hierarchical": two_levels,
   "hierarchical balanced": functools.partial(two_levels, router.Balanced),
+  "recurrent": recurrent_mixture,
 }
 
 
@@ -188,7 +197,7 @@ def translate(model, params, batch):
     )
     return state, (log_p, weights)
 
-  state = model.begin(len(batch["inputs"]))
+  state = model.begin(len(batch["inputs"]), 0)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
   _, (log_p, weights) = jax.lax.scan(step, state, batch["inputs"].T)
   return log_p.swapaxes(0, 1), weights.swapaxes(0, 1)
@@ -200,12 +209,13 @@ def translate(model, params, batch):
     ("balanced", "recurrent", "product"),
     ("noisy", "every_layer", "sum"),
     ("hierarchical balanced", "parallel", "sum"),
+    ("recurrent", "every_layer", "product"),
   ],
 )
 def test_steps_are_the_whole_pass(name, wiring, form):
   """Of a model that would drop tokens, made one that drops none."""
   mixture = functools.partial(MIXTURES[name], eval_capacity_factor=0.5)
-  model = gnmt.for_decoding(make(mixture, form, wiring, vocab_multiple=8))
+  model = make(mixture, form, wiring, vocab_multiple=8).for_decoding()
   params = parameters(model)
   (a, b), (c,) = sized()
   batch = pack([[a], [b], [c]])
@@ -240,7 +250,7 @@ def test_widths_that_do_not_fit_are_refused():
 
 def test_experts_that_choose_cannot_translate():
   with pytest.raises(ValueError, match="ExpertChoice.*another router"):
-    gnmt.for_decoding(make(functools.partial(flat, router.ExpertChoice)))
+    make(functools.partial(flat, router.ExpertChoice)).for_decoding()
 
 
 # -- precision, dropout, layouts ----------------------------------------------

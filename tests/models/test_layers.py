@@ -10,7 +10,7 @@ import pytest
 import recurrent
 
 from moejax import sharding
-from moejax.models import layers, lstm_lm
+from moejax.models import layers, stack
 
 projections = pytest.mark.parametrize("projected", [None, 3])
 
@@ -156,7 +156,7 @@ def test_outputs_are_dropped_out_before_the_input_is_added():
   x, start, weights = on_device(*inputs(2, 3, 4, 4))
   lstm = layers.LSTM(4).bind({"params": weights._asdict()})
   options = dict(start=start, mask=start, ids=start.astype(int), train=True)
-  got = lstm_lm.residual([lstm, Double()], x, lambda y: 10 * y, **options)
+  got = stack.residual([lstm, Double()], x, lambda y: 10 * y, **options)
   want = x + 10 * layers.lstm(x, start, weights)
   want = want + 10 * nn.sigmoid(2 * want)
   np.testing.assert_allclose(got, want, rtol=1e-6)
