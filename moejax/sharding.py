@@ -61,6 +61,9 @@ RULES = {
   # The four gates of an LSTM are one axis: half of it would be two gates. And
   # few vocabularies divide.
   "hidden": None,
+  # Heads of attention, one after the other; and layers that repeat.
+  "heads": None,
+  "layers": None,
   "vocab": None,
   # Of every parameter between uses: the largest axis that divides.
   "param_shards": None,
@@ -152,7 +155,7 @@ def abstract_mesh(layout: Layout, count: int) -> jax.sharding.AbstractMesh:
     )
   mesh = jax.sharding.AbstractMesh(tuple(shape), MESH_AXES)
   table = RULES | dict(layout.rules)
-  for axis in ("expert", "embed", "mlp", "hidden", "vocab"):
+  for axis in ("expert", "embed", "mlp", "hidden", "heads", "layers", "vocab"):
     if table["param_shards"] and num_parts(table[axis], mesh) > 1:
       raise ValueError(
         f"layout {layout.name!r} splits parameters over"

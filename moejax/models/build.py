@@ -19,6 +19,12 @@ from moejax.models.gnmt import GNMT
 from moejax.models.layers import LSTM, BidirectionalLSTM
 from moejax.models.lstm_lm import LSTMLM
 from moejax.models.recurrent import RecurrentMoE
+from moejax.models.transformer import (
+  Blocks,
+  MultiHeadAttention,
+  PairTransformer,
+  Transformer,
+)
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.router import ROUTERS, Balanced, Single
 from moejax.routing import SCOPES
@@ -184,17 +190,14 @@ def _lstm_lm(
   return LSTMLM(vocab_size, layers=stack, **fields)
 
 
-# A recurrent mixture has no step of decoding, a layer that reads the future
-# cannot have one.
-_DECODER = tuple(name for name in LAYERS if name != "recurrent_moe")
-_ENCODER = (*_DECODER, "bidirectional_lstm")
+_ENCODER = (*LAYERS, "bidirectional_lstm")
 
 
 @config_fields.fields_of(GNMT, **LAYERS)
 def _gnmt(
   vocab_size,
   encoder: Sequence[Annotated[str, Names(_ENCODER)]],
-  decoder: Sequence[Annotated[str, Names(_DECODER)]],
+  decoder: Sequence[Annotated[str, Names(LAYERS)]],
   attention: Annotated[Callable, Section(Attention)] | None = None,
   **fields: Any,
 ) -> GNMT:
@@ -214,8 +217,82 @@ def _gnmt(
   return GNMT(vocab_size, fields.pop("width"), *stacks, attention(), **fields)
 
 
+# Feed-forward layers of a Transformer's blocks.
+_FEED_FORWARD = {
+  "dense": _section(
+    EXPERTS, "a feed-forward layer without a mixture", "num_experts"
+  ),
+  "moe": LAYERS["moe"],
+  "hierarchical_moe": LAYERS["hierarchical_moe"],
+}
+_Pattern = Sequence[Annotated[str, Names(_FEED_FORWARD)]]
+
+
+@config_fields.fields_of(
+  Blocks, causal=None, reads_source=None, **_FEED_FORWARD
+)
+def _blocks(
+  attention: Annotated[_Build, Section(MultiHeadAttention)],
+  pattern: _Pattern,
+  first: _Pattern = (),
+  **fields: Any,
+) -> Blocks:
+  """Makes Blocks.
+
+  Args:
+    attention: of every block.
+    pattern: sections of feed-forward layers by name, one block after the other,
+      again and again.
+    first: the same, of the first blocks, which do not repeat.
+  """
+  if not pattern:
+    raise ValueError(
+      "a pattern of blocks is empty; give at least one of"
+      f" {', '.join(_FEED_FORWARD)}."
+    )
+  of = {name: fields.pop(name) for name in _FEED_FORWARD}
+  dense = of["dense"]
+  of["dense"] = lambda: MoE(Single(), dense(num_experts=1))
+  layers = (tuple(of[name] for name in names) for names in (pattern, first))
+  return Blocks(fields.pop("num_layers"), attention, *layers, **fields)
+
+
+@config_fields.fields_of(Transformer)
+def _transformer(
+  vocab_size, blocks: Annotated[_Build, Section(_blocks)], **fields: Any
+) -> Transformer:
+  """Makes a Transformer.
+
+  Args:
+    blocks: of attention and feed-forward layers.
+  """
+  return Transformer(vocab_size, blocks=blocks(), **fields)
+
+
+@config_fields.fields_of(PairTransformer)
+def _pair_transformer(
+  vocab_size,
+  encoder: Annotated[_Build, Section(_blocks)],
+  decoder: Annotated[_Build, Section(_blocks)],
+  **fields: Any,
+) -> PairTransformer:
+  """Makes a PairTransformer.
+
+  Args:
+    encoder: blocks that see a whole source.
+    decoder: blocks that see what is written, and the source.
+  """
+  sides = encoder(causal=False), decoder(reads_source=True)
+  return PairTransformer(vocab_size, fields.pop("width"), *sides, **fields)
+
+
 # What `config.model.kind` names: a factory that takes the fields of the section
 # and, from the corpus, the size of the vocabulary.
-MODELS = {"gnmt": _gnmt, "lstm_lm": _lstm_lm}
+MODELS = {
+  "gnmt": _gnmt,
+  "lstm_lm": _lstm_lm,
+  "pair_transformer": _pair_transformer,
+  "transformer": _transformer,
+}
 # Those that read pairs of sentences.
-TRANSLATORS = ("gnmt",)
+TRANSLATORS = ("gnmt", "pair_transformer")

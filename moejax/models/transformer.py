@@ -1,0 +1,695 @@
+"""Transformers whose feed-forward layers may be mixtures.
+
+Blocks are pre-norm: x + attention(norm(x)), then x + feed_forward(norm(x)). The
+feed-forward layer is `MoE`, of one expert or of many, as it stands between
+LSTMs. Sentences, and pairs of them, that share a row do not see each other.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax import config_fields, sharding
+from moejax.config_fields import Names, Range, Size
+from moejax.models.layers import Embed, declare, look_up, product
+from moejax.models.lstm_lm import Dropout, DType
+from moejax.models.softmax import Softmax
+from moejax.models.stack import for_decoding
+from moejax.moe import ROUTING
+
+# As of LSTMLM, or of GNMT.
+Batch = Mapping[str, Array]
+
+NORMS = ("rms", "layer")
+POSITIONS = ("rotary", "relative")
+QK_NORMS = ("none", "head", "width")
+# T5's buckets of distances: half of them are exact, the others grow with the
+# logarithm up to the last, which is for all that is further away.
+_BUCKETS, _FURTHEST = 32, 128
+
+
+class Cache(NamedTuple):
+  """Keys and values of a layer, for as many tokens of a row as there is room.
+
+  With layers that repeat there is an axis of these behind that of rows.
+  """
+
+  keys: Float[Array, "B *layers S K H"]
+  values: Float[Array, "B *layers S K H"]
+
+
+class State(NamedTuple):
+  """What a model has read of the rows that it continues.
+
+  Attributes:
+    filled: how many tokens, the same in every row.
+    caches: those of the blocks of each unit, in turn.
+  """
+
+  filled: Int[Array, "B"]
+  caches: tuple[tuple[Cache, ...], ...]
+
+
+class Places(NamedTuple):
+  """Where tokens are, and what each may attend to.
+
+  Attributes:
+    position: of each token in its sentence, from 0; None where attention does
+      not know of places.
+    seen: whether the token at L attends to the one at S.
+    bias: what is added to the attention's logits; None where positions turn
+      queries and keys.
+    filled: where in a cache the tokens come to lie.
+  """
+
+  position: Int[Array, "B L"] | None
+  seen: Bool[Array, "B 1 L S"]
+  bias: Float[Array, "B N L S"] | None = None
+  filled: Int[Array, ""] | None = None
+
+
+class Source(NamedTuple):
+  """What a decoder attends to, beside what it has written.
+
+  Attributes:
+    states: of the encoder.
+    segment: number of the pair, from 1, of each token; 0 at padding.
+  """
+
+  states: Float[Array, "B M D"]
+  segment: Int[Array, "B M"]
+
+
+class MultiHeadAttention(nn.Module):
+  """Attention with several heads (1706.03762), without biases.
+
+  Attributes:
+    num_heads: N.
+    num_kv_heads: K, of keys and values, each of which N / K heads share
+      (2305.13245); None has as many as heads.
+    head_dim: H; None is width / N.
+    rotary_base: base of the wavelengths of rotary positions (2104.09864).
+    qk_norm: RMS norm of queries and keys: "none", of every "head" by itself, or
+      over the "width" of all heads.
+    epsilon: of that norm.
+  """
+
+  num_heads: Size
+  num_kv_heads: Size | None = None
+  head_dim: Size | None = None
+  rotary_base: Annotated[float, Range(1)] = 10_000.0
+  qk_norm: Annotated[str, Names(QK_NORMS)] = "none"
+  epsilon: float = 1e-6
+
+  def sizes(self, width: int) -> tuple[int, int, int]:
+    """Returns N, K and H in a layer of this width.
+
+    Raises:
+      ValueError: they do not divide, or a head has no pairs of entries.
+    """
+    N, K = self.num_heads, self.num_kv_heads or self.num_heads
+    if N % K:
+      raise ValueError(
+        f"{K} heads of keys and values do not divide {N} heads; choose a"
+        " num_kv_heads that does."
+      )
+    if self.head_dim is None and width % N:
+      raise ValueError(
+        f"{N} heads do not divide a width of {width}; choose a num_heads that"
+        " does, or give head_dim."
+      )
+    H = self.head_dim or width // N
+    if H % 2:
+      raise ValueError(
+        f"a head has {H} entries, but positions turn pairs of them; choose an"
+        " even head_dim."
+      )
+    return N, K, H
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    source: Float[Array, "B S D"],
+    cache: Cache | None,
+    places: Places,
+  ) -> tuple[Float[Array, "B L D"], Cache | None]:
+    """Lets x attend to the source or, with a cache, to what that then holds."""
+    config_fields.one_of(self.qk_norm, QK_NORMS, "qk_norm")
+    N, K, H = self.sizes(x.shape[-1])
+    turns = places.bias is None and places.position is not None
+
+    def project(name, x, heads):
+      shape = (x.shape[-1], heads * H)
+      w = declare(self, f"w_{name}", ("embed", "heads"), shape)
+      y = product("BLD,DM->BLM", x, w, x.dtype)
+      # Norm and rotation are of the float32 sums, as are their results.
+      if self.qk_norm == "head":
+        y = y.reshape(*y.shape[:2], heads, H)
+      if self.qk_norm != "none" and name != "value":
+        y = make_norm("rms", self.epsilon, f"norm_{name}")(y)
+      y = y.reshape(*y.shape[:2], heads, H)
+      if turns and name != "value":
+        y = rotate(y, places.position, self.rotary_base)
+      return y.astype(x.dtype)
+
+    query = project("query", x, N)
+    key, value = project("key", source, K), project("value", source, K)
+    if cache is not None:
+      cache = jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+          old, new, places.filled, axis=1
+        ),
+        cache,
+        Cache(key, value),
+      )
+      key, value = cache
+    # cuDNN's kernel takes 16 bits alone.
+    fused = sharding.platform() == "gpu" and x.dtype.itemsize == 2
+    y = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      None if places.bias is None else places.bias.astype(x.dtype),
+      places.seen,
+      implementation="cudnn" if fused else None,
+    )
+    w_out = declare(self, "w_out", ("heads", "embed"), (N * H, x.shape[-1]))
+    y = product("BLM,MD->BLD", y.reshape(*y.shape[:2], N * H), w_out, x.dtype)
+    return y.astype(x.dtype), cache
+
+
+def rotate(
+  x: Float[Array, "B L N H"], position: Int[Array, "B L"], base: float
+) -> Float[Array, "B L N H"]:
+  """Turns pairs of entries by angles that grow with the position (2104.09864).
+
+  The pair of the entries i and i + H/2 turns by position * base^(-2i/H).
+  """
+  first, second = jnp.split(x, 2, axis=-1)
+  half = first.shape[-1]
+  speed = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = position[:, :, None].astype(jnp.float32) * speed[None, None]
+  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+  turned = first * cos - second * sin, second * cos + first * sin
+  return jnp.concatenate(turned, axis=-1)
+
+
+def make_norm(kind: str, epsilon: float, name: str | None = None) -> nn.Module:
+  """Makes a norm over the last axis, of float32 parameters.
+
+  Raises:
+    ValueError: there is no such kind.
+  """
+  config_fields.one_of(kind, NORMS, "norm")
+  fields = {"scale_init": sharding.with_axes(nn.initializers.ones, None)}
+  if kind == "layer":
+    fields["bias_init"] = sharding.with_axes(nn.initializers.zeros, None)
+  module = nn.RMSNorm if kind == "rms" else nn.LayerNorm
+  # Whatever the type of the activations.
+  return module(epsilon, dtype=jnp.float32, name=name, **fields)
+
+
+class Block(nn.Module):
+  """Attention, then a feed-forward layer, each added to what it reads.
+
+  Attributes:
+    make_attention: makes a MultiHeadAttention.
+    make_feed_forward: makes a module called as MoE is.
+    reads_source: whether there is attention to a source between the two.
+    norm: "rms" or "layer".
+    epsilon: of the norms.
+    dropout: chance of zeroing an output.
+  """
+
+  make_attention: Callable[[], MultiHeadAttention]
+  make_feed_forward: Callable[[], nn.Module]
+  reads_source: bool
+  norm: str
+  epsilon: float
+  dropout: float
+
+  def setup(self) -> None:
+    self.norm_1 = make_norm(self.norm, self.epsilon)
+    self.attention = self.make_attention()
+    if self.reads_source:
+      self.norm_source = make_norm(self.norm, self.epsilon)
+      self.source_attention = self.make_attention()
+    self.norm_2 = make_norm(self.norm, self.epsilon)
+    self.feed_forward = self.make_feed_forward()
+    self.drop = nn.Dropout(self.dropout)
+
+  def __call__(self, x, cache, places, source, mask, ids, train):
+    y = self.norm_1(x).astype(x.dtype)
+    y, cache = self.attention(y, y, cache, places)
+    x = x + self.drop(y, deterministic=not train)
+    if self.reads_source:
+      y = self.norm_source(x).astype(x.dtype)
+      y, _ = self.source_attention(y, *source[:1], None, source[1])
+      x = x + self.drop(y, deterministic=not train)
+    y = self.norm_2(x).astype(x.dtype)
+    y = self.feed_forward(y, train=train, mask=mask, ids=ids)
+    return x + self.drop(y, deterministic=not train), cache
+
+
+class _Unit(nn.Module):
+  """Blocks that are recomputed, or repeated, together.
+
+  Attributes:
+    make: (what makes its feed-forward layer, name) -> a block.
+    layers: what makes that layer of each block.
+  """
+
+  make: Callable[..., Block]
+  layers: tuple[Callable[[], nn.Module], ...]
+
+  @nn.compact
+  def __call__(self, x, caches, *rest):
+    after = []
+    for i, layer in enumerate(self.layers):
+      cache = None if caches is None else caches[i]
+      x, cache = self.make(layer, name=f"block_{i}")(x, cache, *rest)
+      after.append(cache)
+    return x, None if caches is None else tuple(after)
+
+
+class Blocks(nn.Module):
+  """Blocks of one width, and a norm after the last.
+
+  Attributes:
+    num_layers: blocks in all.
+    attention: makes that of a block.
+    pattern: each makes a feed-forward layer, a module called as MoE is, for a
+      block; those of the blocks that follow repeat.
+    first: the same, of the first blocks, which do not repeat.
+    norm: "rms" (1910.07467) or "layer".
+    epsilon: of the norms.
+    position: "rotary" (2104.09864); or "relative", T5's (1910.10683), one table
+      for all layers.
+    causal: whether tokens attend to none that comes later.
+    reads_source: whether blocks attend to a source too, whatever its places.
+    scan: whether blocks that repeat are one program, run in turn. Their
+      parameters lie together, with the axis "layers" in front.
+    recompute: whether the backward pass runs a block again in place of keeping
+      what is in it; of blocks that repeat, as many as repeat together.
+    dropout: chance of zeroing an output; the rng stream is "dropout".
+  """
+
+  num_layers: Size
+  attention: Callable[..., MultiHeadAttention]
+  pattern: tuple[Callable[[], nn.Module], ...]
+  first: tuple[Callable[[], nn.Module], ...] = ()
+  norm: Annotated[str, Names(NORMS)] = "rms"
+  epsilon: float = 1e-6
+  position: Annotated[str, Names(POSITIONS)] = "rotary"
+  causal: bool = True
+  reads_source: bool = False
+  scan: bool = False
+  recompute: bool = False
+  dropout: Dropout = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    caches: tuple[tuple[Cache, ...], ...] | None,
+    *,
+    position: Int[Array, "B L"],
+    key_position: Int[Array, "B S"],
+    seen: Bool[Array, "B L S"],
+    mask: Bool[Array, "B L"] | None,
+    ids: Int[Array, "B L"],
+    train: bool,
+    filled: Int[Array, ""] | int = 0,
+    source: tuple[Float[Array, "B M D"], Bool[Array, "B L M"]] | None = None,
+  ) -> tuple[Float[Array, "B L D"], tuple[tuple[Cache, ...], ...] | None]:
+    """Runs the blocks, each with its cache if there are any.
+
+    Args:
+      x: what the first block reads.
+      caches: of the blocks of each unit of `units`; None attends within x.
+      position: of each token in its sentence.
+      key_position: the same of those that are attended to.
+      seen: which those are; if causal, of those that do not come later.
+      mask: real tokens; None are all.
+      ids: of the tokens, for routers that read them.
+      train: whether to drop out and draw noise.
+      filled: tokens that the caches hold before this call.
+      source: states to attend to too, and which of them each token sees.
+
+    Raises:
+      ValueError: an unknown norm or kind of position, or sizes of heads that do
+        not divide.
+    """
+    bias = None
+    if config_fields.one_of(self.position, POSITIONS, "position") == "relative":
+      shape = (_BUCKETS, self.attention().num_heads)
+      init = nn.initializers.normal(1.0)
+      table = declare(self, "distances", (None, None), shape, init)
+      bucket = _bucket(
+        position[:, :, None] - key_position[:, None], self.causal
+      )
+      bias = jnp.take(table, bucket, axis=0).transpose(0, 3, 1, 2)
+    filled = jnp.asarray(filled, jnp.int32)
+    places = Places(position, seen[:, None], bias, filled)
+    if source is not None:
+      states, own = source
+      source = states, Places(None, own[:, None])
+    # The last argument, `train`, decides what is compiled.
+    unit = nn.remat(_Unit, static_argnums=(7,)) if self.recompute else _Unit
+    after = []
+    for i, (name, layers, repeats) in enumerate(self.units):
+      module = unit
+      if repeats > 1:
+        module = nn.scan(
+          unit,
+          variable_axes={"params": 0, ROUTING: 0},
+          split_rngs={"params": True, "router": True, "dropout": True},
+          # Rows are the first axis of caches, as of all that searches sort.
+          in_axes=(1, *(nn.broadcast,) * 5),
+          out_axes=1,
+          length=repeats,
+          metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+      x, own = module(self._block, layers, name=name)(
+        x,
+        None if caches is None else caches[i],
+        places,
+        source,
+        mask,
+        ids,
+        train,
+      )
+      after.append(own)
+    x = make_norm(self.norm, self.epsilon, "norm_out")(x).astype(x.dtype)
+    return x, None if caches is None else tuple(after)
+
+  @property
+  def units(self) -> list[tuple[str, tuple[Callable, ...], int]]:
+    """Blocks that run together: name, their feed-forward layers, how often."""
+    first = self.first[: self.num_layers]
+    repeats, rest = divmod(self.num_layers - len(first), len(self.pattern))
+    last = self.pattern[:rest]
+    if not self.scan or repeats < 2:
+      first, last, repeats = (*first, *self.pattern * repeats, *last), (), 0
+    singles = [
+      (f"layers_{i}", (layer,), 1) for i, layer in enumerate((*first, *last))
+    ]
+    together = [("layers", self.pattern, repeats)] if repeats else []
+    return [*singles[: len(first)], *together, *singles[len(first) :]]
+
+  @nn.nowrap
+  def empty(
+    self, rows: int, length: int, width: int, dtype: DTypeLike
+  ) -> tuple[tuple[Cache, ...], ...]:
+    """Returns caches that have room for `length` tokens of every row."""
+    _, K, H = self.attention().sizes(width)
+
+    def cache(repeats):
+      stacked = (repeats,) if repeats > 1 else ()
+      shape = rows, *stacked, length, K, H
+      # Two arrays, each of which may be donated.
+      return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return tuple(
+      tuple(cache(repeats) for _ in layers) for _, layers, repeats in self.units
+    )
+
+  @nn.nowrap
+  def _block(self, layer: Callable[[], nn.Module], name: str) -> Block:
+    fields = self.reads_source, self.norm, self.epsilon, self.dropout
+    return Block(self.attention, layer, *fields, name=name)
+
+
+def _bucket(distance: Int[Array, "..."], causal: bool) -> Int[Array, "..."]:
+  """Returns T5's bucket of how far back a token is.
+
+  What is ahead is at 0 or, where that may be seen, has half of the buckets.
+  """
+  count, ahead = _BUCKETS, 0
+  if not causal:
+    count //= 2
+    ahead = jnp.where(distance < 0, count, 0)
+    distance = jnp.abs(distance)
+  exact = count // 2
+  distance = jnp.maximum(distance, 0)
+  ratio = jnp.maximum(distance, exact).astype(jnp.float32) / exact
+  steps = jnp.log(ratio) / jnp.log(_FURTHEST / exact) * (count - exact)
+  far = jnp.minimum(exact + steps.astype(jnp.int32), count - 1)
+  return ahead + jnp.where(distance < exact, distance, far)
+
+
+class Transformer(nn.Module):
+  """Embedding, a stack of blocks, softmax over the next word.
+
+  Attributes:
+    vocab_size: V.
+    width: D of the embedding and of every block.
+    blocks: attention and feed-forward layers.
+    tied: whether the softmax reads the embedding's table.
+    num_samples: classes of the sampled softmax; 0 is the full one.
+    dtype: of the activations and of the operands of matrix products. Whatever
+      it is, parameters, norms, routers and every softmax are float32.
+    vocab_multiple: see `LSTMLM.vocab_multiple`.
+  """
+
+  vocab_size: int
+  width: Size
+  blocks: Blocks
+  tied: bool = False
+  num_samples: Annotated[int, Range(0)] = 0
+  dtype: DType = "float32"
+  vocab_multiple: Size = 1
+
+  def setup(self) -> None:
+    size = self.vocab_size, self.width
+    self.head = Softmax(*size, self.num_samples, self.vocab_multiple)
+    if not self.tied:
+      self.embed = Embed(*size, self.vocab_multiple)
+    self.drop = nn.Dropout(self.blocks.dropout)
+
+  def __call__(
+    self, batch: Batch, *, train: bool = False
+  ) -> Float[Array, "B L D"]:
+    """Returns the state h from which `head` reads the next word."""
+    start = batch["start"]
+    segment = jnp.cumsum(start, axis=1)
+    h, _ = _over_rows(
+      self.blocks, self._look_up(batch["inputs"], train), start, segment
+    )(mask=batch["mask"], ids=batch["inputs"], train=train)
+    return h
+
+  def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
+    """Returns nats per target word, 0 at padding."""
+    h = self(batch, train=train)
+    loss = self.head.loss(h, batch["targets"], train=train)
+    return jnp.where(batch["mask"], loss, 0)
+
+  @nn.nowrap
+  def for_decoding(self) -> "Transformer":
+    """Returns the same model with mixtures of `stack.for_decoding`."""
+    return self.clone(blocks=_for_decoding(self.blocks))
+
+  @nn.nowrap
+  def begin(self, rows: int, length: int) -> State:
+    """Returns the state before the first of at most `length` tokens."""
+    return _begin(self.blocks, rows, length, self.width, self.dtype)
+
+  def read(
+    self, state: State, ids: Int[Array, "B L"]
+  ) -> tuple[State, Float[Array, "B L V"]]:
+    """Reads on; returns the next state, and log p of each token's next word.
+
+    Mixtures drop what their capacity does not hold: see `for_decoding`.
+
+    Raises:
+      ValueError: `begin` made room for fewer tokens. Within jit, only these
+        tokens are counted, not those that were read before.
+    """
+    state, h = _read(self.blocks, state, self._look_up(ids, False), ids)
+    log_p = jax.nn.log_softmax(self.head.logits(h)[..., : self.vocab_size])
+    return state, log_p
+
+  def _look_up(self, ids, train):
+    x = look_up(self.head.table, ids) if self.tied else self.embed(ids)
+    return self.drop(x.astype(self.dtype), deterministic=not train)
+
+
+class PairTransformer(nn.Module):
+  """Encoder, and decoder that attends to it (1706.03762), of packed pairs.
+
+  Attributes:
+    vocab_size: V, of source and target.
+    width: D of embeddings and blocks.
+    encoder: blocks that are not causal.
+    decoder: blocks that read a source.
+    tied: whether source, target and softmax share a table.
+    dtype, vocab_multiple: as of `Transformer`.
+  """
+
+  vocab_size: int
+  width: Size
+  encoder: Blocks
+  decoder: Blocks
+  tied: bool = False
+  dtype: DType = "float32"
+  vocab_multiple: Size = 1
+
+  def setup(self) -> None:
+    size = self.vocab_size, self.width
+    # In full always, see GNMT.
+    self.head = Softmax(*size, multiple=self.vocab_multiple)
+    if not self.tied:
+      self.embed = {
+        side: Embed(*size, self.vocab_multiple) for side in ("source", "target")
+      }
+    self.drop = nn.Dropout(self.decoder.dropout)
+
+  def __call__(
+    self, batch: Batch, *, train: bool = False
+  ) -> Float[Array, "B L D"]:
+    """Returns the state h from which `head` reads the next piece."""
+    source = (batch[f"source{name}"] for name in ("", "_segment", "_start"))
+    states, segment = self.encode(*source, train=train)
+    own = batch["segment"][:, :, None] == segment[:, None]
+    h, _ = _over_rows(
+      self.decoder,
+      self._look_up("target", batch["inputs"], train),
+      batch["start"],
+      batch["segment"],
+    )(
+      mask=batch["mask"],
+      ids=batch["inputs"],
+      train=train,
+      source=(states, own),
+    )
+    return h
+
+  def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
+    """Returns nats per target piece, 0 at padding."""
+    h = self(batch, train=train)
+    loss = self.head.loss(h, batch["targets"], train=train)
+    return jnp.where(batch["mask"], loss, 0)
+
+  def encode(
+    self,
+    source: Int[Array, "B M"],
+    source_segment: Int[Array, "B M"],
+    source_start: Bool[Array, "B M"],
+    *,
+    train: bool = False,
+  ) -> Source:
+    """Returns what the decoder reads of the source; arguments as of GNMT."""
+    states, _ = _over_rows(
+      self.encoder,
+      self._look_up("source", source, train),
+      source_start,
+      source_segment,
+    )(mask=source_segment > 0, ids=source, train=train)
+    return Source(states, source_segment)
+
+  @nn.nowrap
+  def for_decoding(self) -> "PairTransformer":
+    """Returns the same model with mixtures of `stack.for_decoding`."""
+    return self.clone(
+      encoder=_for_decoding(self.encoder), decoder=_for_decoding(self.decoder)
+    )
+
+  @nn.nowrap
+  def begin(self, rows: int, length: int) -> State:
+    """Returns the decoder's state before the first of `length` pieces."""
+    return _begin(self.decoder, rows, length, self.width, self.dtype)
+
+  def step(
+    self, memory: Source, state: State, ids: Int[Array, "B"]
+  ) -> tuple[State, Float[Array, "B V"], Float[Array, "B M"]]:
+    """Reads one piece of each row; as GNMT's, for the search of translations.
+
+    Each piece attends to every token of the source in full: attention of many
+    heads aligns nothing, and nothing is asked of its coverage.
+    """
+    x = self._look_up("target", ids[:, None], False)
+    seen = memory.segment[:, None] == 1
+    source = memory.states, seen
+    state, h = _read(self.decoder, state, x, ids[:, None], source)
+    logits = self.head.logits(h)[:, 0, : self.vocab_size]
+    weights = (memory.segment == 1).astype(jnp.float32)
+    return state, jax.nn.log_softmax(logits), weights
+
+  def _look_up(self, side, ids, train):
+    if self.tied:
+      x = look_up(self.head.table, ids)
+    else:
+      x = self.embed[side](ids)
+    return self.drop(x.astype(self.dtype), deterministic=not train)
+
+
+def _over_rows(
+  blocks: Blocks,
+  x: Float[Array, "B L D"],
+  start: Bool[Array, "B L"],
+  segment: Int[Array, "B L"],
+) -> Callable[..., Any]:
+  """Returns the blocks over whole rows, each segment by itself."""
+  place = jnp.broadcast_to(jnp.arange(start.shape[1])[None], start.shape)
+  position = place - jax.lax.cummax(jnp.where(start, place, 0), axis=1)
+  seen = segment[:, :, None] == segment[:, None]
+  if blocks.causal:
+    seen &= place[:, :, None] >= place[:, None]
+  return functools.partial(
+    blocks, x, None, position=position, key_position=position, seen=seen
+  )
+
+
+def _for_decoding(blocks: Blocks) -> Blocks:
+  def all_of(makers):
+    return tuple(lambda make=make: for_decoding(make()) for make in makers)
+
+  return blocks.clone(
+    pattern=all_of(blocks.pattern), first=all_of(blocks.first)
+  )
+
+
+def _begin(blocks, rows, length, width, dtype) -> State:
+  caches = blocks.empty(rows, length, width, dtype)
+  return State(jnp.zeros((rows,), jnp.int32), caches)
+
+
+def _read(
+  blocks: Blocks,
+  state: State,
+  x: Float[Array, "B L D"],
+  ids: Int[Array, "B L"],
+  source: tuple[Array, Array] | None = None,
+) -> tuple[State, Float[Array, "B L D"]]:
+  """Runs blocks over the next tokens of its rows."""
+  rows, count = ids.shape
+  length = state.caches[0][0].keys.shape[-3]
+  known = not isinstance(state.filled, jax.core.Tracer)
+  needed = count + (int(state.filled[0]) if known else 0)
+  if needed > length:
+    raise ValueError(
+      f"the cache has room for {length} tokens, and {needed} are to be read;"
+      f" begin with a length of {needed} or more."
+    )
+  position = state.filled[:, None] + jnp.arange(count)[None]
+  keys = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
+  h, caches = blocks(
+    x,
+    state.caches,
+    position=position,
+    key_position=keys,
+    seen=position[:, :, None] >= keys[:, None],
+    filled=state.filled[0],
+    mask=None,
+    ids=ids,
+    train=False,
+    source=source,
+  )
+  return State(state.filled + count, caches), h
