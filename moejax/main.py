@@ -1,8 +1,9 @@
-"""The command line: moejax train | eval | translate | plan | configs."""
+"""The command line: moejax COMMAND [FLAGS]."""
 
 import contextlib
 import errno
 import importlib.metadata
+import itertools
 import logging as std_logging
 import re
 import shlex
@@ -16,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 from absl import logging
 
 from moejax import bucket, config_fields, files, limits, terminal
-from moejax.config_fields import Names, ReadError
+from moejax.config_fields import Names, Range, ReadError
 
 USAGE = """usage: moejax COMMAND [FLAGS]
 
@@ -27,6 +28,9 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          perplexity of a run's best checkpoint; of translations also BLEU
   translate --workdir=DIR [--language=LANGUAGE] [--layout=NAME] < FILE > FILE
          translates line by line by a run's best checkpoint
+  sample --workdir=DIR [--prompt=TEXT] [--num=N] [--length=N] [--seed=N]
+         [--temperature=X] [--top_k=N] [--top_p=X] [--show_experts]
+         goes on with a text by a run's best checkpoint, token by token
   plan   --config=NAME [--topology=v5p:4x4x8,...] [--layout=NAME,...]
          [--suggest] [--config.FIELD=VALUE ...]
          what layouts cost on devices that need not be there: memory, exchanges,
@@ -219,6 +223,60 @@ def _translate(
   terminal.hand_over(written.encode())
 
 
+def _sample(
+  workdir: str,
+  prompt: str = "",
+  num: Annotated[int, Range(1)] = 1,
+  length: int = 0,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  show_experts: bool = False,
+  layout: str = "",
+) -> None:
+  """Samples.
+
+  Args:
+    workdir: where the run lives, of a language model.
+    prompt: what every text begins with.
+    num: how many texts.
+    length: tokens of a text at most, the prompt's counted; 0 is the length of
+      the rows that the model was trained on.
+    temperature: of p^(1/temperature); 0 takes the likeliest token.
+    top_k: how many of the likeliest tokens there are to draw from; 0 is all.
+    top_p: of those, as few as have this chance together.
+    seed: of the draws.
+    show_experts: a line for each token, with the experts that read it and their
+      gates.
+    layout: a name, in place of the run's own.
+  """
+  from moejax.training import run
+
+  texts = run.sample_run(
+    files.path(workdir),
+    prompt,
+    length,
+    seed,
+    layout,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    show_experts=show_experts,
+  )
+  for text in itertools.islice(texts, num):
+    for said, mixtures in text:
+      if show_experts:
+        read_by = " | ".join(
+          ", ".join(f"{expert} ({gate:.2f})" for expert, gate in experts)
+          for experts in mixtures
+        )
+        terminal.say(f"{said.strip():<20} {read_by}".rstrip())
+      else:
+        terminal.say(said, end="")
+    terminal.say("")
+
+
 def _plan(
   config: str,
   topology: Sequence[str] = (),
@@ -257,6 +315,7 @@ COMMANDS = {
   "train": _train,
   "eval": _eval,
   "translate": _translate,
+  "sample": _sample,
   "plan": _plan,
   "configs": _configs,
 }

@@ -50,9 +50,9 @@ def one_line(text: object) -> str:
   return text.replace("\t", "\\t").replace("\n", "\\n")
 
 
-def say(text: str) -> None:
-  """Prints a line of what a command is asked for, on stdout."""
-  _print(f"{text}\n", sys.stdout)
+def say(text: str, end: str = "\n") -> None:
+  """Prints a line of what a command is asked for, or a part, on stdout."""
+  _print(f"{text}{end}", sys.stdout)
 
 
 def warn(text: str) -> None:

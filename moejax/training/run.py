@@ -1,8 +1,8 @@
-"""What can be done with a run, even while it trains: measure, translate."""
+"""What can be done with a run, even while it trains: measure, use."""
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +11,8 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import terminal
 from moejax import workdir as workdir_lib
-from moejax.training import checkpoint, evaluators, metrics, session
+from moejax.models.transformer import Transformer
+from moejax.training import checkpoint, evaluators, metrics, sample, session
 from moejax.training.state import TrainState
 
 CHECKPOINTS = "checkpoints"
@@ -153,6 +154,76 @@ def translate_run(
   translator.tag(language)
   params = best(workdir, built).params
   return translator.lines(params, lines, language, advance)
+
+
+def sample_run(
+  workdir: files_lib.Path,
+  prompt: str = "",
+  length: int = 0,
+  seed: int = 0,
+  layout: str = "",
+  **options: Any,
+) -> Iterator[Iterator[tuple[str, list[list[tuple[int, float]]]]]]:
+  """Yields texts of the best checkpoint of a language model, without end.
+
+  A text comes in parts, which are to be joined: of each token what it adds, and
+  who has read it, as of `sample.Token`. Errors as of `load`; ValueError also
+  where the run translates, or an option is out of its range.
+
+  Args:
+    workdir: of the run.
+    prompt: what every text begins with.
+    length: tokens of a text at most, the prompt's counted; 0 is the length of
+      the rows that the model was trained on.
+    seed: of the draws.
+    layout: name of one to take in place of the run's own.
+    **options: see `sample.Sampler`.
+  """
+  experiment = recall(workdir, layout)
+  if experiment.translates:
+    raise ValueError(
+      f"the run in {workdir} translates, it cannot go on with a text; give the"
+      " --workdir of a language model, or translate by moejax translate."
+    )
+  vocabulary = workdir_lib.vocabulary(experiment.tokenizer, workdir)
+  built = session.build(experiment, len(vocabulary))
+  longest = built.shapes["inputs"].shape[1]
+  if length > longest and isinstance(built.model, Transformer):
+    raise ValueError(
+      f"a text of {length} tokens is longer than the rows of {longest} that the"
+      " model was trained on, and it knows no places beyond; give a --length of"
+      f" {longest} or less."
+    )
+  (own,) = vocabulary.encode_all([prompt])
+  if unknown := own.count(vocabulary.unknown):
+    terminal.warn(
+      f"{unknown} of the prompt's {len(own)} words are unknown to the model."
+    )
+  start, end = vocabulary.start, vocabulary.end
+  sampler = sample.Sampler(
+    built.model.for_decoding(),
+    built.layout,
+    built.mesh,
+    # No text has these, or says anything by them.
+    never=(start, vocabulary.unknown),
+    **options,
+  )
+  params = best(workdir, built).params
+  texts = sampler.texts(params, [start, *own], length or longest, end, seed)
+
+  def parts(text):
+    ids, said = [], ""
+    for token in text:
+      if token.id in (start, end):
+        (name,) = vocabulary.decode([token.id])
+        yield (name if options.get("show_experts") else ""), token.experts
+        continue
+      ids.append(token.id)
+      now = " ".join(vocabulary.decode(ids))
+      yield now.removeprefix(said), token.experts
+      said = now
+
+  return map(parts, texts)
 
 
 def best(workdir: files_lib.Path, built: session.Session) -> TrainState:
