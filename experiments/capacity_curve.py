@@ -155,7 +155,11 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
       figures.point(axes, NAMES[name], row[column] / 1e6, row["test"], sparse)
     unit = {"parameters": "parameters", "ops": "ops/timestep"}[column]
     about = f"million {unit} outside embedding and softmax"
-    figures.scales(axes, about, x_ticks=(0.1, 0.3, 1, 3, 10, 30))
+    ticks = {
+      "parameters": (0.1, 0.3, 1, 3, 10, 30),
+      "ops": (0.04, 0.07, 0.15, 0.5, 1, 3),
+    }
+    figures.scales(axes, about, x_ticks=ticks[column])
     axes.margins(x=0.2, y=0.12)
   figure.supylabel("test perplexity per word")
   flat = {
