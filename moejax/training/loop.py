@@ -178,9 +178,8 @@ class _Run:
     stack.enter_context(contextlib.closing(self.writer))
     stack.enter_context(contextlib.closing(self.progress))
     if self.done:
-      self.progress.say(
-        f"resuming {self.workdir} at step {self.done} of {self.last}"
-      )
+      where = f"at step {self.done} of {self.last}"
+      self.progress.say(f"resuming {self.workdir} {where}")
     self.speed = metrics.Speed()
     self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
     self.all_stop = 0
