@@ -161,6 +161,11 @@ LAYERS = {
 }
 
 
+def _alone(expert: _Build) -> _Build:
+  """Makes a layer of a single expert, which is always on."""
+  return lambda: MoE(Single(), expert(num_experts=1))
+
+
 def _stacks(
   fields: dict[str, Any], *stacks: Iterable[str]
 ) -> list[tuple[nn.Module, ...]]:
@@ -168,9 +173,9 @@ def _stacks(
   of = {name: fields.pop(name) for name in LAYERS}
   for name in ("lstm", "recurrent_moe"):
     of[name] = functools.partial(of[name], width=fields["width"])
-  lstm, one_expert = of["lstm"], of["one_expert"]
+  lstm = of["lstm"]
   of["bidirectional_lstm"] = lambda: BidirectionalLSTM(lstm(), lstm())
-  of["one_expert"] = lambda: MoE(Single(), one_expert(num_experts=1))
+  of["one_expert"] = _alone(of["one_expert"])
   return [tuple(of[name]() for name in stack) for stack in stacks]
 
 
@@ -251,8 +256,7 @@ def _blocks(
       f" {', '.join(_FEED_FORWARD)}."
     )
   of = {name: fields.pop(name) for name in _FEED_FORWARD}
-  dense = of["dense"]
-  of["dense"] = lambda: MoE(Single(), dense(num_experts=1))
+  of["dense"] = _alone(of["dense"])
   layers = (tuple(of[name] for name in names) for names in (pattern, first))
   return Blocks(fields.pop("num_layers"), attention, *layers, **fields)
 

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +19,7 @@ from moejax.models import stack
 from moejax.models.attention import Attention, Memory, attentive_lstm
 from moejax.models.layers import Embed, LSTMState
 from moejax.models.lstm_lm import Dropout, DType
-from moejax.models.softmax import Softmax
+from moejax.models.softmax import Predictor, Softmax
 
 # Of whole pairs, packed. Target: inputs, targets, segment int32 [B, L]; mask,
 # start bool [B, L]. Source: source, source_segment int32 [B, M]; source_start
@@ -32,7 +31,7 @@ Batch = Mapping[str, Array]
 State = tuple[LSTMState, ...]
 
 
-class GNMT(nn.Module):
+class GNMT(Predictor):
   """Embeddings, encoder, decoder with attention, softmax over the next piece.
 
   Every layer's output is dropped out, then the layer's input added; mixtures
@@ -110,12 +109,6 @@ class GNMT(nn.Module):
       **options,
     )
 
-  def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
-    """Returns nats per target piece, 0 at padding."""
-    h = self(batch, train=train)
-    loss = self.head.loss(h, batch["targets"], train=train)
-    return jnp.where(batch["mask"], loss, 0)
-
   def encode(
     self,
     source: Int[Array, "B M"],
@@ -182,8 +175,7 @@ class GNMT(nn.Module):
       y = run(self.decoder[0], both)
     options = {"ids": ids, "train": False, "run": run}
     x = self._above(x, y, context, lambda y: y, **options)
-    logits = self.head.logits(x)[:, 0, : self.vocab_size]
-    return tuple(after), jax.nn.log_softmax(logits), weights[:, 0]
+    return tuple(after), self.head.log_p(x)[:, 0], weights[:, 0]
 
   @nn.nowrap
   def for_decoding(self) -> "GNMT":

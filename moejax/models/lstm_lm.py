@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config_fields import Names, Range, Size
 from moejax.models import stack
 from moejax.models.layers import Embed, LSTMState
-from moejax.models.softmax import Softmax
+from moejax.models.softmax import Predictor, Softmax
 from moejax.moe import ROUTING
 
 # inputs, targets int32 [B, L]; mask, start bool [B, L]: see data/packing.py.
@@ -22,7 +20,7 @@ Dropout = Annotated[float, Range(0, 1)]
 DType = Annotated[str, Names(("float32", "bfloat16"))]
 
 
-class LSTMLM(nn.Module):
+class LSTMLM(Predictor):
   """Embedding, layers of one width, softmax over the next word.
 
   How layers are joined and dropped out says `models.stack.residual`.
@@ -64,12 +62,6 @@ class LSTMLM(nn.Module):
       self.layers, x, drop, ids=ids, train=train, start=start, mask=mask
     )
 
-  def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
-    """Returns nats per target word, 0 at padding."""
-    h = self(batch, train=train)
-    loss = self.head.loss(h, batch["targets"], train=train)
-    return jnp.where(batch["mask"], loss, 0)
-
   @nn.nowrap
   def for_decoding(self) -> "LSTMLM":
     """Returns the same model with mixtures of `stack.for_decoding`."""
@@ -107,5 +99,4 @@ class LSTMLM(nn.Module):
       out_axes=1,
     )
     state, h = scan(self, state, ids)
-    logits = self.head.logits(h)[..., : self.vocab_size]
-    return state, jax.nn.log_softmax(logits)
+    return state, self.head.log_p(h)

@@ -1,6 +1,7 @@
 """The output layer: full and sampled softmax over the vocabulary."""
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -143,6 +144,10 @@ class Softmax(nn.Module):
     is_word = jnp.arange(scores.shape[-1]) < self.vocab_size
     return jnp.where(is_word[None, None], scores, -jnp.inf)
 
+  def log_p(self, h: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    """Returns log p of every word."""
+    return jax.nn.log_softmax(self.logits(h)[..., : self.vocab_size])
+
   def loss(
     self, h: Float[Array, "B L D"], targets: Int[Array, "B L"], *, train: bool
   ) -> Float[Array, "B L"]:
@@ -178,3 +183,15 @@ class Softmax(nn.Module):
     own = (h.astype(jnp.float32) * rows.astype(jnp.float32)).sum(axis=-1)
     own = own - log_expected_count(targets, *size)
     return jnp.logaddexp(jax.nn.logsumexp(others, axis=-1), own) - own
+
+
+class Predictor(nn.Module):
+  """A model that gives a state h of every token, and has a Softmax, `head`."""
+
+  def loss(
+    self, batch: Mapping[str, Array], *, train: bool = False
+  ) -> Float[Array, "B L"]:
+    """Returns nats per target, 0 at padding."""
+    h = self(batch, train=train)
+    loss = self.head.loss(h, batch["targets"], train=train)
+    return jnp.where(batch["mask"], loss, 0)

@@ -5,21 +5,19 @@ feed-forward layer is `MoE`, of one expert or of many, as it stands between
 LSTMs. Sentences, and pairs of them, that share a row do not see each other.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax import config_fields, sharding
 from moejax.config_fields import Names, Range, Size
 from moejax.models.layers import Embed, declare, look_up, product
 from moejax.models.lstm_lm import Dropout, DType
-from moejax.models.softmax import Softmax
+from moejax.models.softmax import Predictor, Softmax
 from moejax.models.stack import for_decoding
 from moejax.moe import ROUTING
 
@@ -251,7 +249,8 @@ class Block(nn.Module):
     x = x + self.drop(y, deterministic=not train)
     if self.reads_source:
       y = self.norm_source(x).astype(x.dtype)
-      y, _ = self.source_attention(y, *source[:1], None, source[1])
+      states, of_source = source
+      y, _ = self.source_attention(y, states, None, of_source)
       x = x + self.drop(y, deterministic=not train)
     y = self.norm_2(x).astype(x.dtype)
     y = self.feed_forward(y, train=train, mask=mask, ids=ids)
@@ -404,11 +403,26 @@ class Blocks(nn.Module):
     together = [("layers", self.pattern, repeats)] if repeats else []
     return [*singles[: len(first)], *together, *singles[len(first) :]]
 
+  def over_rows(
+    self,
+    x: Float[Array, "B L D"],
+    start: Bool[Array, "B L"],
+    segment: Int[Array, "B L"],
+    **options: Any,
+  ) -> Float[Array, "B L D"]:
+    """Runs over whole rows, each segment by itself; see `__call__`."""
+    place = jnp.broadcast_to(jnp.arange(start.shape[1])[None], start.shape)
+    position = place - jax.lax.cummax(jnp.where(start, place, 0), axis=1)
+    seen = segment[:, :, None] == segment[:, None]
+    if self.causal:
+      seen &= place[:, :, None] >= place[:, None]
+    where = {"position": position, "key_position": position, "seen": seen}
+    h, _ = self(x, None, **where, **options)
+    return h
+
   @nn.nowrap
-  def empty(
-    self, rows: int, length: int, width: int, dtype: DTypeLike
-  ) -> tuple[tuple[Cache, ...], ...]:
-    """Returns caches that have room for `length` tokens of every row."""
+  def begin(self, rows: int, length: int, width: int, dtype: DType) -> State:
+    """Returns the state before the first of `length` tokens of every row."""
     _, K, H = self.attention().sizes(width)
 
     def cache(repeats):
@@ -417,9 +431,57 @@ class Blocks(nn.Module):
       # Two arrays, each of which may be donated.
       return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return tuple(
+    caches = tuple(
       tuple(cache(repeats) for _ in layers) for _, layers, repeats in self.units
     )
+    return State(jnp.zeros((rows,), jnp.int32), caches)
+
+  def read(
+    self,
+    state: State,
+    x: Float[Array, "B L D"],
+    ids: Int[Array, "B L"],
+    source: tuple[Array, Array] | None = None,
+  ) -> tuple[State, Float[Array, "B L D"]]:
+    """Runs over the next tokens of all rows, in evaluation.
+
+    Raises:
+      ValueError: `begin` made room for fewer tokens. Within jit, only these
+        tokens are counted, not those that were read before.
+    """
+    rows, count = ids.shape
+    length = state.caches[0][0].keys.shape[-3]
+    known = not isinstance(state.filled, jax.core.Tracer)
+    needed = count + (int(state.filled[0]) if known else 0)
+    if needed > length:
+      raise ValueError(
+        f"the cache has room for {length} tokens, and {needed} are to be read;"
+        f" begin with a length of {needed} or more."
+      )
+    position = state.filled[:, None] + jnp.arange(count)[None]
+    keys = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
+    h, caches = self(
+      x,
+      state.caches,
+      position=position,
+      key_position=keys,
+      seen=position[:, :, None] >= keys[:, None],
+      filled=state.filled[0],
+      mask=None,
+      ids=ids,
+      train=False,
+      source=source,
+    )
+    return State(state.filled + count, caches), h
+
+  @nn.nowrap
+  def for_decoding(self) -> "Blocks":
+    """Returns the same blocks with mixtures of `stack.for_decoding`."""
+
+    def all_of(makers):
+      return tuple(lambda make=make: for_decoding(make()) for make in makers)
+
+    return self.clone(pattern=all_of(self.pattern), first=all_of(self.first))
 
   @nn.nowrap
   def _block(self, layer: Callable[[], nn.Module], name: str) -> Block:
@@ -445,7 +507,16 @@ def _bucket(distance: Int[Array, "..."], causal: bool) -> Int[Array, "..."]:
   return ahead + jnp.where(distance < exact, distance, far)
 
 
-class Transformer(nn.Module):
+class _Model(Predictor):
+  """What both models share: a table of words, and its dropout."""
+
+  def _look_up(self, embed, ids, train):
+    """Looks words up in `embed` or, if tied, in the table of the softmax."""
+    x = look_up(self.head.table, ids) if self.tied else embed(ids)
+    return self.drop(x.astype(self.dtype), deterministic=not train)
+
+
+class Transformer(_Model):
   """Embedding, a stack of blocks, softmax over the next word.
 
   Attributes:
@@ -470,58 +541,42 @@ class Transformer(nn.Module):
   def setup(self) -> None:
     size = self.vocab_size, self.width
     self.head = Softmax(*size, self.num_samples, self.vocab_multiple)
-    if not self.tied:
-      self.embed = Embed(*size, self.vocab_multiple)
+    self.embed = None if self.tied else Embed(*size, self.vocab_multiple)
     self.drop = nn.Dropout(self.blocks.dropout)
 
   def __call__(
     self, batch: Batch, *, train: bool = False
   ) -> Float[Array, "B L D"]:
     """Returns the state h from which `head` reads the next word."""
-    start = batch["start"]
-    segment = jnp.cumsum(start, axis=1)
-    h, _ = _over_rows(
-      self.blocks, self._look_up(batch["inputs"], train), start, segment
-    )(mask=batch["mask"], ids=batch["inputs"], train=train)
-    return h
-
-  def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
-    """Returns nats per target word, 0 at padding."""
-    h = self(batch, train=train)
-    loss = self.head.loss(h, batch["targets"], train=train)
-    return jnp.where(batch["mask"], loss, 0)
+    ids, start, mask = (batch[name] for name in ("inputs", "start", "mask"))
+    x, segment = self._look_up(self.embed, ids, train), start.cumsum(axis=1)
+    options = {"mask": mask, "ids": ids, "train": train}
+    return self.blocks.over_rows(x, start, segment, **options)
 
   @nn.nowrap
   def for_decoding(self) -> "Transformer":
     """Returns the same model with mixtures of `stack.for_decoding`."""
-    return self.clone(blocks=_for_decoding(self.blocks))
+    return self.clone(blocks=self.blocks.for_decoding())
 
   @nn.nowrap
   def begin(self, rows: int, length: int) -> State:
     """Returns the state before the first of at most `length` tokens."""
-    return _begin(self.blocks, rows, length, self.width, self.dtype)
+    return self.blocks.begin(rows, length, self.width, self.dtype)
 
   def read(
     self, state: State, ids: Int[Array, "B L"]
   ) -> tuple[State, Float[Array, "B L V"]]:
     """Reads on; returns the next state, and log p of each token's next word.
 
-    Mixtures drop what their capacity does not hold: see `for_decoding`.
-
-    Raises:
-      ValueError: `begin` made room for fewer tokens. Within jit, only these
-        tokens are counted, not those that were read before.
+    Mixtures drop what their capacity does not hold: see `for_decoding`. Errors
+    as of `Blocks.read`.
     """
-    state, h = _read(self.blocks, state, self._look_up(ids, False), ids)
-    log_p = jax.nn.log_softmax(self.head.logits(h)[..., : self.vocab_size])
-    return state, log_p
-
-  def _look_up(self, ids, train):
-    x = look_up(self.head.table, ids) if self.tied else self.embed(ids)
-    return self.drop(x.astype(self.dtype), deterministic=not train)
+    x = self._look_up(self.embed, ids, False)
+    state, h = self.blocks.read(state, x, ids)
+    return state, self.head.log_p(h)
 
 
-class PairTransformer(nn.Module):
+class PairTransformer(_Model):
   """Encoder, and decoder that attends to it (1706.03762), of packed pairs.
 
   Attributes:
@@ -545,10 +600,10 @@ class PairTransformer(nn.Module):
     size = self.vocab_size, self.width
     # In full always, see GNMT.
     self.head = Softmax(*size, multiple=self.vocab_multiple)
-    if not self.tied:
-      self.embed = {
-        side: Embed(*size, self.vocab_multiple) for side in ("source", "target")
-      }
+    self.embed = {
+      side: None if self.tied else Embed(*size, self.vocab_multiple)
+      for side in ("source", "target")
+    }
     self.drop = nn.Dropout(self.decoder.dropout)
 
   def __call__(
@@ -558,24 +613,16 @@ class PairTransformer(nn.Module):
     source = (batch[f"source{name}"] for name in ("", "_segment", "_start"))
     states, segment = self.encode(*source, train=train)
     own = batch["segment"][:, :, None] == segment[:, None]
-    h, _ = _over_rows(
-      self.decoder,
-      self._look_up("target", batch["inputs"], train),
+    ids = batch["inputs"]
+    return self.decoder.over_rows(
+      self._look_up(self.embed["target"], ids, train),
       batch["start"],
       batch["segment"],
-    )(
       mask=batch["mask"],
-      ids=batch["inputs"],
+      ids=ids,
       train=train,
       source=(states, own),
     )
-    return h
-
-  def loss(self, batch: Batch, *, train: bool = False) -> Float[Array, "B L"]:
-    """Returns nats per target piece, 0 at padding."""
-    h = self(batch, train=train)
-    loss = self.head.loss(h, batch["targets"], train=train)
-    return jnp.where(batch["mask"], loss, 0)
 
   def encode(
     self,
@@ -586,25 +633,21 @@ class PairTransformer(nn.Module):
     train: bool = False,
   ) -> Source:
     """Returns what the decoder reads of the source; arguments as of GNMT."""
-    states, _ = _over_rows(
-      self.encoder,
-      self._look_up("source", source, train),
-      source_start,
-      source_segment,
-    )(mask=source_segment > 0, ids=source, train=train)
+    x = self._look_up(self.embed["source"], source, train)
+    options = {"mask": source_segment > 0, "ids": source, "train": train}
+    states = self.encoder.over_rows(x, source_start, source_segment, **options)
     return Source(states, source_segment)
 
   @nn.nowrap
   def for_decoding(self) -> "PairTransformer":
     """Returns the same model with mixtures of `stack.for_decoding`."""
-    return self.clone(
-      encoder=_for_decoding(self.encoder), decoder=_for_decoding(self.decoder)
-    )
+    encoder, decoder = self.encoder.for_decoding(), self.decoder.for_decoding()
+    return self.clone(encoder=encoder, decoder=decoder)
 
   @nn.nowrap
   def begin(self, rows: int, length: int) -> State:
     """Returns the decoder's state before the first of `length` pieces."""
-    return _begin(self.decoder, rows, length, self.width, self.dtype)
+    return self.decoder.begin(rows, length, self.width, self.dtype)
 
   def step(
     self, memory: Source, state: State, ids: Int[Array, "B"]
@@ -614,82 +657,8 @@ class PairTransformer(nn.Module):
     Each piece attends to every token of the source in full: attention of many
     heads aligns nothing, and nothing is asked of its coverage.
     """
-    x = self._look_up("target", ids[:, None], False)
-    seen = memory.segment[:, None] == 1
-    source = memory.states, seen
-    state, h = _read(self.decoder, state, x, ids[:, None], source)
-    logits = self.head.logits(h)[:, 0, : self.vocab_size]
-    weights = (memory.segment == 1).astype(jnp.float32)
-    return state, jax.nn.log_softmax(logits), weights
-
-  def _look_up(self, side, ids, train):
-    if self.tied:
-      x = look_up(self.head.table, ids)
-    else:
-      x = self.embed[side](ids)
-    return self.drop(x.astype(self.dtype), deterministic=not train)
-
-
-def _over_rows(
-  blocks: Blocks,
-  x: Float[Array, "B L D"],
-  start: Bool[Array, "B L"],
-  segment: Int[Array, "B L"],
-) -> Callable[..., Any]:
-  """Returns the blocks over whole rows, each segment by itself."""
-  place = jnp.broadcast_to(jnp.arange(start.shape[1])[None], start.shape)
-  position = place - jax.lax.cummax(jnp.where(start, place, 0), axis=1)
-  seen = segment[:, :, None] == segment[:, None]
-  if blocks.causal:
-    seen &= place[:, :, None] >= place[:, None]
-  return functools.partial(
-    blocks, x, None, position=position, key_position=position, seen=seen
-  )
-
-
-def _for_decoding(blocks: Blocks) -> Blocks:
-  def all_of(makers):
-    return tuple(lambda make=make: for_decoding(make()) for make in makers)
-
-  return blocks.clone(
-    pattern=all_of(blocks.pattern), first=all_of(blocks.first)
-  )
-
-
-def _begin(blocks, rows, length, width, dtype) -> State:
-  caches = blocks.empty(rows, length, width, dtype)
-  return State(jnp.zeros((rows,), jnp.int32), caches)
-
-
-def _read(
-  blocks: Blocks,
-  state: State,
-  x: Float[Array, "B L D"],
-  ids: Int[Array, "B L"],
-  source: tuple[Array, Array] | None = None,
-) -> tuple[State, Float[Array, "B L D"]]:
-  """Runs blocks over the next tokens of its rows."""
-  rows, count = ids.shape
-  length = state.caches[0][0].keys.shape[-3]
-  known = not isinstance(state.filled, jax.core.Tracer)
-  needed = count + (int(state.filled[0]) if known else 0)
-  if needed > length:
-    raise ValueError(
-      f"the cache has room for {length} tokens, and {needed} are to be read;"
-      f" begin with a length of {needed} or more."
-    )
-  position = state.filled[:, None] + jnp.arange(count)[None]
-  keys = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
-  h, caches = blocks(
-    x,
-    state.caches,
-    position=position,
-    key_position=keys,
-    seen=position[:, :, None] >= keys[:, None],
-    filled=state.filled[0],
-    mask=None,
-    ids=ids,
-    train=False,
-    source=source,
-  )
-  return State(state.filled + count, caches), h
+    x = self._look_up(self.embed["target"], ids[:, None], False)
+    own = memory.segment == 1
+    source = memory.states, own[:, None]
+    state, h = self.decoder.read(state, x, ids[:, None], source)
+    return state, self.head.log_p(h)[:, 0], own.astype(jnp.float32)

@@ -212,16 +212,14 @@ def sample_run(
   texts = sampler.texts(params, [start, *own], length or longest, end, seed)
 
   def parts(text):
-    ids, said = [], ""
+    gap = ""
     for token in text:
-      if token.id in (start, end):
-        (name,) = vocabulary.decode([token.id])
-        yield (name if options.get("show_experts") else ""), token.experts
-        continue
-      ids.append(token.id)
-      now = " ".join(vocabulary.decode(ids))
-      yield now.removeprefix(said), token.experts
-      said = now
+      (word,) = vocabulary.decode([token.id])
+      if token.id not in (start, end):
+        yield gap + word, token.experts
+        gap = " "
+      else:
+        yield word if options.get("show_experts") else "", token.experts
 
   return map(parts, texts)
 
