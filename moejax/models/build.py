@@ -257,6 +257,8 @@ def _blocks(
     )
   of = {name: fields.pop(name) for name in _FEED_FORWARD}
   of["dense"] = _alone(of["dense"])
+  for name in {*pattern, *first}:
+    of[name]()  # Refuses here what the blocks would, layer by layer, later.
   layers = (tuple(of[name] for name in names) for names in (pattern, first))
   return Blocks(fields.pop("num_layers"), attention, *layers, **fields)
 

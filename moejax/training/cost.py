@@ -7,7 +7,7 @@ mixture's experts. Biases (docs/decisions.md, 17), activations and dispatch are
 free, and capacity does not matter.
 
 A timestep of a translation is one word of the source and one of the target. Of
-attention it has the products with U and W; what every pair of positions costs
+attention it has the products with matrices; what every pair of positions costs
 depends on lengths, and only `flops_per_word` counts it.
 """
 
@@ -21,11 +21,15 @@ import jax
 
 from moejax import config as config_lib
 from moejax.models import softmax
+from moejax.models.attention import Attention
+from moejax.models.transformer import MultiHeadAttention
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.routing import Routing
 
 # A part of a mixture -> the router that chooses among its copies.
 _ROUTER_OF = {"experts": "router", "secondary": "primary"}
+# What a decoder's attention makes of states of the source, once for all words.
+_OF_SOURCE = ("w_key", "w_value")
 
 
 class Count(NamedTuple):
@@ -44,6 +48,10 @@ class Count(NamedTuple):
   source: int  # The part of `ops` that a word of a translation's source costs.
   experts: int  # The part of `ops` in experts.
   expert_io: int  # Numbers that a timestep's experts read and return.
+  # Multiply-adds with the positions that a word attends to, every one of its
+  # row or of its row's source, whatever sentence that is of; not among `ops`.
+  positions: int
+  source_positions: int  # The same of a word of the source.
 
   @property
   def total(self) -> int:
@@ -79,12 +87,21 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
   # By the paths of routers: how many experts a token is sent to, and which
   # share of all. By those of mixtures: how many numbers go in and come out.
   active, shares, widths = {}, {}, {}
+  positions = {}  # By paths of attention.
 
   def note(call, args, kwargs, context):
     result, module = call(*args, **kwargs), context.module
     is_mixture = isinstance(module, MoE | HierarchicalMoE)
     if is_mixture and context.method_name == "__call__":
       widths[module.path] = args[0].shape[-1] + result.shape[-1]
+    # Of a score and of a mean, an entry each for every position.
+    if isinstance(module, MultiHeadAttention):
+      if context.method_name == "__call__":
+        N, _, H = module.sizes(args[0].shape[-1])
+        positions[module.path] = 2 * N * H * args[1].shape[1]
+    elif isinstance(module, Attention) and context.method_name == "remember":
+      _, M, D = args[0].shape
+      positions[module.path] = (module.width + D) * M
     if isinstance(result, Routing):
       tokens, num_experts = result.logits.shape[-2:]
       edges = result.assignment.expert.shape[-1]
@@ -99,10 +116,17 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     shapes = jax.eval_shape(
       lambda inputs: model.init(keys, *inputs, method=method), inputs
     )
-  flat = flax.traverse_util.flatten_dict(nn.unbox(shapes)["params"])
   sums = dict.fromkeys(Count._fields, 0)
-  for path, leaf in flat.items():
-    size, where = math.prod(leaf.shape), path[0]
+  repeats = {}  # By paths of what is within `nn.scan`, as `Blocks` uses it.
+  flat = flax.traverse_util.flatten_dict(shapes["params"])
+  for path, boxed in flat.items():
+    leaf, where = nn.unbox(boxed), path[0]
+    size, rank = math.prod(leaf.shape), len(leaf.shape)
+    if getattr(boxed, "names", ())[:1] == ("layers",):
+      rank -= 1
+      repeats |= dict.fromkeys(
+        (path[:depth] for depth in range(len(path))), leaf.shape[0]
+      )
     if where == "head" or where.startswith("embed"):
       sums["softmax" if where == "head" else "embedding"] += size
       continue
@@ -112,16 +136,18 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
       for depth, name in enumerate(path)
       if name in _ROUTER_OF
     ]
-    # Each level of a mixture puts an axis in front; attention's v is a column.
-    if len(leaf.shape) - len(of_token) < 2 or path == ("attention", "v"):
+    # Each level of a mixture puts an axis in front; attention's v is a column,
+    # and what relative positions add is looked up.
+    if rank - len(of_token) < 2 or path[-1] in ("v", "distances"):
       sums["biases"] += size
       continue
     ops = size * math.prod(of_token)
     is_source = where.startswith("encoder") or path == ("attention", "u")
+    is_source |= "source_attention" in path and path[-1] in _OF_SOURCE
     sums["parameters"] += size
     sums["ops"] += ops
     sums["gates"] += ops * bool({"router", "primary"} & {*path})
-    sums["attention"] += ops * (where == "attention")
+    sums["attention"] += ops * bool({"attention", "source_attention"} & {*path})
     sums["source"] += ops * is_source
     sums["experts"] += ops * ("experts" in path)
   for path, width in widths.items():
@@ -129,7 +155,11 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     if "experts" not in path:
       levels = ("router",), ("primary",), ("secondary", "router")
       of_token = (active.get((*path, *level), 1) for level in levels)
+      width *= repeats.get(path, 1)
       sums["expert_io"] += width * math.prod(of_token)
+  for path, ops in positions.items():
+    side = "source_" if path[0].startswith("encoder") else ""
+    sums[f"{side}positions"] += ops * repeats.get(path, 1)
   return Count(**{name: int(value) for name, value in sums.items()})
 
 
@@ -147,21 +177,17 @@ def flops_per_word(
   """Counts what training needs to compute, in floating-point operations.
 
   A multiply-add is two, and the backward pass costs twice the forward pass (the
-  TFLOPS of sec. 5.1). Softmax is included, embedding excluded; where the
-  softmax is sampled, it has the target and as many classes as the draws are of
-  in the mean. A word of a translation attends to every position of its row's
-  source, whatever pair that is of. Empty slots, dispatch, padding, and what is
-  computed again to save memory count nothing.
+  TFLOPS of sec. 5.1). Softmax and positions are included, embedding excluded;
+  where the softmax is sampled, it has the target and as many classes as the
+  draws are of in the mean. Empty slots, dispatch, padding, and what is computed
+  again to save memory count nothing.
 
   Returned are those of a word of the target, and of one of the source.
   """
   model = experiment.model(vocab_size)
   target = count.ops - count.source + _softmax_ops(model, vocab_size)
-  if attention := getattr(model, "attention", None):
-    # Of a score and of a context, one entry each.
-    pair = attention.width + model.width
-    target += experiment.shapes["source"].shape[1] * pair
-  return 6 * target, 6 * count.source
+  target += count.positions
+  return 6 * target, 6 * (count.source + count.source_positions)
 
 
 def _softmax_ops(model: nn.Module, vocab_size: int) -> int:

@@ -495,6 +495,7 @@ def test_configs_build_both():
     ({"pattern": ("lstm",)}, "'lstm'.*'dense'"),
     ({"norm": "batch"}, "norm is 'batch'.*'rms'"),
     ({"num_layers": 0}, "num_layers is 0; give 1"),
+    ({"moe": None}, "blocks.moe.num_experts is missing"),
   ):
     with pytest.raises(ValueError, match=message):
       built(kind="transformer", blocks=blocks | change)

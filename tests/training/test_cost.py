@@ -288,3 +288,71 @@ def test_two_levels_meet_the_gates_of_the_groups_they_visit():
   assert got.parameters == 2 * D * 4 + 12 * EXPERT + 2 * D * 12
   balanced = moe.MoE(router.Sigmoid(3, 1), experts.FeedForward(3, F))
   assert count(moe.HierarchicalMoE(router.TopK(4, 3), balanced)).biases == 12
+
+
+# -- Transformers -------------------------------------------------------------
+
+HEADS, KV, H, L, M = 4, 2, 8, 6, 5
+ATTENTION = 2 * D * H * (HEADS + KV)
+BLOCKS = {
+  "attention": {"num_heads": HEADS, "num_kv_heads": KV},
+  "dense": {"kind": "feed_forward", "hidden": F, "gated": True},
+  "moe": {
+    "num_experts": E,
+    "router": {"kind": "top_k", "k": 2},
+    "experts": {"kind": "feed_forward", "hidden": F},
+  },
+}
+
+
+def counted(name, vocab_size, data, model):
+  """Counts a model in place of a config's own."""
+  values = load(name).to_dict()
+  values["data"] |= {"batch_size": 2, "row_length": L} | data
+  values["model"] = {"width": D} | model
+  built = config_lib.parse(values)
+  count = cost.count(built, vocab_size)
+  return count, cost.flops_per_word(built, vocab_size, count)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_cost_the_same_one_by_one_and_scanned(scan):
+  """A dense block, then three times a sparse and a dense one."""
+  blocks = BLOCKS | {
+    "num_layers": 7,
+    "first": ("dense",),
+    "pattern": ("moe", "dense"),
+    "position": "relative",
+    "scan": scan,
+  }
+  model = {"kind": "transformer", "blocks": blocks}
+  got, of_word = counted("tiny", 50, {}, model)
+  gates, active = 3 * GATE, 3 * 2 * EXPERT + 4 * 3 * D * F
+  assert (got.gates, got.experts) == (gates, active)
+  assert (got.attention, got.ops) == (
+    7 * ATTENTION,
+    7 * ATTENTION + gates + active,
+  )
+  assert got.parameters == got.ops + 3 * (E - 2) * EXPERT
+  # Two norms a block and one after the last; T5's table.
+  assert got.biases == 15 * D + 32 * HEADS
+  assert got.expert_io == (3 * 2 + 4) * 2 * D
+  assert of_word == (6 * (got.ops + 7 * 2 * D * L + 50 * D), 0)
+
+
+def test_a_pair_costs_what_each_side_does():
+  stack = BLOCKS | {"pattern": ("dense",), "scan": True}
+  model = {
+    "kind": "pair_transformer",
+    "encoder": stack | {"num_layers": 2},
+    "decoder": stack | {"num_layers": 3},
+    "tied": True,
+  }
+  got, words = counted("translate_tiny", 50, {"source_length": M}, model)
+  dense, of_states = 3 * D * F, 2 * D * H * KV
+  source = 2 * (ATTENTION + dense) + 3 * of_states
+  target = 3 * (2 * ATTENTION - of_states + dense)
+  assert (got.source, got.ops) == (source, source + target)
+  assert (got.embedding, got.softmax) == (0, 50 * D)
+  target += 3 * 2 * D * (L + M) + 50 * D
+  assert words == (6 * target, 6 * (source + 2 * 2 * D * M))
