@@ -77,9 +77,11 @@ def others(annotation, value):
 def is_read(config, name):
   """Whether anything reads a field.
 
-  A layer that no stack has is not built, and a layout that has a name has no
-  section.
+  A layer that no stack has is not built, a layout that has a name has no
+  section, and "looks_ahead" only lets pass what else is refused.
   """
+  if name == "config.model.looks_ahead":
+    return False
   if name.startswith("config.layout.") and isinstance(config["layout"], str):
     return False
   model = config["model"]

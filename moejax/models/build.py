@@ -292,13 +292,38 @@ def _pair_transformer(
   return PairTransformer(vocab_size, fields.pop("width"), *sides, **fields)
 
 
+def _causal(factory: _Build) -> _Build:
+  """Refuses routers that look ahead, unless told not to."""
+
+  @config_fields.fields_of(factory)
+  def make(looks_ahead: bool = False, **fields: Any) -> nn.Module:
+    """Makes a model.
+
+    Args:
+      looks_ahead: whether a router may choose by later tokens in evaluation,
+        too. Perplexity then tells nothing about the next word, and the model
+        writes no text.
+    """
+    model = factory(**fields)
+    if not looks_ahead:
+      try:
+        model.for_decoding()
+      except ValueError as error:
+        raise ValueError(
+          f"{error} Or set config.model.looks_ahead, and trust no perplexity."
+        ) from None
+    return model
+
+  return make
+
+
 # What `config.model.kind` names: a factory that takes the fields of the section
 # and, from the corpus, the size of the vocabulary.
 MODELS = {
-  "gnmt": _gnmt,
-  "lstm_lm": _lstm_lm,
-  "pair_transformer": _pair_transformer,
-  "transformer": _transformer,
+  "gnmt": _causal(_gnmt),
+  "lstm_lm": _causal(_lstm_lm),
+  "pair_transformer": _causal(_pair_transformer),
+  "transformer": _causal(_transformer),
 }
 # Those that read pairs of sentences.
 TRANSLATORS = ("gnmt", "pair_transformer")

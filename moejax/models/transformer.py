@@ -477,6 +477,8 @@ class Blocks(nn.Module):
   @nn.nowrap
   def for_decoding(self) -> "Blocks":
     """Returns the same blocks with mixtures of `stack.for_decoding`."""
+    for make in (*self.first, *self.pattern):
+      for_decoding(make())  # Refuses now what could not be made later.
 
     def all_of(makers):
       return tuple(lambda make=make: for_decoding(make()) for make in makers)

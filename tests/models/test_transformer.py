@@ -499,3 +499,7 @@ def test_configs_build_both():
   ):
     with pytest.raises(ValueError, match=message):
       built(kind="transformer", blocks=blocks | change)
+  blocks["moe"] |= {"router": {"kind": "expert_choice", "k": 1}}
+  with pytest.raises(ValueError, match="ExpertChoice.*future.*looks_ahead"):
+    built(kind="transformer", blocks=blocks)
+  assert built(kind="transformer", blocks=blocks, looks_ahead=True)
