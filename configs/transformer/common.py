@@ -36,7 +36,7 @@ def get_config(
     "num_samples": 512,
     "blocks": {
       "num_layers": 4,
-      "attention": {"num_heads": 4},
+      "attention": {"kind": "multi_head", "num_heads": 4},
       "pattern": ("dense",),
       "dense": {"kind": "feed_forward", "hidden": HIDDEN},
       "dropout": 0.1,

@@ -1,4 +1,4 @@
-"""Switch Transformer (2101.03961): 1 of 32 experts, as wide as a dense layer."""
+"""Switch (2101.03961): 1 of 32 experts, each as wide as a dense layer."""
 
 import pathlib
 import runpy

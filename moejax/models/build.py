@@ -21,6 +21,7 @@ from moejax.models.lstm_lm import LSTMLM
 from moejax.models.recurrent import RecurrentMoE
 from moejax.models.transformer import (
   Blocks,
+  LatentAttention,
   MultiHeadAttention,
   PairTransformer,
   Transformer,
@@ -230,6 +231,7 @@ _FEED_FORWARD = {
   "moe": LAYERS["moe"],
   "hierarchical_moe": LAYERS["hierarchical_moe"],
 }
+ATTENTION = {"multi_head": MultiHeadAttention, "latent": LatentAttention}
 _Pattern = Sequence[Annotated[str, Names(_FEED_FORWARD)]]
 
 
@@ -237,7 +239,7 @@ _Pattern = Sequence[Annotated[str, Names(_FEED_FORWARD)]]
   Blocks, causal=None, reads_source=None, **_FEED_FORWARD
 )
 def _blocks(
-  attention: Annotated[_Build, Section(MultiHeadAttention)],
+  attention: Annotated[_Build, Section(ATTENTION)],
   pattern: _Pattern,
   first: _Pattern = (),
   **fields: Any,

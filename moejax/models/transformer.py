@@ -35,11 +35,22 @@ _BUCKETS, _FURTHEST = 32, 128
 class Cache(NamedTuple):
   """Keys and values of a layer, for as many tokens of a row as there is room.
 
-  With layers that repeat there is an axis of these behind that of rows.
+  With layers that repeat there is an axis of these behind that of rows. Of
+  `LatentAttention` it is what keys and values are made of.
   """
 
-  keys: Float[Array, "B *layers S K H"]
-  values: Float[Array, "B *layers S K H"]
+  keys: Float[Array, "B *layers S K _"]
+  values: Float[Array, "B *layers S K _"]
+
+  def add(self, keys: Array, values: Array, filled: Array) -> "Cache":
+    """Returns one that holds those of the next tokens, too."""
+    return jax.tree.map(
+      lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+        old, new, filled, axis=1
+      ),
+      self,
+      Cache(keys, values),
+    )
 
 
 class State(NamedTuple):
@@ -130,6 +141,16 @@ class MultiHeadAttention(nn.Module):
       )
     return N, K, H
 
+  def ops_per_position(self, width: int) -> int:
+    """Multiply-adds of a token with each that it may attend to."""
+    N, _, H = self.sizes(width)
+    return 2 * N * H
+
+  def of_token(self, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of a token's entries in the two arrays of a `Cache`."""
+    _, K, H = self.sizes(width)
+    return (K, H), (K, H)
+
   @nn.compact
   def __call__(
     self,
@@ -160,27 +181,129 @@ class MultiHeadAttention(nn.Module):
     query = project("query", x, N)
     key, value = project("key", source, K), project("value", source, K)
     if cache is not None:
-      cache = jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-          old, new, places.filled, axis=1
-        ),
-        cache,
-        Cache(key, value),
-      )
-      key, value = cache
-    # cuDNN's kernel takes 16 bits alone.
-    fused = sharding.platform() == "gpu" and x.dtype.itemsize == 2
-    y = jax.nn.dot_product_attention(
-      query,
-      key,
-      value,
-      None if places.bias is None else places.bias.astype(x.dtype),
-      places.seen,
-      implementation="cudnn" if fused else None,
-    )
+      key, value = cache = cache.add(key, value, places.filled)
+    y = _attend(query, key, value, places)
     w_out = declare(self, "w_out", ("heads", "embed"), (N * H, x.shape[-1]))
     y = product("BLM,MD->BLD", y.reshape(*y.shape[:2], N * H), w_out, x.dtype)
     return y.astype(x.dtype), cache
+
+
+class LatentAttention(nn.Module):
+  """Attention to what one short vector a token says (2405.04434, sec. 2.1).
+
+  Of c = norm(x W_latent) are a head's keys, c W_key, and its values, c W_value.
+  Positions turn entries of their own, which each query has, and a key once for
+  all heads, x W_rotary. So a cache holds c and these alone.
+
+  Attributes:
+    num_heads: N.
+    rank: entries of c.
+    head_dim: H, entries of a head's key out of c, and of its value.
+    rotary_dim: R, entries that positions turn.
+    query_rank: queries come of a norm of so many products, as keys do; None
+      makes them of x itself.
+    rotary_base: as of `MultiHeadAttention`.
+    epsilon: of the norms.
+  """
+
+  num_heads: Size
+  rank: Size
+  head_dim: Size
+  rotary_dim: Size
+  query_rank: Size | None = None
+  rotary_base: Annotated[float, Range(1)] = 10_000.0
+  epsilon: float = 1e-6
+
+  def ops_per_position(self, width: int) -> int:
+    """As of `MultiHeadAttention`."""
+    del width
+    return self.num_heads * (2 * self.head_dim + self.rotary_dim)
+
+  def of_token(self, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """As of `MultiHeadAttention`."""
+    del width
+    return (1, self.rotary_dim), (1, self.rank)
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    source: Float[Array, "B S D"],
+    cache: Cache | None,
+    places: Places,
+  ) -> tuple[Float[Array, "B L D"], Cache | None]:
+    """As of `MultiHeadAttention`.
+
+    Raises:
+      ValueError: rotary_dim is odd, or positions are not rotary.
+    """
+    N, H, R = self.num_heads, self.head_dim, self.rotary_dim
+    if R % 2:
+      raise ValueError(
+        f"rotary_dim is {R}, but positions turn pairs of entries; choose an"
+        " even one."
+      )
+    if places.bias is not None:
+      raise ValueError(
+        "latent attention has rotary positions alone; let position be 'rotary'."
+      )
+
+    def project(name, x, size, axes=("embed", "heads"), norm=False):
+      w = declare(self, f"w_{name}", axes, (x.shape[-1], size))
+      y = product("BLD,DM->BLM", x, w, x.dtype)
+      if norm:
+        y = make_norm("rms", self.epsilon, f"norm_{name}")(y)
+      return y.astype(x.dtype)
+
+    def turn(y):
+      if places.position is None:
+        return y
+      y = rotate(y.astype(jnp.float32), places.position, self.rotary_base)
+      return y.astype(x.dtype)
+
+    def heads(y):
+      return y.reshape(*y.shape[:2], N, -1)
+
+    # What all heads share lies with none of them.
+    shared = "embed", None
+    asked = x
+    if self.query_rank is not None:
+      asked = project("query_latent", x, self.query_rank, shared, norm=True)
+    query = heads(project("query", asked, N * (H + R)))
+    plain, turned = jnp.split(query, [H], axis=-1)
+    query = jnp.concatenate([plain, turn(turned)], axis=-1)
+    c = project("latent", source, self.rank, shared, norm=True)[:, :, None]
+    turned = turn(project("rotary", source, R, shared)[:, :, None])
+    if cache is not None:
+      turned, c = cache = cache.add(turned, c, places.filled)
+    c = c[:, :, 0]
+    key, value = (
+      heads(project(name, c, N * H, (None, "heads")))
+      for name in ("key", "value")
+    )
+    turned = jnp.broadcast_to(turned, (*key.shape[:3], R))
+    key = jnp.concatenate([key, turned], axis=-1)
+    # Attention of JAX takes values as wide as keys.
+    value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, R)))
+    y = _attend(query, key, value, places)[..., :H]
+    w_out = declare(self, "w_out", ("heads", "embed"), (N * H, x.shape[-1]))
+    y = product("BLM,MD->BLD", y.reshape(*y.shape[:2], N * H), w_out, x.dtype)
+    return y.astype(x.dtype), cache
+
+
+def _attend(query, key, value, places):
+  """Attention of heads [B L N H] to [B S K H]."""
+  dtype = query.dtype
+  # cuDNN's kernel takes 16 bits alone.
+  fused = sharding.platform() == "gpu" and dtype.itemsize == 2
+  return jax.nn.dot_product_attention(
+    query,
+    key,
+    value,
+    None if places.bias is None else places.bias.astype(dtype),
+    places.seen,
+    implementation="cudnn" if fused else None,
+  )
 
 
 def rotate(
@@ -218,7 +341,7 @@ class Block(nn.Module):
   """Attention, then a feed-forward layer, each added to what it reads.
 
   Attributes:
-    make_attention: makes a MultiHeadAttention.
+    make_attention: makes a MultiHeadAttention, or a LatentAttention.
     make_feed_forward: makes a module called as MoE is.
     reads_source: whether there is attention to a source between the two.
     norm: "rms" or "layer".
@@ -226,7 +349,7 @@ class Block(nn.Module):
     dropout: chance of zeroing an output.
   """
 
-  make_attention: Callable[[], MultiHeadAttention]
+  make_attention: Callable[[], nn.Module]
   make_feed_forward: Callable[[], nn.Module]
   reads_source: bool
   norm: str
@@ -283,7 +406,7 @@ class Blocks(nn.Module):
 
   Attributes:
     num_layers: blocks in all.
-    attention: makes that of a block.
+    attention: makes that of a block, as for `Block`.
     pattern: each makes a feed-forward layer, a module called as MoE is, for a
       block; those of the blocks that follow repeat.
     first: the same, of the first blocks, which do not repeat.
@@ -301,7 +424,7 @@ class Blocks(nn.Module):
   """
 
   num_layers: Size
-  attention: Callable[..., MultiHeadAttention]
+  attention: Callable[[], nn.Module]
   pattern: tuple[Callable[[], nn.Module], ...]
   first: tuple[Callable[[], nn.Module], ...] = ()
   norm: Annotated[str, Names(NORMS)] = "rms"
@@ -423,13 +546,13 @@ class Blocks(nn.Module):
   @nn.nowrap
   def begin(self, rows: int, length: int, width: int, dtype: DType) -> State:
     """Returns the state before the first of `length` tokens of every row."""
-    _, K, H = self.attention().sizes(width)
+    of_token = self.attention().of_token(width)
 
     def cache(repeats):
       stacked = (repeats,) if repeats > 1 else ()
-      shape = rows, *stacked, length, K, H
+      shape = rows, *stacked, length
       # Two arrays, each of which may be donated.
-      return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+      return Cache(*(jnp.zeros((*shape, *each), dtype) for each in of_token))
 
     caches = tuple(
       tuple(cache(repeats) for _ in layers) for _, layers, repeats in self.units

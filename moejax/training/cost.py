@@ -22,14 +22,14 @@ import jax
 from moejax import config as config_lib
 from moejax.models import softmax
 from moejax.models.attention import Attention
-from moejax.models.transformer import MultiHeadAttention
+from moejax.models.transformer import LatentAttention, MultiHeadAttention
 from moejax.moe import HierarchicalMoE, MoE
 from moejax.routing import Routing
 
 # A part of a mixture -> the router that chooses among its copies.
 _ROUTER_OF = {"experts": "router", "secondary": "primary"}
 # What a decoder's attention makes of states of the source, once for all words.
-_OF_SOURCE = ("w_key", "w_value")
+_OF_SOURCE = ("w_key", "w_value", "w_latent", "w_rotary")
 
 
 class Count(NamedTuple):
@@ -95,10 +95,10 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     if is_mixture and context.method_name == "__call__":
       widths[module.path] = args[0].shape[-1] + result.shape[-1]
     # Of a score and of a mean, an entry each for every position.
-    if isinstance(module, MultiHeadAttention):
+    if isinstance(module, MultiHeadAttention | LatentAttention):
       if context.method_name == "__call__":
-        N, _, H = module.sizes(args[0].shape[-1])
-        positions[module.path] = 2 * N * H * args[1].shape[1]
+        ops = module.ops_per_position(args[0].shape[-1])
+        positions[module.path] = ops * args[1].shape[1]
     elif isinstance(module, Attention) and context.method_name == "remember":
       _, M, D = args[0].shape
       positions[module.path] = (module.width + D) * M

@@ -35,6 +35,8 @@ def make(moe=mixture, attention=None, tied=False, dtype="float32", **fields):
   attends = functools.partial(
     transformer.MultiHeadAttention, N, K, **(attention or {})
   )
+  if attention and "rank" in attention:
+    attends = functools.partial(transformer.LatentAttention, N, **attention)
   stack = transformer.Blocks(attention=attends, **shape)
   return transformer.Transformer(V, D, stack, tied, dtype=dtype)
 
@@ -56,6 +58,8 @@ def batch(rows=2, lengths=((4, 3), (5,))):
   }
 
 
+LATENT = {"rank": 5, "head_dim": 3, "rotary_dim": 2}
+KEYS = ("key", "value")
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("router", "dropout"))}
 
 
@@ -150,6 +154,32 @@ def attention_of(x, p, sentence, kind, table):
   return y.reshape(len(x), N * H) @ p["w_out"]
 
 
+def latent_attention_of(x, p, sentence):
+  """The same, of keys and values that come of a short vector."""
+  R = p["w_rotary"].shape[1]
+  c = normed(x @ p["w_latent"], p["norm_latent"]["scale"])
+  shared, asked = x @ p["w_rotary"], x
+  if "w_query_latent" in p:
+    asked = x @ p["w_query_latent"]
+    asked = normed(asked, p["norm_query_latent"]["scale"])
+  query = (asked @ p["w_query"]).reshape(len(x), N, -1)
+  key, value = ((c @ p[f"w_{n}"]).reshape(len(x), N, -1) for n in KEYS)
+  H = key.shape[-1]
+  y = np.zeros((len(x), N, H))
+  for t in range(len(x)):
+    seen = [s for s in range(t + 1) if sentence[s] == sentence[t]]
+    for n in range(N):
+      asks = turned(query[t, n, H:], t - seen[0])
+      scores = [
+        query[t, n, :H] @ key[s, n] + asks @ turned(shared[s], s - seen[0])
+        for s in seen
+      ]
+      weights = np.exp(scores / np.sqrt(H + R))
+      weights /= weights.sum()
+      y[t, n] = sum(w * value[s, n] for w, s in zip(weights, seen, strict=True))
+  return y.reshape(len(x), -1) @ p["w_out"]
+
+
 def feed_forward_of(x, p):
   """The dense layer, or 2 of E gated experts for each token."""
   relu, w = (lambda a: np.maximum(a, 0)), p["experts"]
@@ -175,13 +205,11 @@ def reference(params, given, kind="none"):
     x, sentence = table[ids], np.cumsum(given["start"][r])
     for i in range(3):
       block = p["blocks"][f"layers_{i}"]["block_0"]
-      x = x + attention_of(
-        normed(x, block["norm_1"]["scale"]),
-        block["attention"],
-        sentence,
-        kind,
-        p["blocks"].get("distances"),
-      )
+      read = normed(x, block["norm_1"]["scale"]), block["attention"], sentence
+      if kind == "latent":
+        x = x + latent_attention_of(*read)
+      else:
+        x = x + attention_of(*read, kind, p["blocks"].get("distances"))
       x = x + feed_forward_of(
         normed(x, block["norm_2"]["scale"]), block["feed_forward"]
       )
@@ -195,6 +223,8 @@ CASES = (
   ({}, "none"),
   ({"attention": {"qk_norm": "head"}, "tied": True}, "head"),
   ({"attention": {"qk_norm": "width"}, "position": "relative"}, "width"),
+  ({"attention": LATENT}, "latent"),
+  ({"attention": LATENT | {"query_rank": 3}}, "latent"),
 )
 
 
@@ -288,7 +318,8 @@ def test_sentences_of_a_row_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(
-  "fields", [{}, {"scan": True}, {"position": "relative"}]
+  "fields",
+  [{}, {"scan": True, "attention": LATENT}, {"position": "relative"}],
 )
 def test_reading_on_is_the_whole_pass(fields):
   model, given = make(**fields), batch(2, [(L,), (L,)])
@@ -463,7 +494,12 @@ def test_configs_build_both():
   """Sections of blocks, with feed-forward layers by name."""
   blocks = {
     "num_layers": 3,
-    "attention": {"num_heads": N, "num_kv_heads": K, "qk_norm": "head"},
+    "attention": {
+      "kind": "multi_head",
+      "num_heads": N,
+      "num_kv_heads": K,
+      "qk_norm": "head",
+    },
     "pattern": ("moe", "dense"),
     "first": ("dense",),
     "dense": {"kind": "feed_forward", "hidden": F},
@@ -499,6 +535,14 @@ def test_configs_build_both():
   ):
     with pytest.raises(ValueError, match=message):
       built(kind="transformer", blocks=blocks | change)
+  latent = {"kind": "latent", "num_heads": N, **LATENT}
+  for change, position, message in (
+    ({"rotary_dim": 3}, "rotary", "rotary_dim is 3.*even"),
+    ({}, "relative", "rotary positions alone"),
+  ):
+    changes = {"attention": latent | change, "position": position}
+    with pytest.raises(ValueError, match=message):
+      params_of(built(kind="transformer", blocks=blocks | changes), batch())
   blocks["moe"] |= {"router": {"kind": "expert_choice", "k": 1}}
   with pytest.raises(ValueError, match="ExpertChoice.*future.*looks_ahead"):
     built(kind="transformer", blocks=blocks)

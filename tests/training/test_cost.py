@@ -295,7 +295,7 @@ def test_two_levels_meet_the_gates_of_the_groups_they_visit():
 HEADS, KV, H, L, M = 4, 2, 8, 6, 5
 ATTENTION = 2 * D * H * (HEADS + KV)
 BLOCKS = {
-  "attention": {"num_heads": HEADS, "num_kv_heads": KV},
+  "attention": {"kind": "multi_head", "num_heads": HEADS, "num_kv_heads": KV},
   "dense": {"kind": "feed_forward", "hidden": F, "gated": True},
   "moe": {
     "num_experts": E,
