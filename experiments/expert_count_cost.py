@@ -17,16 +17,13 @@ moments, all E experts' a step (results/expert_count_cost.csv).
 
 import math
 
-import jax
-import jax.numpy as jnp
-
 from experiments import figures, harness, training
 from moejax import config as config_lib
 from moejax.training import cost
 from moejax.training import session as session_lib
 
 SEED = 0
-VOCABULARY = 10_000
+VOCABULARY = training.VOCABULARY
 LAYERS = {"dense": "dense", "flat": "flat", "two_level": "two levels"}
 
 
@@ -40,7 +37,9 @@ def rows(quick: bool) -> figures.Rows:
         config.update_from_flattened_dict(small)
         training.regroup(config, 2 * config.data.row_length)
     with training.roughly_compiled(quick):
-      programs = {name: random_step(config) for name, config in configs.items()}
+      programs = {
+        name: training.random_step(config) for name, config in configs.items()
+      }
     times = harness.interleaved(programs, 2 if quick else 7)
     for name, each in programs.items():
       count = cost.count(config_lib.parse(configs[name]), VOCABULARY)
@@ -76,18 +75,6 @@ def config_of(layer: str, num_experts: int) -> config_lib.Config:
     "secondary": {"router": router, "experts": moe["experts"]},
   }
   return config
-
-
-def random_step(config: config_lib.Config) -> training.Step:
-  """Compiles a training step on a batch of random words, for one device."""
-  shape = (config.data.batch_size, config.data.row_length)
-  words = jax.random.randint(jax.random.key(SEED), shape, 0, VOCABULARY)
-  mask = jnp.ones(shape, bool)
-  batch = {"inputs": words, "targets": words, "mask": mask, "start": ~mask}
-  experiment = config_lib.parse(config)
-  devices = jax.devices()[:1]
-  built = session_lib.build(experiment, VOCABULARY, devices)
-  return training.Step(built, jax.device_get(batch))
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:

@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import optax
 
 from experiments import (
-  expert_count_cost,
   figures,
   harness,
   layer_speed,
@@ -45,7 +44,7 @@ from moejax.models import layers
 from moejax.moe import ROUTING
 
 SEED = 0
-VOCABULARY = expert_count_cost.VOCABULARY
+VOCABULARY = training.VOCABULARY
 SIZES = ((32, 32), (32, 128))
 # The models of torch's twins, and of those that score a class once.
 TWINS = {
@@ -116,7 +115,7 @@ def runs(
     if name == "moe, 2 of 32":
       configs[name].model.moe.router.k = 2
   found = {
-    ("step", "moejax", name): expert_count_cost.random_step(config)
+    ("step", "moejax", name): training.random_step(config)
     for name, config in configs.items()
   }
   ours = parts(configs["moe"])

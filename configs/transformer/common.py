@@ -73,7 +73,7 @@ def get_config(
       "aux": aux,
       "optimizer": {
         "kind": "adam",
-        "peak": 5e-3,
+        "peak": 1e-2,
         "warmup_steps": 200,
         "hold_steps": 0,
         "b1": 0.9,
@@ -82,12 +82,12 @@ def get_config(
         "clip_norm": config_dict.placeholder(float),
       },
       "train": {
-        "steps": 3000,
+        "steps": 2400,
         "microbatches": 1,
         "balance_over": "microbatch",
         "log_every": 10,
-        "eval_every": 500,
-        "checkpoint_every": 500,
+        "eval_every": 400,
+        "checkpoint_every": 200,
         "keep": 2,
       },
     }

@@ -1,0 +1,95 @@
+"""Question: which gate is best in a small Transformer at equal operations?
+
+Method: the recipes of configs/transformer and every other gate of
+`moejax.router.ROUTERS` in the same blocks, all at the ops/timestep of the dense
+one but for their routers, the same steps on the same batches, three seeds.
+`test` is the mean test perplexity per word, `test_least` and `test_most` its
+span over seeds; load and drops are means over the last tenth of training.
+`of_dense` is the time of a training step, of the dense model's, as medians of
+steps that take turns. A gate that looks ahead, also in evaluation, sees what it
+is to predict: its perplexity tells nothing.
+
+Result: to be measured.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments import figures, harness, training
+from moejax import config as config_lib
+
+SEEDS = 3
+_BALANCE = {"importance": 0.1, "load": 0.1}
+# Gate -> its recipe; or how many experts it sends a token to, what else it is
+# given, and the losses' weights.
+GATES: Mapping[str, tuple[int, dict[str, Any], dict[str, float]] | None] = {
+  "dense": None,
+  "softmax": (32, {}, _BALANCE),
+  "top_k": (4, {"k": 4}, {"importance": 0.1}),
+  "noisy_top_k": None,
+  "balanced": None,
+  "switch": None,
+  "gshard_top_2": None,
+  "expert_choice": (4, {"k": 4}, {}),
+  "hash": (1, {"k": 1}, {}),
+  "sigmoid": (4, {"k": 4}, {"bias": 1.0}),
+}
+
+
+def rows(quick: bool, models: str = "") -> figures.Rows:
+  """Yields a row per gate."""
+  names = harness.chosen(models, GATES, ("switch",) if quick else ())
+  with training.folder("router_zoo", quick) as runs:
+    configs = {name: config_of(name) for name in ("dense", *names)}
+    if quick:
+      for config in configs.values():
+        training.shrink(config, runs)
+    times = training.times_of_dense(configs, quick)
+    for name in names:
+      found = training.over_seeds(
+        configs[name], runs / name, 1 if quick else SEEDS
+      )
+      yield {"gate": name, **found, "of_dense": times[name]}
+
+
+def config_of(gate: str) -> config_lib.Config:
+  """Returns the config of a gate."""
+  if GATES[gate] is None:
+    return training.load(f"transformer/{gate}")
+  active, fields, weights = GATES[gate]
+  config = training.load("transformer/switch", {"aux": weights})
+  moe = config.model.blocks.moe
+  moe.router = {"kind": gate, **fields}
+  moe.experts.hidden //= active
+  config.model.looks_ahead = gate == "expert_choice"
+  return config
+
+
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
+  axes = figure.subplots()
+  honest = [row for row in table if row["gate"] != "expert_choice"]
+  honest.sort(key=lambda row: row["test"])
+  for place, row in enumerate(honest):
+    color = figures.DENSE if row["gate"] == "dense" else figures.SPARSE
+    span = [row["test_least"], row["test_most"]]
+    axes.plot(span, [place] * 2, color=color)
+    axes.plot(row["test"], place, "o", color=color)
+    at = (row["test_most"], place)
+    figures.label(axes, figures.number(row["test"]), at, color, beside=True)
+  axes.set_yticks(
+    range(len(honest)), [row["gate"].replace("_", " ") for row in honest]
+  )
+  axes.set_ylim(len(honest) - 0.5, -0.5)
+  figures.scales(axes, "test perplexity per word, mean and span of seeds")
+  best = honest[0]
+  other = next((row for row in honest if row["gate"] == "dense"), honest[-1])
+  names = [row["gate"].replace("_", " ") for row in (best, other)]
+  return (
+    f"At equal ops/timestep the best, {names[0]}, has a test perplexity"
+    f" {figures.than(best['test'], other['test'])} than {names[1]}"
+  )
+
+
+if __name__ == "__main__":
+  models = f"comma-separated, of {', '.join(GATES)}, in place of all"
+  harness.main("router_zoo", rows, draw, 0, models=models)
