@@ -8,7 +8,13 @@ test perplexity after a tenth of the text, `test` after all of it, in batches of
 has the same sentences, of which a tenth is drawn by chance. The text is the
 presidents' messages, or that of --text.
 
-Result: to be measured.
+Result: on 12 million words of documentation 32 experts are 3 % ahead of four
+LSTMs after a tenth of the text, and 5 % after all of it; more experts do not
+pay yet: with 256 the lead is 3 %, with 1,024 and 4,096 perplexity is 5 and 11 %
+higher, as 4 of 4,096 experts see 12,000 words each. As in Fig. 3 the gap closes
+with more text: with 256 experts from 1 % behind to 3 % ahead, where the paper
+has 8,000 times the words. The text repeats itself, so that a 5-gram is
+ahead of all. One seed, a core of an AMD EPYC (results/unseen_text_text.csv).
 """
 
 from pathlib import Path

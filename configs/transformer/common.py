@@ -1,7 +1,6 @@
 """What the recipes of this folder share: a Transformer of four blocks.
 
-Embedding, four blocks 64 wide, softmax that shares the embedding's table.
-Ops/timestep of the dense one:
+Embedding, four blocks 64 wide, softmax. Ops/timestep of the dense one:
 
   4 attentions        4 * 4 * 64 * 64    65,536
   4 feed-forwards     4 * 2 * 64 * 256  131,072
@@ -32,7 +31,6 @@ def get_config(
   model = {
     "kind": "transformer",
     "width": WIDTH,
-    "tied": True,
     "num_samples": 512,
     "blocks": {
       "num_layers": 4,
