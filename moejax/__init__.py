@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 
 _NAMES = {
   "moe": "MoE HierarchicalMoE",
-  "router": "Router Softmax TopK NoisyTopK Balanced Switch GShardTop2"
-  " ExpertChoice Hash Sigmoid",
+  "router": "Router Softmax TopK NoisyTopK Balanced SoftmaxTopK Switch"
+  " GShardTop2 ExpertChoice Hash Sigmoid",
   "experts": "FeedForward Linear Identity Each Mixed",
   "routing": "Routing Assignment",
   "losses": "routings",

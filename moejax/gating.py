@@ -169,6 +169,39 @@ def threshold(
   return _route_tokens(logits, expert, gate, mask, used)
 
 
+def softmax_top_k(
+  logits: Float[Array, "G S E"],
+  k: int,
+  mask: Bool[Array, "G S"] | None = None,
+  normalized: bool = False,
+  num_groups: int = 1,
+  max_groups: int = 1,
+  scale: float = 1.0,
+) -> Routing:
+  """The k largest of a softmax over all experts (2401.06066, eq. 3-5).
+
+  Where `top_k` weighs the k alone, their gates are here their shares of the
+  softmax over all, with a sum below 1 (2409.02060); `normalized`, they are
+  divided by this sum, and so those of `top_k`. Both times `scale`.
+
+  A token sees only the experts of its `max_groups` best groups (2405.04434,
+  sec. 2.2.2). The experts lie in `num_groups` equal groups that follow each
+  other; a group's score is its largest softmax. With one group there is no
+  limit.
+
+  Its gradient reaches every logit; normalized, the k chosen (none for k = 1).
+  Groups that do not divide the experts, have fewer than k within the limit, or
+  a scale not above 0, are a ValueError.
+  """
+  near = _in_best_groups(logits, k, num_groups, max_groups, scale, best=1)
+  values, expert = _largest(near, k)
+  gate = jax.nn.softmax(values)
+  if not normalized:
+    every = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    gate = jnp.exp(values - every)
+  return _route_tokens(logits, expert, gate * scale, mask)
+
+
 def switch(
   logits: Float[Array, "G S E"], mask: Bool[Array, "G S"] | None = None
 ) -> Routing:
@@ -177,9 +210,7 @@ def switch(
   Its gate is its softmax over all experts, not renormalized, so that gradient
   reaches every logit.
   """
-  values, expert = _largest(logits, 1)
-  every = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  return _route_tokens(logits, expert, jnp.exp(values - every), mask)
+  return softmax_top_k(logits, 1, mask)
 
 
 def gshard_top_2(
@@ -263,22 +294,29 @@ def sigmoid(
   bias: Float[Array, "*G _"],
   k: int,
   mask: Bool[Array, "G S"] | None = None,
+  num_groups: int = 1,
+  max_groups: int = 1,
+  scale: float = 1.0,
 ) -> Routing:
   """Gating balanced without a loss (2408.15664; 2412.19437, eq. 13-16).
 
   The k largest of sigmoid(logits) + bias are chosen; their gates are their
-  sigmoids, divided by the sum of these. The bias steers the choice alone; it is
-  that of the experts, or of every token [G S E].
+  sigmoids, divided by the sum of these, times `scale`. The bias steers the
+  choice alone; it is that of the experts, or of every token [G S E].
+
+  A token sees only the experts of its `max_groups` best groups of `num_groups`,
+  as of `softmax_top_k`; a group's score is the sum of its two best experts'.
 
   Its gradient reaches the logits of the chosen experts (none for k = 1, where
-  the gate is the constant 1), not the bias, which `losses.bias` teaches.
+  the gate is constant), not the bias, which `losses.bias` teaches. Errors are
+  those of `softmax_top_k`.
   """
-  check_k(k, logits.shape[-1])
-  beside = _beside_logits(bias, logits, "bias")
-  _, expert = _largest(jax.nn.sigmoid(logits) + beside, k)
+  scores = jax.nn.sigmoid(logits) + _beside_logits(bias, logits, "bias")
+  near = _in_best_groups(scores, k, num_groups, max_groups, scale, best=2)
+  _, expert = _largest(near, k)
   # Scores over their sum, also where all of them underflow.
   chosen = jnp.take_along_axis(logits, expert, axis=-1)
-  gate = jax.nn.softmax(jax.nn.log_sigmoid(chosen))
+  gate = jax.nn.softmax(jax.nn.log_sigmoid(chosen)) * scale
   return _route_tokens(logits, expert, gate, mask)._replace(bias=bias)
 
 
@@ -300,6 +338,42 @@ def _beside_logits(values, logits, name):
       " experts; give one for each."
     )
   return jnp.expand_dims(values, tuple(range(3 - values.ndim)))
+
+
+def _in_best_groups(scores, k, num_groups, max_groups, scale, best):
+  """Scores [G, S, E], -inf beyond a token's best groups of experts.
+
+  A group of experts scores the sum of its `best` largest.
+  """
+  G, S, E = scores.shape
+  check_k(k, E)
+  if not scale > 0:
+    raise ValueError(f"scale is {scale}, but gates are above 0; give it so.")
+  if num_groups < 1 or E % num_groups:
+    raise ValueError(
+      f"{num_groups} groups do not divide {E} experts; choose a num_groups that"
+      " does."
+    )
+  if not 1 <= max_groups <= num_groups:
+    raise ValueError(
+      f"a token visits at most {max_groups} groups of experts, but there are"
+      f" {num_groups}; choose max_groups between 1 and {num_groups}."
+    )
+  size = E // num_groups
+  if k > max_groups * size:
+    raise ValueError(
+      f"k = {k} experts per token, but {max_groups} of {num_groups} groups have"
+      f" {max_groups * size} of the {E} experts; choose a smaller k or a larger"
+      " max_groups."
+    )
+  if max_groups == num_groups:
+    return scores
+  in_groups = scores.reshape(G, S * num_groups, size)
+  of_groups, _ = _largest(in_groups, min(best, size))
+  of_groups = of_groups.sum(axis=-1).reshape(G, S, num_groups)
+  _, group = _largest(of_groups, max_groups)
+  near = jax.nn.one_hot(group, num_groups, dtype=bool).any(axis=2)
+  return jnp.where(jnp.repeat(near, size, axis=-1), scores, -jnp.inf)
 
 
 def _largest(values, k):

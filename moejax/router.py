@@ -302,17 +302,61 @@ class Hash(Router):
     return gating.hash_ids(ids, self.num_experts, self.k, mask)
 
 
-class Sigmoid(Router):
+class _GroupLimited(Router):
+  """A router whose tokens may be kept to few groups of experts.
+
+  Attributes:
+    num_groups: equal groups of experts that follow each other; it divides
+      num_experts.
+    max_groups: the most groups that a token visits, its best; 1 is no limit
+      where there is 1 group.
+    scale: what gates are multiplied by (routed_scaling_factor).
+  """
+
+  k: int
+  num_groups: int = 1
+  max_groups: int = 1
+  scale: float = 1.0
+
+
+class SoftmaxTopK(_GroupLimited):
+  """Top-k of a softmax over all experts, as in OLMoE (2409.02060).
+
+  Kept to groups it is DeepSeek-V2's (2405.04434, sec. 2.2.2).
+
+  Attributes:
+    normalized: whether the gates of the chosen are divided by their sum.
+  """
+
+  normalized: bool = False
+
+  def decide(self, x, train, mask, ids):
+    return gating.softmax_top_k(
+      self.logits(x),
+      self.k,
+      mask,
+      self.normalized,
+      self.num_groups,
+      self.max_groups,
+      self.scale,
+    )
+
+
+class Sigmoid(_GroupLimited):
   """Balance without a loss (2408.15664), as in DeepSeek-V3 (2412.19437).
 
   The parameter "bias" starts at zero and learns by `losses.bias` alone.
   """
 
-  k: int
-
   def decide(self, x, train, mask, ids):
     return gating.sigmoid(
-      self.logits(x), self.vector(x, "bias", 0.0), self.k, mask
+      self.logits(x),
+      self.vector(x, "bias", 0.0),
+      self.k,
+      mask,
+      self.num_groups,
+      self.max_groups,
+      self.scale,
     )
 
 
@@ -338,6 +382,7 @@ ROUTERS = {
   "top_k": TopK,
   "noisy_top_k": NoisyTopK,
   "balanced": Balanced,
+  "softmax_top_k": SoftmaxTopK,
   "switch": Switch,
   "gshard_top_2": GShardTop2,
   "expert_choice": ExpertChoice,

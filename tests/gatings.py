@@ -105,6 +105,14 @@ CASES = {
     lambda tokens, experts, k: tokens * k,
     "one or none",
   ),
+  "softmax_top_k": Case(
+    lambda logits, std, mask, k: gating.softmax_top_k(logits, k, mask),
+    lambda logits, noise, std, mask, k: reference.softmax_top_k(
+      logits, k, mask
+    ),
+    lambda experts, k: k,
+    gates="at most one",
+  ),
   "switch": Case(
     lambda logits, std, mask, k: gating.switch(logits, mask),
     lambda logits, noise, std, mask, k: reference.switch(logits, mask),

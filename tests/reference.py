@@ -190,14 +190,35 @@ def threshold(logits, thresholds, max_k, mask=None):
   return tokens_choose(logits.shape, chosen)
 
 
-def switch(logits, mask=None):
-  """2101.03961: y = p_i(x) E_i(x) for the largest p_i alone."""
+def in_best_groups(scores, number, most, best):
+  """2405.04434, sec. 2.2.2: the experts of the groups with the largest score.
+
+  That is the sum of their `best` largest; of fewer experts, of all.
+  """
+  size = len(scores) // number
+  groups = [range(i * size, (i + 1) * size) for i in range(number)]
+  of_groups = [sum(sorted(scores[e] for e in g)[-best:]) for g in groups]
+  kept = largest(of_groups, most)
+  return sorted(e for i in kept for e in groups[i])
+
+
+def softmax_top_k(
+  logits, k, mask=None, normalized=False, groups=(1, 1), scale=1
+):
+  """2401.06066 eq. 3 to 5; 2405.04434, sec. 2.2.2; 2409.02060."""
   chosen = {}
   for s in real_tokens(len(logits), mask):
     p = softmax(logits[s])
-    (i,) = largest(p, 1)
-    chosen[s] = [(i, p[i])]
+    near = in_best_groups(p, *groups, best=1)
+    best = [near[i] for i in largest([p[e] for e in near], k)]
+    over = sum(p[e] for e in best) if normalized else 1
+    chosen[s] = [(e, scale * p[e] / over) for e in best]
   return tokens_choose(logits.shape, chosen)
+
+
+def switch(logits, mask=None):
+  """2101.03961: y = p_i(x) E_i(x) for the largest p_i alone."""
+  return softmax_top_k(logits, 1, mask)
 
 
 def gshard_top_2(logits, draws=None, mask=None):
@@ -237,13 +258,16 @@ def hash_ids(ids, experts, k, mask=None):
   return tokens_choose((len(ids), experts), chosen)
 
 
-def sigmoid(logits, bias, k, mask=None):
+def sigmoid(logits, bias, k, mask=None, groups=(1, 1), scale=1):
   """2412.19437, eq. 13 to 16."""
   chosen = {}
   for s in real_tokens(len(logits), mask):
     scores = [1 / (1 + math.exp(-a)) for a in logits[s]]
-    best = largest([a + b for a, b in zip(scores, bias, strict=True)], k)
-    chosen[s] = [(e, scores[e] / sum(scores[j] for j in best)) for e in best]
+    steered = [a + b for a, b in zip(scores, bias, strict=True)]
+    near = in_best_groups(steered, *groups, best=2)
+    best = [near[i] for i in largest([steered[e] for e in near], k)]
+    over = sum(scores[e] for e in best)
+    chosen[s] = [(e, scale * scores[e] / over) for e in best]
   return tokens_choose(logits.shape, chosen)
 
 

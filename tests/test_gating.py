@@ -16,6 +16,7 @@ from gatings import (
   K,
   S,
   agree,
+  bias,
   case,
   decide,
   dense,
@@ -205,7 +206,11 @@ def test_every_device_routes_its_own_groups():
   by_chance = lambda logits, std, mask, k: (  # noqa: E731
     gating.gshard_top_2(logits, KEY, mask)
   )
-  gates = [each.run for each in CASES.values()] + [by_chance]
+  in_groups = [
+    lambda logits, std, mask, k, run=run: run(logits.repeat(2, axis=-1), mask)
+    for run, _ in limited("1 of 2 groups", 2 * E).values()
+  ]
+  gates = [*(each.run for each in CASES.values()), by_chance, *in_groups]
 
   def fn(logits, noise_std, mask):
     found = [gate(logits, noise_std, mask, K) for gate in gates]
@@ -320,6 +325,99 @@ def test_bias_steers_the_choice_and_not_the_gate():
   )
   assert (np.asarray(slopes) == 0).all()
   np.testing.assert_array_equal(got.bias, favour)
+
+
+# Fields of gates that keep a token to few groups of 8 experts.
+LIMITED = {
+  "4 of 8 groups": ((4, 8, 4), {"scale": 16.0}),
+  "2 of 4 groups": ((3, 4, 2), {"normalized": True, "scale": 2.5}),
+  "1 of 2 groups": ((4, 2, 1), {}),
+}
+
+
+def limited(case, num_experts=8):
+  """Returns name -> (logits, mask) -> Routing, and of one group the loops."""
+  (k, number, most), fields = LIMITED[case]
+  groups, scale = (number, most), fields.get("scale", 1.0)
+  normalized = fields.get("normalized", False)
+  steer = bias(num_experts)
+  return {
+    "softmax_top_k": (
+      lambda logits, mask: gating.softmax_top_k(
+        logits, k, mask, normalized, *groups, scale
+      ),
+      lambda logits, mask: reference.softmax_top_k(
+        logits, k, mask, normalized, groups, scale
+      ),
+    ),
+    "sigmoid": (
+      lambda logits, mask: gating.sigmoid(
+        logits, jnp.asarray(steer), k, mask, *groups, scale
+      ),
+      lambda logits, mask: reference.sigmoid(
+        logits, steer, k, mask, groups, scale
+      ),
+    ),
+  }
+
+
+@pytest.mark.parametrize("name", ["softmax_top_k", "sigmoid"])
+@pytest.mark.parametrize("case", LIMITED)
+def test_a_token_keeps_to_its_best_groups(case, name):
+  """The value and the gradient of the loops; of equal ones the first."""
+  run, loops = limited(case)[name]
+  logits, _, mask = draw(31, True, (G, 12, 8))
+  to_gates = np.random.default_rng(32).normal(size=logits.shape)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def score(logits):
+    got = run(logits, mask)
+    gates = dense(got.assignment, *logits.shape[1:])
+    return (gates * jnp.asarray(to_gates, gates.dtype)).sum(), got
+
+  def decided(logits):
+    return [loops(*each) for each in zip(logits, mask, strict=True)]
+
+  def reference_score(at):
+    found = zip(decided(at["logits"]), to_gates, strict=True)
+    return sum((each.gates * to).sum() for each, to in found)
+
+  (_, got), slopes = score(logits)
+  agree(got, decided(np.float64(logits)))
+  want = reference.gradient(reference_score, {"logits": logits})["logits"]
+  np.testing.assert_allclose(slopes, want, rtol=2e-3, atol=2e-3)
+  (k, number, most), _ = LIMITED[case]
+  group = np.asarray(got.assignment.expert).reshape(G, k, 12) // (8 // number)
+  visited = [len({*token}) for token in np.moveaxis(group, 1, 2)[mask]]
+  assert max(visited) == most
+  if name == "softmax_top_k":
+    tied = jnp.abs(jnp.round(logits))  # Without -0.
+    (_, got), _ = score(tied)
+    agree(got, decided(np.float64(tied)))
+
+
+@pytest.mark.parametrize(
+  "fields, said",
+  [
+    ((2, 3, 1), "3 groups do not divide 8 experts; .* num_groups"),
+    ((2, 0, 1), "0 groups do not divide 8 experts"),
+    ((2, 4, 5), "at most 5 groups .* there are 4; .* between 1 and 4"),
+    ((2, 4, 0), "at most 0 groups .* there are 4"),
+    ((3, 4, 1), "k = 3 experts .* 1 of 4 groups have 2 of the 8 experts"),
+    ((9, 2, 1), "k = 9 experts per token, but there are 8 experts"),
+    ((2, 2, 1, 0.0), "scale is 0.0, but gates are above 0"),
+  ],
+)
+def test_groups_that_do_not_fit(fields, said):
+  k, *limit = fields
+  logits = jnp.zeros((1, 1, 8))
+  for run in (
+    lambda: gating.softmax_top_k(logits, k, None, False, *limit),
+    lambda: gating.sigmoid(logits, jnp.zeros(8), k, None, *limit),
+  ):
+    with pytest.raises(ValueError, match=said):
+      run()
 
 
 # -- noise and chance ----------------------------------------------------------

@@ -13,10 +13,10 @@ from moejax.data import vocab
 ROOT = pathlib.Path(__file__).parents[1]
 
 PUBLIC = """
-  MoE HierarchicalMoE Router Softmax TopK NoisyTopK Balanced Switch GShardTop2
-  ExpertChoice Hash Sigmoid FeedForward Linear Identity Each Mixed Routing
-  Assignment auxiliary_loss balance_metrics routings Layout LAYOUTS make_mesh
-  use_layout gating losses dispatch experts sharding load __version__
+  MoE HierarchicalMoE Router Softmax TopK NoisyTopK Balanced SoftmaxTopK Switch
+  GShardTop2 ExpertChoice Hash Sigmoid FeedForward Linear Identity Each Mixed
+  Routing Assignment auxiliary_loss balance_metrics routings Layout LAYOUTS
+  make_mesh use_layout gating losses dispatch experts sharding load __version__
 """
 
 
