@@ -58,10 +58,12 @@ class Section:
     factory: takes the section's fields; or a table of such by name, of which
       the section's field `kind` names one.
     given: parameters that code gives, and no config.
+    optional: whether the factory gets None for one that is left out.
   """
 
   factory: Factory | Mapping[str, Factory]
   given: Collection[str] = ()
+  optional: bool = False
 
   @property
   def kinds(self) -> Mapping[str, Factory]:
@@ -194,7 +196,7 @@ def _builder(about, section, where):
     elif parameter.default is EMPTY:
       raise ValueError(f"{there} is missing; give it a value.")
     inner = section_of(annotation)
-    if inner and section.get(name) is None:
+    if inner and not inner.optional and section.get(name) is None:
       # One that is left out has no fields, which matters if it is built.
       arguments[name] = functools.partial(build, inner.factory, {}, there)
   return functools.partial(factory, **arguments)

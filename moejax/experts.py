@@ -61,6 +61,25 @@ def own_experts(layer: nn.Module, module: Any, name: str) -> Any:
   return own(layer, module, name, hasattr(module, "run"), wanted)
 
 
+def own_shared(layer: nn.Module, module: Any) -> Any:
+  """Returns experts that every token visits, as one that computes their sum.
+
+  Of n feed-forward experts of one hidden layer of width F that is one of width
+  n F, whose products are larger. ValueError where there is no such one.
+  """
+  module = own_experts(layer, module, "shared")
+  number = module.num_experts
+  if number > 1 and isinstance(module, FeedForward) and len(module.widths) == 1:
+    return module.clone(num_experts=1, hidden=number * module.widths[0])
+  if number != 1:
+    raise ValueError(
+      f"shared is {number} experts of {type(module).__name__}, but only"
+      " FeedForward with one hidden layer becomes one of all their widths; give"
+      " such, or num_experts=1."
+    )
+  return module
+
+
 def expert_dot(
   rows: Float[Array, "E N I"], matrices: Float[Array, "E I O"]
 ) -> Float[Array, "E N O"]:

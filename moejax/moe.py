@@ -31,6 +31,11 @@ _CALLS = "moejax.calls"
 class _Layer(nn.Module):
   """What both layers do: group tokens, `mix` them, and report."""
 
+  def __post_init__(self) -> None:
+    if self.shared is not None:
+      self.shared = experts_lib.own_shared(self, self.shared)
+    super().__post_init__()
+
   def __call__(
     self,
     x: Shaped[ArrayLike, "*batch D"],
@@ -40,6 +45,8 @@ class _Layer(nn.Module):
     ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch O"]:
     """Mixes; a token whose every edge was dropped, or padding, gives zero.
+
+    What shared experts make of a token that is no padding is added.
 
     Args:
       x: activations, [B, L, D] as a rule; whole numbers become float32.
@@ -76,6 +83,11 @@ class _Layer(nn.Module):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       x = x.astype(jnp.float32)
     single = isinstance(getattr(self, "router", None), Single)
+    if single and self.shared is not None:
+      raise ValueError(
+        "the router Single has 1 expert, which every token visits as it does"
+        " shared ones; leave `shared` out and make the 1 expert wider."
+      )
     mix = partition.lift_to_compiler(_mix, 0 if single else num_tokens // size)
     try:
       y, routing = mix(self, x, mask, ids, train, size, single)
@@ -89,6 +101,23 @@ class _Layer(nn.Module):
     if not single:
       self.report(routing)
     return y
+
+  @nn.nowrap
+  def expert_fn(self, experts: nn.Module, train: bool) -> slots_lib.ExpertFn:
+    """Returns what runs experts, again in the backward pass if asked to."""
+
+    def run(weights, rows, mask=None, **group_sizes):
+      return experts.run(weights, rows, mask, train, **group_sizes)
+
+    # Where parameters are made nothing is differentiated; and lifted within the
+    # manual part of `ragged` they would be tracers of it.
+    if not self.recompute or self.is_initializing():
+      return run
+    if _need_slots(experts):
+      # Modules that hold weights of their own.
+      lifted = nn.checkpoint(lambda experts, *args: experts.run(*args, train))
+      return functools.partial(lifted, experts)
+    return jax.checkpoint(run)
 
   def report(self, routing: Routing) -> None:
     """Adds the decision to those that the layer made before in this step."""
@@ -141,19 +170,32 @@ def _mix(module, x, mask, ids, train, size, single):
   if mask is not None:
     # Whatever stands in padding, NaN included, must not reach a product.
     x = jnp.where(real[..., None], x, 0)
-  if single:
-    # One expert for all tokens: there is nothing to route.
-    weights = module.declare_experts(D)
+
+  def on_every_token(expert, weights):
+    """Runs one expert, for which there is nothing to route."""
     taken = None if mask is None else real.reshape(1, -1)
-    y = module.expert_fn(train)(weights, x.reshape(1, -1, D), taken)
-    y = y.reshape(*front, -1)
-    return y if mask is None else jnp.where(real[..., None], y, 0), (), ()
+    run = module.expert_fn(expert, train)
+    y = run(weights, x.reshape(1, -1, D), taken).reshape(*front, -1)
+    return y if mask is None else jnp.where(real[..., None], y, 0)
+
+  if single:
+    y = on_every_token(module.experts, module.declare_experts(D))
+    return y, (), ()
   grouped = sharding.constrain(x.reshape(-1, size, D), "group", None, None)
-  mask, ids = (
+  of_groups = (
     None if a is None else jnp.asarray(a).reshape(-1, size) for a in (real, ids)
   )
-  y, routing = module.mix(grouped, train, mask, ids)
-  return y.reshape(*front, -1), routing, routing_lib.axes(routing)
+  y, routing = module.mix(grouped, train, *of_groups)
+  y = y.reshape(*front, -1)
+  if module.shared is not None:
+    beside = on_every_token(module.shared, module.shared(D))
+    if beside.shape != y.shape:
+      raise ValueError(
+        f"the shared experts return {beside.shape[-1]} numbers a token, but the"
+        f" others {y.shape[-1]}; give both the same."
+      )
+    y += beside
+  return y, routing, routing_lib.axes(routing)
 
 
 class MoE(_Layer):
@@ -167,8 +209,9 @@ class MoE(_Layer):
   which the paper's does not, says docs/decisions.md, 9.
 
   The parameters lie in one scope named after the layer, {"router": ...,
-  "experts": ...}, wherever the router and the experts are made: outside, in
-  `setup`, or within `nn.compact`. Give every layer a router of its own.
+  "experts": ...}, with "shared" where it has such, wherever the router and the
+  experts are made: outside, in `setup`, or within `nn.compact`. Give every
+  layer a router of its own.
 
   Attributes:
     router: x [G S D] -> Routing.
@@ -181,6 +224,10 @@ class MoE(_Layer):
     dispatch: how rows move, a name in `dispatch.DISPATCH`, or "auto".
     recompute: whether the backward pass runs the experts again instead of
       keeping their hidden layers (app. D).
+    shared: experts that every token visits beside the routed ones, with gate 1
+      (2401.06066, eq. 9): y = sum_i shared_i(x) + sum_e G(x)_e E_e(x). They are
+      one expert, or become one: n feed-forward experts of width F one of n F.
+      Every device has it, where a layout does not split hidden layers.
   """
 
   router: nn.Module
@@ -190,6 +237,7 @@ class MoE(_Layer):
   eval_capacity_factor: float | None = 2.0
   dispatch: str = "auto"
   recompute: bool = False
+  shared: nn.Module | None = None
 
   def __post_init__(self) -> None:
     self.router = _own_router(self, self.router, "router")
@@ -233,7 +281,7 @@ class MoE(_Layer):
       num_experts = tuple(kind.num_experts for kind in experts.kinds)
     run = dispatch_lib.DISPATCH[name]
     sent = x, routing.assignment, num_experts, capacity
-    y = run(self.expert_fn(train), weights, *sent)
+    y = run(self.expert_fn(experts, train), weights, *sent)
     return y, _count_dropped(routing, capacity)
 
   def declare(self, width: int, train: bool) -> tuple[Any, Any, Routing]:
@@ -260,23 +308,6 @@ class MoE(_Layer):
         f" are {self.experts.num_experts}; give both the same num_experts."
       )
     return self.experts(width)
-
-  @nn.nowrap
-  def expert_fn(self, train: bool) -> slots_lib.ExpertFn:
-    """Returns what runs the experts, again in the backward pass if asked to."""
-
-    def run(weights, rows, mask=None, **group_sizes):
-      return self.experts.run(weights, rows, mask, train, **group_sizes)
-
-    # Where parameters are made nothing is differentiated; and lifted within the
-    # manual part of `ragged` they would be tracers of it.
-    if not self.recompute or self.is_initializing():
-      return run
-    if _need_slots(self.experts):
-      # Modules that hold weights of their own.
-      lifted = nn.checkpoint(lambda experts, *args: experts.run(*args, train))
-      return functools.partial(lifted, self.experts)
-    return jax.checkpoint(run)
 
 
 class HierarchicalMoE(_Layer):
@@ -316,6 +347,7 @@ class HierarchicalMoE(_Layer):
       a capacity. It needs a secondary router that decides about every token by
       itself, and experts of one kind that need no slots. "auto" is "ragged"
       where that can be, else "gather".
+    shared: as of `MoE`; the secondary mixture has none.
   """
 
   primary: nn.Module
@@ -325,6 +357,12 @@ class HierarchicalMoE(_Layer):
   capacity_factor: float | None = 1.25
   eval_capacity_factor: float | None = 2.0
   dispatch: str = "auto"
+  shared: nn.Module | None = None
+
+  @property
+  def recompute(self) -> bool:
+    """That of the experts."""
+    return self.secondary.recompute
 
   def __post_init__(self) -> None:
     self.primary = _own_router(self, self.primary, "primary")
@@ -348,6 +386,11 @@ class HierarchicalMoE(_Layer):
         f"group size {self.secondary.group_size} of the secondary mixture: it"
         " routes what each group of tokens sends it; leave its group_size None"
         f" and set that of the whole layer, now {self.group_size}."
+      )
+    if self.secondary.shared is not None:
+      raise ValueError(
+        "the secondary mixture has shared experts, but its tokens are those of"
+        f" 1 of {P} groups of experts; give `shared` to the whole layer."
       )
     if self.dispatch not in ("auto", *dispatch_lib.DISPATCH):
       raise ValueError(
@@ -494,7 +537,7 @@ class HierarchicalMoE(_Layer):
 
     edges, weights = routing.assignment, (of_routers, of_experts)
     y, expert, gate, logits, load = ragged.two_levels(
-      decide, inner.expert_fn(train), weights, x, edges, P, Q
+      decide, inner.expert_fn(inner.experts, train), weights, x, edges, P, Q
     )
     # Of the edges between groups each makes K: all first choices come first.
     G, _, K = expert.shape

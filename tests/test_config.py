@@ -271,6 +271,22 @@ def test_a_list_of_experts_is_a_mixed_layer():
   assert experts["kinds_1"]["w_in"].shape == (2, 32, 8)
 
 
+@pytest.mark.parametrize(
+  "name, section",
+  [("tiny", "moe"), ("lm1b/moe_256_h", "hierarchical_moe")],
+)
+def test_a_section_of_shared_experts(name, section):
+  shared = {"kind": "feed_forward", "num_experts": 2, "hidden": 8}
+  changes = {f"model__{section}__shared": shared}
+  mixture = parameters(experiment(name, **changes))["layers_1"]
+  width = mixture["shared"]["w_in"].shape[1]
+  assert mixture["shared"]["w_in"].shape == (1, width, 16)
+  assert "shared" not in parameters(experiment(name))["layers_1"]
+  del shared["num_experts"]
+  with pytest.raises(ValueError, match=r"shared\.num_experts is missing"):
+    experiment(name, **changes).model(VOCABULARY)
+
+
 @pytest.mark.parametrize("field", ["config.data", "config.data.kind"])
 def test_news_reads_any_text_and_that_once(field):
   """Another kind leaves behind the fields that it has not."""

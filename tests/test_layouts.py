@@ -53,6 +53,7 @@ CASES = [
   *((layout, "hierarchical", "") for layout in SPLIT),
   *((layout, "sorted", "") for layout in ("replicated", *SPLIT[1:])),
   ("data_expert", "half together", ""),
+  *((layout, "shared", "") for layout in SPLIT[:3]),
   ("data_expert", "einsum", ""),
   ("data_expert", "ragged", ""),
   ("copies", "ragged", ""),
@@ -86,7 +87,9 @@ def layer(name):
   if name in ("dropless", "picks", "ragged"):
     options |= {"recompute": True, "dispatch": "ragged"}
   else:
-    options["dispatch"] = name
+    options["dispatch"] = "gather" if name == "shared" else name
+  if name == "shared":
+    options["shared"] = experts.FeedForward(2, F)
   return moe.MoE(gate, experts.FeedForward(E, F), **options)
 
 
@@ -245,9 +248,9 @@ HELD = {"replicated": E, "expert": 1, "data_expert": 2, "expert_model": 2}
 
 
 @pytest.mark.parametrize("layout", HELD)
-@pytest.mark.parametrize("name", ["gather", "hierarchical"])
+@pytest.mark.parametrize("name", ["gather", "hierarchical", "shared"])
 def test_every_device_holds_its_share_of_the_experts(layout, name):
-  """Or of the groups of experts, with the gates within."""
+  """Or of the groups of experts, with the gates within; and shared ones."""
   *_, (params, _), _ = placed(layout, name)
   split, whole = ("experts", "router")
   if name == "hierarchical":
@@ -258,6 +261,10 @@ def test_every_device_holds_its_share_of_the_experts(layout, name):
     assert w.addressable_shards[0].data.shape == (HELD[layout], *shape)
   for w in jax.tree.leaves(params[whole]):
     assert w.sharding.is_fully_replicated
+  # 2 experts of width F are one of 2 F, and have no axis to split but that.
+  for w in jax.tree.leaves(params.get("shared", {})):
+    shape = tuple(2 * hidden if n == 2 * F else n for n in w.shape)
+    assert w.addressable_shards[0].data.shape == shape
 
 
 @pytest.mark.parametrize("name", ["gather", "hierarchical"])
@@ -308,7 +315,12 @@ def test_replicated_layout_moves_no_token(name):
 
 @pytest.mark.parametrize(
   "layout, name",
-  [("expert", "gather"), ("data_expert", "gather"), ("data_expert", "einsum")],
+  [
+    ("expert", "gather"),
+    ("expert", "shared"),
+    ("data_expert", "gather"),
+    ("data_expert", "einsum"),
+  ],
 )
 def test_tokens_move_there_and_back_and_nothing_else(layout, name):
   found = on_all_devices(layout, name).found
@@ -323,7 +335,8 @@ def test_tokens_move_there_and_back_and_nothing_else(layout, name):
       assert each.dtype == "f32" and each.times == 1
       np.testing.assert_allclose(each.wire_bytes, want, rtol=0.05)
   if layout == "expert":
-    assert sums(found) == {("expert",): OF_ROUTER}
+    shared = 4 * 2 * D * 2 * F * (name == "shared")
+    assert sums(found) == {("expert",): OF_ROUTER + shared}
     forth = on_all_devices(layout, name, fn=forward).found
     assert moves(forth) == 2 * [one]
   else:

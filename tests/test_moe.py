@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import kinds
 import numpy as np
 import pytest
+import reference
 
 from moejax import dispatch, experts, losses, moe, router
 
@@ -171,10 +172,115 @@ def test_a_single_expert_is_told_what_is_padding():
   np.testing.assert_array_equal(y[RAGGED_MASK], want)
 
 
+# -- shared experts ------------------------------------------------------------
+
+THREE = experts.FeedForward(3, F, nn.silu, gated=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def slopes(module, params, x):
+  """y, and the gradient of the sum of its squares."""
+
+  def score(params, x):
+    y = apply(module, params, x, True, RAGGED_MASK)[0]
+    return jnp.square(y).sum(), y
+
+  return jax.value_and_grad(score, (0, 1), has_aux=True)(params, x)
+
+
+@pytest.mark.parametrize(
+  "name, recompute", [("einsum", False), ("gather", True), ("ragged", True)]
+)
+def test_every_token_visits_the_shared_experts(name, recompute):
+  """Those without a slot for routed experts too; padding none."""
+  options = {"dispatch": name, "recompute": recompute, "capacity_factor": 0.5}
+  module = layer(TOP_K, shared=THREE, **options)
+  at = kinds.random_params(module, X)
+  assert at["shared"]["w_gate"].shape == (1, D, 3 * F)
+  (_, y), found = slopes(module, at, X)
+
+  def loops(at):
+    """The routed part is judged elsewhere, and its layer known."""
+    columns = {n: -2 if n == "w_out" else -1 for n in at["shared"]}
+    parts = {n: np.split(at["shared"][n], 3, columns[n]) for n in columns}
+    each = [
+      reference.feed_forward({n: parts[n][i] for n in parts}, kinds.silu)
+      for i in range(3)
+    ]
+    total = np.zeros(X.shape)
+    for b, s in np.argwhere(RAGGED_MASK):
+      total[b, s] = sum(expert(0, at["x"][b, s]) for expert in each)
+    return total
+
+  routed = {n: at[n] for n in ("router", "experts")}
+  module = layer(TOP_K, **options)
+  routed_y, vjp = jax.vjp(
+    lambda p, x: apply(module, p, x, True, RAGGED_MASK)[0], routed, X
+  )
+  beside = kinds.in_float64({"x": X, "shared": at["shared"]})
+  near(y, routed_y + loops(beside))
+  of_routed, of_x = vjp(2 * y)
+  want = kinds.finite_differences(
+    lambda at: (2 * np.asarray(y) * loops(at)).sum(), beside
+  )
+  same = functools.partial(kinds.same_gradient, exact=False, rtol=2e-3)
+  same(found[0], of_routed | {"shared": want["shared"]})
+  same(found[1], of_x + want["x"])
+
+
+@pytest.mark.parametrize("factor", [1.25, None])
+def test_a_layer_of_two_levels_has_shared_experts_once(factor):
+  free = {"capacity_factor": factor, "eval_capacity_factor": factor}
+  within = moe.MoE(router.TopK(2, 1), experts.FeedForward(2, F), **free)
+  module = moe.HierarchicalMoE(router.TopK(2, 1), within, **free, shared=THREE)
+  at = kinds.random_params(module, X)
+  alone = moe.MoE(router.Single(), module.shared)
+  beside = alone.apply({"params": {"experts": at["shared"]}}, X)
+  routed = {n: at[n] for n in ("primary", "secondary")}
+  both, _ = apply(module, at, X)
+  close(both, apply(module.clone(shared=None), routed, X)[0] + beside)
+
+
+@pytest.mark.parametrize("kind", [experts.Linear(1), experts.Each(1, Masked())])
+def test_any_single_expert_may_be_shared(kind):
+  """It is told what is padding, which stays zero whatever it makes of it."""
+  module = layer(TOP_K, shared=kind, recompute=True)
+  at = kinds.random_params(module, X, mask=RAGGED_MASK)
+  y, _ = apply(module, at, X, False, RAGGED_MASK)
+  routed = {n: at[n] for n in ("router", "experts")}
+  routed, _ = apply(layer(TOP_K), routed, X, False, RAGGED_MASK)
+  beside = X @ at["shared"]["w"][0] if "shared" in at else X + (L + 1)
+  close(y, routed + jnp.where(RAGGED_MASK[..., None], beside, 0))
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: layer(shared=experts.Linear(2)), "2 experts of Linear, but only"),
+    (lambda: layer(shared=experts.FeedForward(2, (F, F))), "2 experts of Feed"),
+    (lambda: layer(shared=experts.FeedForward(0, F)), "shared is 0 experts"),
+    (lambda: layer(shared=router.TopK(2, 1)), "give a module of .*experts"),
+    (lambda: layer(shared=experts.Linear(1, D + 1)), "return 4 .* others 3;"),
+    (
+      lambda: moe.MoE(router.Single(), experts.Linear(1), shared=THREE),
+      "Single has 1 expert, .* wider",
+    ),
+    (
+      lambda: moe.HierarchicalMoE(TOP_K, layer(group_size=None, shared=THREE)),
+      f"1 of {E} groups .* whole layer",
+    ),
+  ],
+)
+def test_shared_experts_that_do_not_fit(make, message):
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(lambda: make().init(KEY, X))
+
+
 # -- where parameters lie ------------------------------------------------------
 
 
 def mixture(**name):
+  name |= {"shared": experts.FeedForward(1, F)}
   return moe.MoE(router.TopK(E, K), experts.Each(E, nn.Dense(D)), **name)
 
 
@@ -197,7 +303,9 @@ class InSetup(nn.Module):
 
   def setup(self):
     self.gate = router.TopK(E, K)
-    self.first = moe.MoE(self.gate, experts.Each(E, nn.Dense(D)))
+    one = experts.FeedForward(1, F)
+    each = experts.Each(E, nn.Dense(D))
+    self.first = moe.MoE(self.gate, each, shared=one)
     self.second = two_levels()
 
   def __call__(self, x):
@@ -222,7 +330,7 @@ def test_parameters_lie_in_the_scope_of_their_layer():
     return jax.tree.map(lambda leaf: leaf.shape, nn.unbox(made))
 
   want = {"first": tree(mixture()), "second": tree(two_levels())}
-  assert set(want["first"]) == {"router", "experts"}
+  assert set(want["first"]) == {"router", "experts", "shared"}
   within = want["second"]["secondary"]["experts"]
   assert set(within) == {"kinds_0", "kinds_1"}
   for module in (Inline(), nn.remat(Inline)(), InSetup()):

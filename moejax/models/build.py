@@ -63,6 +63,8 @@ _Routers = ROUTERS | {
 }
 _Router = Annotated[_Build, Section(_Routers, given=("num_experts",))]
 
+_Shared = Annotated[_Build, Section(EXPERTS, optional=True)] | None
+
 _fields_of = functools.partial(
   config_fields.fields_of,
   group_size=Size | None,
@@ -75,6 +77,7 @@ def _moe(
   num_experts: Size,
   router: _Router,
   experts: _Experts | Sequence[Annotated[Any, Section(EXPERTS)]],
+  shared: _Shared = None,
   **fields: Any,
 ) -> MoE:
   """Makes a MoE.
@@ -83,7 +86,9 @@ def _moe(
     num_experts: how many there are.
     router: chooses among them.
     experts: of one kind, or a list of several, each with its own num_experts.
+    shared: experts beside these that every token visits.
   """
+  fields["shared"] = shared and shared()
   if isinstance(experts, tuple):
     built = Mixed(tuple(build() for build in experts))
     if built.num_experts != num_experts:
@@ -102,6 +107,7 @@ def _hierarchical_moe(
   num_groups: Size,
   primary: _Router,
   secondary: Annotated[_Build, Section(_moe, given=("num_experts",))],
+  shared: _Shared = None,
   **fields: Any,
 ) -> HierarchicalMoE:
   """Makes a HierarchicalMoE.
@@ -110,7 +116,9 @@ def _hierarchical_moe(
     num_experts: how many there are, in all groups.
     num_groups: groups of experts, P.
     primary: router between the groups.
+    shared: experts beside these that every token visits.
   """
+  fields["shared"] = shared and shared()
   if num_experts % num_groups:
     raise ValueError(
       f"config.model.hierarchical_moe: {num_groups} groups do not divide"

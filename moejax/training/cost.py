@@ -3,8 +3,8 @@
 The convention gives the paper's Tables 7 and 8 digit by digit: every entry of a
 matrix is a parameter, and a multiply-add of every token that meets the matrix.
 A router counts W_g and W_noise, an LSTM its projection. A token meets k/E of a
-mixture's experts. Biases (docs/decisions.md, 17), activations and dispatch are
-free, and capacity does not matter.
+mixture's experts, and all that it shares. Biases (docs/decisions.md, 17),
+activations and dispatch are free, and capacity does not matter.
 
 A timestep of a translation is one word of the source and one of the target. Of
 attention it has the products with matrices; what every pair of positions costs
@@ -93,7 +93,8 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     result, module = call(*args, **kwargs), context.module
     is_mixture = isinstance(module, MoE | HierarchicalMoE)
     if is_mixture and context.method_name == "__call__":
-      widths[module.path] = args[0].shape[-1] + result.shape[-1]
+      width = args[0].shape[-1] + result.shape[-1]
+      widths[module.path] = width, module.shared is not None
     # Of a score and of a mean, an entry each for every position.
     if isinstance(module, MultiHeadAttention | LatentAttention):
       if context.method_name == "__call__":
@@ -149,14 +150,14 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     sums["gates"] += ops * bool({"router", "primary"} & {*path})
     sums["attention"] += ops * bool({"attention", "source_attention"} & {*path})
     sums["source"] += ops * is_source
-    sums["experts"] += ops * ("experts" in path)
-  for path, width in widths.items():
+    sums["experts"] += ops * bool({"experts", "shared"} & {*path})
+  for path, (width, shared) in widths.items():
     # A mixture that is an expert reads what that one does.
     if "experts" not in path:
       levels = ("router",), ("primary",), ("secondary", "router")
       of_token = (active.get((*path, *level), 1) for level in levels)
       width *= repeats.get(path, 1)
-      sums["expert_io"] += width * math.prod(of_token)
+      sums["expert_io"] += width * (shared + math.prod(of_token))
   for path, ops in positions.items():
     side = "source_" if path[0].startswith("encoder") else ""
     sums[f"{side}positions"] += ops * repeats.get(path, 1)

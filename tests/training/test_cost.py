@@ -279,6 +279,33 @@ def test_every_kind_of_expert_is_counted(module, ops, biases):
   assert (got.experts, got.expert_io) == (ops, 2 * 2 * D)
 
 
+def test_shared_experts_are_always_on():
+  """Beside 2 of 8 in a layer; beside 3 groups of 4 in one of two levels."""
+  shared = experts.FeedForward(3, F)
+  routed = experts.FeedForward(E, F)
+  got = count(moe.MoE(router.TopK(E, 2), routed, shared=shared))
+  assert got.ops == GATE + (2 + 3) * EXPERT
+  assert got.parameters == GATE + (E + 3) * EXPERT
+  # They read a token once.
+  assert (got.experts, got.expert_io) == (5 * EXPERT, (2 + 1) * 2 * D)
+  within = moe.MoE(router.TopK(3, 1), experts.FeedForward(3, F))
+  got = count(moe.HierarchicalMoE(router.TopK(4, 3), within, shared=shared))
+  assert (got.experts, got.expert_io) == (6 * EXPERT, (3 + 1) * 2 * D)
+  assert got.parameters == D * (4 + 12) + (12 + 3) * EXPERT
+
+
+def test_fine_grained_experts_cost_what_few_wide_ones_do():
+  """At equal active width (2401.06066, sec. 3.1), but for the gates."""
+  found = [
+    count(
+      moe.MoE(router.SoftmaxTopK(m * E, m), experts.FeedForward(m * E, F // m))
+    )
+    for m in (1, 2, 4, 8)
+  ]
+  assert {each.ops - each.gates for each in found} == {EXPERT}
+  assert {each.parameters - each.gates for each in found} == {E * EXPERT}
+
+
 def test_two_levels_meet_the_gates_of_the_groups_they_visit():
   """12 experts in 4 groups of 3; a token visits 3 groups, 1 expert in each."""
   within = moe.MoE(router.NoisyTopK(3, 1), experts.FeedForward(3, F))
