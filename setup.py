@@ -102,6 +102,7 @@ setuptools.setup(
     "tensorboardX",
     "tensorflow-datasets>=4.9.10",
     "tensorstore",  # as orbax-checkpoint wants it
+    "tokenizers>=0.20",
     "tqdm",
   ],
   extras_require={

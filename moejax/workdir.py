@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from moejax import files
-from moejax.data import packing, pieces, vocab
+from moejax.data import packing
 
 CONFIG_FILE = "config.json"
 DIGEST_FILE = "vocabulary.digest"
 TEXT_FILE = "text.json"
 RESULT_FILE = "result.json"
-Vocabulary = TypeVar("Vocabulary", vocab.Vocabulary, pieces.Pieces)
+Vocabulary = TypeVar("Vocabulary", bound=packing.Tokenizer)
 
 # Fields that may change from one start to the next: those that cannot change a
 # number that the run has come to so far. All others may not.
@@ -130,11 +130,16 @@ def remember(
   files.write_whole(workdir / CONFIG_FILE, _as_json(values))
 
 
-def vocabulary(kind: type[Vocabulary], workdir: files.Path) -> Vocabulary:
-  """Reads the vocabulary that a run was made with, and takes no other one."""
+def vocabulary(
+  kind: type[Vocabulary], workdir: files.Path, **fields: Any
+) -> Vocabulary:
+  """Reads the vocabulary that a run was made with, and takes no other one.
+
+  The fields are what its kind is loaded by besides the file.
+  """
   path, noted = workdir / kind.FILE, workdir / DIGEST_FILE
   try:
-    found = kind.load(path)
+    found = kind.load(path, **fields)
   except FileNotFoundError:
     raise FileNotFoundError(
       f"{path} is gone, without which a run cannot know its words; {_BACK}"

@@ -19,9 +19,10 @@ from jaxtyping import Int32, Int64
 
 from moejax.data import cache
 from moejax.data.pieces import Pieces
+from moejax.data.tokenizer_file import TokenizerFile
 from moejax.data.vocab import Vocabulary
 
-Tokenizer = Vocabulary | Pieces
+Tokenizer = Vocabulary | Pieces | TokenizerFile
 
 # Pairs that become ids at once, and that are packed into rows of their own.
 _BLOCK = 10_000

@@ -33,6 +33,7 @@ class Pieces:
     start: id of `<s>`, 1, which comes before a target.
     end: id of `</s>`, 2, which ends a source or a target.
     languages: those that have a tag.
+    special: ids that no text becomes.
     digest: a short name that other pieces would not have.
   """
 
@@ -63,6 +64,7 @@ class Pieces:
       if (found := _TAG.fullmatch(processor.id_to_piece(i)))
     }
     self.languages = tuple(self._tags)
+    self.special = frozenset([*special, *self._tags.values()])
 
   @classmethod
   def train(
@@ -145,9 +147,12 @@ class Pieces:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of ids; special ones are left out."""
-    first = self.end + 1 + len(self._tags)
-    text = self._processor.decode([int(i) for i in ids if i >= first])
-    return text.translate(_TEXTS)
+    shown = [int(i) for i in ids if int(i) not in self.special]
+    return self._processor.decode(shown).translate(_TEXTS)
+
+  def spelt(self, id: int) -> str:
+    """Returns what stands for a piece: "▁" for a space, "<0xE2>" for a byte."""
+    return self._processor.id_to_piece(id).translate(_TEXTS)
 
   def tag(self, language: str) -> int:
     """Returns the id of the piece that asks for a language; "-" is as "_".

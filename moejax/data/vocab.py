@@ -148,6 +148,7 @@ class Vocabulary:
     end: id of `</S>`, which ends a sentence.
     start: id of `<S>`, which comes before a sentence.
     unknown: id of `<UNK>`, which every other word is read as.
+    special: ids that no word becomes.
     digest: a short name that another vocabulary would not have.
   """
 
@@ -177,6 +178,7 @@ class Vocabulary:
     # Text that spells out a special symbol must not turn into one.
     self.end, self.start = ids.pop(END), ids.pop(START)
     self.unknown = ids.pop(UNKNOWN)
+    self.special = frozenset([self.end, self.start])
     self._ids = ids
     self.digest = cache.joined(self._entries)
 
@@ -229,6 +231,10 @@ class Vocabulary:
   def decode(self, ids: Iterable[int]) -> list[str]:
     """Returns the entry of each id."""
     return [self._entries[i] for i in ids]
+
+  def spelt(self, id: int) -> str:
+    """Returns the entry of an id."""
+    return self._entries[id]
 
   def __len__(self) -> int:
     return len(self._entries)
