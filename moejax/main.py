@@ -25,7 +25,7 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          trains, or goes on where the workdir left off; by several processes
          with --coordinator_address=HOST:PORT --num_processes=N --process_id=I
   eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]] [--layout=NAME]
-         perplexity of a run's best checkpoint; of translations also BLEU
+         perplexity and bits per byte of a run's best checkpoint, or BLEU
   translate --workdir=DIR [--language=LANGUAGE] [--layout=NAME] < FILE > FILE
          translates line by line by a run's best checkpoint
   sample --workdir=DIR [--prompt=TEXT] [--num=N] [--length=N] [--seed=N]
@@ -271,7 +271,7 @@ def _sample(
           ", ".join(f"{expert} ({gate:.2f})" for expert, gate in experts)
           for experts in mixtures
         )
-        terminal.say(f"{said.strip():<20} {read_by}".rstrip())
+        terminal.say(f"{terminal.one_line(said):<20} {read_by}".rstrip())
       else:
         terminal.say(said, end="")
     terminal.say("")

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -72,7 +72,7 @@ class Sampler:
     model: nn.Module,
     layout: sharding.Layout,
     mesh: jax.sharding.Mesh,
-    never: Sequence[int] = (),
+    never: Collection[int] = (),
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -129,7 +129,7 @@ class Sampler:
 
     Args:
       params: of the model.
-      prompt: what every text begins with, `<S>` first.
+      prompt: what every text begins with, `<S>` first, and no `</S>` in it.
       length: tokens of a text after `<S>`, at most.
       end: id of `</S>`, the last token of a text that is not cut short.
       seed: of the draws.
@@ -177,7 +177,41 @@ class Sampler:
     yield [Token(int(token), []) for token in known[-1]]
 
 
+Part = tuple[str, list[list[tuple[int, float]]]]
+
+
+def spelt(tokens: Iterator[Token], tokenizer: Any) -> Iterator[Part]:
+  """Yields what each token looks like, and who has read it."""
+  return ((tokenizer.spelt(token.id), token.experts) for token in tokens)
+
+
+def written(tokens: Iterator[Token], tokenizer: Any) -> Iterator[Part]:
+  """Yields what each token adds to the text, and who has read it.
+
+  A letter that several tokens spell comes with the last of them, and what is
+  left of one at the end.
+  """
+
+  def decode(ids):
+    found = tokenizer.decode(i for i in ids if i not in tokenizer.special)
+    return found if isinstance(found, str) else " ".join(found)
+
+  # The tokens of the last part, after which a space may look otherwise than at
+  # the begin, and those that came since.
+  last, ids, new = [], [], ""
+  for token in tokens:
+    ids.append(token.id)
+    new = decode([*last, *ids])[len(decode(last)) :]
+    # This stands for what ends in the middle of a letter.
+    if not new.endswith("\ufffd"):
+      yield new, token.experts
+      last, ids, new = ids, [], ""
+  yield new, []
+
+
 def _until(end: int, tokens: Iterator[Token]) -> Iterator[Token]:
+  # The token before a text may be the one after it.
+  yield next(tokens)
   for token in tokens:
     yield token
     if token.id == end:

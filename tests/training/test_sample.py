@@ -1,5 +1,6 @@
 """Samples: what is drawn, that it is what the model says, and by which seed."""
 
+import functools
 import itertools
 import re
 
@@ -8,8 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moejax import experts, moe, router, sharding
+from moejax.data import vocab
+from moejax.data.pieces import Pieces
+from moejax.data.tokenizer_file import TokenizerFile
 from moejax.main import main
 from moejax.models import layers, lstm_lm, transformer
 from moejax.training import sample
@@ -158,6 +165,56 @@ def test_a_cache_too_short_is_refused():
     model.apply({"params": params}, state, two, method="read")
 
 
+@functools.cache
+def tokenizer_of(kind):
+  lines = ["the cat ▁ sat, on the mat é 漢字 \ufffd", "then  ran"] * 20
+  if kind == "pieces":
+    return Pieces.train(lines, 290)
+  if kind == "words":
+    return vocab.Vocabulary.build(lines, 1)
+  own = tokenizers.Tokenizer(tokenizers.models.BPE())
+  own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+  own.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=290,
+    special_tokens=["<|endoftext|>"],
+    initial_alphabet=alphabet,
+    show_progress=False,
+  )
+  own.train_from_iterator(lines, trainer)
+  return TokenizerFile(own.to_str().encode())
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces", "file"])
+@given(data=st.data())
+def test_parts_of_a_text_join_to_it(kind, data):
+  """Whatever the tokens: half a letter, the start as the end, no token."""
+  own = tokenizer_of(kind)
+  ordinary = st.integers(0, len(own) - 1).filter(lambda i: i not in own.special)
+  letters = st.sampled_from(own.encode_all(["é漢 ▁  the \ufffd"])[0])
+  ids = data.draw(st.lists(ordinary | letters, max_size=30))
+  text = [own.start, *ids, own.end]
+  tokens = [sample.Token(i, [[(i, 0.5)]]) for i in text]
+  parts = list(sample.written(iter(tokens), own))
+  whole = own.decode(ids)
+  joined = whole if isinstance(whole, str) else " ".join(whole)
+  assert "".join(said for said, _ in parts) == joined
+  for said, read_by in parts[:-1]:
+    assert not said.endswith("\ufffd") and len(read_by) == 1
+  shown = list(sample.spelt(iter(tokens), own))
+  assert [read_by for _, read_by in shown] == [t.experts for t in tokens]
+  assert all(said for said, _ in shown)
+
+
+def test_a_text_may_start_with_its_end():
+  """As of files that have one token for both."""
+  model = model_of("lstm")
+  found = ids(texts(model, params_of(model), 9, prompt=(END, 3)))
+  assert all(text[:2] == [END, 3] and len(text) > 2 for text in found)
+  assert any(END not in text[2:-1] and text[-1] == END for text in found)
+
+
 def sampled(capsys, workdir, *flags):
   status = main(["moejax", "sample", f"--workdir={workdir}", *flags])
   out, err = capsys.readouterr()
@@ -192,6 +249,7 @@ def test_a_run_goes_on_with_a_text(whole, capsys):
     (("--prompt=The people of", "--length=4"), ""),
     (("--prompt=The people of", "--length=3"), "prompt has 3 tokens"),
     (("--prompt=Qwxyz of",), "1 of the prompt's 2 words are unknown"),
+    (("--prompt= ",), "the prompt ' ' has no words; give one with letters"),
   ],
 )
 def test_what_a_sample_says(whole, capsys, flags, said):
