@@ -21,7 +21,7 @@ from moejax import config_fields, losses, sharding
 from moejax import files as files_lib
 from moejax import workdir as workdir_lib
 from moejax.config_fields import Names, Range, Section, Size
-from moejax.data import corpora, packing
+from moejax.data import corpora, packing, vocab
 from moejax.models.build import MODELS, TRANSLATORS
 from moejax.training import optim, step
 
@@ -186,12 +186,17 @@ class Experiment(NamedTuple):
   @property
   def tokenizer(self) -> type[packing.Tokenizer]:
     """What cuts the corpus, of which a run keeps its own."""
-    return corpora.TOKENIZERS[self.values["data"]["kind"]]
+    return corpora.kept(self.values["data"])[0]
 
   @property
   def unit(self) -> str:
     """What the corpus is cut into."""
-    return "word piece" if self.translates else "word"
+    return self.tokenizer.UNIT
+
+  def own_tokenizer(self, workdir: files_lib.Path) -> packing.Tokenizer:
+    """Reads the tokenizer of a run, see `workdir.vocabulary`."""
+    kind, named = corpora.kept(self.values["data"])
+    return workdir_lib.vocabulary(kind, workdir, **named)
 
 
 def parse(config: ConfigDict | Mapping[str, Any]) -> Experiment:
@@ -209,7 +214,20 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Experiment:
       f" of sentences ({', '.join(_PAIRS)}) are for models that translate"
       f" ({', '.join(TRANSLATORS)}), and these for them; change one of the two."
     )
-  return config_fields.build(_experiment, values, "config", values=values)
+  experiment = config_fields.build(_experiment, values, "config", values=values)
+  if not issubclass(experiment.tokenizer, vocab.Vocabulary):
+    if samples := values["model"].get("num_samples"):
+      raise ValueError(
+        f"config.model.num_samples is {samples}, but samples are drawn as if"
+        " ids fell with frequency, as those of words do, and config.data.tokens"
+        " are others; set config.model.num_samples=0, the full softmax."
+      )
+    if words := values["data"].get("vocab_file"):
+      raise ValueError(
+        f"config.data.vocab_file, {words}, has words, but config.data.tokens"
+        " are others; leave one of them out."
+      )
+  return experiment
 
 
 # Kinds of data that are to be translated.
@@ -233,18 +251,20 @@ def open_corpus(
 
   Files are read as the only split "data", in place of the corpus.
   """
-
-  def of_run(kind):
-    if workdir is not None and workdir_lib.is_run(workdir):
-      return workdir_lib.vocabulary(kind, workdir)
-    return None
-
-  return experiment.data(of_run=of_run, files=files)
+  own = None
+  if workdir is not None and workdir_lib.is_run(workdir):
+    own = experiment.own_tokenizer(workdir)
+  return experiment.data(own=own, files=files)
 
 
 def vocab_size(experiment: Experiment) -> int:
-  """Returns the words of the vocabulary; reads the text only if it must."""
-  size = experiment.values["data"].get("vocab_size")
+  """Returns the size of the vocabulary; reads the text only if it must."""
+  data = experiment.values["data"]
+  tokens = data.get("tokens", {})
+  if tokens.get("kind") == "file":
+    where, given = "config.data.tokens", {"texts": None, "words": None}
+    return len(config_fields.build(corpora.TOKENS, tokens, where, **given))
+  size = tokens.get("vocab_size", data.get("vocab_size"))
   return size or len(open_corpus(experiment).vocabulary)
 
 

@@ -197,8 +197,11 @@ def _builder(about, section, where):
       raise ValueError(f"{there} is missing; give it a value.")
     inner = section_of(annotation)
     if inner and not inner.optional and section.get(name) is None:
-      # One that is left out has no fields, which matters if it is built.
-      arguments[name] = functools.partial(build, inner.factory, {}, there)
+      # One that is left out, without a default, has no fields, which matters
+      # if it is built.
+      default = parameter.default
+      own = default if isinstance(default, Mapping) else {}
+      arguments[name] = functools.partial(build, inner.factory, own, there)
   return functools.partial(factory, **arguments)
 
 

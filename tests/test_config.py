@@ -1,6 +1,7 @@
 """The configs that come with moejax: they build, as the paper has them."""
 
 import pytest
+import tokenizers
 from config_shapes import (
   NAMES,
   VOCABULARY,
@@ -226,7 +227,51 @@ def test_balanced_mixtures_of_two_levels_have_a_slot_for_every_edge(name):
   ],
 )
 def test_a_run_keeps_the_tokenizer_of_its_corpus(name, tokenizer):
-  assert experiment(name).tokenizer is tokenizer
+  built = experiment(name)
+  assert (built.tokenizer, built.unit) == (tokenizer, tokenizer.UNIT)
+  other = {"data__tokens": {"kind": "pieces", "vocab_size": 700}}
+  other["model__num_samples"] = 0
+  if name.startswith("wmt14"):
+    with pytest.raises(ValueError, match="config.data.tokens does not exist"):
+      experiment(name, **other)
+    return
+  built = experiment(name, **other)
+  assert (built.tokenizer, built.unit) == (pieces.Pieces, "word piece")
+  # Without any text.
+  assert config_lib.vocab_size(built) == 700
+  del other["model__num_samples"]
+  with pytest.raises(ValueError, match="num_samples is .*num_samples=0"):
+    experiment(name, **other)
+  other |= {"model__num_samples": 0, "data__vocab_file": "words.txt"}
+  with pytest.raises(ValueError, match="vocab_file,? "):
+    experiment(name, **other)
+
+
+def test_tokens_of_a_file(tmp_path):
+  """Their number is known without text; a run reads its copy by the names."""
+  own = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "END": 1}))
+  path = tmp_path / "given.json"
+  own.save(str(path))
+  tokens = {"kind": "file", "path": str(path), "end": "END", "vocab_size": 9}
+  changes = {"model__num_samples": 0, "data__tokens": tokens}
+  built = experiment("tiny", **changes)
+  assert config_lib.vocab_size(built) == 9 and built.unit == "token"
+  found = config_lib.open_corpus(built).vocabulary
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  workdir_lib.remember(built.values, found, {}, workdir)
+  path.unlink()
+  again = config_lib.open_corpus(built, workdir).vocabulary
+  assert again.digest == found.digest and (again.end, len(again)) == (1, 9)
+  for tokens, message in (
+    ({"kind": "file"}, "config.data.tokens.path is missing"),
+    ({"kind": "file", "path": str(path)}, "given.json"),
+    ({"kind": "pieces"}, "config.data.tokens.vocab_size is missing"),
+    ({"kind": "letters"}, "'words', 'pieces', 'file'"),
+  ):
+    with pytest.raises((ValueError, OSError), match=message):
+      changes["data__tokens"] = tokens
+      config_lib.vocab_size(experiment("tiny", **changes))
 
 
 def test_a_layout_of_ones_own_starts_from_the_shared_rules(tmp_path):

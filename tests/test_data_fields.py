@@ -47,7 +47,9 @@ def base(kind, folder):
     section[split] = f"{mark}{folder}/{split}{suffix}"
     changes[split] = f"{mark}{folder}/{split}2{suffix}"
   if kind == "text":
-    return section | {"min_count": 1}, changes | {"min_count": 35}
+    pieces = {"kind": "pieces", "vocab_size": 300}
+    changes |= {"min_count": 35, "tokens": pieces}
+    return section | {"min_count": 1}, changes
   for each in (section, changes):
     each["train"] += f",en-de={folder}/few.tsv"
   return section | {"vocab_size": 300, "source_length": 64}, changes | {
@@ -62,7 +64,8 @@ def base(kind, folder):
 def seen(kind, section):
   """Digests of all splits, and of the first batches of training."""
   name = "tiny" if kind == "text" else "translate_tiny"
-  data = config_lib.open_corpus(experiment(name, data=section))
+  full = {"model__num_samples": 0} if kind == "text" else {}
+  data = config_lib.open_corpus(experiment(name, data=section, **full))
   rows = {split: data.rows(split) for split in SPLITS}
   batches = batches_lib.train_batches(rows["train"], data.batch_size, 0)
   first = [next(batches) for _ in range(4)]

@@ -548,7 +548,7 @@ def test_eval_reads_other_files(trained, tmp_path, capsys, monkeypatch):
   assert main([*argv, "b, c.txt"]) == 0
   # Six, two and two words, and three </S>.
   said = capsys.readouterr().out
-  found = re.search(r"\(13 words\), ([\d.]+)% of them unknown", said)
+  found = re.search(r"\(13 words\), .*byte, ([\d.]+)% of the words unk", said)
   assert 5 < float(found[1]) < 40
   assert main([*argv, "--data", "no*.txt"]) == 1
   assert "no*.txt matches no file" in capsys.readouterr().err

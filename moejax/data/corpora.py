@@ -7,15 +7,23 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from moejax import files as files_lib
 from moejax import terminal
-from moejax.config_fields import Names, Paths, Size
-from moejax.data import packing, text_files, tfds_corpora
-from moejax.data.packing import Direction, Pairs, Rows, Tokenizer, Tokens
+from moejax.config_fields import Names, Paths, Range, Section, Size
+from moejax.data import packing, text_files, tfds_corpora, vocab
+from moejax.data.packing import (
+  Direction,
+  PackedRows,
+  Pairs,
+  Rows,
+  Tokenizer,
+  Tokens,
+)
 from moejax.data.pieces import Pieces
 from moejax.data.tfds_corpora import Records
+from moejax.data.tokenizer_file import TokenizerFile
 from moejax.data.vocab import TokenizedVocabulary, Vocabulary
 
 # A text of words in which more are unknown, or fewer known, is doubted.
@@ -27,7 +35,7 @@ class Corpus(NamedTuple):
   """What a run learns from, and is measured on.
 
   Attributes:
-    vocabulary: gives the ids, of words or, for translation, of word pieces.
+    vocabulary: gives the ids, of words or of other tokens.
     pairs: split -> what there is for each direction of translation; of a
       language model, the sentences.
     row_length: places L of a row's targets.
@@ -35,6 +43,7 @@ class Corpus(NamedTuple):
       words (of the target) is B x L, but for what packing leaves empty.
     source_length: places M of a row's sources; 0 for a language model.
     temperature: of sampling directions, see `packing.MultiDirection`.
+    split_words: finds the words of a sentence, whatever its tokens are.
   """
 
   vocabulary: Tokenizer
@@ -43,6 +52,7 @@ class Corpus(NamedTuple):
   batch_size: int
   source_length: int = 0
   temperature: float = 1.0
+  split_words: Callable[[str], Sequence[str]] = vocab.words
 
   @property
   def splits(self) -> tuple[str, ...]:
@@ -60,7 +70,7 @@ class Corpus(NamedTuple):
     """
     lengths = self.row_length, self.source_length
     parts = [
-      packing.PackedRows(tokens, self.vocabulary, *lengths)
+      PackedRows(tokens, self.vocabulary, *lengths)
       for tokens in self.tokens(split)
     ]
     for pairs, rows in zip(self.pairs[split], parts, strict=True):
@@ -70,13 +80,32 @@ class Corpus(NamedTuple):
       return packing.MultiDirection(parts, self.temperature)
     (rows,) = parts
     if rows.unknown > _MANY_UNKNOWN or len(self.vocabulary) < _FEW_WORDS:
+      cure = "see that it is in the language that these are of"
+      if isinstance(self.vocabulary, Vocabulary):
+        cure = (
+          "see that the text has spaces between words and is in the language"
+          " trained on, give more of it, or lower config.data.min_count"
+        )
       terminal.warn(
-        f"{split}: {rows.unknown:.0%} of {rows.num_words:,} words are unknown"
-        f" to the vocabulary of {len(self.vocabulary):,}, so that perplexity"
-        " says little; see that the text has spaces between words and is in the"
-        " language trained on, give more of it, or lower config.data.min_count"
+        f"{split}: {rows.unknown:.0%} of {rows.num_words:,}"
+        f" {self.vocabulary.UNIT}s are unknown to the vocabulary of"
+        f" {len(self.vocabulary):,}, so that perplexity says little; {cure}"
       )
     return rows
+
+  def size_of_text(self, split: str, rows: PackedRows) -> tuple[int, int]:
+    """Counts what the rows of a language model's split hold, as text.
+
+    Returns words, the end of each sentence counted as one, and bytes of UTF-8
+    without line breaks. Sentences that are in no row count nothing.
+    """
+    words = num_bytes = 0
+    (pairs,) = self.pairs[split]
+    for text, in_rows in zip(pairs.targets, rows.has_ids, strict=True):
+      if in_rows:
+        words += len(self.split_words(text)) + 1
+        num_bytes += len(text.encode())
+    return words, num_bytes
 
 
 # -- files of pairs -----------------------------------------------------------
@@ -151,9 +180,6 @@ def read_lines(paths: text_files.Paths) -> list[str]:
 
 # -- kinds of a config --------------------------------------------------------
 
-# A kind of tokenizer -> the run's own, or None where there is no run yet.
-OfRun = Callable[[type[Tokenizer]], Tokenizer | None]
-
 
 def _data_dir(path: str) -> str | None:
   """Returns where prepared corpora lie; None for TFDS's own place."""
@@ -165,12 +191,60 @@ def _sentences(texts: Mapping[str, Sequence[str]]) -> dict[str, list[Pairs]]:
   return {s: [Pairs(None, s, None, lines)] for s, lines in texts.items()}
 
 
+def _words(texts, words) -> Vocabulary:
+  """Takes words, as the kind of data has them."""
+  del texts
+  return words()
+
+
+def _pieces_of_text(texts, words, vocab_size: Size) -> Pieces:
+  """Learns word pieces, whatever a space parts.
+
+  Args:
+    vocab_size: pieces, 256 bytes and 3 special ones among them.
+  """
+  del words
+  return Pieces.train(texts(), vocab_size)
+
+
+def _tokens_of_file(
+  texts,
+  words,
+  path: str,
+  start: str = "",
+  end: str = "",
+  vocab_size: Annotated[int, Range(0)] = 0,
+) -> TokenizerFile:
+  """Reads a tokenizer.json.
+
+  Args:
+    path: of the file, of the library tokenizers.
+    start: the token before a sentence; "" looks for the usual names.
+    end: the token after a sentence; "" looks for the usual names.
+    vocab_size: ids that the model has; 0 is as many as the file has.
+  """
+  del texts, words
+  return TokenizerFile.load(files_lib.local(path), start, end, vocab_size)
+
+
+# Tokens of a language model: of the text to train on, or as its kind has words;
+# both are functions.
+TOKENS = {
+  "words": _words,
+  "pieces": _pieces_of_text,
+  "file": _tokens_of_file,
+}
+_Tokens = Annotated[Callable[..., Tokenizer], Section(TOKENS)]
+_WORDS = {"kind": "words"}
+
+
 def _prose(
   kind: str,
-  of_run,
+  own,
   files,
   row_length: Size,
   batch_size: Size,
+  tokens: _Tokens = _WORDS,
   min_count: int = 3,
   data_dir: str = "",
   train: Paths = "",
@@ -180,8 +254,9 @@ def _prose(
   """Opens text.
 
   Args:
-    row_length: words of a row; of pairs, word pieces of the target.
+    row_length: tokens of a row; of pairs, word pieces of the target.
     batch_size: rows of a batch.
+    tokens: what the text is cut into; words by default.
     min_count: words that the text has less often are unknown.
     data_dir: where prepared corpora lie; "" is TFDS's own place.
     train: files to learn from.
@@ -206,10 +281,12 @@ def _prose(
       functools.partial(make, data_dir=_data_dir(data_dir))
     )
     texts = {split: Records(builder, split) for split in builder.info.splits}
-  vocabulary = of_run(Vocabulary)
-  if vocabulary is None:
-    vocabulary = Vocabulary.build(texts["train"], min_count)
-  return Corpus(vocabulary, _sentences(texts), row_length, batch_size)
+  if own is None:
+    own = tokens(
+      texts=lambda: texts["train"],
+      words=lambda: Vocabulary.build(texts["train"], min_count),
+    )
+  return Corpus(own, _sentences(texts), row_length, batch_size)
 
 
 # The benchmark holds out 50 files; as many sentences as one of them.
@@ -217,12 +294,13 @@ _VALIDATION_PART = 50
 
 
 def _lm1b(
-  of_run,
+  own,
   files,
-  vocab_file: str,
-  vocab_size: Size,
   row_length: Size,
   batch_size: Size,
+  vocab_file: str = "",
+  vocab_size: Size = 793_471,
+  tokens: _Tokens = _WORDS,
   data_dir: str = "",
   test: str = "",
 ) -> Corpus:
@@ -235,11 +313,13 @@ def _lm1b(
 
   Args:
     vocab_file: one word a line, the most frequent first.
-    vocab_size: entries of the vocabulary.
+    vocab_size: entries of the vocabulary of words.
+    tokens: what the text is cut into; by default words, which are between
+      spaces here.
     test: path of news.en.heldout-00000-of-00050; "" is what TFDS holds out.
   """
-  vocabulary = of_run(TokenizedVocabulary)
-  if vocabulary is None:
+
+  def words():
     path = files_lib.local(vocab_file)
     if not path.is_file():
       raise FileNotFoundError(
@@ -247,13 +327,15 @@ def _lm1b(
         f" of {vocab_size:,} entries, one a line, frequent first; published"
         " with the benchmark is vocab-2016-09-10.txt, of 793,471"
       )
-    vocabulary = TokenizedVocabulary.load(path)
-    if len(vocabulary) != vocab_size:
+    found = TokenizedVocabulary.load(path)
+    if len(found) != vocab_size:
       raise ValueError(
-        f"{path} has {len(vocabulary):,} entries, but config.data.vocab_size is"
+        f"{path} has {len(found):,} entries, but config.data.vocab_size is"
         f" {vocab_size:,}; give the size of that file, or a file of that size"
         f" (its first lines: head -n {vocab_size})"
       )
+    return found
+
   if files:
     texts = {"data": read_lines(text_files.find(files))}
   else:
@@ -267,11 +349,19 @@ def _lm1b(
       texts["test"] = read_lines([files_lib.local(test)])
       tested = set(texts["test"])
       texts["validation"] = [t for t in texts["validation"] if t not in tested]
-  return Corpus(vocabulary, _sentences(texts), row_length, batch_size)
+  if own is None:
+    own = tokens(texts=lambda: texts["train"], words=words)
+  return Corpus(
+    own,
+    _sentences(texts),
+    row_length,
+    batch_size,
+    split_words=vocab.tokens,
+  )
 
 
 def _pairs(
-  of_run,
+  own,
   files,
   train: Paths,
   vocab_size: Size,
@@ -303,10 +393,10 @@ def _pairs(
     pairs = {split: [] for split in splits}
     # Without any, `PairFiles` says what is missing.
     for direction in of_train or [NO_LANGUAGES]:
-      own = {split: named.get(direction, ()) for split, named in splits.items()}
+      named = {split: of.get(direction, ()) for split, of in splits.items()}
       builder = tfds_corpora.prepared(
         functools.partial(
-          tfds_corpora.PairFiles, own, _data_dir(data_dir), strict
+          tfds_corpora.PairFiles, named, _data_dir(data_dir), strict
         )
       )
       for split, found in pairs.items():
@@ -314,7 +404,7 @@ def _pairs(
         found.append(Pairs(direction, split, *sides))
         if both_directions:
           found.append(Pairs(Direction(*direction[::-1]), split, *sides[::-1]))
-  vocabulary = _pieces(of_run, pairs, vocab_size)
+  vocabulary = _pieces(own, pairs, vocab_size)
   lengths = row_length, batch_size, source_length
   return Corpus(vocabulary, pairs, *lengths, temperature)
 
@@ -357,7 +447,7 @@ _VALIDATIONS = ("newstest2012", "newstest2013")
 
 
 def _wmt14(
-  of_run,
+  own,
   files,
   pair: str,
   vocab_size: Size,
@@ -401,7 +491,7 @@ def _wmt14(
       # Of several there is no prepared copy to keep their ids with.
       texts = [s[0] if len(s) == 1 else [*itertools.chain(*s)] for s in sides]
       pairs[split] = [Pairs(direction, split, *texts)]
-  vocabulary = _pieces(of_run, pairs, vocab_size)
+  vocabulary = _pieces(own, pairs, vocab_size)
   return Corpus(vocabulary, pairs, row_length, batch_size, source_length)
 
 
@@ -424,12 +514,11 @@ def _given_pairs(
 
 
 def _pieces(
-  of_run: OfRun, pairs: Mapping[str, Sequence[Pairs]], size: int
+  own: Pieces | None, pairs: Mapping[str, Sequence[Pairs]], size: int
 ) -> Pieces:
   """Returns the pieces of the run; of what is to be one, those of its text."""
-  pieces = of_run(Pieces)
-  if pieces is not None:
-    return pieces
+  if own is not None:
+    return own
   # What serves both directions is read once.
   sides = {id(s): s for p in pairs["train"] for s in p.sides.values()}
   texts = itertools.chain.from_iterable(sides.values())
@@ -445,11 +534,30 @@ DATA = {
   "pairs": _pairs,
   "wmt14": _wmt14,
 }
-# Of each, the kind of tokenizer that a run keeps.
-TOKENIZERS: dict[str, type[Tokenizer]] = {
+_KEPT: dict[str, type[Tokenizer]] = {
   "sotu": Vocabulary,
   "text": Vocabulary,
   "lm1b": TokenizedVocabulary,
   "pairs": Pieces,
   "wmt14": Pieces,
 }
+_KEPT_TOKENS: dict[str, type[Tokenizer]] = {
+  "pieces": Pieces,
+  "file": TokenizerFile,
+}
+
+
+def kept(
+  data: Mapping[str, Any],
+) -> tuple[type[Tokenizer], dict[str, Any]]:
+  """Returns the kind of tokenizer that a run keeps, and what else loads it.
+
+  `data` is the section of a config.
+  """
+  tokens = data.get("tokens") or _WORDS
+  if tokens["kind"] == "words":
+    return _KEPT[data["kind"]], {}
+  # Pieces hold all in their file.
+  names = ("start", "end", "vocab_size") if tokens["kind"] == "file" else ()
+  named = {name: tokens[name] for name in names if name in tokens}
+  return _KEPT_TOKENS[tokens["kind"]], named

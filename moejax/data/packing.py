@@ -305,6 +305,8 @@ class PackedRows:
     row_length: L.
     num_words: real targets in all rows, `</s>` counted.
     unknown: fraction of the targets that the tokenizer does not have.
+    has_ids: bool [sentences], which sentences have words; those of a language
+      model are in the rows then.
     digest: that of the tokens.
     left_out: says how many sentences are in no row, and why; "" if all are.
   """
@@ -327,8 +329,9 @@ class PackedRows:
     parts = np.array_split(targets, targets.size // 1_000_000 + 1)
     unknown = sum(np.count_nonzero(p == tokenizer.unknown) for p in parts)
     self.unknown = unknown / targets.size
-    count = len(tokens.lengths["target"])
-    out = empty = count - np.count_nonzero(tokens.lengths["target"])
+    self.has_ids = tokens.lengths["target"] > 0
+    count = len(self.has_ids)
+    out = empty = count - np.count_nonzero(self.has_ids)
     why = f"{empty:,} without words"
     if source_length:
       out = count - len(self._packing["source_begin"])

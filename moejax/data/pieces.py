@@ -38,6 +38,7 @@ class Pieces:
   """
 
   FILE = "pieces.model"
+  UNIT = "word piece"
 
   def __init__(self, model: bytes):
     """Takes a model of sentencepiece; ValueError for other special pieces."""

@@ -30,6 +30,7 @@ class TokenizerFile:
   """
 
   FILE = "tokenizer.json"
+  UNIT = "token"
   languages = ()  # tags, as pieces may have
 
   def __init__(

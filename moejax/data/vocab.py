@@ -153,6 +153,7 @@ class Vocabulary:
   """
 
   FILE = "vocab.txt"  # where a run keeps it
+  UNIT = "word"  # what a token is
   languages = ()  # tags, as pieces may have
   split = staticmethod(words)
 

@@ -41,6 +41,7 @@ class Context:
     data: its corpus.
     workdir: of the run.
     rows: split -> its rows, which are read once.
+    size_of_text: split -> its words and bytes, which are counted once.
     translator: translates by beam search; None for a language model.
   """
 
@@ -49,6 +50,9 @@ class Context:
   ):
     self.session, self.data, self.workdir = built, data, workdir
     self.rows = functools.cache(data.rows)
+    self.size_of_text = functools.cache(
+      lambda split: data.size_of_text(split, self.rows(split))
+    )
     self.translator = None
     if built.experiment.translates:
       self.translator = Translator(built, data.vocabulary)
@@ -86,9 +90,22 @@ def numbers(values: Values) -> dict[str, float]:
 
 
 def perplexity(context: Context, params: Any, split: str, say: Say) -> Values:
-  """Returns what `losses_of` does of a split (docs/decisions.md, 22)."""
+  """Returns what `losses_of` does of a split (docs/decisions.md, 22).
+
+  And of a language model what compares models of other tokens: the perplexity
+  per word and the bits per byte of UTF-8, of the same loss over all of the text
+  (`Corpus.size_of_text`).
+  """
   del say
-  return context.losses(params, context.rows(split))
+  values = context.losses(params, context.rows(split))
+  if not context.translator:
+    words, num_bytes = context.size_of_text(split)
+    # 1 exactly for words, so that both perplexities are the same.
+    tokens_of_word = values["words"] / words
+    nats = values["loss"] * values["words"]
+    values["word_perplexity"] = exp(values["loss"] * tokens_of_word)
+    values["bits_per_byte"] = nats / math.log(2) / num_bytes
+  return values
 
 
 def losses_of(

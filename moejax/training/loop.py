@@ -132,12 +132,13 @@ class _Run:
           f" is good for {enough:,} of the {self.options.steps:,} steps of"
           " config.train.steps: training ends there; give more text for more."
         )
-    words = ", ".join(
+    sizes = ", ".join(
       f"{split} {rows.num_words:,}"
       + (f" ({rows.unknown:.1%} unknown)" if rows.unknown else "")
       for split, rows in ((each, context.rows(each)) for each in data.splits)
     )
-    _say(f"vocabulary of {len(data.vocabulary):,}; words: {words}")
+    unit = self.experiment.unit
+    _say(f"vocabulary of {len(data.vocabulary):,}; {unit}s: {sizes}")
     _say("compiling the training step")
     self.step_fn = session.compiled(self.built)
     # What could not be measured is refused now.
@@ -172,7 +173,6 @@ class _Run:
     self.begun = time.monotonic() - self.seconds
     self.writer = self.progress = metrics.Silent()
     if processes.first():
-      unit = self.experiment.unit
       self.writer = metrics.Writer(self.workdir, self.done)
       self.progress = metrics.Progress(self.done, self.last, unit)
     stack.enter_context(contextlib.closing(self.writer))

@@ -258,6 +258,11 @@ def describe(values: Mapping[str, float], unit: str) -> str:
     f"perplexity {values['perplexity']:,.2f} per {unit}"
     f" ({values['words']:,.0f} {unit}s)"
   )
+  # Not of translations, nor in results of older versions.
+  if "bits_per_byte" in values:
+    if unit != "word":
+      said += f", {values['word_perplexity']:,.2f} per word"
+    said += f", {values['bits_per_byte']:.3f} bits per byte"
   return said + (f", {describe_scores(values)}" if "bleu" in values else "")
 
 

@@ -59,7 +59,7 @@ class Loaded(NamedTuple):
   Attributes:
     model: the module; model.apply({"params": params}, ...).
     params: of the best checkpoint, as they lie between uses.
-    tokenizer: the run's own vocabulary, of words or of pieces.
+    tokenizer: the run's own, of words, of pieces, or of a tokenizer.json.
     config: what the run was made with, as plain values.
   """
 
@@ -77,7 +77,7 @@ def load(workdir: str | files_lib.Path, layout: str = "") -> Loaded:
   """
   workdir = files_lib.path(str(workdir))
   experiment = recall(workdir, layout)
-  tokenizer = workdir_lib.vocabulary(experiment.tokenizer, workdir)
+  tokenizer = experiment.own_tokenizer(workdir)
   built = session.build(experiment, len(tokenizer))
   params = best(workdir, built).params
   return Loaded(built.model, params, tokenizer, experiment.values)
@@ -110,7 +110,9 @@ def evaluate_run(
   values["step"] = int(state.step)
   if not context.translator:
     values["unknown"] = rows.unknown
-    said += f", {rows.unknown:.1%} of them unknown to the vocabulary"
+    if rows.unknown:
+      unit = context.data.vocabulary.UNIT
+      said += f", {rows.unknown:.1%} of the {unit}s unknown to the vocabulary"
   say(f"{said} (checkpoint of step {values['step']})")
   return values
 
@@ -137,7 +139,7 @@ def translate_run(
       f"the run in {workdir} is a language model, it cannot translate; give the"
       " --workdir of one with config.model.kind 'gnmt'."
     )
-  pieces = workdir_lib.vocabulary(experiment.tokenizer, workdir)
+  pieces = experiment.own_tokenizer(workdir)
   if language and not pieces.languages:
     raise ValueError(
       f"the run in {workdir} translates into one language alone, it cannot be"
@@ -167,8 +169,10 @@ def sample_run(
   """Yields texts of the best checkpoint of a language model, without end.
 
   A text comes in parts, which are to be joined: of each token what it adds, and
-  who has read it, as of `sample.Token`. Errors as of `load`; ValueError also
-  where the run translates, or an option is out of its range.
+  who has read it, as of `sample.Token`; a letter of several tokens comes with
+  the last of them. With show_experts a part is what its token looks like.
+  Errors as of `load`; ValueError also where the run translates, the prompt has
+  no tokens, or an option is out of its range.
 
   Args:
     workdir: of the run.
@@ -185,7 +189,7 @@ def sample_run(
       f"the run in {workdir} translates, it cannot go on with a text; give the"
       " --workdir of a language model, or translate by moejax translate."
     )
-  vocabulary = workdir_lib.vocabulary(experiment.tokenizer, workdir)
+  vocabulary = experiment.own_tokenizer(workdir)
   built = session.build(experiment, len(vocabulary))
   longest = built.shapes["inputs"].shape[1]
   if length > longest and isinstance(built.model, Transformer):
@@ -195,9 +199,15 @@ def sample_run(
       f" {longest} or less."
     )
   (own,) = vocabulary.encode_all([prompt])
+  if prompt and not own:
+    raise ValueError(
+      f"the prompt {prompt!r} has no {vocabulary.UNIT}s; give one with letters,"
+      " or leave --prompt out."
+    )
   if unknown := own.count(vocabulary.unknown):
     terminal.warn(
-      f"{unknown} of the prompt's {len(own)} words are unknown to the model."
+      f"{unknown} of the prompt's {len(own)} {vocabulary.UNIT}s are unknown to"
+      " the model."
     )
   start, end = vocabulary.start, vocabulary.end
   sampler = sample.Sampler(
@@ -205,23 +215,14 @@ def sample_run(
     built.layout,
     built.mesh,
     # No text has these, or says anything by them.
-    never=(start, vocabulary.unknown),
+    never={*vocabulary.special, vocabulary.unknown} - {end},
     **options,
   )
   params = best(workdir, built).params
   texts = sampler.texts(params, [start, *own], length or longest, end, seed)
 
-  def parts(text):
-    gap = ""
-    for token in text:
-      (word,) = vocabulary.decode([token.id])
-      if token.id not in (start, end):
-        yield gap + word, token.experts
-        gap = " "
-      else:
-        yield word if options.get("show_experts") else "", token.experts
-
-  return map(parts, texts)
+  show = sample.spelt if options.get("show_experts") else sample.written
+  return (show(text, vocabulary) for text in texts)
 
 
 def best(workdir: files_lib.Path, built: session.Session) -> TrainState:

