@@ -336,10 +336,16 @@ def _lm1b(
       )
     return found
 
+  downloaded = functools.partial(
+    tfds_corpora.downloaded, "lm1b", _data_dir(data_dir)
+  )
+  if own is None:
+    # Before the text is looked for: a missing file of words is told first.
+    own = tokens(texts=lambda: Records(downloaded(), "train"), words=words)
   if files:
     texts = {"data": read_lines(text_files.find(files))}
   else:
-    builder = tfds_corpora.downloaded("lm1b", _data_dir(data_dir))
+    builder = downloaded()
     count = builder.info.splits["test"].num_examples
     few = max(1, count // _VALIDATION_PART)
     parts = {"train": "train", "validation": f"test[:{few}]"}
@@ -349,8 +355,6 @@ def _lm1b(
       texts["test"] = read_lines([files_lib.local(test)])
       tested = set(texts["test"])
       texts["validation"] = [t for t in texts["validation"] if t not in tested]
-  if own is None:
-    own = tokens(texts=lambda: texts["train"], words=words)
   return Corpus(
     own,
     _sentences(texts),

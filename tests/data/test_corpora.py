@@ -401,8 +401,10 @@ def test_lm1b_words_are_parted_by_spaces(lm1b, prepared, tmp_path):
     (tokens,) = data.tokens(split)
     assert tokens.ids["target"].tolist() == want
     # Whatever the tokens, words are between spaces.
-    of_pieces = data._replace(vocabulary=Pieces.train(TOKENIZED["train"], 300))
-    for each in (data, of_pieces):
+    tokens = {"kind": "pieces", "vocab_size": 285}
+    of_pieces = lm1b(tokens=tokens, vocab_file="")
+    assert isinstance(of_pieces.vocabulary, Pieces)
+    for each in (data, data._replace(vocabulary=of_pieces.vocabulary)):
       words, _ = each.size_of_text(split, each.rows(split))
       assert words == len(want)
 
