@@ -31,6 +31,15 @@ USAGE = """usage: moejax COMMAND [FLAGS]
   sample --workdir=DIR [--prompt=TEXT] [--num=N] [--length=N] [--seed=N]
          [--temperature=X] [--top_k=N] [--top_p=X] [--show_experts]
          goes on with a text by a run's best checkpoint, token by token
+  upcycle --from=DIR --config=NAME --workdir=DIR [--noise=X] [--drop=X]
+         [--optimizer=reset|carry] [--config.FIELD=VALUE ...]
+         a run with mixtures out of a dense one, to be trained on
+  split  --from=DIR --workdir=DIR --parts=N
+         a run with every expert cut in N, of which N times as many are active
+  merge  --from=DIR --workdir=DIR --experts=N
+         a run with fewer experts, means of those whose routers are alike
+  prune  --from=DIR --workdir=DIR --experts=N [--by=load|reap]
+         a run with the best experts alone
   plan   --config=NAME [--topology=v5p:4x4x8,...] [--layout=NAME,...]
          [--suggest] [--config.FIELD=VALUE ...]
          what layouts cost on devices that need not be there: memory, exchanges,
@@ -81,7 +90,9 @@ def main(argv: Sequence[str]) -> int:
     if "workdir" in values:
       workdir = files.path(values["workdir"])
     limits.check()
-    return command(**values) or 0
+    # A word of Python's own cannot be a parameter.
+    given = {f"{n}_" if n == "from" else n: v for n, v in values.items()}
+    return command(**given) or 0
   except ReadError as error:
     terminal.warn(f"moejax: {error}")
     return 2
@@ -126,6 +137,9 @@ def console() -> None:
 # What is given for a flag that must be.
 _WANTED = {
   "config": "NAME, one that `moejax configs` lists or a file of your own",
+  "experts": "N, how many are to be left",
+  "from": "DIR, where the run lives that another is made of",
+  "parts": "N, in how many every expert is cut",
   "workdir": "DIR, where the run lives",
 }
 
@@ -277,6 +291,80 @@ def _sample(
     terminal.say("")
 
 
+def _upcycle(
+  from_: str,
+  config: str,
+  workdir: str,
+  noise: float = 0.0,
+  drop: float = 0.0,
+  optimizer: Annotated[str, Names(("reset", "carry"))] = "reset",
+  changes=(),
+) -> None:
+  """Upcycles.
+
+  Args:
+    from_: where the dense run lives.
+    config: as of `moejax train`, of what the new run trains.
+    workdir: where the new run is to live.
+    noise: standard deviation of what is added to experts, over that of their
+      entries.
+    drop: share of each expert's hidden units that is drawn anew.
+    optimizer: reset begins again at step 0; carry goes on with the moments.
+  """
+  from moejax import config as config_lib
+  from moejax.training import upcycle
+
+  experiment = config_lib.parse(config_lib.load(config, changes))
+  folders = files.path(from_), experiment, files.path(workdir)
+  upcycle.upcycle(*folders, noise, drop, optimizer)
+
+
+def _split(from_: str, workdir: str, parts: Annotated[int, Range(2)]) -> None:
+  """Splits.
+
+  Args:
+    from_: where the run lives.
+    workdir: where the new run is to live.
+    parts: in how many every expert is cut.
+  """
+  from moejax.training import upcycle
+
+  upcycle.split(files.path(from_), files.path(workdir), parts)
+
+
+def _merge(from_: str, workdir: str, experts: Annotated[int, Range(1)]) -> None:
+  """Merges.
+
+  Args:
+    from_: where the run lives.
+    workdir: where the new run is to live.
+    experts: how many of each mixture are left.
+  """
+  from moejax.training import upcycle
+
+  upcycle.merge(files.path(from_), files.path(workdir), experts)
+
+
+def _prune(
+  from_: str,
+  workdir: str,
+  experts: Annotated[int, Range(1)],
+  by: Annotated[str, Names(("load", "reap"))] = "load",
+) -> None:
+  """Prunes.
+
+  Args:
+    from_: where the run lives.
+    workdir: where the new run is to live.
+    experts: how many each mixture keeps.
+    by: load keeps those that most tokens visit; reap those whose output, times
+      its gate, is largest in the mean of these.
+  """
+  from moejax.training import upcycle
+
+  upcycle.prune(files.path(from_), files.path(workdir), experts, by)
+
+
 def _plan(
   config: str,
   topology: Sequence[str] = (),
@@ -316,6 +404,10 @@ COMMANDS = {
   "eval": _eval,
   "translate": _translate,
   "sample": _sample,
+  "upcycle": _upcycle,
+  "split": _split,
+  "merge": _merge,
+  "prune": _prune,
   "plan": _plan,
   "configs": _configs,
 }
@@ -327,7 +419,7 @@ def _flags(command: Callable[..., Any]) -> list[config_fields.Field]:
   """Returns the flags of a command, which are its parameters."""
   section = Annotated[Any, config_fields.Section(command)]
   _, *flags = config_fields.fields(section, "", {})
-  return [flag._replace(name=flag.name.removeprefix(".")) for flag in flags]
+  return [flag._replace(name=flag.name.strip("._")) for flag in flags]
 
 
 def _parse(command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:

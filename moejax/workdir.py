@@ -113,14 +113,16 @@ def remember(
   vocabulary: packing.Tokenizer,
   text: Mapping[str, str],
   workdir: files.Path,
+  made: bool = False,
 ) -> None:
   """Makes a workdir that of a run: writes its config, vocabulary and text.
 
   To be called when all else has shown to be sound. Of a run that goes on it
   writes what of its config has changed, and removes the result of its end so
-  far. `text` has the digest of each split.
+  far. `text` has the digest of each split; `made` says that all else of a new
+  run lies there already, so that nobody finds it without its checkpoint.
   """
-  if not is_run(workdir):
+  if made or not is_run(workdir):
     vocabulary.save(workdir / vocabulary.FILE)
     files.write_whole(workdir / DIGEST_FILE, vocabulary.digest + "\n")
     files.write_whole(workdir / TEXT_FILE, _as_json(text))

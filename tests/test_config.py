@@ -30,6 +30,7 @@ def model_of(name):
   return experiment(name).model(VOCABULARY)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @rows_of("")
 def test_config_builds(name):
   twin, config = name.replace("en_de", "en_fr"), load(name)
@@ -44,9 +45,17 @@ def test_config_builds(name):
     others, tables = ["attention"], ["embed_source", "embed_target"]
     stacks = ("encoder", "decoder")
   tables.append("head")
+  if config.model.get("tied"):
+    tables = ["head"]
+  elif config.model.kind == "pair_transformer":
+    tables = ["embed_source", "embed_target", "head"]
   for table in tables:
     assert tree[table]["table"].shape == (rows, config.model.width)
-  layers = [f"{s}_{i}" for s in stacks for i in range(len(config.model[s]))]
+  if "transformer" in config.model.kind:
+    names = "blocks", "encoder", "decoder"
+    layers = [name for name in names if name in config.model]
+  else:
+    layers = [f"{s}_{i}" for s in stacks for i in range(len(config.model[s]))]
   assert sorted(tree) == sorted([*tables, *layers, *others])
 
 

@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 from moejax import config as config_lib
 from moejax import config_fields
+from moejax.models import build
 from moejax.training import session
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -84,12 +85,13 @@ def is_read(config, name):
     return False
   if name.startswith("config.layout.") and isinstance(config["layout"], str):
     return False
-  model = config["model"]
-  stacks = (model.get(n, ()) for n in ("layers", "encoder", "decoder"))
-  used = {name for stack in stacks for name in stack}
-  _, section, layer, *_ = *name.split("."), ""
-  layers = ("lstm", "moe", "hierarchical_moe", "one_expert", "recurrent_moe")
-  return section != "model" or layer not in layers or layer in used
+  _, section, *path = *name.split("."), "", ""
+  model, layers = config["model"], {*build.LAYERS, "dense"}
+  stacks = ("layers", "encoder", "decoder")
+  if "transformer" in model["kind"] and path[0] in model and len(path) > 3:
+    model, stacks, path = model[path[0]], ("first", "pattern"), path[1:]
+  used = {name for stack in stacks for name in model.get(stack, ())}
+  return section != "model" or path[0] not in layers or path[0] in used
 
 
 def cases():

@@ -53,40 +53,132 @@ def get_config(
         "dispatch": "gather",
       },
     }
+  data = {
+    "kind": "sotu",  # or "text", with the files below
+    "train": "",  # comma-separated text files
+    "validation": "",  # carved out of train where none are given
+    "test": "",
+    "data_dir": "",  # where prepared corpora lie; "" is TFDS's own place
+    "min_count": 3,
+    "row_length": 64,
+    "batch_size": 64,
+  }
+  optimizer = {"peak": 1e-2, "warmup_steps": 200, "b2": 0.98}
+  train = {"steps": 2400, "eval_every": 400, "checkpoint_every": 200}
+  return _config(data, model, aux, optimizer, train)
+
+
+def _config(data, model, aux, optimizer, train, layout="expert"):
   return ConfigDict(
     {
       "seed": 0,
-      "layout": "expert",
-      "data": {
-        "kind": "sotu",  # or "text", with the files below
-        "train": "",  # comma-separated text files
-        "validation": "",  # carved out of train where none are given
-        "test": "",
-        "data_dir": "",  # where prepared corpora lie; "" is TFDS's own place
-        "min_count": 3,
-        "row_length": 64,
-        "batch_size": 64,
-      },
+      "layout": layout,
+      "data": data,
       "model": model,
       "aux": aux,
       "optimizer": {
         "kind": "adam",
-        "peak": 1e-2,
-        "warmup_steps": 200,
         "hold_steps": 0,
         "b1": 0.9,
-        "b2": 0.98,
         "eps": 1e-8,
         "clip_norm": config_dict.placeholder(float),
+        **optimizer,
       },
       "train": {
-        "steps": 2400,
         "microbatches": 1,
         "balance_over": "microbatch",
         "log_every": 10,
-        "eval_every": 400,
-        "checkpoint_every": 200,
         "keep": 2,
+        **train,
       },
     }
   )
+
+
+# -- published models ---------------------------------------------------------
+
+GATED = {"activation": "silu", "gated": True}
+# In bfloat16, every repeated block one program, which is run again in the
+# backward pass; none of them was trained here.
+_LARGE = {"scan": True, "recompute": True}
+_OPTIMIZER = {"peak": 4e-4, "warmup_steps": 2000, "b2": 0.95, "clip_norm": 1.0}
+_TRAIN = {"steps": 100_000, "eval_every": 1000, "checkpoint_every": 1000}
+_TRAIN |= {"microbatches": 4}
+
+
+def experts(
+  num_experts: int, hidden: int, router: Mapping[str, Any], gated: bool = True
+) -> dict[str, Any]:
+  """The section of a dropless mixture."""
+  kind = {"kind": "feed_forward", "hidden": hidden}
+  return {
+    "num_experts": num_experts,
+    "router": router,
+    "experts": kind | (GATED if gated else {}),
+    "group_size": 512,
+    "capacity_factor": config_dict.placeholder(float),
+    "eval_capacity_factor": config_dict.placeholder(float),
+    "dispatch": "ragged",
+  }
+
+
+def decoder(
+  *,
+  vocab_size: int,
+  width: int,
+  aux: Mapping[str, float] = {"switch_balance": 1e-2},
+  first: Mapping[str, Any] | None = None,
+  **blocks: Any,
+) -> ConfigDict:
+  """A language model whose every block has experts, but a `first` dense one."""
+  dense = {} if first is None else {"first": ("dense",), "dense": first}
+  data = {
+    "kind": "text",
+    "tokens": {"kind": "pieces", "vocab_size": vocab_size},
+    "train": "",  # comma-separated text files
+    "validation": "",
+    "test": "",
+    "data_dir": "",
+    "row_length": 4096,
+    "batch_size": 1024,
+  }
+  model = {
+    "kind": "transformer",
+    "width": width,
+    "dtype": "bfloat16",
+    "blocks": {"pattern": ("moe",), **blocks, **dense, **_LARGE},
+  }
+  return _config(data, model, aux, _OPTIMIZER, _TRAIN)
+
+
+def encoder_decoder(
+  *,
+  vocab_size: int,
+  width: int,
+  hidden: int,
+  batch_size: int,
+  tied: bool = False,
+  **blocks: Any,
+) -> ConfigDict:
+  """A model of pairs with experts in every second block."""
+  dense = {"kind": "feed_forward", "hidden": hidden}
+  side = {"pattern": ("dense", "moe"), "dense": dense, **blocks, **_LARGE}
+  data = {
+    "kind": "wmt14",
+    "pair": "en-de",
+    "data_dir": "",
+    "vocab_size": vocab_size,
+    "row_length": 512,
+    "source_length": 512,
+    "batch_size": batch_size,
+  }
+  model = {
+    "kind": "pair_transformer",
+    "width": width,
+    "dtype": "bfloat16",
+    "tied": tied,
+    "encoder": side,
+    "decoder": {**side},
+  }
+  aux = {"switch_balance": 1e-2}
+  return _config(data, model, aux, _OPTIMIZER, _TRAIN)

@@ -5,6 +5,7 @@ feed-forward layer is `MoE`, of one expert or of many, as it stands between
 LSTMs. Sentences, and pairs of them, that share a row do not see each other.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -526,6 +527,16 @@ class Blocks(nn.Module):
     together = [("layers", self.pattern, repeats)] if repeats else []
     return [*singles[: len(first)], *together, *singles[len(first) :]]
 
+  @property
+  def places(self) -> list[tuple[tuple[str, str], int | None]]:
+    """Where the parameters of each block lie: path, and index in a stack."""
+    return [
+      ((name, f"block_{i}"), time if repeats > 1 else None)
+      for name, layers, repeats in self.units
+      for time in range(repeats)
+      for i in range(len(layers))
+    ]
+
   def over_rows(
     self,
     x: Float[Array, "B L D"],
@@ -612,6 +623,24 @@ class Blocks(nn.Module):
   def _block(self, layer: Callable[[], nn.Module], name: str) -> Block:
     fields = self.reads_source, self.norm, self.epsilon, self.dropout
     return Block(self.attention, layer, *fields, name=name)
+
+
+def unscanned(
+  model: nn.Module,
+) -> tuple[nn.Module, list[tuple[tuple[str, ...], int | None]], list]:
+  """Returns the same model with blocks that run one by one, and keep all.
+
+  Beside it is where the parameters of each block lie in the model, and where
+  they lie in the one returned; both are empty where it has no blocks.
+  """
+  fields, there, here = {}, [], []
+  for field in dataclasses.fields(model):
+    if isinstance(blocks := getattr(model, field.name), Blocks):
+      alone = blocks.clone(scan=False, recompute=False)
+      fields[field.name] = alone
+      for each, places in ((blocks, there), (alone, here)):
+        places += [((field.name, *path), at) for path, at in each.places]
+  return model.clone(**fields), there, here
 
 
 def _bucket(distance: Int[Array, "..."], causal: bool) -> Int[Array, "..."]:

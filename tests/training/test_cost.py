@@ -320,6 +320,37 @@ def test_two_levels_meet_the_gates_of_the_groups_they_visit():
 
 # -- Transformers -------------------------------------------------------------
 
+# Of their makers' files, digit by digit; active for a token, whose embedding is
+# looked up, in billions as published, which for DeepSeek leave that out.
+PUBLISHED = {
+  "mixtral_8x7b": (46_702_792_704, "12.9"),
+  "olmoe_1b_7b": (6_919_161_856, "1.3"),
+  "deepseek_v2_lite": (15_706_484_224, "2.5"),
+  # 18 layers of 2048 experts, 2 x 1024 x 8192 each, are 618.5 of "600 B".
+  "gshard_600b": (619_464_810_496, "1.5"),
+  "switch_base_128": (7_415_217_408, "0.2"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_parameters(name):
+  built = experiment(f"transformer/{name}")
+  got = cost.count(built, config_lib.vocab_size(built))
+  active = got.ops + got.biases + got.softmax
+  if name in ("mixtral_8x7b", "olmoe_1b_7b"):
+    active += got.embedding
+  assert (got.total, f"{active / 1e9:.1f}") == PUBLISHED[name]
+
+
+def test_recipes_have_the_ops_of_their_dense_twin():
+  recipes = ["switch", "gshard_top_2", "noisy_top_k", "balanced"]
+  dense = count_of("transformer/dense").ops
+  for name in recipes:
+    got = count_of(f"transformer/{name}")
+    assert got.ops - got.gates == dense, name
+    assert got.gates == (1 + (name == "noisy_top_k")) * 2 * 64 * 32
+
+
 HEADS, KV, H, L, M = 4, 2, 8, 6, 5
 ATTENTION = 2 * D * H * (HEADS + KV)
 BLOCKS = {
