@@ -30,9 +30,11 @@ GATES: Mapping[str, tuple[int, dict[str, Any], dict[str, float]] | None] = {
   "balanced": None,
   "switch": None,
   "gshard_top_2": None,
-  "expert_choice": (4, {"k": 4}, {}),
+  "expert_choice": None,
   "hash": (1, {"k": 1}, {}),
   "sigmoid": (4, {"k": 4}, {"bias": 1.0}),
+  "loss_free_shared": None,
+  "softmax_top_k": (4, {"k": 4}, {"switch_balance": 1e-2}),
 }
 
 
@@ -61,7 +63,6 @@ def config_of(gate: str) -> config_lib.Config:
   moe = config.model.blocks.moe
   moe.router = {"kind": gate, **fields}
   moe.experts.hidden //= active
-  config.model.looks_ahead = gate == "expert_choice"
   return config
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import types
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from ml_collections import config_dict
 
 from moejax import config as config_lib
 from moejax import config_fields
-from moejax.models import build
+from moejax.models import build, transformer
 from moejax.training import session
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -39,12 +40,22 @@ def updates(built):
   return found
 
 
+def described(model):
+  """A model in words, and what makes the layers of its blocks."""
+  found = [model]
+  for name in ("blocks", "encoder", "decoder"):
+    if isinstance(blocks := getattr(model, name, None), transformer.Blocks):
+      makers = blocks.attention, *blocks.first, *blocks.pattern
+      found += [make() for make in makers]
+  return re.sub(" at 0x[0-9a-f]+", "", repr(found))
+
+
 # What the fields of a section decide. Of `data` see `test_data_fields.py`.
 DECIDES = {
   "seed": lambda built: built.seed,
   "layout": lambda built: built.layout,
   "data": lambda built: built.shapes,
-  "model": lambda built: repr(built.model(VOCABULARY)),
+  "model": lambda built: described(built.model(VOCABULARY)),
   "aux": lambda built: (built.aux_weights, built.aux_scope),
   "optimizer": lambda built: (
     [float(built.schedule(n)) for n in (0, 5, 10**3, 10**4, 10**6)],
@@ -70,7 +81,7 @@ def others(annotation, value):
     elif kind is Sequence:
       first = (value or (1,))[0] if isinstance(value, (tuple, list)) else 1
       yield from ((one,) for one in others(entry, first))
-      yield from ((2, -1, 1), ("lstm",) * 2, ("lstm",) * 3)
+      yield from ((2, -1, 1), ("lstm",) * 2, ("lstm",) * 3, (first,) * 2)
     elif kind is types.NoneType:
       yield None
 
@@ -79,9 +90,12 @@ def is_read(config, name):
   """Whether anything reads a field.
 
   A layer that no stack has is not built, a layout that has a name has no
-  section, and "looks_ahead" only lets pass what else is refused.
+  section, "looks_ahead" only lets pass what else is refused, and samples are of
+  words alone.
   """
   if name == "config.model.looks_ahead":
+    return False
+  if name == "config.model.num_samples" and "tokens" in config["data"]:
     return False
   if name.startswith("config.layout.") and isinstance(config["layout"], str):
     return False

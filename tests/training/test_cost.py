@@ -349,6 +349,8 @@ def test_recipes_have_the_ops_of_their_dense_twin():
     got = count_of(f"transformer/{name}")
     assert got.ops - got.gates == dense, name
     assert got.gates == (1 + (name == "noisy_top_k")) * 2 * 64 * 32
+  shared = count_of("transformer/loss_free_shared")
+  assert (shared.ops - shared.gates, shared.gates) == (dense, 2 * 64 * 32)
 
 
 HEADS, KV, H, L, M = 4, 2, 8, 6, 5
