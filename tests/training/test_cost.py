@@ -320,8 +320,8 @@ def test_two_levels_meet_the_gates_of_the_groups_they_visit():
 
 # -- Transformers -------------------------------------------------------------
 
-# Published are 46.7, 6.92, 15.7, 600 and 7 B. Active for a token, in billions as
-# published: 12.9, 1.3, 2.4; that of DeepSeek leaves the embedding out.
+# Published are 46.7, 6.92, 15.7, 600 and 7 B; active for a token, in billions,
+# 12.9, 1.3, 2.4, where that of DeepSeek leaves the embedding out.
 PUBLISHED = {
   "mixtral_8x7b": (46_702_792_704, "12.9"),
   "olmoe_1b_7b": (6_919_161_856, "1.3"),
