@@ -11,31 +11,20 @@ Result: to be measured.
 
 from experiments import figures, harness, training
 
-SEEDS = 3
 FACTORS = {"0.75": 0.75, "1": 1, "1.25": 1.25, "1.5": 1.5, "2": 2}
 FACTORS["dropless"] = None
 
 
 def rows(quick: bool, factors: str = "") -> figures.Rows:
-  """Yields a row per capacity factor."""
+  """Returns a row per capacity factor."""
   names = harness.chosen(factors, FACTORS, ("0.75",) if quick else ())
-  with training.folder("capacity_factor", quick) as runs:
-    configs = {"dense": training.load("transformer/dense")}
-    for name in names:
-      config = training.load("transformer/noisy_top_k")
-      fields = ("capacity_factor", "eval_capacity_factor")
-      config.model.blocks.moe.update(dict.fromkeys(fields, FACTORS[name]))
-      config.model.blocks.moe.dispatch = "auto"
-      configs[name] = config
-    if quick:
-      for config in configs.values():
-        training.shrink(config, runs)
-    times = training.times_of_dense(configs, quick)
-    for name in names:
-      found = training.over_seeds(
-        configs[name], runs / name, 1 if quick else SEEDS
-      )
-      yield {"factor": name, **found, "of_dense": times[name]}
+  configs = {}
+  for name in names:
+    config = configs[name] = training.load("transformer/noisy_top_k")
+    fields = ("capacity_factor", "eval_capacity_factor")
+    config.model.blocks.moe.update(dict.fromkeys(fields, FACTORS[name]))
+    config.model.blocks.moe.dispatch = "auto"
+  return training.beside_dense("capacity_factor", "factor", configs, quick)
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:

@@ -10,7 +10,6 @@ Result: to be measured.
 
 from experiments import figures, harness, training
 
-SEEDS = 3
 # Experts, those that a token visits, and width.
 GRAINS = {n: (n, n // 8, 2048 // n) for n in (8, 16, 32, 64, 128)}
 SHARED = {False: "without a shared expert", True: "with one"}
@@ -34,7 +33,7 @@ def rows(quick: bool) -> figures.Rows:
         if quick:
           training.shrink(config, runs)
         folder = runs / f"{num_experts}_{shared}"
-        found = training.over_seeds(config, folder, 1 if quick else SEEDS)
+        found = training.over_seeds(config, folder, quick)
         about = {"experts": num_experts, "k": k, "hidden": hidden}
         yield about | {"shared": shared} | found
 

@@ -18,7 +18,6 @@ from typing import Any
 from experiments import figures, harness, training
 from moejax import config as config_lib
 
-SEEDS = 3
 _BALANCE = {"importance": 0.1, "load": 0.1}
 # Gate -> its recipe; or how many experts it sends a token to, what else it is
 # given, and the losses' weights.
@@ -39,19 +38,10 @@ GATES: Mapping[str, tuple[int, dict[str, Any], dict[str, float]] | None] = {
 
 
 def rows(quick: bool, models: str = "") -> figures.Rows:
-  """Yields a row per gate."""
+  """Returns a row per gate."""
   names = harness.chosen(models, GATES, ("switch",) if quick else ())
-  with training.folder("router_zoo", quick) as runs:
-    configs = {name: config_of(name) for name in ("dense", *names)}
-    if quick:
-      for config in configs.values():
-        training.shrink(config, runs)
-    times = training.times_of_dense(configs, quick)
-    for name in names:
-      found = training.over_seeds(
-        configs[name], runs / name, 1 if quick else SEEDS
-      )
-      yield {"gate": name, **found, "of_dense": times[name]}
+  configs = {name: config_of(name) for name in names}
+  return training.beside_dense("router_zoo", "gate", configs, quick)
 
 
 def config_of(gate: str) -> config_lib.Config:

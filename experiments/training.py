@@ -34,6 +34,7 @@ from moejax.training import (
 )
 from moejax.training import run as run_lib
 
+SEEDS = 3
 # Words of a step that reads no text.
 VOCABULARY = 10_000
 ROOT = pathlib.Path(__file__).parents[1]
@@ -186,17 +187,6 @@ def random_step(config: ConfigDict) -> Step:
   return Step(built, jax.device_get(batch))
 
 
-def times_of_dense(
-  configs: Mapping[str, ConfigDict], quick: bool
-) -> dict[str, float]:
-  """Times training steps in turn; returns ratios of medians to "dense"."""
-  with roughly_compiled(quick):
-    steps = {name: random_step(config) for name, config in configs.items()}
-  times = harness.interleaved(steps, 2 if quick else 15)
-  dense = times["dense"].median
-  return {name: round(each.median / dense, 2) for name, each in times.items()}
-
-
 def perplexities(run: Run) -> figures.Rows:
   """Yields a row per validation, and one per test."""
   train = [line for line in run.lines if line["split"] == "train"]
@@ -252,8 +242,9 @@ def report(run: Run) -> Row:
   }
 
 
-def over_seeds(config: ConfigDict, folder: pathlib.Path, seeds: int) -> Row:
-  """Trains with seeds 0, 1 ...; returns means, and the span of perplexities."""
+def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
+  """Trains with several seeds; returns means, and the span of perplexities."""
+  seeds = 1 if quick else SEEDS
   found = []
   for seed in range(seeds):
     config.seed = seed
@@ -277,6 +268,29 @@ def over_seeds(config: ConfigDict, folder: pathlib.Path, seeds: int) -> Row:
     **means,
     "minutes": round(sum(row["minutes"] for row in found), 1),
   }
+
+
+def beside_dense(
+  name: str, column: str, configs: Mapping[str, ConfigDict], quick: bool
+) -> figures.Rows:
+  """Yields a row of `over_seeds` for each config, named in the column.
+
+  `of_dense` is the time of its training step over that of the dense recipe, as
+  medians of steps that take turns.
+  """
+  with folder(name, quick) as runs:
+    timed = {"dense": load("transformer/dense"), **configs}
+    if quick:
+      for config in timed.values():
+        shrink(config, runs)
+    with roughly_compiled(quick):
+      steps = {each: random_step(config) for each, config in timed.items()}
+    times = harness.interleaved(steps, 2 if quick else 15)
+    del steps
+    for each, config in configs.items():
+      found = over_seeds(config, runs / each, quick)
+      ratio = times[each].median / times["dense"].median
+      yield {column: each, **found, "of_dense": round(ratio, 2)}
 
 
 def decisions(
