@@ -183,10 +183,7 @@ class MultiHeadAttention(nn.Module):
     key, value = project("key", source, K), project("value", source, K)
     if cache is not None:
       key, value = cache = cache.add(key, value, places.filled)
-    y = _attend(query, key, value, places)
-    w_out = declare(self, "w_out", ("heads", "embed"), (N * H, x.shape[-1]))
-    y = product("BLM,MD->BLD", y.reshape(*y.shape[:2], N * H), w_out, x.dtype)
-    return y.astype(x.dtype), cache
+    return _attend(self, query, key, value, places, x.shape[-1]), cache
 
 
 class LatentAttention(nn.Module):
@@ -284,27 +281,26 @@ class LatentAttention(nn.Module):
     )
     turned = jnp.broadcast_to(turned, (*key.shape[:3], R))
     key = jnp.concatenate([key, turned], axis=-1)
-    # Attention of JAX takes values as wide as keys.
-    value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, R)))
-    y = _attend(query, key, value, places)[..., :H]
-    w_out = declare(self, "w_out", ("heads", "embed"), (N * H, x.shape[-1]))
-    y = product("BLM,MD->BLD", y.reshape(*y.shape[:2], N * H), w_out, x.dtype)
-    return y.astype(x.dtype), cache
+    return _attend(self, query, key, value, places, x.shape[-1]), cache
 
 
-def _attend(query, key, value, places):
-  """Attention of heads [B L N H] to [B S K H]."""
-  dtype = query.dtype
+def _attend(module, query, key, value, places, width):
+  """Attention of heads [B L N H] to [B S K H], and W_out of the module's."""
+  (B, L, N, H), dtype, V = query.shape, query.dtype, value.shape[-1]
   # cuDNN's kernel takes 16 bits alone.
   fused = sharding.platform() == "gpu" and dtype.itemsize == 2
-  return jax.nn.dot_product_attention(
+  y = jax.nn.dot_product_attention(
     query,
     key,
-    value,
+    # Values must be as wide as keys.
+    jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, H - V))) if V < H else value,
     None if places.bias is None else places.bias.astype(dtype),
     places.seen,
     implementation="cudnn" if fused else None,
   )
+  w_out = declare(module, "w_out", ("heads", "embed"), (N * V, width))
+  y = product("BLM,MD->BLD", y[..., :V].reshape(B, L, N * V), w_out, dtype)
+  return y.astype(dtype)
 
 
 def rotate(
