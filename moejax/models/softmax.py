@@ -12,6 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moejax import sharding
 from moejax.models.layers import declare, look_up, product, table_rows
 
+# Logits of the full softmax at once, 256 MB of float32 over all devices; those
+# of a time step, if these are more.
+_LOGITS = 2**26
+
 
 def log_uniform(
   rng: PRNGKeyArray, num_samples: int, vocab_size: int
@@ -155,18 +159,29 @@ class Softmax(nn.Module):
     if train and self.num_samples:
       return self._sampled(h, targets)
 
-    # One time step at a time, recomputed in the backward pass: all B*L*V
-    # logits at once would outgrow the rest of the model.
-    @jax.checkpoint
-    def at_step(step):
-      h, target = step
-      logits = self.logits(h[:, None])[:, 0]
+    # Where all B*L*V logits at once would outgrow the rest of the model: some
+    # time steps at a time, recomputed in the backward pass.
+    B, L = targets.shape
+    most = max(1, _LOGITS // (B * len(self.table)))
+    steps = next(n for n in range(min(most, L), 0, -1) if L % n == 0)
+
+    def of_steps(part):
+      h, targets = part
+      logits = self.logits(h)
       # Not by index: over devices that would gather the scores of all.
-      is_target = jnp.arange(logits.shape[1])[None] == target[:, None]
-      chosen = jnp.where(is_target, logits, 0).sum(axis=1)
+      rows = jnp.arange(logits.shape[-1])[None, None]
+      is_target = rows == targets[..., None]
+      chosen = jnp.where(is_target, logits, 0).sum(axis=-1)
       return jax.nn.logsumexp(logits, axis=-1) - chosen
 
-    return jax.lax.map(at_step, (h.swapaxes(0, 1), targets.T)).T
+    if steps == L:
+      return of_steps((h, targets))
+    parts = jax.tree.map(
+      lambda x: x.reshape(B, L // steps, steps, *x.shape[2:]).swapaxes(0, 1),
+      (h, targets),
+    )
+    loss = jax.lax.map(jax.checkpoint(of_steps), parts)
+    return loss.swapaxes(0, 1).reshape(B, L)
 
   def _sampled(
     self, h: Float[Array, "B L D"], targets: Int[Array, "B L"]

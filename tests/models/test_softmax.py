@@ -42,9 +42,15 @@ def reference(table, h, targets):
   return -np.log(chosen), (chance - np.eye(V)[targets]) @ table
 
 
-# Evaluation is full, whatever training samples.
-@pytest.mark.parametrize("num_samples, train", [(0, True), (5, False)])
-def test_full_loss_is_minus_log_probability(inputs, num_samples, train):
+# Evaluation is full, whatever training samples; all steps at once, two, one.
+@pytest.mark.parametrize(
+  "num_samples, train, logits",
+  [(0, True, 2**26), (5, False, 2**26), (0, True, 3 * B * V), (0, True, 1)],
+)
+def test_full_loss_is_minus_log_probability(
+  inputs, num_samples, train, logits, monkeypatch
+):
+  monkeypatch.setattr(softmax, "_LOGITS", logits)
   h, targets, table = inputs
   want, slope = reference(table, h, targets)
 
