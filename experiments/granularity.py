@@ -2,8 +2,8 @@
 
 Method: configs/transformer/noisy_top_k.py with 1 of 8 experts 256 wide to 16 of
 128 experts 16 wide: as many parameters, and as many operations but for the
-router's, the same steps on the same batches, three seeds. With a shared expert
-(2401.06066), which comes on top, a token visits one routed expert less.
+router's, the same 800 steps on the same batches, three seeds. With a shared
+expert (2401.06066), which comes on top, a token visits one routed expert less.
 
 Result: to be measured.
 """
@@ -23,7 +23,8 @@ def rows(quick: bool) -> figures.Rows:
         # Of a single expert that a token visits there is none to share.
         if shared and k == 1:
           continue
-        config = training.load("transformer/noisy_top_k")
+        changes = {"train.steps": training.STEPS}
+        config = training.load("transformer/noisy_top_k", changes)
         experts = {"kind": "feed_forward", "hidden": hidden}
         moe = config.model.blocks.moe
         moe.update({"num_experts": num_experts, "experts": experts})

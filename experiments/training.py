@@ -35,6 +35,9 @@ from moejax.training import (
 from moejax.training import run as run_lib
 
 SEEDS = 3
+# Steps of each of many small Transformers that are compared: a third of the
+# recipes'.
+STEPS = 800
 # Words of a step that reads no text.
 VOCABULARY = 10_000
 ROOT = pathlib.Path(__file__).parents[1]
@@ -271,14 +274,20 @@ def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
 
 
 def beside_dense(
-  name: str, column: str, configs: Mapping[str, ConfigDict], quick: bool
+  name: str,
+  column: str,
+  configs: Mapping[str, ConfigDict],
+  quick: bool,
+  steps: int = STEPS,
 ) -> figures.Rows:
   """Yields a row of `over_seeds` for each config, named in the column.
 
   `of_dense` is the time of its training step over that of the dense recipe, as
   medians of steps that take turns.
   """
-  with folder(name, quick) as runs:
+  with folder(f"{name}_{steps}", quick) as runs:
+    for config in configs.values():
+      config.train.steps = steps
     timed = {"dense": load("transformer/dense"), **configs}
     if quick:
       for config in timed.values():
