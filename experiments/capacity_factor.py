@@ -1,10 +1,10 @@
 """Question: what do experts' slots cost and buy, from too few to dropless?
 
 Method: configs/transformer/noisy_top_k.py with a capacity factor of 0.75 to 2
-and without a capacity, in training and evaluation alike, the same 800 steps on the
-same batches, three seeds. `dropped` is the part of edges in the last tenth of
-training; `of_dense` is the time of a training step, of the dense recipe's, as
-medians of steps that take turns.
+and without a capacity, in training and evaluation alike, the same 800 steps on
+the same batches, three seeds. `dropped` is the part of edges in the last tenth
+of training; `of_dense` is the time of a training step, of the dense recipe's,
+as medians of steps that take turns.
 
 Result: to be measured.
 """
