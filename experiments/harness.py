@@ -35,6 +35,7 @@ from absl import logging
 
 from experiments import figures
 from experiments.figures import RESULTS, Row
+from moejax import __main__ as program_lib
 from moejax import terminal
 
 
@@ -101,7 +102,9 @@ def main(
       given becomes part of the files' stem: its results are others. Beside
       "config" there may be --config.FIELD=VALUE, the `changes` of `rows`.
   """
-  argv = sys.argv[1:] if argv is None else argv
+  if argv is None:
+    program_lib.take_huge_pages()
+    argv = sys.argv[1:]
   program = f"experiments.{name}"
   parser = argparse.ArgumentParser(f"python -m {program}", allow_abbrev=False)
   parser.add_argument("--quick", action="store_true", help="small and rough")

@@ -21,6 +21,8 @@ os.environ["XLA_FLAGS"] = " ".join(
   )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Workers and programs that the tests start have huge pages from their start.
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
 
 import jaxtyping
 
