@@ -30,6 +30,9 @@ _MD5_FILE = "MD5SUMS"
 # Orbax writes the last two afterwards, and reads nothing of them here.
 _UNSIGNED = {SUMS_FILE, _MD5_FILE, "_CHECKPOINT_METADATA", "commit_success.txt"}
 _PERPLEXITY = "metrics/metrics"
+# About as much of a file of a state waits in memory until it is written: by
+# default all of a state below 2 GB, which then is there twice.
+_FILE_BYTES = 64 * 2**20
 # What Orbax, etils and TensorStore all take for the path that it is. They have
 # their own reading of [, *, ?, \ and "..", of "gs:", of names at the root like
 # /s3, and of an ending like that of their locks.
@@ -39,7 +42,10 @@ _PLAIN = re.compile(
 
 
 class Restored(NamedTuple):
-  """A checkpoint's content, as `save` was given it."""
+  """A checkpoint's content, as `save` was given it.
+
+  Of an imported model the state has no `opt_state`, which is None then.
+  """
 
   state: TrainState
   progress: dict[str, Any]
@@ -89,7 +95,9 @@ class Checkpoints:
     position in the data; the perplexity is of the validation at this step.
     """
     items: dict[str, Any] = {
-      "state": ocp.args.StandardSave(state),
+      "state": ocp.args.PyTreeSave(
+        state, ocdbt_target_data_file_size=_FILE_BYTES
+      ),
       "progress": ocp.args.JsonSave(progress),
     }
     if perplexity is not None:
@@ -257,10 +265,16 @@ class Checkpoints:
     folder = self._directory / str(step)
     with _all_or_none():
       _verify(folder, lambda name: next(turn) == jax.process_index())
-    wanted = ocp.args.Composite(
-      state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-    )
     try:
+      handler = ocp.PyTreeCheckpointHandler()
+      there = handler.metadata(self._path / str(step) / "state").tree
+      if not there.get("opt_state"):
+        target = target._replace(opt_state=None)
+      how = ocp.checkpoint_utils.construct_restore_args(target)
+      wanted = ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(target, restore_args=how),
+        progress=ocp.args.JsonRestore(),
+      )
       items = self._manager.restore(step, args=wanted)
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise
