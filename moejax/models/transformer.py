@@ -25,7 +25,8 @@ from moejax.moe import ROUTING
 # As of LSTMLM, or of GNMT.
 Batch = Mapping[str, Array]
 
-NORMS = ("rms", "layer")
+# The last has no parameters, as that of OLMo (2402.00838).
+NORMS = ("rms", "layer", "plain_layer")
 POSITIONS = ("rotary", "relative")
 QK_NORMS = ("none", "head", "width")
 # T5's buckets of distances: half of them are exact, the others grow with the
@@ -108,6 +109,8 @@ class MultiHeadAttention(nn.Module):
     qk_norm: RMS norm of queries and keys: "none", of every "head" by itself, or
       over the "width" of all heads.
     epsilon: of that norm.
+    scaled: whether logits are divided by the root of H; T5's (1910.10683) are
+      not.
   """
 
   num_heads: Size
@@ -116,6 +119,7 @@ class MultiHeadAttention(nn.Module):
   rotary_base: Annotated[float, Range(1)] = 10_000.0
   qk_norm: Annotated[str, Names(QK_NORMS)] = "none"
   epsilon: float = 1e-6
+  scaled: bool = True
 
   def sizes(self, width: int) -> tuple[int, int, int]:
     """Returns N, K and H in a layer of this width.
@@ -183,7 +187,8 @@ class MultiHeadAttention(nn.Module):
     key, value = project("key", source, K), project("value", source, K)
     if cache is not None:
       key, value = cache = cache.add(key, value, places.filled)
-    return _attend(self, query, key, value, places, x.shape[-1]), cache
+    scale = None if self.scaled else 1.0
+    return _attend(self, query, key, value, places, x.shape[-1], scale), cache
 
 
 class LatentAttention(nn.Module):
@@ -284,8 +289,11 @@ class LatentAttention(nn.Module):
     return _attend(self, query, key, value, places, x.shape[-1]), cache
 
 
-def _attend(module, query, key, value, places, width):
-  """Attention of heads [B L N H] to [B S K H], and W_out of the module's."""
+def _attend(module, query, key, value, places, width, scale=None):
+  """Attention of heads [B L N H] to [B S K H], and W_out of the module's.
+
+  A scale of None is H^(-1/2).
+  """
   (B, L, N, H), dtype, V = query.shape, query.dtype, value.shape[-1]
   # cuDNN's kernel takes 16 bits alone.
   fused = sharding.platform() == "gpu" and dtype.itemsize == 2
@@ -296,6 +304,7 @@ def _attend(module, query, key, value, places, width):
     jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, H - V))) if V < H else value,
     None if places.bias is None else places.bias.astype(dtype),
     places.seen,
+    scale=scale,
     implementation="cudnn" if fused else None,
   )
   w_out = declare(module, "w_out", ("heads", "embed"), (N * V, width))
@@ -329,6 +338,8 @@ def make_norm(kind: str, epsilon: float, name: str | None = None) -> nn.Module:
   fields = {"scale_init": sharding.with_axes(nn.initializers.ones, None)}
   if kind == "layer":
     fields["bias_init"] = sharding.with_axes(nn.initializers.zeros, None)
+  if kind == "plain_layer":
+    fields = {"use_bias": False, "use_scale": False}
   module = nn.RMSNorm if kind == "rms" else nn.LayerNorm
   # Whatever the type of the activations.
   return module(epsilon, dtype=jnp.float32, name=name, **fields)
@@ -341,7 +352,7 @@ class Block(nn.Module):
     make_attention: makes a MultiHeadAttention, or a LatentAttention.
     make_feed_forward: makes a module called as MoE is.
     reads_source: whether there is attention to a source between the two.
-    norm: "rms" or "layer".
+    norm: one of `NORMS`.
     epsilon: of the norms.
     dropout: chance of zeroing an output.
   """
@@ -407,7 +418,7 @@ class Blocks(nn.Module):
     pattern: each makes a feed-forward layer, a module called as MoE is, for a
       block; those of the blocks that follow repeat.
     first: the same, of the first blocks, which do not repeat.
-    norm: "rms" (1910.07467) or "layer".
+    norm: "rms" (1910.07467), "layer", or "plain_layer", see `NORMS`.
     epsilon: of the norms.
     position: "rotary" (2104.09864); or "relative", T5's (1910.10683), one table
       for all layers.
@@ -735,6 +746,8 @@ class PairTransformer(_Model):
     encoder: blocks that are not causal.
     decoder: blocks that read a source.
     tied: whether source, target and softmax share a table.
+    scaled: whether what the softmax reads is divided by the root of D, as by
+      T5 (1910.10683) where the table is tied.
     dtype, vocab_multiple: as of `Transformer`.
   """
 
@@ -743,6 +756,7 @@ class PairTransformer(_Model):
   encoder: Blocks
   decoder: Blocks
   tied: bool = False
+  scaled: bool = False
   dtype: DType = "float32"
   vocab_multiple: Size = 1
 
@@ -764,7 +778,7 @@ class PairTransformer(_Model):
     states, segment = self.encode(*source, train=train)
     own = batch["segment"][:, :, None] == segment[:, None]
     ids = batch["inputs"]
-    return self.decoder.over_rows(
+    h = self.decoder.over_rows(
       self._look_up(self.embed["target"], ids, train),
       batch["start"],
       batch["segment"],
@@ -773,6 +787,7 @@ class PairTransformer(_Model):
       train=train,
       source=(states, own),
     )
+    return self._scale(h)
 
   def encode(
     self,
@@ -811,4 +826,8 @@ class PairTransformer(_Model):
     own = memory.segment == 1
     source = memory.states, own[:, None]
     state, h = self.decoder.read(state, x, ids[:, None], source)
-    return state, self.head.log_p(h)[:, 0], own.astype(jnp.float32)
+    log_p = self.head.log_p(self._scale(h))
+    return state, log_p[:, 0], own.astype(jnp.float32)
+
+  def _scale(self, h: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    return h * self.width**-0.5 if self.scaled else h
