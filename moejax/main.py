@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib.metadata
+import inspect
 import itertools
 import logging as std_logging
 import re
@@ -44,6 +45,10 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          [--suggest] [--config.FIELD=VALUE ...]
          what layouts cost on devices that need not be there: memory, exchanges,
          an estimate of the time; --suggest looks for the fastest that fits
+  import --from=DIR --workdir=DIR [--config.FIELD=VALUE ...]
+         makes a run of a model that transformers wrote, or of one of the hub
+  export --workdir=DIR --to=DIR [--dtype=float32|bfloat16|float16]
+         writes a run's best checkpoint as transformers and vLLM read it
   configs
          lists the configs that come with moejax, a line each
 
@@ -138,9 +143,10 @@ def console() -> None:
 _WANTED = {
   "config": "NAME, one that `moejax configs` lists or a file of your own",
   "experts": "N, how many are to be left",
-  "from": "DIR, where the run lives that another is made of",
+  "from": "DIR, where the run, or the model, lies that another is made of",
   "parts": "N, in how many every expert is cut",
   "workdir": "DIR, where the run lives",
+  "to": "DIR, which is new or empty",
 }
 
 
@@ -392,6 +398,49 @@ def _plan(
   search.run(experiment, topology, layout, suggest, folder)
 
 
+def _import(
+  from_: str,
+  workdir: str,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  changes=(),
+) -> None:
+  """Imports.
+
+  Args:
+    from_: a folder with config.json and safetensors, or the name of a model of
+      the hub.
+    workdir: where the run shall live; there is none yet.
+    coordinator_address: host:port of the first process, where several import.
+    num_processes: how many processes import.
+    process_id: which one this is, from 0.
+  """
+  from moejax.training import processes
+
+  processes.join(coordinator_address, num_processes, process_id)
+  from moejax import huggingface
+
+  huggingface.import_model(from_, files.path(workdir), changes)
+
+
+def _export(
+  workdir: str,
+  to: str,
+  dtype: Annotated[str, Names(("float32", "bfloat16", "float16"))] = "float32",
+) -> None:
+  """Exports.
+
+  Args:
+    workdir: where the run lives.
+    to: a folder for config.json and safetensors, new or empty.
+    dtype: type that parameters are rounded to.
+  """
+  from moejax import huggingface
+
+  huggingface.export_model(files.path(workdir), files.local(to), dtype)
+
+
 def _configs() -> None:
   from moejax import config as config_lib
 
@@ -409,6 +458,8 @@ COMMANDS = {
   "merge": _merge,
   "prune": _prune,
   "plan": _plan,
+  "import": _import,
+  "export": _export,
   "configs": _configs,
 }
 
@@ -445,7 +496,7 @@ def _parse(command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
     if name == "help":
       values[name] = True
     elif name.startswith("config."):
-      if "config" not in flags:
+      if "changes" not in inspect.signature(command).parameters:
         raise ReadError(
           f"what is --{name}? A run keeps the config that it was made with;"
           " --layout alone may differ."

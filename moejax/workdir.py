@@ -11,6 +11,8 @@ CONFIG_FILE = "config.json"
 DIGEST_FILE = "vocabulary.digest"
 TEXT_FILE = "text.json"
 RESULT_FILE = "result.json"
+# Of a model that was imported, what came with it.
+FOREIGN = "hugging_face"
 Vocabulary = TypeVar("Vocabulary", bound=packing.Tokenizer)
 
 # Fields that may change from one start to the next: those that cannot change a
@@ -45,6 +47,12 @@ def is_run(workdir: files.Path) -> bool:
         f" {_BACK}"
       )
   return False
+
+
+def knows_words(workdir: files.Path) -> bool:
+  """Returns whether it had a vocabulary; an imported model may have none."""
+  foreign = files.exists(workdir / FOREIGN)
+  return not foreign or files.exists(workdir / DIGEST_FILE)
 
 
 def recall(workdir: files.Path) -> dict[str, Any]:
@@ -100,7 +108,8 @@ def check_text(
   if before is None:
     path = workdir / TEXT_FILE
     before = _sound(path) if files.exists(path) else text
-  differ = [split for split in text if before.get(split) != text[split]]
+  # That of an imported model has none before it is trained.
+  differ = [s for s in before and text if before.get(s) != text[s]]
   if differ:
     raise ValueError(
       f"the text of {', '.join(differ)} has changed since the run in {workdir}"
@@ -110,7 +119,7 @@ def check_text(
 
 def remember(
   values: Mapping[str, Any],
-  vocabulary: packing.Tokenizer,
+  vocabulary: packing.Tokenizer | None,
   text: Mapping[str, str],
   workdir: files.Path,
   made: bool = False,
@@ -120,12 +129,16 @@ def remember(
   To be called when all else has shown to be sound. Of a run that goes on it
   writes what of its config has changed, and removes the result of its end so
   far. `text` has the digest of each split; `made` says that all else of a new
-  run lies there already, so that nobody finds it without its checkpoint.
+  run lies there already, so that nobody finds it without its checkpoint. What
+  was imported may have no vocabulary.
   """
-  if made or not is_run(workdir):
+  is_new, noted = made or not is_run(workdir), workdir / TEXT_FILE
+  if is_new and vocabulary is not None:
     vocabulary.save(workdir / vocabulary.FILE)
     files.write_whole(workdir / DIGEST_FILE, vocabulary.digest + "\n")
-    files.write_whole(workdir / TEXT_FILE, _as_json(text))
+  # An imported model begins without text.
+  if is_new or (files.exists(noted) and not _sound(noted)):
+    files.write_whole(noted, _as_json(text))
   elif not list(_changes(values, workdir)):
     return
   (workdir / RESULT_FILE).unlink(missing_ok=True)
@@ -143,6 +156,12 @@ def vocabulary(
   try:
     found = kind.load(path, **fields)
   except FileNotFoundError:
+    if not knows_words(workdir):
+      raise FileNotFoundError(
+        f"{workdir} knows no words: the model was imported from a folder"
+        f" without {kind.FILE}; import it from one that has it, or give it ids"
+        " in Python, by moejax.load."
+      ) from None
     raise FileNotFoundError(
       f"{path} is gone, without which a run cannot know its words; {_BACK}"
     ) from None

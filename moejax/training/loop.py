@@ -155,10 +155,18 @@ class _Run:
     stack.enter_context(contextlib.closing(self.checkpoints))
     self.seconds = 0.0
     if restored := self.checkpoints.latest(self.built.abstract_state):
-      progress = restored.progress
-      workdir_lib.check_text(context.identity, self.workdir, progress["text"])
-      self.batches.set_state(progress["data"])
-      self.state, self.seconds = restored.state, progress["seconds"]
+      self.state, progress = restored.state, restored.progress
+      if restored.state.opt_state is None:
+        # Of an imported model, which has read no text here.
+        abstract = state_lib.shardings(self.built.abstract_state)
+        with sharding.use(self.built.layout, mesh):
+          begin = jax.jit(self.built.tx.init, out_shardings=abstract.opt_state)
+          fresh = begin(self.state.params)
+        self.state = self.state._replace(opt_state=fresh)
+      else:
+        workdir_lib.check_text(context.identity, self.workdir, progress["text"])
+        self.batches.set_state(progress["data"])
+        self.seconds = progress["seconds"]
     else:
       self.state = state_lib.create(
         self.built.model,

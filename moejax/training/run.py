@@ -59,7 +59,8 @@ class Loaded(NamedTuple):
   Attributes:
     model: the module; model.apply({"params": params}, ...).
     params: of the best checkpoint, as they lie between uses.
-    tokenizer: the run's own, of words, of pieces, or of a tokenizer.json.
+    tokenizer: the run's own, of words, of pieces, or of a tokenizer.json; None
+      of a model that was imported without any.
     config: what the run was made with, as plain values.
   """
 
@@ -77,8 +78,11 @@ def load(workdir: str | files_lib.Path, layout: str = "") -> Loaded:
   """
   workdir = files_lib.path(str(workdir))
   experiment = recall(workdir, layout)
-  tokenizer = experiment.own_tokenizer(workdir)
-  built = session.build(experiment, len(tokenizer))
+  tokenizer = None
+  if workdir_lib.knows_words(workdir):
+    tokenizer = experiment.own_tokenizer(workdir)
+  size = len(tokenizer) if tokenizer else config_lib.vocab_size(experiment)
+  built = session.build(experiment, size)
   params = best(workdir, built).params
   return Loaded(built.model, params, tokenizer, experiment.values)
 
