@@ -91,6 +91,14 @@ def check_capacity_curve(table):
   assert all(row["paper"] and row["dropped"] is not None for row in models)
 
 
+def check_upcycling(table):
+  found = {(row["start"], row["extra"]): row["validation"] for row in table}
+  assert len({*found.values()}) == len(found) == 10
+  scratch = [found[of, n] for of in ("scratch", "scratch_all") for n in (2, 4)]
+  assert scratch == sorted(scratch, reverse=True)
+  assert all(found[of, 4] < found["dense", 2] for of in ("dense", "copies"))
+
+
 def check_specialization(table):
   experts = [row for row in table if row["about"] == "expert"]
   assert [row["expert"] for row in experts] == list(range(len(experts)))
