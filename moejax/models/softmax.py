@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moejax import sharding
 from moejax.models.layers import declare, look_up, product, table_rows
 
-# Logits of the full softmax at once, 256 MB of float32 over all devices; those
-# of a time step, if these are more.
+# Logits of the full softmax at once, 256 MB of float32 on each device; those of
+# a time step, if these are more.
 _LOGITS = 2**26
 
 
@@ -161,8 +161,12 @@ class Softmax(nn.Module):
 
     # Where all B*L*V logits at once would outgrow the rest of the model: some
     # time steps at a time, recomputed in the backward pass.
-    B, L = targets.shape
-    most = max(1, _LOGITS // (B * len(self.table)))
+    (B, L), mesh = targets.shape, jax.sharding.get_abstract_mesh()
+    devices = math.prod(
+      sharding.num_parts(sharding.split_over(axis), mesh)
+      for axis in ("batch_at_vocab", "vocab")
+    )
+    most = max(1, _LOGITS * devices // (B * len(self.table)))
     steps = next(n for n in range(min(most, L), 0, -1) if L % n == 0)
 
     def of_steps(part):

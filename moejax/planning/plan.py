@@ -144,7 +144,8 @@ def make(
   On devices at hand the step also runs, a few times, if it fits. What no
   compiler could make fit is refused before one tries for minutes. The changes
   go into the plan.
-  ValueError where the layout does not divide the devices, or the config.
+  ValueError where the layout does not divide the devices, or the config, or
+  where the compiler cannot make a program of it.
   """
   parts = session.build(experiment, vocab_size, topology.devices)
   chip, changes = topology.chip, changes or {}
@@ -215,7 +216,12 @@ def _compile(
     except jax.errors.JaxRuntimeError as error:
       refused = session.out_of_memory(str(error))
       if refused is None:
-        raise
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+          "the compiler makes no program of this step for these devices; take"
+          " others, another layout, or a capacity in place of sorted rows. It"
+          f" says: {said}"
+        ) from error
     # What a v5p gives to its sparse cores cannot be asked for (jax 0.10).
     paths = list(pathlib.Path(folder).glob("*after_optimizations.txt"))
     if compiled is None or len(paths) == 1:

@@ -10,7 +10,7 @@ import pytest
 
 from moejax import sharding
 from moejax.data import packing
-from moejax.models import lstm_lm
+from moejax.models import lstm_lm, softmax
 from moejax.planning import collectives
 
 # Rows up to a multiple of 8: six of them are no word.
@@ -104,3 +104,20 @@ def test_split_tables_agree_with_whole_ones(num_samples, name):
       assert each.bytes <= part
     else:
       assert each.bytes < TABLE // 8, each
+
+
+@pytest.mark.parametrize(
+  "layout", [*LAYOUTS.values(), sharding.LAYOUTS["fsdp"]]
+)
+def test_the_bound_of_logits_is_a_devices_own(layout, monkeypatch):
+  """Of all time steps here; of one alone where a device had all logits."""
+  monkeypatch.setattr(softmax, "_LOGITS", B * L * ROWS // 8)
+
+  def loops():
+    run = functools.partial(model(0).apply, method="loss")
+    traced = jax.make_jaxpr(run)({"params": sharding.unbox(boxed())}, batch())
+    return str(traced).count("scan[")
+
+  assert loops() == 1
+  with sharding.use(layout, sharding.make_mesh(layout)):
+    assert loops() == 0

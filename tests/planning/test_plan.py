@@ -158,7 +158,8 @@ def test_the_compilers_report_of_too_little_memory():
 def test_a_chip_that_is_not_there():
   """With sorted rows, planned for as many as come."""
   topology.chips()  # or skip
-  config = config_shapes.experiment(
+  config = functools.partial(
+    config_shapes.experiment,
     "tiny",
     # What the kernels of a TPU take.
     model__width=128,
@@ -169,13 +170,17 @@ def test_a_chip_that_is_not_there():
     data__batch_size=64,
     data__row_length=64,
   )
-  got = plan.make(config, VOCABULARY, chips.find("v5e:2x4"))
+  got = plan.make(config(), VOCABULARY, chips.find("v5e:2x4"))
   assert got.estimate.seconds > 0 and got.measured is None
   assert got.memory.has == 16 * 2**30 and got.memory.fits
   assert got.peak_flops == 197e12
   assert got.flops == pytest.approx(got.model_flops, rel=0.1)
   found = [e for e in got.collectives if e.kind == "ragged-all-to-all"]
   assert len(found) == 4 and len({each.wire_bytes for each in found}) == 1
+  # Of more chips of this kind the compiler refuses the same program.
+  with pytest.raises(ValueError, match="of this step .* says: INTERNAL: .*all"):
+    more = config(model__moe__num_experts=64)
+    plan.make(more, VOCABULARY, chips.find("v5e:8x8"))
 
 
 # -- reports ------------------------------------------------------------------
