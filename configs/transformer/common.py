@@ -72,10 +72,10 @@ def get_config(
   }
   optimizer = {"peak": 1e-2, "warmup_steps": 200, "b2": 0.98}
   train = {"steps": 2400, "eval_every": 400, "checkpoint_every": 200}
-  return _config(data, model, aux, optimizer, train)
+  return assemble(data, model, aux, optimizer, train)
 
 
-def _config(data, model, aux, optimizer, train, layout="expert"):
+def assemble(data, model, aux, optimizer, train, layout="expert"):
   return ConfigDict(
     {
       "seed": 0,
@@ -110,22 +110,26 @@ GATED = {"activation": "silu", "gated": True}
 _LARGE = {"scan": True, "recompute": True}
 _OPTIMIZER = {"peak": 4e-4, "warmup_steps": 2000, "b2": 0.95, "clip_norm": 1.0}
 _TRAIN = {"steps": 100_000, "eval_every": 1000, "checkpoint_every": 1000}
-_TRAIN |= {"microbatches": 4}
 
 
 def experts(
-  num_experts: int, hidden: int, router: Mapping[str, Any], gated: bool = True
+  num_experts: int,
+  hidden: int,
+  router: Mapping[str, Any],
+  gated: bool = True,
+  capacity_factor: float | None = None,
 ) -> dict[str, Any]:
-  """The section of a dropless mixture."""
+  """The section of a mixture; without a capacity factor it drops nothing."""
   kind = {"kind": "feed_forward", "hidden": hidden}
+  factor = capacity_factor or config_dict.placeholder(float)
   return {
     "num_experts": num_experts,
     "router": router,
     "experts": kind | (GATED if gated else {}),
     "group_size": 512,
-    "capacity_factor": config_dict.placeholder(float),
-    "eval_capacity_factor": config_dict.placeholder(float),
-    "dispatch": "ragged",
+    "capacity_factor": factor,
+    "eval_capacity_factor": factor,
+    "dispatch": "auto",
   }
 
 
@@ -135,9 +139,15 @@ def decoder(
   width: int,
   aux: Mapping[str, float] = {"switch_balance": 1e-2},
   first: Mapping[str, Any] | None = None,
+  layout: Any = "expert",
+  microbatches: int = 32,
   **blocks: Any,
 ) -> ConfigDict:
-  """A language model whose every block has experts, but a `first` dense one."""
+  """A language model whose every block has experts, but a `first` dense one.
+
+  Memory is set aside for all rows that could come to a device's experts, which
+  grows with a microbatch and not with the number of devices.
+  """
   dense = {} if first is None else {"first": ("dense",), "dense": first}
   data = {
     "kind": "text",
@@ -155,7 +165,8 @@ def decoder(
     "dtype": "bfloat16",
     "blocks": {"pattern": ("moe",), **blocks, **dense, **_LARGE},
   }
-  return _config(data, model, aux, _OPTIMIZER, _TRAIN)
+  train = _TRAIN | {"microbatches": microbatches}
+  return assemble(data, model, aux, _OPTIMIZER, train, layout)
 
 
 def encoder_decoder(
@@ -188,4 +199,5 @@ def encoder_decoder(
     "decoder": {**side},
   }
   aux = {"switch_balance": 1e-2}
-  return _config(data, model, aux, _OPTIMIZER, _TRAIN)
+  optimizer = _OPTIMIZER | {"kind": "factored_adam"}
+  return assemble(data, model, aux, optimizer, _TRAIN | {"microbatches": 4})

@@ -25,4 +25,7 @@ def get_config() -> ConfigDict:
     },
     moe=common["experts"](8, 14_336, {"kind": "top_k", "k": 2}),
     epsilon=1e-5,
+    # The hidden units of an expert lie over all that 8 experts leave.
+    layout={"name": "eight_experts", "mesh_shape": (1, 8, -1)},
+    microbatches=64,
   )

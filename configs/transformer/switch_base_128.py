@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     num_layers=12,
     attention={"kind": "multi_head", "num_heads": 12},
     hidden=3072,
-    moe=common["experts"](128, 3072, {"kind": "switch"}, gated=False),
+    moe=common["experts"](128, 3072, {"kind": "switch"}, False, 1.25),
     batch_size=2048,
     position="relative",
     tied=True,
