@@ -140,7 +140,6 @@ def decoder(
   aux: Mapping[str, float] = {"switch_balance": 1e-2},
   first: Mapping[str, Any] | None = None,
   layout: Any = "expert",
-  microbatches: int = 32,
   **blocks: Any,
 ) -> ConfigDict:
   """A language model whose every block has experts, but a `first` dense one.
@@ -165,7 +164,7 @@ def decoder(
     "dtype": "bfloat16",
     "blocks": {"pattern": ("moe",), **blocks, **dense, **_LARGE},
   }
-  train = _TRAIN | {"microbatches": microbatches}
+  train = _TRAIN | {"microbatches": 32}
   return assemble(data, model, aux, _OPTIMIZER, train, layout)
 
 

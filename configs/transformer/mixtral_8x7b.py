@@ -27,5 +27,4 @@ def get_config() -> ConfigDict:
     epsilon=1e-5,
     # The hidden units of an expert lie over all that 8 experts leave.
     layout={"name": "eight_experts", "mesh_shape": (1, 8, -1)},
-    microbatches=64,
   )

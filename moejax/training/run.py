@@ -141,7 +141,7 @@ def translate_run(
   if not experiment.translates:
     raise ValueError(
       f"the run in {workdir} is a language model, it cannot translate; give the"
-      " --workdir of one with config.model.kind 'gnmt'."
+      " --workdir of one with config.model.kind 'gnmt' or 'pair_transformer'."
     )
   pieces = experiment.own_tokenizer(workdir)
   if language and not pieces.languages:

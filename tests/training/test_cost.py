@@ -351,6 +351,10 @@ def test_recipes_have_the_ops_of_their_dense_twin():
     assert got.gates == (1 + (name == "noisy_top_k")) * 2 * 64 * 32
   shared = count_of("transformer/loss_free_shared")
   assert (shared.ops - shared.gates, shared.gates) == (dense, 2 * 64 * 32)
+  pairs, sides = "transformer/translate_tiny", ("encoder", "decoder")
+  twin = {f"model__{side}__pattern": ("dense",) for side in sides}
+  twin, sparse = experiment(pairs, **twin), count_of(pairs)
+  assert sparse.ops - sparse.gates == cost.count(twin, VOCABULARY).ops
 
 
 HEADS, KV, H, L, M = 4, 2, 8, 6, 5
