@@ -6,6 +6,8 @@ import importlib.metadata
 import inspect
 import itertools
 import logging as std_logging
+import math
+import pathlib
 import re
 import shlex
 import signal
@@ -189,6 +191,9 @@ def _eval(
   split: Annotated[str, Names(("train", "validation", "test"))] | None = None,
   data: Sequence[str] = (),
   layout: str = "",
+  record: str = "",
+  replay: str = "",
+  counterfactual: Sequence[str] = (),
 ) -> None:
   """Evaluates.
 
@@ -198,12 +203,39 @@ def _eval(
     data: files to read instead, of text or of pairs, parted by commas; * and ?
       match any letters.
     layout: a name, in place of the run's own.
+    record: a new folder, for a trace of what the mixtures decide.
+    replay: a trace, whose decisions are taken in place of the model's.
+    counterfactual: other decisions, parted by commas, and what they cost: k=N
+      experts a token, "training" as there, or "uniform".
   """
   from moejax.training import run
 
   if data and split:
     raise ReadError("--split and --data exclude each other; give one.")
-  run.evaluate_run(files.path(workdir), split or "test", data, layout)
+  if sum(map(bool, (record, replay, counterfactual))) > 1:
+    raise ReadError(
+      "--record, --replay and --counterfactual exclude each other; give one."
+    )
+  text = files.path(workdir), split or "test", data, layout
+  if not (record or replay or counterfactual):
+    run.evaluate_run(*text)
+    return
+  from moejax.analysis import trace
+
+  if record:
+    about = trace.record(text[0], pathlib.Path(record), *text[1:])
+    losses = {"recorded": about["loss"]}
+  elif replay:
+    loss = trace.replay(text[0], pathlib.Path(replay), *text[1:])
+    losses = {"replayed": loss}
+  else:
+    losses = trace.counterfactual(text[0], counterfactual, *text[1:])
+  first = next(iter(losses.values()))
+  for choice, loss in losses.items():
+    terminal.say(
+      f"{choice}: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}"
+      + ("" if loss == first else f" ({loss - first:+.4f} nats)")
+    )
 
 
 def _translate(

@@ -36,6 +36,7 @@ import hypothesis
 import jax
 import program
 import pytest
+import random_runs
 
 from moejax import files
 
@@ -181,3 +182,37 @@ def whole(start, shared):
 
   folder = shared("whole", train)
   return folder / "run", (folder / "output.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def config(corpus, shared):
+  """config(name, fields): flags of a small config on the small corpus."""
+
+  def flags(name, fields):
+    text = {
+      "data.kind": "text",
+      "data.train": corpus,
+      "data.data_dir": shared("prepared", lambda folder: None),
+    }
+    fields = text | random_runs.SMALL | fields
+    return [f"--config={name}"] + [
+      f"--config.{field}={value}" for field, value in fields.items()
+    ]
+
+  return flags
+
+
+@pytest.fixture(scope="session")
+def trained(config, tmp_path_factory):
+  """trained(name, fields): workdir of a run of random numbers, at step 2."""
+  known = {}
+
+  def make(name, fields):
+    key = repr((name, fields))
+    if key not in known:
+      known[key] = tmp_path_factory.mktemp("trained") / "run"
+      experiment = random_runs.experiment_of(config(name, fields))
+      random_runs.write(experiment, known[key])
+    return known[key]
+
+  return make

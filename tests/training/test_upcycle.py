@@ -5,16 +5,15 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_runs
 from flax.traverse_util import flatten_dict
 
-from moejax import config as config_lib
 from moejax import workdir as workdir_lib
 from moejax.data import batches
 from moejax.main import main
-from moejax.training import checkpoint, run, session, upcycle
+from moejax.training import run, session, upcycle
 
 WIDE = {"model.one_expert.hidden": 16}
 MIXED = {"model.moe.num_experts": 8, "model.moe.group_size": 16}
@@ -52,73 +51,6 @@ def one_device():
     first = jax.devices()[:1]
     patch.setattr(jax, "devices", lambda *platform: first)
     yield
-
-
-@pytest.fixture(scope="module")
-def config(corpus, shared):
-  """config(name, fields): flags of a small config on the small corpus."""
-
-  def flags(name, fields):
-    small = {
-      "data.kind": "text",
-      "data.train": corpus,
-      "data.data_dir": shared("prepared", lambda folder: None),
-      "data.row_length": 16,
-      "data.batch_size": 8,
-      "model.width": 8,
-      "model.num_samples": 16,
-      "train.steps": 3,
-      "train.log_every": 1,
-    }
-    fields = small | fields
-    return [f"--config={name}"] + [
-      f"--config.{field}={value}" for field, value in fields.items()
-    ]
-
-  return flags
-
-
-def experiment_of(flags):
-  name, *changes = (flag.lstrip("-").partition("=") for flag in flags)
-  changes = [(field, [value]) for field, _, value in changes]
-  return config_lib.parse(config_lib.load(name[2], changes))
-
-
-@pytest.fixture(scope="module")
-def trained(config, tmp_path_factory):
-  """trained(name, fields): workdir of a run of random numbers, at step 2."""
-  known = {}
-
-  def make(name, fields):
-    key = repr((name, fields))
-    if key not in known:
-      known[key] = tmp_path_factory.mktemp("trained") / "run"
-      write(experiment_of(config(name, fields)), known[key])
-    return known[key]
-
-  return make
-
-
-def write(experiment, workdir):
-  data = config_lib.open_corpus(experiment)
-  built = session.build(experiment, len(data.vocabulary))
-  rng = np.random.default_rng(0)
-
-  def random(leaf):
-    if not leaf.ndim:
-      return jnp.full((), 2, leaf.dtype)
-    array = 0.5 * rng.normal(size=leaf.shape)
-    return jax.device_put(np.asarray(array, leaf.dtype), leaf.sharding)
-
-  made = jax.tree.map(random, built.abstract_state)
-  # Second moments are not negative.
-  made = made._replace(opt_state=jax.tree.map(jnp.abs, made.opt_state))
-  text = {split: data.rows(split).digest for split in data.splits}
-  workdir.mkdir()
-  workdir_lib.remember(experiment.values, data.vocabulary, text, workdir)
-  checkpoints = checkpoint.Checkpoints(workdir / run.CHECKPOINTS)
-  checkpoints.save(made, 2, {"text": text})
-  checkpoints.close()
 
 
 def restored(workdir):
@@ -170,7 +102,9 @@ KEPT = {
 def test_upcycling_keeps_the_function(name, trained, config, tmp_path):
   dense, sparse = KEPT[name]
   source, workdir = trained(*dense), tmp_path / "run"
-  report = upcycle.upcycle(source, experiment_of(config(*sparse)), workdir)
+  report = upcycle.upcycle(
+    source, random_runs.experiment_of(config(*sparse)), workdir
+  )
   assert report["function_kept"] and not report["why_not"]
   assert report == made_from(workdir)
   assert report["perplexity_after"] == pytest.approx(
@@ -203,7 +137,7 @@ def test_splitting_keeps_the_function(name, trained, tmp_path):
 
 def test_merging_copies_keeps_the_function(trained, config, tmp_path):
   copies, merged = tmp_path / "copies", tmp_path / "merged"
-  sparse = experiment_of(config(*lstm(16, kind="top_k", k=2)))
+  sparse = random_runs.experiment_of(config(*lstm(16, kind="top_k", k=2)))
   upcycle.upcycle(trained(*ONE), sparse, copies)
   report = upcycle.merge(copies, merged, 3)
   assert report["function_kept"]
@@ -323,7 +257,7 @@ def test_moments_are_carried_and_drawn_units_forgotten(
   wide = {"model.one_expert.hidden": 64, "model.one_expert.gated": True}
   name, fields = lstm(64, kind="top_k", k=2)
   fields = fields | {"model.moe.experts.gated": True}
-  sparse = experiment_of(config(name, fields))
+  sparse = random_runs.experiment_of(config(name, fields))
   dense, workdir = trained("sotu/moe_1_wide", wide), tmp_path / "run"
   report = upcycle.upcycle(dense, sparse, workdir, 0.0, 0.3, "carry")
   assert report["why_not"] == ["hidden units drawn anew"]
@@ -362,7 +296,7 @@ def test_moments_are_carried_and_drawn_units_forgotten(
 
 
 def test_noise_and_reset(trained, config, tmp_path):
-  sparse = experiment_of(config(*lstm(16, kind="top_k", k=2)))
+  sparse = random_runs.experiment_of(config(*lstm(16, kind="top_k", k=2)))
   source, workdir = trained(*ONE), tmp_path / "run"
   report = upcycle.upcycle(source, sparse, workdir, 0.1)
   assert report["why_not"] == ["noise"] and not report["function_kept"]
@@ -378,11 +312,11 @@ def test_noise_and_reset(trained, config, tmp_path):
 
 
 def test_gates_that_do_not_sum_to_1_are_told(trained, config, tmp_path):
-  sparse = experiment_of(config(*lstm(16, kind="switch")))
+  sparse = random_runs.experiment_of(config(*lstm(16, kind="switch")))
   report = upcycle.upcycle(trained(*ONE), sparse, tmp_path / "run")
   (why,) = report["why_not"]
   assert re.search(r"layers_1: the gates of a token sum to 0\.\d+", why)
-  sparse = experiment_of(config(*lstm(4, kind="top_k", k=2)))
+  sparse = random_runs.experiment_of(config(*lstm(4, kind="top_k", k=2)))
   report = upcycle.upcycle(trained(*ONE), sparse, tmp_path / "parts")
   (why,) = report["why_not"]
   assert "visits 2 experts, no multiple of the 4 parts" in why
@@ -468,7 +402,7 @@ def test_what_does_not_fit_is_refused(name, trained, config, tmp_path):
   )
   workdir = tmp_path / "run"
   with pytest.raises(ValueError, match=message):
-    upcycle.upcycle(trained(*source), experiment_of(flags), workdir)
+    upcycle.upcycle(trained(*source), random_runs.experiment_of(flags), workdir)
   assert not workdir.exists()
 
 
@@ -493,13 +427,13 @@ def test_runs_without_what_is_needed(trained, config, tmp_path):
     upcycle.split(trained(*ONE), workdir, 2)
   with pytest.raises(ValueError, match="'switch' cannot send a token"):
     upcycle.split(trained(*sparse), workdir, 2)
-  experiment = experiment_of(config(*sparse))
+  experiment = random_runs.experiment_of(config(*sparse))
   with pytest.raises(FileNotFoundError, match="no run was made there"):
     upcycle.upcycle(tmp_path / "none", experiment, workdir)
   for options in ((-1.0,), (0.0, 1.5), (0.0, 0.0, "keep")):
     with pytest.raises(ValueError):
       upcycle.upcycle(trained(*ONE), experiment, workdir, *options)
-  factored = experiment_of(
+  factored = random_runs.experiment_of(
     [*config(*sparse), "--config.optimizer.kind=factored_adam"]
   )
   with pytest.raises(ValueError, match="--optimizer=reset"):

@@ -1,0 +1,493 @@
+"""Routing traces: what every mixture decides about a text, kept and replayed.
+
+A trace is a folder. Its parts, `part-00000.parquet` and so on, have a row for
+each token that a mixture reads, padding left out: batch after batch, in each
+the mixtures by name, in each of these the tokens as they follow each other.
+
+layer     string: path of the mixture in the model.
+token     int64: number of the token in the text, from 0; those of a source and
+          of a target are counted apart.
+id        int32: of the token in the vocabulary.
+position  int32: of the token in its sentence, from 0.
+experts   list of int32: who is to read it, the best choice first; of two levels
+          expert j of group i is i * Q + j.
+gates     list of float32: their gates.
+edges     list of int32: where in its group's order each of these choices is, by
+          which experts take what they have slots for.
+dropped   list of bool: whether the expert was full.
+margin    float32: the least logit of a chosen expert less the largest of any
+          other, below 0 where logits alone do not decide; missing where
+          there is no other, and of two levels.
+
+`trace.json` is written last: the checkpoint's step, the digest of the text, its
+loss in nats a token, and of each layer how its decisions are laid out.
+"""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moejax import config as config_lib
+from moejax import files as files_lib
+from moejax import routing as routing_lib
+from moejax import sharding
+from moejax.data import batches as batches_lib
+from moejax.models.transformer import unscanned
+from moejax.moe import ROUTING
+from moejax.router import Router
+from moejax.routing import Assignment
+from moejax.training import run as run_lib
+from moejax.training import session, step
+
+ABOUT = "trace.json"
+SCHEMA = pa.schema(
+  [
+    ("layer", pa.string()),
+    ("token", pa.int64()),
+    ("id", pa.int32()),
+    ("position", pa.int32()),
+    ("experts", pa.list_(pa.int32())),
+    ("gates", pa.list_(pa.float32())),
+    ("edges", pa.list_(pa.int32())),
+    ("dropped", pa.list_(pa.bool_())),
+    ("margin", pa.float32()),
+  ]
+)
+# Rows of a part, about.
+_PART = 2**21
+
+
+class Layout(NamedTuple):
+  """How the decisions of a layer about a batch are laid out.
+
+  Attributes:
+    groups, tokens, edges, experts: G, S, A and E of its `Assignment`.
+    by_token: whether tokens choose.
+    levels: 2 where they choose groups of experts first.
+  """
+
+  groups: int
+  tokens: int
+  edges: int
+  experts: int
+  by_token: bool
+  levels: int
+
+
+def record(
+  workdir: files_lib.Path,
+  to: pathlib.Path,
+  split: str = "test",
+  files: Sequence[str] = (),
+  layout: str = "",
+) -> dict[str, Any]:
+  """Writes what a run's mixtures decide about a split, or about files.
+
+  Returns what is in `trace.json`. Errors as of `run.open_run`; ValueError also
+  where the folder has something in it, or the model no mixture of which a trace
+  can tell. An interrupted call leaves a folder without `trace.json`.
+  """
+  if to.exists() and any(to.iterdir()):
+    raise ValueError(f"{to} is not empty; give a new folder.")
+  reader = _Reader(workdir, split, files, layout)
+  to.mkdir(parents=True, exist_ok=True)
+  seen = dict.fromkeys(_SIDES, 0)
+  writer, parts, held = None, 0, 0
+  try:
+    for batch, found in reader.read():
+      tables = [
+        _table(name, layer, reader.layers[name].experts, batch, seen)
+        for name, layer in found.items()
+      ]
+      for side in _SIDES:
+        seen[side] += int(_real(batch, side).sum())
+      if writer is None or held >= _PART:
+        if writer is not None:
+          writer.close()
+        writer = pq.ParquetWriter(to / f"part-{parts:05d}.parquet", SCHEMA)
+        parts, held = parts + 1, 0
+      whole = pa.concat_tables(tables)
+      writer.write_table(whole)
+      held += len(whole)
+  finally:
+    if writer is not None:
+      writer.close()
+  about = {
+    "step": reader.step,
+    "text": reader.rows.digest,
+    "loss": reader.loss,
+    "layers": {name: each._asdict() for name, each in reader.layers.items()},
+  }
+  (to / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+  return about
+
+
+def replay(
+  workdir: files_lib.Path,
+  trace: pathlib.Path,
+  split: str = "test",
+  files: Sequence[str] = (),
+  layout: str = "",
+) -> float:
+  """Returns the loss, in nats, with a trace's decisions in place of the run's.
+
+  Errors as of `run.open_run`; ValueError also where the trace is not whole, of
+  another text, or of layers that the model has not.
+  """
+  path = trace / ABOUT
+  if not path.exists():
+    raise ValueError(
+      f"{trace} is no whole trace, it has no {ABOUT}; record it."
+    )
+  about = json.loads(path.read_text())
+  reader = _Reader(workdir, split, files, layout)
+  if about["text"] != reader.rows.digest:
+    raise ValueError(f"{trace} is of another text; record this one.")
+  reader.follow(about["layers"])
+  rows = _rows(trace)
+  # To the first demand for rows.
+  next(rows)
+  for _ in reader.read(functools.partial(_decisions, rows, reader.layers)):
+    pass
+  return reader.loss
+
+
+def counterfactual(
+  workdir: files_lib.Path,
+  choices: Sequence[str],
+  split: str = "test",
+  files: Sequence[str] = (),
+  layout: str = "",
+) -> dict[str, float]:
+  """Returns the loss, in nats, of a run's own decisions ("own") and of others.
+
+  Args:
+    workdir: of the run.
+    choices: "k=2", each token visits so many experts; "training", decisions as
+      in training, with noise if there is any; "uniform", any experts, with the
+      same gates.
+    split, files, layout: as of `record`.
+
+  Errors as of `run.open_run`; ValueError also for an unknown choice, or a k
+  that no router takes.
+  """
+  for choice in choices:
+    if choice not in ("training", "uniform") and not re.fullmatch(
+      r"k=[1-9]\d*", choice
+    ):
+      raise ValueError(
+        f"unknown choice {choice!r}; give training, uniform, or k=N."
+      )
+  found = {}
+  for choice in ("own", *choices):
+    k = int(choice[2:]) if choice.startswith("k=") else None
+    reader = _Reader(workdir, split, files, layout, k)
+    reader.as_in_training = choice == "training"
+    random = np.random.default_rng(0)
+    given = None
+    if choice == "uniform":
+      given = functools.partial(_uniform, random, reader.layers)
+    for _ in reader.read(given):
+      pass
+    found[choice] = reader.loss
+  return found
+
+
+# -- batches ------------------------------------------------------------------
+
+# Of a target's tokens and a source's: the arrays of ids and of starts.
+_SIDES = {"target": ("inputs", "start"), "source": ("source", "source_start")}
+
+
+def _side(layer: str) -> str:
+  return "source" if layer.startswith("encoder") else "target"
+
+
+def _real(batch: Mapping[str, np.ndarray], side: str) -> np.ndarray:
+  """Returns which places of a side, flat, hold no padding."""
+  if side == "target":
+    return batch["mask"].reshape(-1)
+  return batch.get("source_segment", np.zeros(0)).reshape(-1) > 0
+
+
+def _rows(trace: pathlib.Path) -> Generator[pa.Table | None, int, None]:
+  """Yields as many rows of a trace as are sent for, in order."""
+  table = SCHEMA.empty_table()
+  number = yield None
+  for path in sorted(trace.glob("part-*.parquet")):
+    with pq.ParquetFile(path) as part:
+      for rows in part.iter_batches():
+        table = pa.concat_tables([table, pa.Table.from_batches([rows], SCHEMA)])
+        while len(table) >= number:
+          rest = table.slice(number)
+          number = yield table.slice(0, number)
+          table = rest
+  raise ValueError(
+    f"{trace} ends too soon, {number} rows are missing; record it anew."
+  )
+
+
+def _table(name, layer, E, batch, seen) -> pa.Table:
+  """Returns a layer's rows of a batch."""
+  side = _side(name)
+  ids, start = (batch[key] for key in _SIDES[side])
+  place = np.arange(ids.shape[1])[None]
+  first = np.maximum.accumulate(np.where(start, place, 0), axis=1)
+  real = np.flatnonzero(_real(batch, side))
+  G, S = layer["margin"].shape
+  group, edge = np.nonzero(layer["expert"] < E)
+  expert = layer["expert"][group, edge]
+  token = group * S + layer["token"][group, edge]
+  # An expert's last edges are those that it has no slot for.
+  order = np.lexsort((edge, expert, group))
+  own = group * E + expert
+  count = np.bincount(own, minlength=G * E)
+  rank = np.arange(order.size) - np.repeat(np.cumsum(count) - count, count)
+  dropped = np.empty(order.size, bool)
+  dropped[order] = rank >= (count - layer["dropped"].reshape(-1))[own[order]]
+  # Token after token, each one's best choice first.
+  order = np.lexsort((edge, token))
+  length = np.bincount(token, minlength=G * S)[real]
+  offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
+  margin = layer["margin"].reshape(-1)[real]
+
+  def lists(values, kind):
+    return pa.ListArray.from_arrays(offsets, pa.array(values[order], kind))
+
+  columns = [
+    pa.array([name] * real.size, pa.string()),
+    pa.array(seen[side] + np.arange(real.size), pa.int64()),
+    pa.array(ids.reshape(-1)[real], pa.int32()),
+    pa.array((place - first).reshape(-1)[real], pa.int32()),
+    lists(expert, pa.int32()),
+    lists(layer["gate"][group, edge], pa.float32()),
+    lists(edge, pa.int32()),
+    lists(dropped, pa.bool_()),
+    pa.array(margin, pa.float32(), mask=~np.isfinite(margin)),
+  ]
+  return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _decisions(rows, layers, batch) -> dict[str, Assignment]:
+  """Returns what a trace's next rows say of a batch."""
+  real = {name: np.flatnonzero(_real(batch, _side(name))) for name in layers}
+  table = rows.send(sum(each.size for each in real.values()))
+  found, first = {}, 0
+  for name, layout in layers.items():
+    own = table.slice(first, real[name].size)
+    first += len(own)
+    if pc.any(pc.not_equal(own["layer"], name)).as_py():
+      raise ValueError(
+        f"the trace's layers are not in the order of {', '.join(layers)};"
+        " record it anew."
+      )
+    experts, gates, edges = (
+      own[column].combine_chunks() for column in ("experts", "gates", "edges")
+    )
+    place = np.repeat(real[name], experts.value_lengths().to_numpy())
+    at = place // layout.tokens, edges.flatten().to_numpy()
+    shape = layout.groups, layout.edges
+    expert = np.full(shape, layout.experts, np.int32)
+    gate, token = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    expert[at] = experts.flatten().to_numpy()
+    gate[at], token[at] = gates.flatten().to_numpy(), place % layout.tokens
+    found[name] = Assignment(expert, gate, None if layout.by_token else token)
+  return found
+
+
+def _uniform(random, layers, batch) -> dict[str, Assignment]:
+  """Returns decisions without a reason, of as many edges as the model's own."""
+  del batch
+  found = {}
+  for name, (G, S, A, E, *_) in layers.items():
+    k = max(1, A // S)
+    expert = random.random((G, S, E)).argsort(axis=2)[..., :k].astype(np.int32)
+    gate = np.full(expert.shape, 1 / k, np.float32)
+    found[name] = routing_lib.from_token_choice(
+      *map(jnp.asarray, (expert, gate))
+    )
+  return found
+
+
+class _Reader:
+  """Reads a text by a run's best checkpoint, and looks at its mixtures.
+
+  Attributes:
+    rows: of the text.
+    layers: how the decisions of each mixture are laid out.
+    step: of the checkpoint.
+    loss: nats a token, once all has been read.
+    as_in_training: whether routers decide as in training.
+  """
+
+  def __init__(self, workdir, split, files, layout, k=None):
+    context = run_lib.open_run(workdir, layout, files)
+    self.rows = context.rows("data" if files else split)
+    self._built, self.as_in_training = context.session, False
+    state = run_lib.best(workdir, self._built)
+    if k is not None:
+      changes = _with_k(self._built.experiment.values, k)
+      experiment = config_lib.changed(self._built.experiment, changes)
+      vocabulary = len(context.data.vocabulary)
+      self._built = session.build(experiment, vocabulary)
+    self.step, self.loss, self._params = int(state.step), 0.0, state.params
+    self._model, there, here = unscanned(self._built.model)
+    self._places = list(zip(there, here, strict=True))
+    self.layers: dict[str, Layout] = {}
+    jax.eval_shape(self._run, self._params, self._batch_shapes(), {})
+
+  def _apart(self, params):
+    """Parameters of the model whose blocks run one by one."""
+    found = {}
+    for path, array in flax.traverse_util.flatten_dict(params).items():
+      own = [
+        ((*here, *path[len(there) :]), at)
+        for (there, at), (here, _) in self._places
+        if path[: len(there)] == there
+      ]
+      for name, at in own or [(path, None)]:
+        found[name] = array if at is None else array[at]
+    return flax.traverse_util.unflatten_dict(found)
+
+  def _batch_shapes(self):
+    size = self._built.experiment.rows_at_once
+    return {
+      name: jax.ShapeDtypeStruct((size, *each.shape[1:]), each.dtype)
+      for name, each in self._built.shapes.items()
+    }
+
+  def follow(self, layers: Mapping[str, Any]) -> None:
+    """Refuses layers that are not the model's, or are laid out otherwise."""
+    traced = {name: Layout(**each) for name, each in layers.items()}
+    if traced != self.layers:
+      raise ValueError(
+        f"the trace is of {traced}, but the model has {self.layers}; record one"
+        " of this run."
+      )
+
+  def _run(self, params, batch, decisions):
+    """Returns the loss of a batch, and what is to be known of each layer."""
+
+    def decide(call, args, kwargs, context):
+      module = context.module
+      name = "/".join(module.path[:-1])
+      # The router's own call, not those of its parts.
+      if not isinstance(module, Router) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+      if name in decisions:
+        (G, S), E = args[0].shape[:2], module.num_experts
+        logits, mask = jnp.zeros((G, S, E), jnp.float32), kwargs.get("mask")
+        found = routing_lib.make_routing(decisions[name], logits, mask)
+      else:
+        if self.as_in_training:
+          kwargs = kwargs | {"train": True}
+        found = call(*args, **kwargs)
+      # What follows is then the same program, whoever decided.
+      barrier = jax.lax.optimization_barrier(found.assignment)
+      return found._replace(assignment=barrier)
+
+    with nn.intercept_methods(decide):
+      loss, sown = self._model.apply(
+        {"params": self._apart(params)},
+        batch,
+        train=False,
+        mutable=[ROUTING],
+        method="loss",
+        rngs={"router": jax.random.key(0)},
+      )
+    flat = flax.traverse_util.flatten_dict(sown.get(ROUTING, {}))
+    found = {}
+    for name, each in sorted(
+      ("/".join(p[:-1]), each) for p, each in flat.items()
+    ):
+      found[name], self.layers[name] = _look(name, each)
+    return loss.sum(), found
+
+  def read(self, decide=None):
+    """Yields batches, and what is known of each layer, in NumPy.
+
+    Of a batch `decide` returns the decisions of layers, in place of their own.
+    """
+    for name, layout in self.layers.items():
+      if decide and layout.levels > 1:
+        raise ValueError(
+          f"{name} decides at two levels, and what it decides can be recorded,"
+          " not given; choose k=N or training."
+        )
+    built = self._built
+    size = built.experiment.rows_at_once
+    where = sharding.batch_sharding(built.layout, built.mesh, size)
+    fn = jax.jit(sharding.zero3(self._run))
+    total, tokens = 0.0, 0
+    with sharding.use(built.layout, built.mesh):
+      for batch in batches_lib.eval_batches(self.rows, size):
+        given = decide(batch) if decide else {}
+        placed = step.place(batch, where)
+        loss, found = jax.device_get(fn(self._params, placed, given))
+        total, tokens = total + float(loss), tokens + int(batch["mask"].sum())
+        yield batch, found
+    self.loss = total / tokens
+
+
+def _with_k(values: Mapping[str, Any], k: int) -> dict[str, int]:
+  """Returns the changes of a config that give every router another k."""
+  found = {}
+
+  def look(section, path):
+    for name, value in section.items():
+      if isinstance(value, Mapping):
+        own = (*path, name)
+        if name in ("router", "primary") and "k" in value:
+          found[".".join((*own, "k"))] = k
+        look(value, own)
+
+  look(values, ("config",))
+  if not found:
+    raise ValueError("no router of the model has a k; leave the choice out.")
+  return found
+
+
+def _look(name: str, reports: Any) -> tuple[dict[str, jax.Array], Layout]:
+  """Returns what a trace has of a layer's decision, on the device."""
+  each = reports.unbox() if isinstance(reports, nn.Partitioned) else reports
+  if len(each) != 1 or each[0].count.ndim > 2:
+    raise ValueError(
+      f"{name} decides about a token more than once, which a trace cannot"
+      " tell; record a model without recurrent mixtures, and without mixtures"
+      " that are experts."
+    )
+  (routing,) = each
+  found = routing_lib.edges(routing)
+  tokens = routing.primary or routing
+  (G, S), E = tokens.logits.shape[:2], routing.count.shape[1]
+  token, margin = found.tokens(S), jnp.full((G, S), jnp.nan)
+  if routing.primary is None:
+    logits = routing.logits.astype(jnp.float32)
+    chosen = jnp.zeros((G, S, E + 1), bool)
+    chosen = jax.vmap(lambda c, t, e: c.at[t, e].set(True))(
+      chosen, token, found.expert
+    )[..., :E]
+    least = jnp.where(chosen, logits, jnp.inf).min(axis=-1)
+    margin = least - jnp.where(chosen, -jnp.inf, logits).max(axis=-1)
+  looked = {
+    "expert": found.expert,
+    "gate": found.gate.astype(jnp.float32),
+    "token": token,
+    "dropped": routing.dropped,
+    "margin": margin,
+  }
+  levels = 1 if routing.primary is None else 2
+  A, by_token = found.expert.shape[1], found.token is None
+  return looked, Layout(G, S, A, E, by_token, levels)
