@@ -93,7 +93,14 @@ def record(
   files: Sequence[str] = (),
   layout: str = "",
 ) -> dict[str, Any]:
-  """Writes what a run's mixtures decide about a split, or about files.
+  """Writes what a run's mixtures decide about a text.
+
+  Args:
+    workdir: of the run.
+    to: a folder, new or empty.
+    split: of the run's own corpus.
+    files: to read in place of it.
+    layout: name of one to take in place of the run's own.
 
   Returns what is in `trace.json`. Errors as of `run.open_run`; ValueError also
   where the folder has something in it, or the model no mixture of which a trace
@@ -178,7 +185,9 @@ def counterfactual(
     choices: "k=2", each token visits so many experts; "training", decisions as
       in training, with noise if there is any; "uniform", any experts, with the
       same gates.
-    split, files, layout: as of `record`.
+    split: as of `record`.
+    files: as of `record`.
+    layout: as of `record`.
 
   Errors as of `run.open_run`; ValueError also for an unknown choice, or a k
   that no router takes.
