@@ -47,15 +47,19 @@ class Milliseconds(NamedTuple):
 
 
 def interleaved(
-  candidates: Mapping[Any, Callable[[], Any]], repeats: int
+  candidates: Mapping[Any, Callable[[], Any]], repeats: int, *, lead: int = 0
 ) -> dict[Any, Milliseconds]:
   """Times candidates in turn (A B C A B C ...), so that all see one machine.
 
-  Each runs once before, untimed, and is waited for.
+  Each runs once before, untimed, and is waited for. In each turn `lead` runs
+  come first, untimed too: steps of seconds leave each other's memory free for
+  so long that a virtual machine gives it back to its host.
   """
   times = {name: [] for name in candidates}
   for _ in range(1 + repeats):
     for name, run in candidates.items():
+      for _ in range(lead):
+        jax.block_until_ready(run())
       begin = time.perf_counter()
       jax.block_until_ready(run())
       times[name].append(1e3 * (time.perf_counter() - begin))
