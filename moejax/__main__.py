@@ -14,7 +14,7 @@ def take_huge_pages() -> None:
   """Starts the program anew, with huge pages where Linux gives them if asked.
 
   On a CPU a step takes its arrays' memory from the kernel, and gives it back:
-  by pages of 4 KB up to half of a small model's step is the handing out. glibc
+  by pages of 4 KB a fifth of a small model's step is the handing out. glibc
   asks for pages of 2 MB only if told to before the program starts. A setting of
   the user's own, as GLIBC_TUNABLES=glibc.malloc.hugetlb=0, stays.
   """
