@@ -9,7 +9,10 @@ tenth of training. `of_dense` is the time of a training step, of the dense
 model's, as medians of steps that take turns. A gate that looks ahead, also in
 evaluation, sees what it is to predict: its perplexity tells nothing.
 
-Result: to be measured.
+Result: of all gates to be measured. With --models=dense,loss_free_shared
+--steps=2400 80.19 (80.12 to 80.34) against
+83.58 (82.28 to 84.59), the dense one
+(results/router_zoo_models_steps.csv).
 """
 
 from collections.abc import Mapping
@@ -77,6 +80,7 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
     range(len(honest)), [row["gate"].replace("_", " ") for row in honest]
   )
   axes.set_ylim(len(honest) - 0.5, -0.5)
+  axes.margins(x=0.1)
   figures.scales(axes, "test perplexity per word, mean and span of seeds")
   best = honest[0]
   other = next((row for row in honest if row["gate"] == "dense"), honest[-1])
