@@ -6,8 +6,6 @@ import importlib.metadata
 import inspect
 import itertools
 import logging as std_logging
-import math
-import pathlib
 import re
 import shlex
 import signal
@@ -221,19 +219,21 @@ def _eval(
     run.evaluate_run(*text)
     return
   from moejax.analysis import trace
+  from moejax.training import evaluators
 
   if record:
-    about = trace.record(text[0], pathlib.Path(record), *text[1:])
+    about = trace.record(text[0], files.local(record), *text[1:])
     losses = {"recorded": about["loss"]}
   elif replay:
-    loss = trace.replay(text[0], pathlib.Path(replay), *text[1:])
+    loss = trace.replay(text[0], files.local(replay), *text[1:])
     losses = {"replayed": loss}
   else:
     losses = trace.counterfactual(text[0], counterfactual, *text[1:])
   first = next(iter(losses.values()))
   for choice, loss in losses.items():
     terminal.say(
-      f"{choice}: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}"
+      f"{choice}: {loss:.4f} nats a token, perplexity"
+      f" {evaluators.exp(loss):,.2f}"
       + ("" if loss == first else f" ({loss - first:+.4f} nats)")
     )
 

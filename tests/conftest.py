@@ -216,3 +216,12 @@ def trained(config, tmp_path_factory):
     return known[key]
 
   return make
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  """Lets a module's tests see the first alone: eight would take longer."""
+  with pytest.MonkeyPatch.context() as patch:
+    first = jax.devices()[:1]
+    patch.setattr(jax, "devices", lambda *platform: first)
+    yield

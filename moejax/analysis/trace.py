@@ -44,7 +44,7 @@ from moejax import files as files_lib
 from moejax import routing as routing_lib
 from moejax import sharding
 from moejax.data import batches as batches_lib
-from moejax.models.transformer import unscanned
+from moejax.models.transformer import apart, unscanned
 from moejax.moe import ROUTING
 from moejax.router import Router
 from moejax.routing import Assignment
@@ -137,7 +137,7 @@ def record(
     "loss": reader.loss,
     "layers": {name: each._asdict() for name, each in reader.layers.items()},
   }
-  (to / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+  files_lib.write_whole(to / ABOUT, json.dumps(about, indent=2) + "\n")
   return about
 
 
@@ -199,14 +199,13 @@ def counterfactual(
       raise ValueError(
         f"unknown choice {choice!r}; give training, uniform, or k=N."
       )
-  found = {}
+  found, reader = {}, _Reader(workdir, split, files, layout)
   for choice in ("own", *choices):
     k = int(choice[2:]) if choice.startswith("k=") else None
-    reader = _Reader(workdir, split, files, layout, k)
-    reader.as_in_training = choice == "training"
-    random = np.random.default_rng(0)
+    reader.choose(k, choice == "training")
     given = None
     if choice == "uniform":
+      random = np.random.default_rng(0)
       given = functools.partial(_uniform, random, reader.layers)
     for _ in reader.read(given):
       pass
@@ -338,44 +337,31 @@ class _Reader:
     layers: how the decisions of each mixture are laid out.
     step: of the checkpoint.
     loss: nats a token, once all has been read.
-    as_in_training: whether routers decide as in training.
   """
 
-  def __init__(self, workdir, split, files, layout, k=None):
-    context = run_lib.open_run(workdir, layout, files)
-    self.rows = context.rows("data" if files else split)
-    self._built, self.as_in_training = context.session, False
-    state = run_lib.best(workdir, self._built)
-    if k is not None:
-      changes = _with_k(self._built.experiment.values, k)
-      experiment = config_lib.changed(self._built.experiment, changes)
-      vocabulary = len(context.data.vocabulary)
-      self._built = session.build(experiment, vocabulary)
+  def __init__(self, workdir, split, files, layout):
+    self._context = run_lib.open_run(workdir, layout, files)
+    self.rows = self._context.rows("data" if files else split)
+    state = run_lib.best(workdir, self._context.session)
     self.step, self.loss, self._params = int(state.step), 0.0, state.params
-    self._model, there, here = unscanned(self._built.model)
-    self._places = list(zip(there, here, strict=True))
+    self.choose()
+
+  def choose(self, k: int | None = None, as_in_training: bool = False) -> None:
+    """Gives every router another k, or lets it decide as in training."""
+    built = self._context.session
+    if k is not None:
+      changes = _with_k(built.experiment.values, k)
+      experiment = config_lib.changed(built.experiment, changes)
+      built = session.build(experiment, len(self._context.data.vocabulary))
+    self._built, self._as_in_training = built, as_in_training
+    self._model, *self._places = unscanned(built.model)
     self.layers: dict[str, Layout] = {}
-    jax.eval_shape(self._run, self._params, self._batch_shapes(), {})
-
-  def _apart(self, params):
-    """Parameters of the model whose blocks run one by one."""
-    found = {}
-    for path, array in flax.traverse_util.flatten_dict(params).items():
-      own = [
-        ((*here, *path[len(there) :]), at)
-        for (there, at), (here, _) in self._places
-        if path[: len(there)] == there
-      ]
-      for name, at in own or [(path, None)]:
-        found[name] = array if at is None else array[at]
-    return flax.traverse_util.unflatten_dict(found)
-
-  def _batch_shapes(self):
-    size = self._built.experiment.rows_at_once
-    return {
-      name: jax.ShapeDtypeStruct((size, *each.shape[1:]), each.dtype)
-      for name, each in self._built.shapes.items()
+    rows = built.experiment.rows_at_once
+    shapes = {
+      name: jax.ShapeDtypeStruct((rows, *each.shape[1:]), each.dtype)
+      for name, each in built.shapes.items()
     }
+    jax.eval_shape(self._run, self._params, shapes, {})
 
   def follow(self, layers: Mapping[str, Any]) -> None:
     """Refuses layers that are not the model's, or are laid out otherwise."""
@@ -400,28 +386,28 @@ class _Reader:
         logits, mask = jnp.zeros((G, S, E), jnp.float32), kwargs.get("mask")
         found = routing_lib.make_routing(decisions[name], logits, mask)
       else:
-        if self.as_in_training:
+        if self._as_in_training:
           kwargs = kwargs | {"train": True}
         found = call(*args, **kwargs)
       # What follows is then the same program, whoever decided.
       barrier = jax.lax.optimization_barrier(found.assignment)
       return found._replace(assignment=barrier)
 
+    flat = apart(flax.traverse_util.flatten_dict(params), *self._places)
     with nn.intercept_methods(decide):
       loss, sown = self._model.apply(
-        {"params": self._apart(params)},
+        {"params": flax.traverse_util.unflatten_dict(flat)},
         batch,
         train=False,
         mutable=[ROUTING],
         method="loss",
         rngs={"router": jax.random.key(0)},
       )
-    flat = flax.traverse_util.flatten_dict(sown.get(ROUTING, {}))
     found = {}
-    for name, each in sorted(
-      ("/".join(p[:-1]), each) for p, each in flat.items()
-    ):
-      found[name], self.layers[name] = _look(name, each)
+    reports = flax.traverse_util.flatten_dict(sown.get(ROUTING, {}))
+    for path in sorted(reports):
+      name = "/".join(path[:-1])
+      found[name], self.layers[name] = _look(name, reports[path])
     return loss.sum(), found
 
   def read(self, decide=None):

@@ -650,6 +650,30 @@ def unscanned(
   return model.clone(**fields), there, here
 
 
+def apart(
+  arrays: Mapping[tuple[str, ...], Any],
+  there: list[tuple[tuple[str, ...], int | None]],
+  here: list[tuple[tuple[str, ...], int | None]],
+) -> dict[tuple[str, ...], Any]:
+  """Takes stacks of blocks apart: parameters of the model of `unscanned`.
+
+  Args:
+    arrays: of the model itself, by paths.
+    there: where its blocks lie, from `unscanned`.
+    here: where they lie in that model.
+  """
+  found = {}
+  for path, array in arrays.items():
+    places = [
+      ((*own, *path[len(stack) :]), at)
+      for (stack, at), (own, _) in zip(there, here, strict=True)
+      if path[: len(stack)] == stack
+    ]
+    for own, at in places or [(path, None)]:
+      found[own] = array if at is None else array[at]
+  return found
+
+
 def _bucket(distance: Int[Array, "..."], causal: bool) -> Int[Array, "..."]:
   """Returns T5's bucket of how far back a token is.
 

@@ -153,30 +153,7 @@ class _Run:
     folder = self.workdir / run_lib.CHECKPOINTS
     self.checkpoints = Checkpoints(folder, self.options.keep)
     stack.enter_context(contextlib.closing(self.checkpoints))
-    self.seconds = 0.0
-    if restored := self.checkpoints.latest(self.built.abstract_state):
-      self.state, progress = restored.state, restored.progress
-      if restored.state.opt_state is None:
-        # Of an imported model, which has read no text here.
-        abstract = state_lib.shardings(self.built.abstract_state)
-        with sharding.use(self.built.layout, mesh):
-          begin = jax.jit(self.built.tx.init, out_shardings=abstract.opt_state)
-          fresh = begin(self.state.params)
-        self.state = self.state._replace(opt_state=fresh)
-      else:
-        workdir_lib.check_text(context.identity, self.workdir, progress["text"])
-        self.batches.set_state(progress["data"])
-        self.seconds = progress["seconds"]
-    else:
-      self.state = state_lib.create(
-        self.built.model,
-        self.built.tx,
-        self.built.shapes,
-        self.experiment.seed,
-        self.built.layout,
-        mesh,
-      )
-    del restored
+    self.state, self.seconds = self._last_state()
     self.done = self.saved = int(self.state.step)
     self.begun = time.monotonic() - self.seconds
     self.writer = self.progress = metrics.Silent()
@@ -197,6 +174,26 @@ class _Run:
         lambda: f"checkpoint {self.saved}, in {self.workdir}"
       )
     )
+
+  def _last_state(self) -> tuple[state_lib.TrainState, float]:
+    """Returns the last checkpoint's state, or the first, and seconds so far.
+
+    The batches are then those that follow.
+    """
+    built = self.built
+    restored = self.checkpoints.latest(built.abstract_state)
+    if restored is None:
+      about = built.shapes, self.experiment.seed, built.layout, built.mesh
+      return state_lib.create(built.model, built.tx, *about), 0.0
+    found, progress = restored.state, restored.progress
+    if found.opt_state is None:
+      # Of an imported model, which has read no text here.
+      about = built.abstract_state, built.layout, built.mesh
+      return state_lib.with_optimizer(found, built.tx, *about), 0.0
+    text = self.context.identity
+    workdir_lib.check_text(text, self.workdir, progress["text"])
+    self.batches.set_state(progress["data"])
+    return found, progress["seconds"]
 
   def train(self) -> int:
     """Trains to the end, or until a signal, whose number it returns.

@@ -78,6 +78,19 @@ def create(
     return jax.jit(init, out_shardings=shardings(abstract))()
 
 
+def with_optimizer(
+  state: TrainState,
+  tx: optax.GradientTransformation,
+  abstract: TrainState,
+  layout: sharding.Layout,
+  mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """Returns a state whose optimizer has its first state, as laid out there."""
+  with sharding.use(layout, mesh):
+    begin = jax.jit(tx.init, out_shardings=shardings(abstract).opt_state)
+    return state._replace(opt_state=begin(state.params))
+
+
 def shardings(state: TrainState) -> TrainState:
   """Returns the sharding of every leaf of a state, abstract or not."""
   return jax.tree.map(lambda leaf: leaf.sharding, state)

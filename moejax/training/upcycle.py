@@ -27,7 +27,7 @@ from moejax import files as files_lib
 from moejax import workdir as workdir_lib
 from moejax.data import batches as batches_lib
 from moejax.data import corpora
-from moejax.models.transformer import unscanned
+from moejax.models.transformer import apart, unscanned
 from moejax.moe import MoE
 from moejax.training import (
   checkpoint,
@@ -369,16 +369,7 @@ class _Model:
 
   def apart(self, arrays: Arrays) -> Arrays:
     """Takes stacks of blocks apart; in each path the block's own place."""
-    found = {}
-    for path, array in arrays.items():
-      places = [
-        ((*here, *path[len(there) :]), at)
-        for (there, at), (here, _) in zip(self._there, self._here, strict=True)
-        if path[: len(there)] == there
-      ]
-      for own, at in places or [(path, None)]:
-        found[own] = array if at is None else array[at]
-    return found
+    return apart(arrays, self._there, self._here)
 
   def together(self, arrays: Arrays) -> Arrays:
     """Undoes `apart`."""
@@ -804,9 +795,9 @@ def _finish(
     before.read(after.batches),
     after.read(after.batches, arrays=values),
   )
-  apart = np.abs(new.log_p - old.log_p)
+  difference = np.abs(new.log_p - old.log_p)
   # Not word by word: a small log p is the difference of large sums.
-  relative = float(apart.max() / np.abs(old.log_p).max())
+  relative = float(difference.max() / np.abs(old.log_p).max())
   why = list(why)
   if how["how"] == "upcycle":
     for scope in plan.keys() & new.views.keys():
@@ -829,7 +820,7 @@ def _finish(
     "words": len(old.log_p),
     "perplexity_before": old.perplexity,
     "perplexity_after": new.perplexity,
-    "max_difference_log_p": float(apart.max()),
+    "max_difference_log_p": float(difference.max()),
     "max_relative_difference_log_p": relative,
     "tolerance": TOLERANCE,
     "function_kept": relative <= TOLERANCE,
@@ -874,7 +865,7 @@ def _finish(
   say(
     f"perplexity of {len(old.log_p):,} held-out words, with room for all:"
     f" {old.perplexity:.6g} before, {new.perplexity:.6g} after; log p of a word"
-    f" differs by {apart.max():.2g} at most, {relative:.2g} of the largest"
+    f" differs by {difference.max():.2g} at most, {relative:.2g} of the largest"
   )
   if report["function_kept"]:
     say("the function is the same")

@@ -61,13 +61,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  """Eight would take longer."""
-  with pytest.MonkeyPatch.context() as patch:
-    first = jax.devices()[:1]
-    patch.setattr(jax, "devices", lambda *platform: first)
-    yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

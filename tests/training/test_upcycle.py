@@ -44,13 +44,8 @@ def blocks(hidden, router, **more):
   return "transformer/noisy_top_k", SPARSE | fields | more
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  """Eight would take longer, and three experts do not divide over them."""
-  with pytest.MonkeyPatch.context() as patch:
-    first = jax.devices()[:1]
-    patch.setattr(jax, "devices", lambda *platform: first)
-    yield
+# And three experts do not divide over eight.
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def restored(workdir):
