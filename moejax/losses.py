@@ -41,7 +41,7 @@ def load(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   In a hierarchy, of all leaf experts at once (eq. 14; docs/decisions.md, 7).
   Constant, without gradient, where load is a count: gating without noise.
   """
-  return jax.vmap(cv_squared)(_load(routing, scope)).mean()
+  return jax.vmap(cv_squared)(load_per_expert(routing, scope)).mean()
 
 
 def switch_balance(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
@@ -300,7 +300,7 @@ def balance(sown: Any) -> dict[str, Float[Array, ""]]:
     return {
       "cv_importance": jnp.sqrt(importance(routing)),
       "cv_load": jnp.sqrt(load(routing)),
-      "max_over_mean_load": max_over_mean(_load(routing, "batch")),
+      "max_over_mean_load": max_over_mean(load_per_expert(routing)),
       "max_over_mean_count": max_over_mean(count),
       "unused_experts": (count == 0).sum().astype(jnp.float32),
       "entropy": _over_levels(entropy, routing),
@@ -315,17 +315,13 @@ def balance(sown: Any) -> dict[str, Float[Array, ""]]:
   return jax.tree.map(lambda *values: sum(values) / len(values), *reports)
 
 
-# -- groups -------------------------------------------------------------------
+def load_per_expert(
+  routing: Routing, scope: str = "batch"
+) -> Float[Array, "_ E"]:
+  """Load (eq. 10), put together from both levels in a hierarchy (eq. 14).
 
-
-def _add_groups(x: Array, scope: str, axis: int = 0) -> Array:
-  """Adds the groups up where they are to be balanced together."""
-  check({}, scope)
-  return x.sum(axis, keepdims=True) if scope == "batch" else x
-
-
-def _load(routing: Routing, scope: str) -> Float[Array, "_ E"]:
-  """Load (eq. 10), put together from both levels in a hierarchy (eq. 14)."""
+  Of the whole batch, [1, E], or of every group of tokens, [G, E].
+  """
   secondary = _add_groups(routing.load, scope)
   primary = routing.primary
   if primary is None:
@@ -337,6 +333,15 @@ def _load(routing: Routing, scope: str) -> Float[Array, "_ E"]:
   share = _add_groups(primary.load, scope) / (reached + 1e-10)
   each = secondary.reshape(*share.shape, -1) * share[..., None]
   return each.reshape(secondary.shape)
+
+
+# -- groups -------------------------------------------------------------------
+
+
+def _add_groups(x: Array, scope: str, axis: int = 0) -> Array:
+  """Adds the groups up where they are to be balanced together."""
+  check({}, scope)
+  return x.sum(axis, keepdims=True) if scope == "batch" else x
 
 
 # -- levels of a hierarchy ----------------------------------------------------

@@ -20,10 +20,13 @@ margin    float32: the least logit of a chosen expert less the largest of any
           there is no other, and of two levels.
 
 `trace.json` is written last: the checkpoint's step, the digest of the text, its
-loss in nats a token, and of each layer how its decisions are laid out.
+loss in nats a token, of each layer how its decisions are laid out, and of each
+layer of two levels how many groups of experts there are, the edges to these and
+how many of them found their group full.
 """
 
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -37,12 +40,14 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import routing as routing_lib
-from moejax import sharding
+from moejax import losses, sharding
+from moejax.analysis.measures import Decisions
 from moejax.data import batches as batches_lib
 from moejax.models.transformer import apart, unscanned
 from moejax.moe import ROUTING
@@ -108,12 +113,19 @@ def record(
   """
   if to.exists() and any(to.iterdir()):
     raise ValueError(f"{to} is not empty; give a new folder.")
-  reader = _Reader(workdir, split, files, layout)
+  reader = Reader(workdir, split, files, layout)
   to.mkdir(parents=True, exist_ok=True)
   seen = dict.fromkeys(_SIDES, 0)
   writer, parts, held = None, 0, 0
+  groups: dict[str, dict[str, int]] = {}
   try:
     for batch, found in reader.read():
+      for name, layer in found.items():
+        if "sent" in layer:
+          sums = groups.setdefault(name, dict.fromkeys(("sent", "full"), 0))
+          sums["groups"] = layer["sent"].size
+          for key in ("sent", "full"):
+            sums[key] += int(layer[key].sum())
       tables = [
         _table(name, layer, reader.layers[name].experts, batch, seen)
         for name, layer in found.items()
@@ -131,14 +143,60 @@ def record(
   finally:
     if writer is not None:
       writer.close()
-  about = {
+  told = {
     "step": reader.step,
     "text": reader.rows.digest,
     "loss": reader.loss,
     "layers": {name: each._asdict() for name, each in reader.layers.items()},
+    "two_levels": groups,
   }
-  files_lib.write_whole(to / ABOUT, json.dumps(about, indent=2) + "\n")
-  return about
+  files_lib.write_whole(to / ABOUT, json.dumps(told, indent=2) + "\n")
+  return told
+
+
+def about(trace: pathlib.Path) -> dict[str, Any]:
+  """Returns what is in a trace's `trace.json`; ValueError where it is none."""
+  path = trace / ABOUT
+  if not path.exists():
+    raise ValueError(
+      f"{trace} is no whole trace, it has no {ABOUT}; record it."
+    )
+  return json.loads(path.read_text())
+
+
+def decisions(trace: pathlib.Path, layer: str) -> Decisions:
+  """Reads what one layer decided, as arrays; errors as of `about`."""
+  layout = Layout(**about(trace)["layers"][layer])
+  whole = pyarrow.dataset.dataset(
+    sorted(trace.glob("part-*.parquet")), SCHEMA, format="parquet"
+  )
+  table = whole.to_table(filter=pc.field("layer") == layer).combine_chunks()
+  lists = {
+    name: table[name].combine_chunks()
+    for name in ("experts", "gates", "edges", "dropped")
+  }
+  flat = {
+    name: values.flatten().to_numpy(zero_copy_only=False)
+    for name, values in lists.items()
+  }
+  length = lists["experts"].value_lengths().to_numpy()
+  # The first choices of all tokens come before the second ones; where experts
+  # choose, those of a token are in their order.
+  choice = flat["edges"] // layout.tokens
+  if not layout.by_token:
+    ends = np.cumsum(length)
+    choice = np.arange(choice.size) - np.repeat(ends - length, length)
+  return Decisions(
+    layout.experts,
+    table["id"].to_numpy(),
+    table["position"].to_numpy(),
+    table["margin"].to_numpy(),
+    np.repeat(np.arange(length.size), length),
+    flat["experts"],
+    flat["gates"],
+    flat["dropped"],
+    choice,
+  )
 
 
 def replay(
@@ -153,16 +211,11 @@ def replay(
   Errors as of `run.open_run`; ValueError also where the trace is not whole, of
   another text, or of layers that the model has not.
   """
-  path = trace / ABOUT
-  if not path.exists():
-    raise ValueError(
-      f"{trace} is no whole trace, it has no {ABOUT}; record it."
-    )
-  about = json.loads(path.read_text())
-  reader = _Reader(workdir, split, files, layout)
-  if about["text"] != reader.rows.digest:
+  told = about(trace)
+  reader = Reader(workdir, split, files, layout)
+  if told["text"] != reader.rows.digest:
     raise ValueError(f"{trace} is of another text; record this one.")
-  reader.follow(about["layers"])
+  reader.follow(told["layers"])
   rows = _rows(trace)
   # To the first demand for rows.
   next(rows)
@@ -199,7 +252,7 @@ def counterfactual(
       raise ValueError(
         f"unknown choice {choice!r}; give training, uniform, or k=N."
       )
-  found, reader = {}, _Reader(workdir, split, files, layout)
+  found, reader = {}, Reader(workdir, split, files, layout)
   for choice in ("own", *choices):
     k = int(choice[2:]) if choice.startswith("k=") else None
     reader.choose(k, choice == "training")
@@ -329,7 +382,7 @@ def _uniform(random, layers, batch) -> dict[str, Assignment]:
   return found
 
 
-class _Reader:
+class Reader:
   """Reads a text by a run's best checkpoint, and looks at its mixtures.
 
   Attributes:
@@ -357,11 +410,21 @@ class _Reader:
     self._model, *self._places = unscanned(built.model)
     self.layers: dict[str, Layout] = {}
     rows = built.experiment.rows_at_once
+    self._where = sharding.batch_sharding(built.layout, built.mesh, rows)
+    self._fn = jax.jit(sharding.zero3(self._run))
     shapes = {
       name: jax.ShapeDtypeStruct((rows, *each.shape[1:]), each.dtype)
       for name, each in built.shapes.items()
     }
-    jax.eval_shape(self._run, self._params, shapes, {})
+    jax.eval_shape(self._run, self._params, shapes, {}, False)
+    # Decisions of no meaning, of the layers that can be told what to decide.
+    self._none = {}
+    for name, layout in self.layers.items():
+      if layout.levels == 1:
+        shape = layout.groups, layout.edges
+        expert, gate = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        token = None if layout.by_token else expert
+        self._none[name] = Assignment(expert, gate, token)
 
   def follow(self, layers: Mapping[str, Any]) -> None:
     """Refuses layers that are not the model's, or are laid out otherwise."""
@@ -372,8 +435,24 @@ class _Reader:
         " of this run."
       )
 
-  def _run(self, params, batch, decisions):
-    """Returns the loss of a batch, and what is to be known of each layer."""
+  def _apply(self, params, batch):
+    """Returns losses, and what was sown, of blocks that are taken apart."""
+    flat = apart(flax.traverse_util.flatten_dict(params), *self._places)
+    return self._model.apply(
+      {"params": flax.traverse_util.unflatten_dict(flat)},
+      batch,
+      train=False,
+      mutable=[ROUTING],
+      method="loss",
+      rngs={"router": jax.random.key(0)},
+    )
+
+  def _run(self, params, batch, given, follow):
+    """Returns the loss of a batch, and what is to be known of each layer.
+
+    It is one program whoever decides, so that the same decisions give the same
+    loss to the bit: where `follow` is set it drops what routers have decided.
+    """
 
     def decide(call, args, kwargs, context):
       module = context.module
@@ -381,28 +460,27 @@ class _Reader:
       # The router's own call, not those of its parts.
       if not isinstance(module, Router) or context.method_name != "__call__":
         return call(*args, **kwargs)
-      if name in decisions:
-        (G, S), E = args[0].shape[:2], module.num_experts
-        logits, mask = jnp.zeros((G, S, E), jnp.float32), kwargs.get("mask")
-        found = routing_lib.make_routing(decisions[name], logits, mask)
-      else:
-        if self._as_in_training:
-          kwargs = kwargs | {"train": True}
-        found = call(*args, **kwargs)
-      # What follows is then the same program, whoever decided.
-      barrier = jax.lax.optimization_barrier(found.assignment)
-      return found._replace(assignment=barrier)
+      if self._as_in_training:
+        kwargs = kwargs | {"train": True}
+      own = call(*args, **kwargs)
+      if name not in given:
+        return own
+      other = routing_lib.make_routing(given[name], own.logits, own.mask)
+      fields = ("assignment", "importance", "load", "count")
+      chosen = {
+        field: jax.tree.map(
+          lambda a, b: jnp.where(follow, a.astype(b.dtype), b),
+          getattr(other, field),
+          getattr(own, field),
+        )
+        for field in fields
+      }
+      if own.dropped is not None:
+        chosen["dropped"] = jnp.where(follow, 0, own.dropped)
+      return own._replace(**chosen)
 
-    flat = apart(flax.traverse_util.flatten_dict(params), *self._places)
     with nn.intercept_methods(decide):
-      loss, sown = self._model.apply(
-        {"params": flax.traverse_util.unflatten_dict(flat)},
-        batch,
-        train=False,
-        mutable=[ROUTING],
-        method="loss",
-        rngs={"router": jax.random.key(0)},
-      )
+      loss, sown = self._apply(params, batch)
     found = {}
     reports = flax.traverse_util.flatten_dict(sown.get(ROUTING, {}))
     for path in sorted(reports):
@@ -410,10 +488,11 @@ class _Reader:
       found[name], self.layers[name] = _look(name, reports[path])
     return loss.sum(), found
 
-  def read(self, decide=None):
+  def read(self, decide=None, limit=None):
     """Yields batches, and what is known of each layer, in NumPy.
 
     Of a batch `decide` returns the decisions of layers, in place of their own.
+    No more batches than `limit` are read, all by default.
     """
     for name, layout in self.layers.items():
       if decide and layout.levels > 1:
@@ -421,19 +500,21 @@ class _Reader:
           f"{name} decides at two levels, and what it decides can be recorded,"
           " not given; choose k=N or training."
         )
-    built = self._built
-    size = built.experiment.rows_at_once
-    where = sharding.batch_sharding(built.layout, built.mesh, size)
-    fn = jax.jit(sharding.zero3(self._run))
     total, tokens = 0.0, 0
-    with sharding.use(built.layout, built.mesh):
-      for batch in batches_lib.eval_batches(self.rows, size):
-        given = decide(batch) if decide else {}
-        placed = step.place(batch, where)
-        loss, found = jax.device_get(fn(self._params, placed, given))
+    with sharding.use(self._built.layout, self._built.mesh):
+      for batch in itertools.islice(self._batches(), limit):
+        given = decide(batch) if decide else self._none
+        placed = step.place(batch, self._where)
+        told = self._fn(self._params, placed, given, bool(decide))
+        loss, found = jax.device_get(told)
         total, tokens = total + float(loss), tokens + int(batch["mask"].sum())
         yield batch, found
     self.loss = total / tokens
+
+  def _batches(self):
+    return batches_lib.eval_batches(
+      self.rows, self._built.experiment.rows_at_once
+    )
 
 
 def _with_k(values: Mapping[str, Any], k: int) -> dict[str, int]:
@@ -476,7 +557,13 @@ def _look(name: str, reports: Any) -> tuple[dict[str, jax.Array], Layout]:
     )[..., :E]
     least = jnp.where(chosen, logits, jnp.inf).min(axis=-1)
     margin = least - jnp.where(chosen, -jnp.inf, logits).max(axis=-1)
-  looked = {
+  sums = {}
+  if routing.primary is not None:
+    # Of every group of experts.
+    sent, full = routing.primary.count, routing.primary.dropped
+    sums = {"sent": sent.sum(axis=0), "full": full.sum(axis=0)}
+  looked = sums | {
+    "load": losses.load_per_expert(routing)[0],
     "expert": found.expert,
     "gate": found.gate.astype(jnp.float32),
     "token": token,
