@@ -78,10 +78,11 @@ setuptools.setup(
     "Typing :: Typed",
   ],
   packages=setuptools.find_packages(include=["moejax", "moejax.*"]),
-  package_data={"moejax": ["py.typed"]},
+  package_data={"moejax": ["py.typed", "analysis/report.html"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py",
+    "altair>=6",  # the charts of `moejax report`
     "array_record",
     "charset-normalizer>=3",
     "etils[epath]>=1.13",
@@ -91,6 +92,7 @@ setuptools.setup(
     "jax>=0.10",
     "jaxlib>=0.10",
     "jaxtyping",
+    "jinja2",
     "ml_collections>=1.0",
     "numpy",
     "optax>=0.2.8",
@@ -105,6 +107,7 @@ setuptools.setup(
     "tensorstore",  # as orbax-checkpoint wants it
     "tokenizers>=0.20",
     "tqdm",
+    "vl-convert-python>=1.8",  # what draws them, inlined
   ],
   extras_require={
     "cuda": ["jax[cuda13]"],

@@ -56,7 +56,7 @@ def carve(found: translating.Files, folder: pathlib.Path) -> dict[str, str]:
   split_of: dict[str, str] = {}
   written: dict[str, dict[Direction, list[str]]] = {}
   for direction, paths in found.items():
-    sides = corpora.read_pairs(paths, direction)[2:]
+    sides = corpora.read_pairs(paths, direction)[2:4]
     block = tfds_corpora.lines_of_block(len(sides[0]))
     lines = collections.defaultdict(list)
     for number, (source, target) in enumerate(zip(*sides, strict=True)):

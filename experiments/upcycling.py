@@ -132,9 +132,9 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   last = {row["start"]: row["validation"] for row in table}
   copies, steps = last["copies"], table[-1]["extra"]
   return (
-    f"After {steps} more steps a mixture of copies is at {copies:.1f}, the dense"
-    f" model at {last['dense']:.1f}; a mixture that was trained from scratch as"
-    f" long as both is at {last['scratch_all']:.1f}"
+    f"After {steps} more steps a mixture of copies is at {copies:.1f}, the"
+    f" dense model at {last['dense']:.1f}; a mixture that was trained from"
+    f" scratch as long as both is at {last['scratch_all']:.1f}"
   )
 
 

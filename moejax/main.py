@@ -27,6 +27,9 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          with --coordinator_address=HOST:PORT --num_processes=N --process_id=I
   eval   --workdir=DIR [--split=SPLIT | --data=FILE[,FILE...]] [--layout=NAME]
          perplexity and bits per byte of a run's best checkpoint, or BLEU
+  report --workdir=DIR [--compare=DIR] [--out=FILE.html] [--split=SPLIT]
+         [--data=FILE[,FILE...]] [--layers=NAME,...] [--sentences=N]
+         what the experts do, as a page for a browser and as JSON
   translate --workdir=DIR [--language=LANGUAGE] [--layout=NAME] < FILE > FILE
          translates line by line by a run's best checkpoint
   sample --workdir=DIR [--prompt=TEXT] [--num=N] [--length=N] [--seed=N]
@@ -236,6 +239,48 @@ def _eval(
       f" {evaluators.exp(loss):,.2f}"
       + ("" if loss == first else f" ({loss - first:+.4f} nats)")
     )
+
+
+def _report(
+  workdir: str,
+  compare: str = "",
+  out: str = "report.html",
+  split: Annotated[str, Names(("train", "validation", "test"))] | None = None,
+  data: Sequence[str] = (),
+  layout: str = "",
+  layers: Sequence[str] = (),
+  sentences: Annotated[int, Range(1)] = 200,
+  without: Annotated[int, Range(0)] = 64,
+) -> None:
+  """Reports.
+
+  Args:
+    workdir: where the run lives.
+    compare: where another one lives, to be shown beside it.
+    out: the page, an .html; the same name with .json gets the numbers.
+    split: which part of the run's own corpus to read; the test by default.
+    data: files to read instead, as of eval.
+    layout: a name, in place of the run's own.
+    layers: names of the mixtures to tell of; all by default.
+    sentences: how many of the text to show.
+    without: how many experts to take away in turn, the busiest of each layer,
+      to tell what the loss is without them.
+  """
+  from moejax.analysis import report
+
+  if data and split:
+    raise ReadError("--split and --data exclude each other; give one.")
+  workdirs = [files.path(each) for each in (workdir, compare) if each]
+  text = split or "test", data, layout
+  to = files.local(out)
+  told = report.write(workdirs, to, *text, layers, sentences, without)
+  for run in told["runs"]:
+    terminal.say(
+      f"{run['workdir']}: {len(run['layers'])} mixture(s), {run['tokens']:,}"
+      f" {run['unit']}s, loss {run['loss']} nats a token (checkpoint of step"
+      f" {run['step']})"
+    )
+  terminal.say(f"{to} and {to.with_suffix('.json').name} are written.")
 
 
 def _translate(
@@ -483,6 +528,7 @@ def _configs() -> None:
 COMMANDS = {
   "train": _train,
   "eval": _eval,
+  "report": _report,
   "translate": _translate,
   "sample": _sample,
   "upcycle": _upcycle,

@@ -14,6 +14,7 @@ import re
 import select
 import sys
 import threading
+from typing import Any
 
 # Control characters, of terminals (C0 but tab and line feed, DEL, C1), of lines
 # and of the direction of text.
@@ -92,6 +93,17 @@ class Live:
 
   def flush(self) -> None:
     """Does nothing: what is written is flushed."""
+
+
+def bar(total: int, unit: str, what: str = "") -> Any:
+  """Returns a bar that a terminal shows, and nothing else; none of 0."""
+  import tqdm
+
+  live = Live()
+  shown = live.isatty() and total
+  return tqdm.tqdm(
+    total=total, unit=unit, desc=what or None, file=live, disable=not shown
+  )
 
 
 def _print(text: str, stream: io.TextIOBase | None) -> None:

@@ -37,7 +37,7 @@ class Decisions(NamedTuple):
 
   def per_expert(self, values: Any = None) -> Float[np.ndarray, "E"]:
     """Sums a value of the edges, or their number, over those of an expert."""
-    return np.bincount(self.expert, values, self.num_experts)
+    return np.bincount(self.expert, values, self.num_experts).astype(float)
 
   def of(self, tokens: Bool[np.ndarray, "N"]) -> "Decisions":
     """Returns those about some of the tokens."""

@@ -30,7 +30,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,8 +45,8 @@ import pyarrow.parquet as pq
 
 from moejax import config as config_lib
 from moejax import files as files_lib
+from moejax import losses, sharding, terminal
 from moejax import routing as routing_lib
-from moejax import losses, sharding
 from moejax.analysis.measures import Decisions
 from moejax.data import batches as batches_lib
 from moejax.models.transformer import apart, unscanned
@@ -113,45 +113,7 @@ def record(
   """
   if to.exists() and any(to.iterdir()):
     raise ValueError(f"{to} is not empty; give a new folder.")
-  reader = Reader(workdir, split, files, layout)
-  to.mkdir(parents=True, exist_ok=True)
-  seen = dict.fromkeys(_SIDES, 0)
-  writer, parts, held = None, 0, 0
-  groups: dict[str, dict[str, int]] = {}
-  try:
-    for batch, found in reader.read():
-      for name, layer in found.items():
-        if "sent" in layer:
-          sums = groups.setdefault(name, dict.fromkeys(("sent", "full"), 0))
-          sums["groups"] = layer["sent"].size
-          for key in ("sent", "full"):
-            sums[key] += int(layer[key].sum())
-      tables = [
-        _table(name, layer, reader.layers[name].experts, batch, seen)
-        for name, layer in found.items()
-      ]
-      for side in _SIDES:
-        seen[side] += int(_real(batch, side).sum())
-      if writer is None or held >= _PART:
-        if writer is not None:
-          writer.close()
-        writer = pq.ParquetWriter(to / f"part-{parts:05d}.parquet", SCHEMA)
-        parts, held = parts + 1, 0
-      whole = pa.concat_tables(tables)
-      writer.write_table(whole)
-      held += len(whole)
-  finally:
-    if writer is not None:
-      writer.close()
-  told = {
-    "step": reader.step,
-    "text": reader.rows.digest,
-    "loss": reader.loss,
-    "layers": {name: each._asdict() for name, each in reader.layers.items()},
-    "two_levels": groups,
-  }
-  files_lib.write_whole(to / ABOUT, json.dumps(told, indent=2) + "\n")
-  return told
+  return Reader(workdir, split, files, layout).record(to)
 
 
 def about(trace: pathlib.Path) -> dict[str, Any]:
@@ -272,7 +234,8 @@ def counterfactual(
 _SIDES = {"target": ("inputs", "start"), "source": ("source", "source_start")}
 
 
-def _side(layer: str) -> str:
+def side(layer: str) -> str:
+  """Returns which tokens a layer reads: of the source, or of the target."""
   return "source" if layer.startswith("encoder") else "target"
 
 
@@ -302,11 +265,11 @@ def _rows(trace: pathlib.Path) -> Generator[pa.Table | None, int, None]:
 
 def _table(name, layer, E, batch, seen) -> pa.Table:
   """Returns a layer's rows of a batch."""
-  side = _side(name)
-  ids, start = (batch[key] for key in _SIDES[side])
+  own_side = side(name)
+  ids, start = (batch[key] for key in _SIDES[own_side])
   place = np.arange(ids.shape[1])[None]
   first = np.maximum.accumulate(np.where(start, place, 0), axis=1)
-  real = np.flatnonzero(_real(batch, side))
+  real = np.flatnonzero(_real(batch, own_side))
   G, S = layer["margin"].shape
   group, edge = np.nonzero(layer["expert"] < E)
   expert = layer["expert"][group, edge]
@@ -329,7 +292,7 @@ def _table(name, layer, E, batch, seen) -> pa.Table:
 
   columns = [
     pa.array([name] * real.size, pa.string()),
-    pa.array(seen[side] + np.arange(real.size), pa.int64()),
+    pa.array(seen[own_side] + np.arange(real.size), pa.int64()),
     pa.array(ids.reshape(-1)[real], pa.int32()),
     pa.array((place - first).reshape(-1)[real], pa.int32()),
     lists(expert, pa.int32()),
@@ -343,7 +306,7 @@ def _table(name, layer, E, batch, seen) -> pa.Table:
 
 def _decisions(rows, layers, batch) -> dict[str, Assignment]:
   """Returns what a trace's next rows say of a batch."""
-  real = {name: np.flatnonzero(_real(batch, _side(name))) for name in layers}
+  real = {name: np.flatnonzero(_real(batch, side(name))) for name in layers}
   table = rows.send(sum(each.size for each in real.values()))
   found, first = {}, 0
   for name, layout in layers.items():
@@ -386,29 +349,41 @@ class Reader:
   """Reads a text by a run's best checkpoint, and looks at its mixtures.
 
   Attributes:
+    context: the run and its corpus.
     rows: of the text.
-    layers: how the decisions of each mixture are laid out.
     step: of the checkpoint.
+    params: its parameters.
+    built: the session of what is read with.
+    places: where blocks lie, in the model and taken apart, of `unscanned`.
+    layers: how the decisions of each mixture are laid out.
+    mixtures: the modules, by the same names.
     loss: nats a token, once all has been read.
   """
 
-  def __init__(self, workdir, split, files, layout):
-    self._context = run_lib.open_run(workdir, layout, files)
-    self.rows = self._context.rows("data" if files else split)
-    state = run_lib.best(workdir, self._context.session)
-    self.step, self.loss, self._params = int(state.step), 0.0, state.params
+  def __init__(
+    self,
+    workdir: files_lib.Path,
+    split: str = "test",
+    files: Sequence[str] = (),
+    layout: str = "",
+  ):
+    self.context = run_lib.open_run(workdir, layout, files)
+    self.rows = self.context.rows("data" if files else split)
+    state = run_lib.best(workdir, self.context.session)
+    self.step, self.loss, self.params = int(state.step), 0.0, state.params
     self.choose()
 
   def choose(self, k: int | None = None, as_in_training: bool = False) -> None:
     """Gives every router another k, or lets it decide as in training."""
-    built = self._context.session
+    built = self.context.session
     if k is not None:
       changes = _with_k(built.experiment.values, k)
       experiment = config_lib.changed(built.experiment, changes)
-      built = session.build(experiment, len(self._context.data.vocabulary))
-    self._built, self._as_in_training = built, as_in_training
-    self._model, *self._places = unscanned(built.model)
+      built = session.build(experiment, len(self.context.data.vocabulary))
+    self.built, self._as_in_training = built, as_in_training
+    self._model, *self.places = unscanned(built.model)
     self.layers: dict[str, Layout] = {}
+    self.mixtures: dict[str, nn.Module] = {}
     rows = built.experiment.rows_at_once
     self._where = sharding.batch_sharding(built.layout, built.mesh, rows)
     self._fn = jax.jit(sharding.zero3(self._run))
@@ -416,7 +391,7 @@ class Reader:
       name: jax.ShapeDtypeStruct((rows, *each.shape[1:]), each.dtype)
       for name, each in built.shapes.items()
     }
-    jax.eval_shape(self._run, self._params, shapes, {}, False)
+    jax.eval_shape(self._run, self.params, shapes, {}, False)
     # Decisions of no meaning, of the layers that can be told what to decide.
     self._none = {}
     for name, layout in self.layers.items():
@@ -435,9 +410,117 @@ class Reader:
         " of this run."
       )
 
+  def record(self, to: pathlib.Path) -> dict[str, Any]:
+    """Writes a trace, see `record`; returns what is in its `trace.json`."""
+    to.mkdir(parents=True, exist_ok=True)
+    seen = dict.fromkeys(_SIDES, 0)
+    writer, parts, held = None, 0, 0
+    groups: dict[str, dict[str, int]] = {}
+    try:
+      for batch, found in self.read():
+        for name, layer in found.items():
+          if "sent" in layer:
+            sums = groups.setdefault(name, dict.fromkeys(("sent", "full"), 0))
+            sums["groups"] = layer["sent"].size
+            for key in ("sent", "full"):
+              sums[key] += int(layer[key].sum())
+        tables = [
+          _table(name, layer, self.layers[name].experts, batch, seen)
+          for name, layer in found.items()
+        ]
+        for each in _SIDES:
+          seen[each] += int(_real(batch, each).sum())
+        if writer is None or held >= _PART:
+          if writer is not None:
+            writer.close()
+          writer = pq.ParquetWriter(to / f"part-{parts:05d}.parquet", SCHEMA)
+          parts, held = parts + 1, 0
+        whole = pa.concat_tables(tables)
+        writer.write_table(whole)
+        held += len(whole)
+    finally:
+      if writer is not None:
+        writer.close()
+    told = {
+      "step": self.step,
+      "text": self.rows.digest,
+      "loss": self.loss,
+      "layers": {name: each._asdict() for name, each in self.layers.items()},
+      "two_levels": groups,
+    }
+    files_lib.write_whole(to / ABOUT, json.dumps(told, indent=2) + "\n")
+    return told
+
+  def read(
+    self,
+    decide: Callable[[Any], Mapping[str, Assignment]] | None = None,
+    limit: int | None = None,
+    quiet: bool = False,
+  ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """Yields batches, and what is known of each layer, in NumPy.
+
+    Args:
+      decide: returns the decisions of layers about a batch, in place of their
+        own.
+      limit: of batches; none by default.
+      quiet: whether not to show how far it is.
+    """
+    for name, layout in self.layers.items():
+      if decide and layout.levels > 1:
+        raise ValueError(
+          f"{name} decides at two levels, and what it decides can be recorded,"
+          " not given; choose k=N or training."
+        )
+    total, tokens = 0.0, 0
+    number = -(-len(self.rows) // self.built.experiment.rows_at_once)
+    number = number if limit is None else min(limit, number)
+    bar = terminal.bar(0 if quiet else number, "batch", "reading")
+    with bar, sharding.use(self.built.layout, self.built.mesh):
+      for batch in itertools.islice(self._batches(), number):
+        given = decide(batch) if decide else self._none
+        placed = step.place(batch, self._where)
+        told = self._fn(self.params, placed, given, bool(decide))
+        loss, found = jax.device_get(told)
+        total, tokens = total + float(loss), tokens + int(batch["mask"].sum())
+        yield batch, found
+        bar.update()
+    self.loss = total / tokens
+
+  def look(self, fn: Callable[..., Any]) -> dict[str, Any]:
+    """Returns what a function makes of each mixture's call, of one batch.
+
+    It is called with the module, its name, the activations [B, L, D], and which
+    of the B * L are no padding; what it returns comes in NumPy.
+    """
+    batch = next(self._batches())
+
+    def run(params, placed):
+      found = {}
+
+      def after(call, args, kwargs, context):
+        y, module = call(*args, **kwargs), context.module
+        name = "/".join(module.path)
+        if name in self.layers and context.method_name == "__call__":
+          real = _real(batch, side(name))
+          found[name] = fn(module, name, args[0], real)
+        return y
+
+      with nn.intercept_methods(after):
+        self._apply(params, placed)
+      return found
+
+    with sharding.use(self.built.layout, self.built.mesh):
+      placed = step.place(batch, self._where)
+      return jax.device_get(jax.jit(sharding.zero3(run))(self.params, placed))
+
+  def _batches(self):
+    return batches_lib.eval_batches(
+      self.rows, self.built.experiment.rows_at_once
+    )
+
   def _apply(self, params, batch):
     """Returns losses, and what was sown, of blocks that are taken apart."""
-    flat = apart(flax.traverse_util.flatten_dict(params), *self._places)
+    flat = apart(flax.traverse_util.flatten_dict(params), *self.places)
     return self._model.apply(
       {"params": flax.traverse_util.unflatten_dict(flat)},
       batch,
@@ -463,6 +546,7 @@ class Reader:
       if self._as_in_training:
         kwargs = kwargs | {"train": True}
       own = call(*args, **kwargs)
+      self.mixtures[name] = module.parent
       if name not in given:
         return own
       other = routing_lib.make_routing(given[name], own.logits, own.mask)
@@ -487,34 +571,6 @@ class Reader:
       name = "/".join(path[:-1])
       found[name], self.layers[name] = _look(name, reports[path])
     return loss.sum(), found
-
-  def read(self, decide=None, limit=None):
-    """Yields batches, and what is known of each layer, in NumPy.
-
-    Of a batch `decide` returns the decisions of layers, in place of their own.
-    No more batches than `limit` are read, all by default.
-    """
-    for name, layout in self.layers.items():
-      if decide and layout.levels > 1:
-        raise ValueError(
-          f"{name} decides at two levels, and what it decides can be recorded,"
-          " not given; choose k=N or training."
-        )
-    total, tokens = 0.0, 0
-    with sharding.use(self._built.layout, self._built.mesh):
-      for batch in itertools.islice(self._batches(), limit):
-        given = decide(batch) if decide else self._none
-        placed = step.place(batch, self._where)
-        told = self._fn(self._params, placed, given, bool(decide))
-        loss, found = jax.device_get(told)
-        total, tokens = total + float(loss), tokens + int(batch["mask"].sum())
-        yield batch, found
-    self.loss = total / tokens
-
-  def _batches(self):
-    return batches_lib.eval_batches(
-      self.rows, self._built.experiment.rows_at_once
-    )
 
 
 def _with_k(values: Mapping[str, Any], k: int) -> dict[str, int]:

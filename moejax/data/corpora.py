@@ -162,20 +162,29 @@ def read_pairs(
 ) -> Pairs:
   """Reads files of pairs, all in the one split "data"."""
   found: list[tuple[str, str]] = []
+  sizes = {}
   for path in map(pathlib.Path, paths):
     text_files.check(path)
+    before = len(found)
     found += tfds_corpora.pair_lines(path, strict)
+    sizes[str(path)] = len(found) - before
   sources, targets = map(list, zip(*found, strict=True))
-  return Pairs(direction, "data", sources, targets)
+  return Pairs(direction, "data", sources, targets, sizes)
 
 
-def read_lines(paths: text_files.Paths) -> list[str]:
-  """Reads the lines of text files, and warns of what may not be meant."""
+def read_lines(paths: text_files.Paths) -> Pairs:
+  """Reads text files, all in the one split "data".
+
+  Warns of what may not be meant.
+  """
   found: list[str] = []
+  sizes = {}
   for path in map(pathlib.Path, paths):
     tfds_corpora.TextFiles.check(path)
+    before = len(found)
     found += (line for (line,) in tfds_corpora.text_lines(path))
-  return found
+    sizes[str(path)] = len(found) - before
+  return Pairs(None, "data", None, found, sizes)
 
 
 # -- kinds of a config --------------------------------------------------------
@@ -271,7 +280,7 @@ def _prose(
         " set config.data.kind=text to read them."
       )
   if files:
-    texts = {"data": read_lines(text_files.find(files))}
+    pairs = {"data": [read_lines(text_files.find(files))]}
   else:
     make = tfds_corpora.Sotu
     if kind == "text":
@@ -281,12 +290,13 @@ def _prose(
       functools.partial(make, data_dir=_data_dir(data_dir))
     )
     texts = {split: Records(builder, split) for split in builder.info.splits}
+    pairs = _sentences(texts)
   if own is None:
     own = tokens(
       texts=lambda: texts["train"],
       words=lambda: Vocabulary.build(texts["train"], min_count),
     )
-  return Corpus(own, _sentences(texts), row_length, batch_size)
+  return Corpus(own, pairs, row_length, batch_size)
 
 
 # The benchmark holds out 50 files; as many sentences as one of them.
@@ -343,7 +353,7 @@ def _lm1b(
     # Before the text is looked for: a missing file of words is told first.
     own = tokens(texts=lambda: Records(downloaded(), "train"), words=words)
   if files:
-    texts = {"data": read_lines(text_files.find(files))}
+    pairs = {"data": [read_lines(text_files.find(files))]}
   else:
     builder = downloaded()
     count = builder.info.splits["test"].num_examples
@@ -352,12 +362,13 @@ def _lm1b(
     parts["test"] = f"test[{few}:]"
     texts = {split: Records(builder, part) for split, part in parts.items()}
     if test:
-      texts["test"] = read_lines([files_lib.local(test)])
+      texts["test"] = read_lines([files_lib.local(test)]).targets
       tested = set(texts["test"])
       texts["validation"] = [t for t in texts["validation"] if t not in tested]
+    pairs = _sentences(texts)
   return Corpus(
     own,
-    _sentences(texts),
+    pairs,
     row_length,
     batch_size,
     split_words=vocab.tokens,

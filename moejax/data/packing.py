@@ -48,13 +48,15 @@ class Direction(NamedTuple):
 class Pairs(NamedTuple):
   """Sentences of a split, and what they translate: None for language models.
 
-  They are lists, or `tfds_corpora.Records`.
+  They are lists, or `tfds_corpora.Records`. Of those that were read from files
+  `files` has how many each of them holds, in order.
   """
 
   direction: Direction | None
   split: str
   sources: Sequence[str] | None
   targets: Sequence[str]
+  files: Mapping[str, int] = {}
 
   def __str__(self) -> str:
     return f"{self.direction} {self.split}" if self.direction else self.split
@@ -320,7 +322,7 @@ class PackedRows:
   ):
     self.row_length, self._source_length = row_length, source_length
     self.digest = tokens.digest
-    self._ids = tokens.ids
+    self._ids, self._lengths = tokens.ids, tokens.lengths
     self._start, self._end = tokenizer.start, tokenizer.end
     self._packing = pack(tokens, row_length, source_length)
     self.num_words = int(self._packing["target_length"].sum(dtype=np.int64))
@@ -348,6 +350,13 @@ class PackedRows:
     if not 0 <= row < len(self):
       raise IndexError(f"row {row} of {len(self)}")
     return self._row(slice(*self._packing["first"][row : row + 2].tolist()))
+
+  def sentences(self, side: str) -> Int64[np.ndarray, "places"]:
+    """Returns the number of its sentence for every real place of a side."""
+    ends = np.cumsum(self._lengths[side], dtype=np.int64)
+    begins = self._packing[f"{side}_begin"]
+    number = np.searchsorted(ends, begins, side="right")
+    return np.repeat(number, self._packing[f"{side}_length"])
 
   def padding(self) -> dict[str, np.ndarray]:
     """Returns a row without a real target, which fills up a batch."""
@@ -428,6 +437,18 @@ class MultiDirection:
         return part[row]
       row -= len(part)
     raise IndexError(f"row {row} beyond the last of {len(self)}")
+
+  def sentences(self, side: str) -> Int64[np.ndarray, "places"]:
+    """Returns the number of its sentence for every real place of a side.
+
+    Those of a direction follow those of the one before.
+    """
+    sizes = [part.has_ids.size for part in self._parts]
+    firsts = np.cumsum([0, *sizes[:-1]])
+    numbers = (part.sentences(side) for part in self._parts)
+    return np.concatenate(
+      [n + first for n, first in zip(numbers, firsts, strict=True)]
+    )
 
   def padding(self) -> dict[str, np.ndarray]:
     """Returns a row without a real target, which fills up a batch."""

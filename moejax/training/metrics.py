@@ -27,11 +27,16 @@ def as_json(values: Any, indent: int | None = None) -> str:
   def strict(value):
     if isinstance(value, Mapping):
       return {name: strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+      return [strict(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
       return json.dumps(value)
     return value
 
-  return json.dumps(strict(values), indent=indent, allow_nan=False)
+  try:
+    return json.dumps(values, indent=indent, allow_nan=False)
+  except ValueError:
+    return json.dumps(strict(values), indent=indent, allow_nan=False)
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:

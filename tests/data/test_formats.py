@@ -45,7 +45,7 @@ def refused(path, content, what):
 
 
 def as_read(path):
-  return "".join(f"{line}\n" for line in corpora.read_lines([path]))
+  return "".join(f"{line}\n" for line in corpora.read_lines([path]).targets)
 
 
 def cured(said, folder):
@@ -173,7 +173,7 @@ def test_compression_is_told_by_the_bytes(tmp_path, capsys, name, compress):
 )
 def test_sound_text_is_not_doubted(path, capsys, content):
   path.write_bytes(content)
-  assert corpora.read_lines([path])
+  assert corpora.read_lines([path]).targets
   assert capsys.readouterr() == ("", "")
 
 
@@ -181,7 +181,7 @@ def test_standard_input_and_vocabularies_are_read_as_files_are(path):
   """Marks within joined files are left out."""
   content = b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\nthree\xef\xbb\xbffour\n"
   path.write_bytes(content)
-  assert corpora.read_lines([path]) == ["one", "two", "threefour"]
+  assert corpora.read_lines([path]).targets == ["one", "two", "threefour"]
   assert text_files.of_stdin(content) == ["one", "two", "threefour"]
   assert text_files.of_stdin(b"one\r\n\n two") == ["one", "", " two"]
   assert text_files.of_stdin(b"") == []
@@ -227,7 +227,7 @@ UNCUT = "The_cat_sat_on_the_old_mat\n" * 9
 )
 def test_what_may_not_be_meant_is_warned_of(path, capsys, what, content, text):
   path.write_text(content, encoding="utf-8")
-  assert corpora.read_lines([path])
+  assert corpora.read_lines([path]).targets
   said = capsys.readouterr().err
   assert re.search(f"^{re.escape(str(path))} .*{what}", said)
   if text:
