@@ -21,37 +21,21 @@ luck 0.46; and 0.58 about the piece before, by luck 0.39. Every expert does, by
 1.62 to 3.02 bits (results/specialization.csv).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import itertools
+import pathlib
+import tempfile
 
 import numpy as np
-import scipy.special
 
 from experiments import figures, harness, training, translating
 from moejax import files as files_lib
-from moejax import losses
 from moejax import workdir as workdir_lib
-from moejax.data import packing
+from moejax.analysis import measures, trace
 from moejax.data.pieces import Pieces
 
 SEED = 0
 CONTEXTS = 10
-WORDS = 4  # of a context, on either side
 WORKDIR = "a finished run in place of translation_capacity's"
-
-
-class Places(NamedTuple):
-  """The word pieces of a text, sentence after sentence.
-
-  Attributes:
-    ids: of each.
-    begin: the number of the piece that its sentence begins with.
-    gates: of every expert, 0 where it does not read the piece.
-  """
-
-  ids: np.ndarray
-  begin: np.ndarray
-  gates: np.ndarray
 
 
 def rows(quick: bool, workdir: str = "") -> figures.Rows:
@@ -68,119 +52,53 @@ def rows(quick: bool, workdir: str = "") -> figures.Rows:
 
 
 def known(workdir: files_lib.Path) -> figures.Rows:
-  """Yields the rows of a run, and prints the contexts."""
-  places = read(workdir)
+  """Yields the rows of a run."""
+  decisions = read(workdir)
   vocabulary = workdir_lib.vocabulary(Pieces, workdir)
-  every = list(knowledge(places))
+  every = list(knowledge(decisions))
   yield from every
   busy = [row for row in every if row.get("load", 0) >= 0.5]
   busy.sort(key=lambda row: row["shuffled"] - row["bits"])
+  contexts = measures.contexts(decisions, CONTEXTS, vocabulary.decode)
   for row in busy[:6]:
-    found = contexts(places, row["expert"], vocabulary)
-    for rank, (gate, context) in enumerate(found, start=1):
+    for rank, (gate, *around) in enumerate(contexts[row["expert"]], start=1):
+      left, piece, right = around
+      context = f"{left}**{piece.strip()}**{right}".strip()
       ranked = {"rank": rank, "gate": round(gate, 4), "context": context}
       yield row | {"about": "context"} | ranked
 
 
-def read(workdir: files_lib.Path) -> Places:
-  """Routes the distinct sentences of a run's test text."""
-  seen, parts, size = set(), [], 0
-  for batch, sown in training.decisions(workdir, "test"):
-    text, start, side = "inputs", "start", ""
-    if "source" in batch:
-      text, start, side = "source", "source_start", "encoder"
-    mixtures = {name: sown[name] for name in sown if name.startswith(side)}
-    routing = losses.routings(mixtures)[0]
-    gates = training.gates(routing)
-    mask = (routing.primary or routing).mask
-    ids, real = batch[text].reshape(-1), np.reshape(mask, -1)
-    starts = np.flatnonzero(batch[start])
-    for first, last in zip(starts, [*starts[1:], ids.size], strict=True):
-      sentence = ids[first:last]
-      if real[first] and sentence.tobytes() not in seen:
-        seen.add(sentence.tobytes())
-        begin = np.full(sentence.size, size)
-        parts.append(Places(sentence, begin, gates[first:last]))
-        size += sentence.size
-  return Places(*map(np.concatenate, zip(*parts, strict=True)))
+def read(workdir: files_lib.Path) -> measures.Decisions:
+  """Returns what is decided about the distinct sentences of a test text."""
+  with tempfile.TemporaryDirectory() as folder:
+    to = pathlib.Path(folder) / "trace"
+    layers = trace.record(workdir, to)["layers"]
+    encoder = [name for name in layers if trace.side(name) == "source"]
+    decisions = trace.decisions(to, (encoder or list(layers))[0])
+  seen, distinct = set(), np.zeros(decisions.ids.size, bool)
+  starts = np.flatnonzero(decisions.position == 0)
+  for first, last in itertools.pairwise([*starts, decisions.ids.size]):
+    sentence = decisions.ids[first:last].tobytes()
+    distinct[first:last] = sentence not in seen
+    seen.add(sentence)
+  return decisions.of(distinct)
 
 
-def knowledge(places: Places) -> figures.Rows:
+def knowledge(decisions: measures.Decisions) -> figures.Rows:
   """Yields what the choice of an expert tells, and what each expert does."""
   rng = np.random.default_rng(SEED)
-  ids, gates = places.ids.astype(np.int64), places.gates
+  ids = decisions.ids
   # 0 at the first, where nothing is before.
-  first = np.arange(ids.size) == places.begin
-  before = np.where(first, 0, np.roll(ids, 1) + 1)
-  apart = ids * (ids.max() + 2)
-
-  def among_same():
-    mixed = apart.copy()
-    order = np.lexsort((rng.random(ids.size), ids))
-    mixed[np.argsort(ids, kind="stable")] += before[order]
-    return mixed
-
-  def by_luck(shuffle):
-    return np.mean([information(shuffle(), gates)[1] for _ in range(10)], 0)
-
-  share, bits = information(ids, gates)
-  luck = by_luck(lambda: rng.permutation(ids))
-  choices = np.count_nonzero(gates, axis=1)
-  own = scipy.special.xlogy(choices, choices).sum() / choices.sum()
-  most = (scipy.special.entr(share).sum() - own) / np.log(2)
-  yield {"about": "piece"} | harness.rounded(
-    bits=share @ bits, shuffled=share @ luck, most=most
-  )
-  _, both = information(apart + before, gates)
-  by_chance = share @ (by_luck(among_same) - bits)
-  yield {"about": "previous"} | harness.rounded(
-    bits=share @ (both - bits), shuffled=by_chance
-  )
-  for expert, load in enumerate(share * share.size):
-    row = {"bits": bits[expert], "shuffled": luck[expert], "load": load}
+  before = np.where(decisions.position == 0, 0, np.roll(ids, 1) + 1)
+  piece = measures.knowledge(decisions, ids, rng)
+  yield {"about": "piece"} | harness.rounded(**piece.total)
+  previous = measures.knowledge(decisions, before, rng, given=ids).total
+  del previous["most"]
+  yield {"about": "previous"} | harness.rounded(**previous)
+  for expert, share in enumerate(piece.share):
+    bits, luck = piece.bits[expert], piece.shuffled[expert]
+    row = {"bits": bits, "shuffled": luck, "load": share * piece.share.size}
     yield {"about": "expert", **harness.rounded(**row), "expert": expert}
-
-
-def information(
-  labels: np.ndarray, gates: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns each expert's part of all edges, and the bits of its labels."""
-  place, expert = np.nonzero(gates)
-  names, number = np.unique(labels, return_inverse=True)
-  joint = np.zeros((names.size, gates.shape[1]))
-  np.add.at(joint, (number[place], expert), 1 / place.size)
-  share = joint.sum(axis=0)
-  apart = joint.sum(axis=1, keepdims=True) * share[None]
-  bits = scipy.special.rel_entr(joint, apart).sum(axis=0) / np.log(2)
-  return share, np.divide(bits, share, out=bits, where=share > 0)
-
-
-def contexts(
-  places: Places, expert: int, vocabulary: packing.Tokenizer
-) -> Iterator[tuple[float, str]]:
-  """Yields the largest gates of an expert, and where, no context twice."""
-
-  def spell(ids):
-    spelled = vocabulary.decode(ids.tolist())
-    return spelled if isinstance(spelled, str) else " ".join(spelled)
-
-  seen, gates = set(), places.gates[:, expert]
-  for place in np.argsort(-gates, kind="stable"):
-    if gates[place] == 0 or len(seen) == CONTEXTS:
-      return
-    begin = places.begin[place]
-    end = np.searchsorted(places.begin, begin, side="right")
-    before, upto, whole = (
-      spell(places.ids[begin:last]) for last in (place, place + 1, end)
-    )
-    piece = upto[len(before) :] or (" </s>" if place + 1 == end else " <tag>")
-    left = " ".join(before.split(" ")[-WORDS:])
-    right = " ".join(whole[len(upto) :].split(" ")[: WORDS + 1])
-    space = " " * piece.startswith(" ")
-    context = f"{left}{space}**{piece.strip()}**{right}".strip()
-    if context not in seen:
-      seen.add(context)
-      yield float(gates[place]), context
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:

@@ -7,47 +7,17 @@ import numpy as np
 import pytest
 
 from experiments import specialization, training
-from experiments.specialization import Places
 from moejax import experts, losses, moe, router
-
-WORDS = ["", "", "", "the", "red", "car", "house", "is", "here"]
-
-
-class Words:
-  """A vocabulary that decodes, without its ends of sentences."""
-
-  def decode(self, ids):
-    return [WORDS[i] for i in ids if i > 2]
+from moejax.analysis.measures import Decisions
 
 
-def places(ids, begins, gates):
-  return Places(np.array(ids), np.array(begins), np.array(gates))
-
-
-def test_information_by_hand():
-  labels = np.array([7, 7, 9, 9])
-  # An expert of everyone's, one of a single label, and one of nobody's.
-  gates = np.array([[1, 0, 0], [1, 0, 0], [1, 0.1, 0], [1, 1, 0]])
-  share, bits = specialization.information(labels, gates)
-  np.testing.assert_allclose(share, [4 / 6, 2 / 6, 0])
-  seven, nine = 2 / 6, 4 / 6
-  kl = 0.5 * np.log2(0.5 / seven) + 0.5 * np.log2(0.5 / nine)
-  np.testing.assert_allclose(bits, [kl, np.log2(1 / nine), 0])
-
-
-def test_contexts_are_those_of_the_largest_gates():
-  # "the red car is here", "the house is here", and the first once more.
-  first, second = [3, 4, 5, 7, 8, 2], [3, 6, 7, 8, 2]
-  gates = np.zeros((17, 2))
-  gates[[2, 7, 13, 5], 1] = 0.4, 0.9, 0.3, 0.2
-  begins = [0] * 6 + [6] * 5 + [11] * 6
-  text = places([*first, *second, *first], begins, gates)
-  assert list(specialization.contexts(text, 1, Words())) == [
-    (0.9, "the **house** is here"),
-    (0.4, "the red **car** is here"),
-    (0.2, "red car is here **</s>**"),
-  ]
-  assert not list(specialization.contexts(text, 0, Words()))
+def decisions(ids, expert):
+  """One expert for each piece, of sentences of five."""
+  every = np.arange(ids.size)
+  ones = np.ones(ids.size, np.float32)
+  return Decisions(
+    4, ids, every % 5, ones, every, expert, ones, ones == 0, 0 * every
+  )
 
 
 def test_gates_of_two_levels_are_those_of_what_comes_out():
@@ -77,21 +47,19 @@ def test_gates_of_two_levels_are_those_of_what_comes_out():
 def test_experts_that_know_the_piece_and_those_that_know_nothing():
   random = np.random.default_rng(0)
   ids = random.integers(3, 7, 4000)
-  begins = np.arange(4000) // 5 * 5
-  knows = np.eye(4)[ids - 3]
   about = {
     row["about"]: row
-    for row in specialization.knowledge(places(ids, begins, knows))
+    for row in specialization.knowledge(decisions(ids, ids - 3))
   }
   assert about["piece"]["bits"] == pytest.approx(2, abs=0.01)
   assert about["piece"]["most"] == pytest.approx(2, abs=0.01)
   assert about["piece"]["shuffled"] < 0.01
   assert about["previous"]["bits"] == 0
   # And one that knows the piece before.
-  before = np.eye(4)[np.roll(ids, 1) - 3]
-  piece, previous, *_ = specialization.knowledge(places(ids, begins, before))
+  before = np.roll(ids, 1) - 3
+  piece, previous, *_ = specialization.knowledge(decisions(ids, before))
   assert piece["bits"] < 0.02 and previous["bits"] > 1.5
-  luck = np.eye(4)[random.integers(0, 4, 4000)]
-  piece, previous, *_ = specialization.knowledge(places(ids, begins, luck))
+  luck = random.integers(0, 4, 4000)
+  piece, previous, *_ = specialization.knowledge(decisions(ids, luck))
   assert piece["bits"] == pytest.approx(piece["shuffled"], abs=0.005)
   assert previous["bits"] == pytest.approx(previous["shuffled"], abs=0.01)

@@ -228,7 +228,7 @@ def _around(ids, begin, at, end, decode, words):
   before, upto, whole = (
     decode(ids[begin:last].tolist()) for last in (at, at + 1, end)
   )
-  piece = upto[len(before) :] or ("</s>" if at + 1 == end else "<tag>")
+  piece = upto[len(before) :] or (" </s>" if at + 1 == end else " <tag>")
   left = " ".join(before.split(" ")[-words:])
   right = " ".join(whole[len(upto) :].split(" ")[: words + 1])
   # Where a word begins, the space is before it.

@@ -169,6 +169,28 @@ def test_contexts_are_of_the_largest_gates_each_once():
       assert [left.strip(), piece, right.strip()] == around
 
 
+def test_contexts_by_hand():
+  """As the experiment on Table 9 had them: the ends of sentences, and words."""
+  words = ["", "", "", "the", "red", "car", "house", "is", "here"]
+  first, second = [3, 4, 5, 7, 8, 2], [3, 6, 7, 8, 2]
+  ids = np.array([*first, *second, *first])
+  position = np.array([*range(6), *range(5), *range(6)])
+  token, gate = np.array([2, 5, 7, 13]), np.array([0.4, 0.2, 0.9, 0.3])
+  ones = np.ones(17, np.float32)
+  decisions = measures.Decisions(
+    2, ids, position, ones, token, 0 * token + 1, gate, gate < 0, 0 * token
+  )
+  none, own = measures.contexts(
+    decisions, 4, lambda ids: " ".join(words[i] for i in ids if i > 2)
+  )
+  assert none == []
+  assert own == [
+    (0.9, "the ", "house", " is here"),
+    (0.4, "the red ", "car", " is here"),
+    (0.2, "red car is here ", "</s>", ""),
+  ]
+
+
 def test_pairs_that_read_together():
   decisions = draw(6)
   reads = collections.defaultdict(set)
