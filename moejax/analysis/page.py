@@ -18,6 +18,7 @@ from moejax.training import metrics
 # Of load before and after capacity, of what is compared, of what is lost.
 _BLUE, _PALE, _RED = "#0072b2", "#a3cde6", "#d55e00"
 _HEIGHT = 220
+_SPARSE_LABELS = alt.Axis(labelOverlap=True)
 
 
 def render(told: dict[str, Any]) -> str:
@@ -45,15 +46,11 @@ def _library() -> str:
 def charts() -> dict[str, dict[str, Any]]:
   """Returns specifications of charts by name; their data is named "table"."""
   data = alt.NamedData("table")
-
-  def chart(title, **options):
-    return alt.Chart(
-      data, title=title, width="container", height=_HEIGHT, **options
-    )
-
+  chart = alt.Chart(data, width="container", height=_HEIGHT)
+  expert = alt.X("expert:O", title="expert", axis=_SPARSE_LABELS)
+  experts = alt.Y("expert:O", title="expert", axis=_SPARSE_LABELS)
   rank = alt.X("rank:Q", title="expert, the busiest first")
-  expert = alt.X("expert:O", title="expert", sort=None)
-  other = alt.Y("b:O", title="expert")
+  step = alt.X("step:Q", title="step of training")
   of_load = alt.Color(
     "load:Q", title="load / mean", scale=alt.Scale(scheme="viridis")
   )
@@ -69,87 +66,81 @@ def charts() -> dict[str, dict[str, Any]]:
   )
 
   def loads(x):
-    """Load before capacity in pale, what is left in full color."""
+    edges = alt.Y("load:Q", title="edges")
+    left = alt.Y("after_capacity:Q", title="")
     return alt.layer(
-      chart("Load of each expert: edges, pale those beyond capacity")
-      .mark_bar(color=_PALE)
-      .encode(x, alt.Y("load:Q", title="edges"), tooltip=_tooltip()),
-      alt.Chart(data)
-      .mark_bar(color=_BLUE)
-      .encode(x, alt.Y("after_capacity:Q", title=""), tooltip=_tooltip()),
+      chart.mark_bar(color=_PALE).encode(x, edges, tooltip=_tooltip()),
+      chart.mark_bar(color=_BLUE).encode(x, left, tooltip=_tooltip()),
+      title="Load of each expert: edges, pale those beyond capacity",
     )
 
   def pairs(title, color):
     return (
-      chart(title)
-      .mark_rect()
-      .encode(alt.X("a:O", title="expert"), other, color, tooltip=_every(color))
+      chart.mark_rect()
+      .encode(
+        alt.X("a:O", title="expert", axis=_SPARSE_LABELS),
+        alt.Y("b:O", title="expert", axis=_SPARSE_LABELS),
+        color,
+        tooltip=["a:O", "b:O", color.shorthand],
+      )
+      .properties(title=title)
     )
 
-  def _every(color):
-    return ["a:O", "b:O", color.shorthand]
-
-  band = chart("Load over training: from the least to the most loaded expert")
-  step = alt.X("step:Q", title="step of training")
   made = {
     "loads": loads(expert),
     "loads_of_many": loads(rank),
-    "training": chart("Load of each expert over training")
-    .mark_rect()
+    "training": chart.mark_rect()
     .encode(
-      alt.X(
-        "step:O", title="step of training", axis=alt.Axis(labelOverlap=True)
-      ),
-      alt.Y("expert:O", title="expert"),
+      alt.X("step:O", title="step of training", axis=_SPARSE_LABELS),
+      experts,
       of_load,
       tooltip=["step:Q", "expert:O", "load:Q"],
-    ),
+    )
+    .properties(title="Load of each expert over training"),
     "training_of_many": alt.layer(
-      band.mark_area(color=_PALE).encode(
-        step,
-        alt.Y("least:Q", title="load / mean"),
-        alt.Y2("most:Q"),
+      chart.mark_area(color=_PALE).encode(
+        step, alt.Y("least:Q", title="load / mean"), alt.Y2("most:Q")
       ),
-      alt.Chart(data)
-      .mark_area(color=_BLUE, opacity=0.4)
-      .encode(step, alt.Y("tenth:Q"), alt.Y2("ninth:Q")),
-      alt.Chart(data).mark_line(color=_BLUE).encode(step, alt.Y("median:Q")),
+      chart.mark_area(color=_BLUE, opacity=0.4).encode(
+        step, alt.Y("tenth:Q"), alt.Y2("ninth:Q")
+      ),
+      chart.mark_line(color=_BLUE).encode(step, alt.Y("median:Q")),
+      title="Load over training: least, most and median expert, and tenths",
     ),
     "bits": alt.layer(
-      chart("What each expert knows of the token; gray by luck")
-      .mark_circle(color=_BLUE, size=45, opacity=1)
-      .encode(
+      chart.mark_circle(color=_BLUE, size=45, opacity=1).encode(
         alt.X("load:Q", title="load: edges"),
         alt.Y("bits:Q", title="bits"),
         tooltip=_tooltip("bits", "shuffled"),
       ),
-      alt.Chart(data)
-      .mark_point(color="gray", shape="cross", size=25)
-      .encode(alt.X("load:Q"), alt.Y("shuffled:Q", title="")),
+      chart.mark_point(color="gray", shape="cross", size=25).encode(
+        alt.X("load:Q"), alt.Y("shuffled:Q", title="")
+      ),
+      title="What each expert knows of the token; gray by luck",
     ),
-    "without": chart("What the loss gains without an expert, in nats a token")
-    .mark_bar(color=_RED)
+    "without": chart.mark_bar(color=_RED)
     .encode(
-      alt.X("expert:O", title="expert", sort="-y"),
+      alt.X("expert:O", title="expert", sort="-y", axis=_SPARSE_LABELS),
       alt.Y("loss_without:Q", title="nats"),
       tooltip=_tooltip("loss_without"),
-    ),
-    "margins": chart("How sure the router is: margin to the next expert")
-    .mark_bar(color=_BLUE)
+    )
+    .properties(title="How much the loss rises without an expert, nats a token"),
+    "margins": chart.mark_bar(color=_BLUE)
     .encode(
       alt.X("low:Q", title="logits", bin="binned"),
       alt.X2("high:Q"),
       alt.Y("count:Q", title="tokens"),
       tooltip=["low:Q", "high:Q", "count:Q"],
-    ),
-    "positions": chart("Where in a sentence each expert reads")
-    .mark_rect()
+    )
+    .properties(title="How sure the router is: margin to the next expert"),
+    "positions": chart.mark_rect()
     .encode(
       alt.X("from:O", title="position in the sentence, from"),
-      alt.Y("expert:O", title="expert"),
+      experts,
       lift,
       tooltip=["expert:O", "from:Q", "to:Q", "edges:Q", "lift:Q"],
-    ),
+    )
+    .properties(title="Where in a sentence each expert reads"),
     "together": pairs("Which experts read the same tokens", lift),
     "alike_weights": pairs("How alike their weights are", cosine),
     "alike_outputs": pairs("How alike their outputs are", cosine),
