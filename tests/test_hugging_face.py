@@ -4,6 +4,7 @@ import json
 import re
 import tracemalloc
 
+import browser
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -375,6 +376,25 @@ def train(folder, text):
   ]
   flags = [f"--config.{flag}" for flag in flags]
   return call("train", *flags, config=run / "config.json", workdir=run)
+
+
+def test_an_imported_model_is_reported(trained):
+  """By its own tokens, of a text that it was not made with."""
+  to, text = trained / "report.html", trained / "text"
+  flags = ["--without=2", "--sentences=3"]
+  run = trained / "run"
+  assert call("report", *flags, workdir=run, data=text, out=to) == 0
+  (told,) = json.loads(to.with_suffix(".json").read_text())["runs"]
+  assert [layer["experts"] for layer in told["layers"]] == [8, 8]
+  assert "".join(told["text"]["target"][0]).count("one▁two") == 1
+  for layer in told["layers"]:
+    # Every token visits two.
+    assert layer["edges"] == 2 * layer["tokens"] == 2 * told["tokens"]
+    assert sum(row["load"] for row in layer["by_expert"]) == layer["edges"]
+  if browser.CHROMIUM:
+    plain, cells = browser.text_of(browser.opened(to, trained, "#layer=1"))
+    assert str(run) in plain and browser.shown(layer["balance"]["load"]["cv"])
+    assert browser.shown(layer["balance"]["load"]["cv"]) in cells
 
 
 def test_an_imported_model_is_trained_on(trained, capsys):

@@ -49,7 +49,11 @@ def charts() -> dict[str, dict[str, Any]]:
   chart = alt.Chart(data, width="container", height=_HEIGHT)
   expert = alt.X("expert:O", title="expert", axis=_SPARSE_LABELS)
   experts = alt.Y("expert:O", title="expert", axis=_SPARSE_LABELS)
-  rank = alt.X("rank:Q", title="expert, the busiest first")
+  rank = alt.X(
+    "rank:Q",
+    title="expert, the busiest first",
+    scale=alt.Scale(nice=False, zero=True),
+  )
   step = alt.X("step:Q", title="step of training")
   of_load = alt.Color(
     "load:Q", title="load / mean", scale=alt.Scale(scheme="viridis")

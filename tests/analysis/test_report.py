@@ -3,22 +3,19 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import CHROMIUM, main_of, needs_browser, opened, shown, text_of
 
 from moejax.analysis import page, report, trace
 from moejax.main import main
 from moejax.training import run as run_lib
 
 pytestmark = pytest.mark.usefixtures("one_device")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def mixture(name, kind="top_k", k=2, factor=1.0, **more):
@@ -286,59 +283,8 @@ EVIL = [
 ]
 
 
-def opened(to, tmp_path, fragment="", width=1000, shot=None):
-  """Returns the page as Chromium has it, after what it says of errors."""
-  log = tmp_path / "net.json"
-  command = [
-    CHROMIUM,
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    f"--user-data-dir={tmp_path / 'profile'}",
-    f"--log-net-log={log}",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=20000",
-    f"--window-size={width},1200",
-    f"--screenshot={shot}" if shot else "--dump-dom",
-    f"file://{to}{fragment}",
-  ]
-  result = subprocess.run(
-    command, capture_output=True, text=True, timeout=300, check=True
-  )
-  console = re.findall(r".*CONSOLE.*", result.stderr)
-  assert not console, console
-  # The browser asks its makers by itself, whatever the page.
-  asked = re.findall(r'"url":"(?:https?|wss?)://([^/"]*)', log.read_text())
-  assert not [host for host in asked if not host.endswith("google.com")]
-  return result.stdout
-
-
-def main_of(dom):
-  return dom[dom.index("<main") : dom.index("</main>")]
-
-
-def text_of(dom):
-  """Returns the cells of tables, and all text, as a reader has them."""
-  body = main_of(dom)
-  plain = html.unescape(re.sub(r"<[^>]*>", "", body))
-  cells = [
-    html.unescape(re.sub(r"<[^>]*>", "", cell))
-    for cell in re.findall(r"<td[^>]*>(.*?)</td>", body, re.DOTALL)
-  ]
-  return plain, cells
-
-
-def shown(value):
-  return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
-@pytest.mark.parametrize("case", ["blocks", "mixed", "levels"])
+@needs_browser
+@pytest.mark.parametrize("case", ["lstm", "blocks", "mixed", "levels"])
 def test_the_page_shows_the_numbers_of_the_json(case, reported, tmp_path):
   _, told, _, _, to = reported(case)
   (run,) = told["runs"]
@@ -359,13 +305,6 @@ def test_the_page_shows_the_numbers_of_the_json(case, reported, tmp_path):
   columns = ("expert", "load", "after_capacity", "importance", "smooth_load")
   rows = [[shown(row[name]) for name in columns] for row in layer["by_expert"]]
   step = 1 if layer["kinds"] else 0
-  at = len(cells) - len(rows) * (cells[::-1].index(cells[-1]) + 1)
-  found = [
-    cells[i : i + 5 + step]
-    for i, cell in enumerate(cells)
-    if cell == rows[0][0] and cells[i + 1 + step] == rows[0][1]
-  ]
-  assert found and at is not None
   for row in rows:
     assert any(
       cells[i] == row[0] and cells[i + 1 + step : i + 5 + step] == row[1:]
@@ -380,7 +319,7 @@ def test_the_page_shows_the_numbers_of_the_json(case, reported, tmp_path):
   assert all(html.unescape(word) in plain for word in run["text"]["target"][0])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+@needs_browser
 def test_text_that_would_run_is_shown_as_it_is(reported, tmp_path):
   _, told, *_ = reported("lstm")
   told = json.loads(json.dumps(told))
@@ -404,7 +343,7 @@ def test_text_that_would_run_is_shown_as_it_is(reported, tmp_path):
   assert "<img" not in main_of(dom)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+@needs_browser
 def test_thousands_of_experts_are_searched_and_sorted(reported, tmp_path):
   _, told, *_ = reported("lstm")
   told = json.loads(json.dumps(told))
