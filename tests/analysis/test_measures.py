@@ -58,8 +58,10 @@ def test_balance_of_some_loads():
   assert measures.balance(np.full(4, 3.0)) == pytest.approx(
     {"cv": 0, "max_over_mean": 1, "entropy": 2, "unused": 0}
   )
-  found = measures.balance(np.array([2.0, 0.0]))
-  assert found == {"cv": 1, "max_over_mean": 2, "entropy": 0, "unused": 1}
+  found = measures.balance(np.array([5.0, 1.0, 0.0]))
+  assert found["cv"] == pytest.approx(np.sqrt(14 / 3) / 2)
+  assert (found["max_over_mean"], found["unused"]) == (2.5, 1)
+  assert found["entropy"] == pytest.approx(0.650, abs=1e-3)
   assert measures.balance(np.zeros(3))["unused"] == 3
   assert measures.balance(np.zeros(3))["cv"] == 0
 
@@ -109,6 +111,8 @@ def test_the_most_that_choices_tell_is_told_where_they_follow_the_token():
   )
   total = measures.knowledge(decisions, ids, np.random.default_rng(1)).total
   assert total["bits"] == pytest.approx(total["most"])
+  # Other places would tell next to nothing.
+  assert 0 < total["shuffled"] < 0.05 * total["bits"]
 
 
 def test_some_tokens_alone():
