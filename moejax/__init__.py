@@ -38,7 +38,7 @@ _PLACES = {
   "balance_metrics": ("losses", "balance"),
   "use_layout": ("sharding", "use"),
 }
-_MODULES = ("gating", "losses", "dispatch", "experts", "sharding")
+_MODULES = ("gating", "losses", "dispatch", "experts", "sharding", "testing")
 
 __all__ = sorted([*_PLACES, *_MODULES, "__version__"])
 

@@ -11,6 +11,7 @@ import numpy as np
 import reference
 
 from moejax import experts, moe, router
+from moejax.testing import Alone
 
 F = 3
 Q, J = 3, 2  # experts within an expert, and how many of them a row visits
@@ -140,16 +141,6 @@ def silu(a):
 
 def case(name):
   return VARIANTS[name]
-
-
-class Alone(nn.Module):
-  """Experts within a layer, and nothing else of it."""
-
-  experts: nn.Module
-
-  def __call__(self, rows, mask=None, train=False, **sizes):
-    weights = self.experts(jax.tree.leaves(rows)[0].shape[-1])
-    return self.experts.run(weights, rows, mask, train, **sizes)
 
 
 @functools.cache

@@ -300,27 +300,6 @@ class TestContract:
   def test_some_padding(self, combination):
     agree(combination, USUAL, draw(combination, USUAL))
 
-  @pytest.mark.parametrize("combination", COVERING, ids="-".join)
-  def test_padding_everywhere(self, combination):
-    inputs = draw(combination, USUAL)
-    inputs = inputs._replace(mask=jnp.zeros_like(inputs.mask))
-    y, _, slopes = agree(combination, USUAL, inputs)
-    for array in jax.tree.leaves((y, slopes)):
-      assert (np.asarray(array) == 0).all()
-
-  @pytest.mark.parametrize("combination", FIT, ids="-".join)
-  def test_experts_without_tokens(self, combination):
-    """Their gradient is exactly zero, however many the others have."""
-    inputs = draw(combination, USUAL)
-    logits = inputs.at["logits"].at[..., 0].set(-9).at[..., -1].add(2)
-    inputs = inputs._replace(at=inputs.at | {"logits": logits})
-    _, routing, slopes = agree(combination, USUAL, inputs)
-    assert (np.asarray(routing.count) > 0).tolist() == [[False, True, True]] * G
-    for path, slope in jax.tree_util.tree_leaves_with_path(slopes["experts"]):
-      # Of mixed experts the first is among the first kind.
-      if path[0].key != "kinds_1":
-        assert (np.asarray(slope)[0] == 0).all()
-
   @pytest.mark.parametrize("name, combination", IN_SETTINGS)
   def test_setting(self, name, combination):
     setting = SETTINGS[name]

@@ -34,7 +34,6 @@ from moejax import gating, losses, moe, router, sharding
 
 NAMES = pytest.mark.parametrize("name", CASES)
 WITHOUT_K = ("softmax", "switch", "gshard_top_2")
-NOT_CAUSAL = ("balanced", "balanced batch", "expert_choice")
 
 
 def matches(name, seed, masked, shape=(G, S, E), k=K):
@@ -128,28 +127,6 @@ def test_k_out_of_range_names_both_numbers(name, k):
 
 
 @NAMES
-def test_padding_changes_nothing(name):
-  """Whatever stands in masked places, the rest decides the same."""
-  logits, noise_std, _ = draw(9)
-  mask = jnp.asarray([[False, True, False, False, True], [True] * S])
-  other = jnp.where(mask[..., None], logits, 50)
-  std = jnp.where(mask[..., None], noise_std, 3)
-  got = case(name).run(logits, noise_std, mask, K)
-  want = case(name).run(other, std, mask, K)
-  same = np.testing.assert_array_equal
-  for field in ("assignment", "importance", "load", "count"):
-    jax.tree.map(same, getattr(got, field), getattr(want, field))
-  unused = np.asarray(got.assignment.expert) == E
-  assert unused.any()
-  assert (np.asarray(got.assignment.gate)[unused] == 0).all()
-  # Nor does a group of nothing else, and no NaN is met on the way.
-  with jax.debug_nans(True):
-    got = case(name).run(logits, noise_std, jnp.zeros((G, S), bool), K)
-  for value in (got.importance, got.load, got.count, got.assignment.gate):
-    assert (np.asarray(value) == 0).all()
-
-
-@NAMES
 @hypothesis.given(
   k=st.sampled_from([1, 3]),
   logits=arrays("float32", (G, S, E), elements=st.floats(-1e4, 1e4, width=32)),
@@ -159,20 +136,15 @@ def test_properties(name, k, logits, mask):
   noise_std = jnp.ones((G, S, E))
   got = case(name).run(jnp.asarray(logits), noise_std, jnp.asarray(mask), k)
   sums = np.asarray(dense(got.assignment)).sum(-1)
-  gate = np.asarray(got.assignment.gate)
-  assert (gate >= 0).all()
+  assert (np.asarray(got.assignment.gate) >= 0).all()
   choices = case(name).choices and case(name).choices(E, k)
   if case(name).together:
     m = min(mask.sum(), picks(mask.sum(), E, k))
     assert (np.asarray(got.count).sum(0) == m).all()
   for g in range(G):
     listed = edges(got.assignment, g)
-    pairs = [edge[:2] for edge in listed]
-    assert len(set(pairs)) == len(pairs)
-    by_token = np.bincount([s for s, _ in pairs], minlength=S)
-    by_expert = np.bincount([e for _, e in pairs], minlength=E)
-    assert (by_token[~mask[g]] == 0).all()
-    np.testing.assert_array_equal(got.count[g], by_expert)
+    by_token = np.bincount([s for s, _, _ in listed], minlength=S)
+    by_expert = np.bincount([e for _, e, _ in listed], minlength=E)
     if choices is not None:
       assert (by_token[mask[g]] == choices).all()
     elif name == "threshold":
@@ -187,17 +159,6 @@ def test_properties(name, k, logits, mask):
       np.testing.assert_allclose(sums[g], want[case(name).gates], atol=1e-5)
   load = np.asarray(got.load)
   assert (load >= 0).all() and (load <= mask.sum(-1)[:, None] + 1e-4).all()
-
-
-@NAMES
-def test_what_is_causal_does_not_see_later_tokens(name):
-  logits, noise_std, _ = draw(22)
-  later = logits.at[:, -1].add(jnp.asarray([[3.0, -2, 1, -1, 2]]))
-  before, after = (
-    dense(case(name).run(logits, noise_std, None, K).assignment)[:, :-1]
-    for logits in (logits, later)
-  )
-  assert (np.asarray(before) == after).all() == (name not in NOT_CAUSAL)
 
 
 def test_every_device_routes_its_own_groups():

@@ -60,12 +60,11 @@ def same(got, want):
 
 
 @ALL
-def test_parameters_depend_on_nothing_and_may_be_split(name):
+def test_parameters_may_be_split(name):
   def names(leaf):
     return ("embed", None) if leaf.ndim == 2 else (None,)
 
   boxed = init(make(name))
-  same(init(make(name), train=True), boxed)
   specs = nn.get_partition_spec(boxed)
   want = jax.tree.map(
     lambda leaf: jax.sharding.PartitionSpec(*names(leaf)), nn.unbox(boxed)

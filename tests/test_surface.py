@@ -16,7 +16,8 @@ PUBLIC = """
   MoE HierarchicalMoE Router Softmax TopK NoisyTopK Balanced SoftmaxTopK Switch
   GShardTop2 ExpertChoice Hash Sigmoid FeedForward Linear Identity Each Mixed
   Routing Assignment auxiliary_loss balance_metrics routings Layout LAYOUTS
-  make_mesh use_layout gating losses dispatch experts sharding load __version__
+  make_mesh use_layout gating losses dispatch experts sharding testing load
+  __version__
 """
 
 
@@ -53,7 +54,7 @@ layer = moejax.MoE(moejax.TopK(4, 2), moejax.FeedForward(4, 8))
 y, _ = layer.init_with_output(jax.random.key(0), numpy.ones((2, 4, 3)))
 assert y.shape == (2, 4, 3)
 floor = "routing gating router slots dispatch ragged grouped kernels experts"
-floor += " moe losses sharding partition"
+floor += " moe losses sharding partition testing"
 mine = {name for name in sys.modules if name.startswith("moejax.")}
 print(*sorted(mine - {f"moejax.{name}" for name in floor.split()}))
 """
