@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin/python
 WORKDIR ?= runs/moe_32
 
-.PHONY: help train test lint docs clean
+.PHONY: help train test lint docs notebooks clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,6 +24,9 @@ lint: .venv/installed-test ## check style, and who imports whom
 
 docs: .venv/installed-test ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN) -m mkdocs build
+
+notebooks: .venv/installed-test ## run the notebooks anew, with their pictures
+	$(BIN) -m notebooks.execute
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

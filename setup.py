@@ -43,6 +43,7 @@ TEST = [
   "import-linter",
   "ipykernel",
   "jaxtyping",
+  "jupytext",
   "nbclient",
   "nbformat",
   "pytest",
@@ -115,7 +116,7 @@ setuptools.setup(
     "docs": DOCS,
     "gcs": ["gcsfs>=2024.9"],  # for --workdir=gs://...
     "moses": ["sacremoses"],  # the paper's BLEU, of Moses tokens
-    "notebooks": ["ipykernel", "jupyterlab", "matplotlib"],
+    "notebooks": ["ipykernel", "jupyterlab", "jupytext", "matplotlib"],
     "test": TEST,
     "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],

@@ -32,6 +32,7 @@ MIXTURE = [
   "grouped",
   "sharding",
   "partition",
+  "testing",
 ]
 
 
@@ -81,6 +82,8 @@ def on_files(files, config):
       add(name, abs_src_path=str(ROOT / source))
   for path in sorted((ROOT / FIGURES).glob("*.png")):
     add(f"figures/{path.name}", abs_src_path=str(path))
+  for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    add(f"notebooks/{path.name}", abs_src_path=str(path))
   for name in sum(REFERENCE.values(), []):
     add(f"api/{name}.md", content=f"# `{name}`\n\n::: {name}\n")
   return files
