@@ -90,8 +90,8 @@ def write(
   as_json = json.dumps(everything, indent=2)
   (folder / PLAN_FILE).write_text(as_json + "\n", encoding="utf-8")
 
-  # Imported late: it is an extra, and only figures need it. Not by pyplot:
-  # without its global state a figure is always drawn by Agg.
+  # Imported late: only figures need it. Not by pyplot: without its global state
+  # a figure is always drawn by Agg.
   import matplotlib.figure
 
   plans = [each for each in shown if isinstance(each, Plan)]
