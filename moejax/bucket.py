@@ -27,7 +27,7 @@ from moejax import terminal
 SCHEME = "gs://"
 # Seconds without a sign of life after which a lock's owner counts as dead; it
 # renews the lock, and who waits asks, so many times in that.
-_LEASE, _RENEWED, _ASKED = 60.0, 6, 30
+LEASE, _RENEWED, _ASKED = 60.0, 6, 30
 # gcsfs and Orbax take them for patterns, or cut a path off there.
 _ODD = re.compile(r"[#?*\[\]\x00-\x1f\x7f]|(?:^|/)\.\.(?:/|$)")
 
@@ -179,7 +179,7 @@ def digests(folder: epath.Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def alone(
-  lock: epath.Path, lease: float = _LEASE
+  lock: epath.Path, lease: float = LEASE
 ) -> Iterator[Callable[[], None]]:
   """Keeps others out by an object; BlockingIOError where another one has it.
 

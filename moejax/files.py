@@ -27,6 +27,10 @@ Path = pathlib.Path | epath.Path
 
 # Ends the name of what is being written; a kill may leave it.
 _DRAFT = ".draft"
+# Of a run; held by who trains it.
+LOCK_FILE = "lock"
+# What a file system answers that has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)/")
 
 
@@ -188,6 +192,23 @@ def locked(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
         raise
       stack.close()
     yield
+
+
+def is_locked(path: pathlib.Path) -> bool:
+  """Returns whether another process holds a file's lock, or may hold it."""
+  try:
+    with open_regular(path) as file:
+      # Shared, and only for this moment.
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return False
+  except FileNotFoundError:
+    return False
+  except BlockingIOError:
+    return True
+  except OSError as error:
+    if error.errno not in NO_LOCKS:
+      raise
+    return True
 
 
 def remove_drafts(folder: Path) -> None:

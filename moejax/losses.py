@@ -165,21 +165,36 @@ LOSSES = {
 _LEARNED = {"threshold": "thresholds", "bias": "bias"}
 
 
+def unstacked(sown: Any) -> Any:
+  """Puts a list of its entries in place of every stack of routing decisions.
+
+  Layers are stacked by `nn.scan`, and mixtures that are the experts of another
+  by `experts.Each`: then each entry is a list again.
+  """
+
+  def entries(routing):
+    if not is_routing(routing) or routing.count.ndim <= 2:
+      return routing
+    return [
+      entries(jax.tree.map(lambda a, i=i: a[i], routing))
+      for i in range(routing.count.shape[0])
+    ]
+
+  return jax.tree.map(entries, sown, is_leaf=is_routing)
+
+
+def is_routing(value: Any) -> bool:
+  """Tells a decision, which is a tree itself, in a tree of them."""
+  return isinstance(value, Routing)
+
+
 def routings(sown: Any) -> list[Routing]:
   """Finds the routing decisions in the collection "routing" of a model.
 
-  Those of a stack of layers (`nn.scan`), and mixtures that are the experts of
-  another (`experts.Each`), come one by one.
+  Those of a stack come one by one, see `unstacked`.
   """
-  leaves = jax.tree.leaves(sown, is_leaf=lambda v: isinstance(v, Routing))
-  found = []
-  for routing in (leaf for leaf in leaves if isinstance(leaf, Routing)):
-    if routing.count.ndim <= 2:
-      found.append(routing)
-      continue
-    for i in range(routing.count.shape[0]):
-      found += routings(jax.tree.map(lambda a, i=i: a[i], routing))
-  return found
+  leaves = jax.tree.leaves(unstacked(sown), is_leaf=is_routing)
+  return [leaf for leaf in leaves if is_routing(leaf)]
 
 
 def auxiliary(

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from moejax import files
-from moejax.data import packing
 
 CONFIG_FILE = "config.json"
 DIGEST_FILE = "vocabulary.digest"
@@ -13,7 +12,8 @@ TEXT_FILE = "text.json"
 RESULT_FILE = "result.json"
 # Of a model that was imported, what came with it.
 FOREIGN = "hugging_face"
-Vocabulary = TypeVar("Vocabulary", bound=packing.Tokenizer)
+# A tokenizer, see `data.packing`: which takes JAX to import, as this does not.
+Vocabulary = TypeVar("Vocabulary")
 
 # Fields that may change from one start to the next: those that cannot change a
 # number that the run has come to so far. All others may not.
@@ -119,7 +119,7 @@ def check_text(
 
 def remember(
   values: Mapping[str, Any],
-  vocabulary: packing.Tokenizer | None,
+  vocabulary: Any,
   text: Mapping[str, str],
   workdir: files.Path,
   made: bool = False,

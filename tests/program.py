@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from moejax import files
 from moejax import workdir as workdir_lib
 from moejax.training import metrics, run
 
@@ -162,6 +163,11 @@ def curve(workdir):
     {name: value for name, value in line.items() if name not in FROM_CLOCK}
     for line in metrics.read(workdir / metrics.METRICS_FILE)
   ]
+
+
+def loads(workdir):
+  """What a run keeps of its experts' loads, to the letter."""
+  return files.read(workdir / metrics.LOADS_FILE)
 
 
 def assert_close(got, want, rtol=2e-4):

@@ -218,3 +218,13 @@ def test_a_bucket_is_one_however_its_scheme_is_written(text):
   assert str(files.path(text)) == "gs://bucket/x"
   with pytest.raises(ValueError, match="in a bucket, where a run can live"):
     files.local(text)
+
+
+def test_who_looks_at_a_lock_takes_it_from_nobody(tmp_path):
+  path = tmp_path / "lock"
+  assert not files.is_locked(path) and not path.exists()
+  with files.locked(path):
+    assert files.is_locked(path)
+  assert path.exists() and not files.is_locked(path)
+  with files.locked(path, wait=False):
+    pass

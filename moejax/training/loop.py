@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import sharding, signals, terminal
 from moejax import workdir as workdir_lib
 from moejax.data import batches
+from moejax.models.transformer import apart, unscanned
 from moejax.training import cost, evaluators, metrics, processes, session, step
 from moejax.training import run as run_lib
 from moejax.training import state as state_lib
@@ -52,7 +55,7 @@ def train(
 
     # All that decides about a workdir is done alone in it.
     processes.first_does(begin)
-    there = files_lib.exists(workdir / processes.LOCK_FILE)
+    there = files_lib.exists(workdir / files_lib.LOCK_FILE)
     if processes.any_of_us(not there):
       raise ValueError(
         f"not every process finds in {workdir} what the first one wrote there;"
@@ -247,6 +250,8 @@ class _Run:
     if self.pending is None:
       return
     (at, measured), self.pending = self.pending, None
+    measured = dict(measured)
+    counts = measured.pop("count")
     values = {name: float(v) for name, v in jax.device_get(measured).items()}
     ended = ended or time.monotonic()
     self.all_stop = int(values.pop("asked")) or self.all_stop
@@ -260,9 +265,10 @@ class _Run:
           " config.optimizer.clip_norm."
         )
     self.checkpoints.check()
-    words, source = values.pop("words"), values.pop("source_words", 0.0)
+    words, source = values["words"], values.pop("source_words", 0.0)
     of_word, of_source = self.flops_per_word
-    self.speed.add(words, of_word * words + of_source * source, ended)
+    values["flops"] = of_word * words + of_source * source
+    self.speed.add(words, values["flops"], ended)
     if at % self.options.log_every:
       return
     # Of few words, the loss is no perplexity of the model.
@@ -277,6 +283,19 @@ class _Run:
     }
     self.writer.write(at, "train", values)
     self.progress.report(at, values)
+    # Of all times that a mixture ran in the step; then each block by itself.
+    edges = {
+      path: np.sum(each, axis=0)
+      for path, each in flatten_dict(jax.device_get(counts)).items()
+    }
+    _, *places = unscanned(self.built.model)
+    self.writer.write_loads(
+      at,
+      {
+        "/".join(path[:-1]): each.reshape(-1).astype(int).tolist()
+        for path, each in apart(edges, *places).items()
+      },
+    )
 
   def _validate(self) -> float:
     """Returns the perplexity."""

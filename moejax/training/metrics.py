@@ -1,13 +1,15 @@
 """Where numbers go: JSON lines, TensorBoard, and the person who waits."""
 
+import io
 import json
 import math
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO
 
+import numpy as np
 import tqdm
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
@@ -15,6 +17,10 @@ from tensorboardX.record_writer import masked_crc32c
 from moejax import files, terminal
 
 METRICS_FILE = "metrics.jsonl"
+LOADS_FILE = "loads.jsonl"
+# How many steps of loads are kept at most, and how many numbers of them; though
+# some steps in any case.
+_STEPS, _NUMBERS, _SOME = 500, 2**22, 16
 _EVENTS = "events.out.tfevents."
 # JSON has no numbers for them; the strings are those of Protobuf's JSON, and
 # pandas takes them for what they are.
@@ -53,25 +59,20 @@ def numbers(values: dict[str, Any]) -> dict[str, Any]:
 class Writer:
   """Writes one JSON line and one TensorBoard event per step and split.
 
-  Opened again at `step`, it first drops what a run resumed there writes again:
-  the lines after that step, and the test, which comes last of all. Lines that
-  are damaged it sets aside. TensorBoard forgets what was after that step.
+  And loads, a JSON line for each mixture. Opened again at `step`, it first
+  drops what a run resumed there writes again: the lines after that step, and
+  the test, which comes last of all. Lines that are damaged it sets aside.
+  TensorBoard forgets what was after that step.
   """
 
   def __init__(self, workdir: files.Path, step: int):
-    path = workdir / METRICS_FILE
-    sound, damaged = _lines(path)
-    if damaged:
-      aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
-      files.write_whole(aside, b"".join(line + b"\n" for line in damaged))
-      _warn(path, len(damaged), f", and kept in {aside.name}")
-    kept = [
-      as_json(line) + "\n"
-      for line in sound
-      if line["step"] <= step and line["split"] != "test"
-    ]
-    files.write_whole(path, "".join(kept))
-    self._file = files.open_regular(path, "ab")
+    def before(line):
+      return line["step"] <= step and line.get("split") != "test"
+
+    self._file = _go_on(workdir / METRICS_FILE, before)
+    self._loads_path = workdir / LOADS_FILE
+    self._loads = _go_on(self._loads_path, before)
+    self._stride = self._window = 0
     # TensorBoard reads the files of a run by their names, in which the time
     # stands, and what the later says counts. So the name of this one is later
     # than all that are there, whatever the clock says now.
@@ -108,15 +109,45 @@ class Writer:
     ]
     self._add(step=step, summary=summary_pb2.Summary(value=points))
 
+  def write_loads(self, step: int, loads: Mapping[str, Sequence[int]]) -> None:
+    """Writes the edges that each expert of each mixture got at a step.
+
+    Kept is the first step of every stride, a power of two that doubles where
+    more than `_STEPS` strides, or `_NUMBERS` numbers, would lie behind the run.
+    Strides begin at 0: what is kept depends on the steps alone, and not on
+    where the run was stopped.
+    """
+    if not loads:
+      return
+    entries = sum(map(len, loads.values()))
+    most = max(_SOME, min(_STEPS, _NUMBERS // entries))
+    stride = 1 << (step // most).bit_length()
+    if stride != self._stride:
+      first: dict[int, int] = {}
+
+      def opens_one(line):
+        at = line["step"]
+        return first.setdefault(at // stride, at) == at
+
+      self._loads.close()
+      self._loads = _go_on(self._loads_path, opens_one)
+      self._stride, self._window = stride, max(first, default=-1)
+    if step // stride > self._window:
+      self._window = step // stride
+      for layer, count in loads.items():
+        line = {"step": step, "layer": layer, "count": count}
+        self._loads.write(as_json(line).encode() + b"\n")
+      self._loads.flush()
+
   def flush(self) -> None:
     """Puts on the disk what is written so far."""
-    files.sync(self._file)
-    files.sync(self._events)
+    for file in (self._file, self._loads, self._events):
+      files.sync(file)
 
   def close(self) -> None:
-    """Flushes and closes both files."""
-    self._file.close()
-    self._events.close()
+    """Flushes and closes all files."""
+    for file in (self._file, self._loads, self._events):
+      file.close()
 
 
 def read(path: files.Path) -> list[dict[str, Any]]:
@@ -130,9 +161,50 @@ def read(path: files.Path) -> list[dict[str, Any]]:
   return sound
 
 
+def loads(
+  workdir: files.Path,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Reads which experts took how much as a run trained.
+
+  Returns of each mixture the steps [T] that are kept, and the edges [T, E] of
+  the whole batch to each expert at them, before any was dropped. Mixtures are
+  named by their paths in the model, blocks one by one; of two levels expert j
+  of group i is i * Q + j.
+
+  Empty where there are none: without mixtures, before the first is logged, or
+  of a run of a version that kept none. Damaged lines are left out, as by
+  `read`.
+  """
+  found: dict[str, tuple[list[int], list[list[int]]]] = {}
+  for line in read(workdir / LOADS_FILE):
+    steps, counts = found.setdefault(line["layer"], ([], []))
+    # Of another number of experts is none but what somebody has put there.
+    if not counts or len(line["count"]) == len(counts[0]):
+      steps.append(line["step"])
+      counts.append(line["count"])
+  return {
+    layer: (np.array(steps), np.array(counts))
+    for layer, (steps, counts) in found.items()
+  }
+
+
 def _warn(path: files.Path, count: int, more: str) -> None:
   name = terminal.one_line(path)
   terminal.warn(f"{name}: {count:,} damaged line(s) left out{more}.")
+
+
+def _go_on(
+  path: files.Path, is_kept: Callable[[dict[str, Any]], bool]
+) -> BinaryIO | io.BytesIO:
+  """Opens a file to add lines, of which it first keeps some."""
+  sound, damaged = _lines(path)
+  if damaged:
+    aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
+    files.write_whole(aside, b"".join(line + b"\n" for line in damaged))
+    _warn(path, len(damaged), f", and kept in {aside.name}")
+  kept = [as_json(line) + "\n" for line in sound if is_kept(line)]
+  files.write_whole(path, "".join(kept))
+  return files.open_regular(path, "ab")
 
 
 def _lines(path: files.Path) -> tuple[list[dict[str, Any]], list[bytes]]:
@@ -141,25 +213,28 @@ def _lines(path: files.Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     *whole, last = files.read(path).split(b"\n")
   except FileNotFoundError:
     return [], []
-  parsed = [_parsed(line) for line in (*whole, last)]
+  of_loads = path.name == LOADS_FILE
+  parsed = [parsed_line(line, of_loads) for line in (*whole, last)]
   # A damaged last one was cut short by a crash, or is being written just now.
   damaged = [line for line, v in zip(whole, parsed, strict=False) if v is None]
   return [values for values in parsed if values is not None], damaged
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed_line(line: bytes, of_loads: bool = False) -> dict[str, Any] | None:
   """Reads a line; None where it is none that `Writer` writes."""
   try:
     values = numbers(json.loads(line))
-    step, split = values["step"], values["split"]
+    step, name = values["step"], values["layer" if of_loads else "split"]
+    found = [value for key, value in values.items() if key != "split"]
+    found = list(values["count"]) if of_loads else found
   except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
     return None
   # An int of more digits than a float has cannot be drawn.
-  sound = isinstance(split, str) and type(step) is int and step >= 0
+  sound = isinstance(name, str) and type(step) is int and step >= 0 and found
   sound = sound and all(
-    type(value) is float or (type(value) is int and abs(value) < 2**63)
-    for name, value in values.items()
-    if name != "split"
+    (type(value) is float and not of_loads)
+    or (type(value) is int and abs(value) < 2**63)
+    for value in found
   )
   return values if sound else None
 
@@ -191,12 +266,7 @@ class Progress:
 
   def report(self, step: int, values: Mapping[str, float]) -> None:
     """Shows a step's loss and speed, and the last validation."""
-    # Sampled losses are lower: a few words are easier to tell apart than all.
-    name = "loss" if "loss" in values else "sampled_loss"
-    text = (
-      f"{name.replace('_', ' ')} {values[name]:.3f}"
-      f"  {values['words_per_second']:,.0f} {self._unit}s/s"
-    )
+    text = describe_step(values, self._unit)
     if self._live:
       # A bar has no room for more.
       self._bar.set_postfix_str(text + self._validation)
@@ -257,7 +327,17 @@ class Speed:
     return (words / seconds, flops / seconds) if words else (0.0, 0.0)
 
 
-def describe(values: Mapping[str, float], unit: str) -> str:
+def describe_step(values: Mapping[str, Any], unit: str) -> str:
+  """Returns a step's loss and speed in words."""
+  # Sampled losses are lower: a few words are easier to tell apart than all.
+  name = "loss" if "loss" in values else "sampled_loss"
+  return (
+    f"{name.replace('_', ' ')} {values[name]:.3f}"
+    f"  {values['words_per_second']:,.0f} {unit}s/s"
+  )
+
+
+def describe(values: Mapping[str, Any], unit: str) -> str:
   """Returns an evaluation in words, whose perplexity is that of a unit."""
   said = (
     f"perplexity {values['perplexity']:,.2f} per {unit}"

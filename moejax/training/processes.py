@@ -7,7 +7,6 @@ checkpoints are written by all.
 
 import atexit
 import contextlib
-import errno
 import glob
 import hashlib
 import os
@@ -40,9 +39,6 @@ if last.strip():
   print(last, end="", file=sys.stderr, flush=True)
 """
 _WATCHERS: list[subprocess.Popen] = []
-LOCK_FILE = "lock"
-# What a file system answers that has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # The most that a process tells the others, in bytes.
 _MESSAGE = 2000
 
@@ -288,7 +284,7 @@ def alone_in(workdir: files.Path) -> Iterator[Callable[[], None]]:
   a function that raises OSError where another trains there all the same, as can
   happen in a bucket (`bucket.alone`).
   """
-  lock = workdir / LOCK_FILE
+  lock = workdir / files.LOCK_FILE
   if bucket.is_in(workdir):
     with bucket.alone(lock) as check:
       yield check
@@ -303,7 +299,7 @@ def alone_in(workdir: files.Path) -> Iterator[Callable[[], None]]:
         " --workdir."
       ) from error
     except OSError as error:
-      if error.errno not in _NO_LOCKS:
+      if error.errno not in files.NO_LOCKS:
         raise
       terminal.warn(
         f"{lock} cannot be locked on its file system ({error.strerror}): a"

@@ -140,8 +140,10 @@ def lower(session: Session) -> jax.stages.Lowered:
     return current, measured | {"asked": asked.max()}
 
   abstract = session.abstract_state
+  # Counts of experts too are to be had on every process.
+  whole = sharding.whole_sharding(session.mesh)
   step_fn = jax.jit(
-    run, out_shardings=(state.shardings(abstract), None), donate_argnums=0
+    run, out_shardings=(state.shardings(abstract), whole), donate_argnums=0
   )
   rows = session.batch_sharding
   batch = {

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from moejax import config_fields, losses, routing, sharding
 from moejax.moe import ROUTING
 from moejax.training.state import TrainState
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Any]
 Batch = Mapping[str, Array]
 
 # The random streams of the models; a stream's key is folded from its index.
@@ -58,6 +58,10 @@ def train_step(
   all together (`routing.stack_microbatches`), and so are the metrics. That
   keeps all routing decisions, and runs the forward pass twice.
 
+  The metrics are numbers, but for "count": the edges to each expert of all of
+  the batch, [E], in place of the decisions that every mixture makes (a tuple,
+  whose entries are lists where they were `losses.unstacked`).
+
   Raises:
     ValueError: the microbatches do not divide the rows of the batch, or an
       unknown `balance_over`.
@@ -88,7 +92,8 @@ def train_step(
       mutable=[ROUTING],
       method="loss",
     )
-    return loss.sum() / words, losses.routings(sown)
+    decisions = nn.unbox(sown.get(ROUTING, {}))
+    return loss.sum() / words, losses.unstacked(decisions)
 
   run = sharding.zero3(run)
 
@@ -96,22 +101,34 @@ def train_step(
     """Runs all microbatches, keeping of each only its routings."""
 
     def add(total, index):
-      loss, routings = jax.checkpoint(run)(params, index)
-      return total + loss, routings
+      loss, decisions = jax.checkpoint(run)(params, index)
+      return total + loss, decisions
 
     loss, stacked = jax.lax.scan(add, jnp.float32(0), jnp.arange(microbatches))
-    return loss, [routing.stack_microbatches(each) for each in stacked]
+    return loss, jax.tree.map(
+      routing.stack_microbatches, stacked, is_leaf=losses.is_routing
+    )
 
   together = balance_over == "batch" and microbatches > 1
   parts = 1 if together else microbatches
 
   def loss_fn(params, index):
-    task, routings = (run_together if together else run)(params, index)
+    task, decisions = (run_together if together else run)(params, index)
+    routings = losses.routings(decisions)
     # A model without mixtures, as a dense twin is, has no balance to lose.
     weights = aux_weights if routings else {}
     auxiliary, _ = losses.auxiliary(routings, weights, aux_scope)
-    balance = {"auxiliary": auxiliary, **losses.balance(routings)}
+    # Edges are added up over devices once, for the balance and for "count".
+    counted = jax.tree.map(
+      lambda each: each._replace(count=each.count.sum(axis=0, keepdims=True)),
+      decisions,
+      is_leaf=losses.is_routing,
+    )
+    balance = {"auxiliary": auxiliary, **losses.balance(counted)}
     metrics = {"loss": task} | {n: v / parts for n, v in balance.items()}
+    metrics["count"] = jax.tree.map(
+      lambda each: each.count[0], counted, is_leaf=losses.is_routing
+    )
     return task + metrics["auxiliary"], metrics
 
   grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)

@@ -10,18 +10,20 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import program
 from program import curve, wait_for_step
 
 from moejax import workdir as workdir_lib
 from moejax.main import main
-from moejax.training import run
+from moejax.training import metrics, run
 
 # What a line of training holds, but for what a clock makes.
 NAMES = """
 step split sampled_loss auxiliary sampled_perplexity cv_importance cv_load
 max_over_mean_load max_over_mean_count unused_experts entropy dropped_fraction
 dropped_first_fraction dropped_later_fraction grad_norm param_norm learning_rate
+words flops
 """
 
 
@@ -29,6 +31,7 @@ def finish(start, workdir, whole):
   """Runs the same command again; the curve must be the undisturbed one."""
   (output,) = program.end_well(start(workdir))
   assert curve(workdir) == curve(whole[0])
+  assert program.loads(workdir) == program.loads(whole[0])
   return output
 
 
@@ -38,6 +41,16 @@ def test_a_run_reports_and_remembers(whole):
   train = [line for line in lines if line["split"] == "train"]
   assert [line["step"] for line in train] == list(range(1, 13))
   assert {*train[0]} == {*NAMES.split()}
+  # Two edges of each word; their balance is what the metrics tell.
+  ((layer, (steps, counts)),) = metrics.loads(workdir).items()
+  assert layer == "layers_1" and steps.tolist() == list(range(1, 13))
+  for line, count in zip(train, counts, strict=True):
+    assert count.sum() == 2 * line["words"] <= 2 * 8 * 16
+    assert (
+      line["flops"] == train[0]["flops"] / train[0]["words"] * line["words"]
+    )
+    highest = count.max() / count.mean()
+    np.testing.assert_allclose(line["max_over_mean_count"], highest, 1e-6)
   others = [(ln["step"], ln["split"]) for ln in lines if ln["split"] != "train"]
   assert others == [(6, "validation"), (12, "validation"), (12, "test")]
   perplexity = program.result(workdir)["test"]["perplexity"]
@@ -53,6 +66,29 @@ def test_a_run_reports_and_remembers(whole):
   # Twelve steps already teach something.
   halfway, end = (ln["loss"] for ln in lines if ln["split"] == "validation")
   assert end < halfway
+
+
+def test_loads_of_blocks_under_scan_are_those_of_each_block(config, tmp_path):
+  fields = {
+    "model.blocks.scan": True,
+    "model.blocks.num_layers": 4,
+    "model.blocks.attention.num_heads": 2,
+    "model.blocks.dense.hidden": 16,
+    "model.blocks.moe.num_experts": 8,
+    "model.blocks.moe.group_size": 16,
+    "model.blocks.moe.experts.hidden": 4,
+    "train.steps": 1,
+  }
+  flags = config("transformer/noisy_top_k", fields)
+  assert main(["moejax", "train", *flags, f"--workdir={tmp_path}/run"]) == 0
+  (line, *_) = curve(tmp_path / "run")
+  found = metrics.loads(tmp_path / "run")
+  names = [f"blocks/layers_{i}/block_0/feed_forward" for i in (1, 3)]
+  assert list(found) == names
+  # Each has its own decisions: 4 experts a word.
+  (_, first), (_, second) = found.values()
+  assert first.sum() == second.sum() == 4 * line["words"]
+  assert first.shape == (1, 8) and not np.array_equal(first, second)
 
 
 def test_stopped_saves_and_resumes(start, whole, tmp_path):

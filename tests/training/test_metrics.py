@@ -145,6 +145,99 @@ def test_damage_is_of_its_line_alone(tmp_path, capsys):
   assert not capsys.readouterr().err
 
 
+# -- loads --------------------------------------------------------------------
+
+
+def write_loads(workdir, start, steps, size=3):
+  """As a run that goes on at a step does, of two mixtures."""
+  writer = metrics.Writer(workdir, start)
+  for step in steps:
+    counts = [(step * i) % 7 for i in range(size)]
+    writer.write_loads(step, {"layers_1": counts, "a/b": counts[::-1]})
+  writer.close()
+
+
+def stride_of(step, most):
+  """The least power of two of which fewer than `most` lie before a step."""
+  stride = 1
+  while step // stride >= most:
+    stride *= 2
+  return stride
+
+
+@pytest.mark.parametrize("log_every", [1, 10, 7])
+@pytest.mark.parametrize("stops", [(), (30, 29, 500, 130, 600, 590)])
+def test_few_loads_are_kept_and_spread_evenly(
+  tmp_path, monkeypatch, log_every, stops
+):
+  """Whenever it was stopped, and from wherever it went on."""
+  monkeypatch.setattr(metrics, "_STEPS", 20)
+  logged, begin = range(log_every, 1001, log_every), 0
+  for end, again in zip(stops[::2], stops[1::2], strict=True):
+    write_loads(tmp_path, begin, [s for s in logged if begin < s <= end])
+    begin = again
+  write_loads(tmp_path, begin, [s for s in logged if s > begin])
+  stride, want = stride_of(logged[-1], 20), []
+  for step in logged:
+    if not want or step // stride > want[-1] // stride:
+      want.append(step)
+  found = metrics.loads(tmp_path)
+  assert list(found) == ["layers_1", "a/b"] and 10 <= len(want) <= 20
+  for steps, counts in found.values():
+    np.testing.assert_array_equal(steps, want)
+    assert counts.shape == (len(want), 3) and counts.dtype == int
+  for step, first, last in zip(
+    want, found["layers_1"][1], found["a/b"][1], strict=True
+  ):
+    assert first.tolist() == [0, step % 7, 2 * step % 7] == last.tolist()[::-1]
+
+
+def test_loads_of_many_experts_are_fewer(tmp_path, monkeypatch):
+  """As many as have so many numbers, but some in any case."""
+  for numbers, most in ((600, 50), (12, 16)):
+    monkeypatch.setattr(metrics, "_NUMBERS", numbers)
+    workdir = tmp_path / str(numbers)
+    workdir.mkdir()
+    write_loads(workdir, 0, range(1, 1001), size=6)
+    steps, _ = metrics.loads(workdir)["a/b"]
+    assert most / 2 <= len(steps) <= most
+    assert len(set(np.diff(steps).tolist()[1:])) == 1
+
+
+def test_damaged_loads_are_set_aside(tmp_path, capsys):
+  write_loads(tmp_path, 0, [1, 2])
+  path = tmp_path / metrics.LOADS_FILE
+  first, *others = path.read_bytes().splitlines()
+  damaged = [
+    b'{"step": 2, "layer": "a/b", "count": [1, 2',
+    b'{"step": 2, "layer": "a/b"}',
+    b'{"step": 2, "layer": "a/b", "count": []}',
+    b'{"step": 2, "layer": "a/b", "count": 3}',
+    b'{"step": 2, "layer": "a/b", "count": [1.5, 2, 3]}',
+    b'{"step": 2, "layer": 1, "count": [1, 2, 3]}',
+    b'{"layer": "a/b", "count": [1, 2, 3]}',
+    b'{"step": 2, "split": "train", "loss": 1.0}',
+  ]
+  other = b'{"step": 2, "layer": "a/b", "count": [1, 2]}'
+  path.write_bytes(b"\n".join([first, *damaged, *others, other, b'{"st']))
+  found = metrics.loads(tmp_path)
+  assert {layer: steps.tolist() for layer, (steps, _) in found.items()} == {
+    "layers_1": [1, 2],
+    "a/b": [1, 2],
+  }
+  assert f"{len(damaged)} damaged line(s) left out." in capsys.readouterr().err
+  write_loads(tmp_path, 2, [3])
+  (aside,) = tmp_path.glob(f"damaged-{metrics.LOADS_FILE}-*")
+  assert aside.read_bytes().splitlines() == damaged
+  assert metrics.loads(tmp_path)["layers_1"][0].tolist() == [1, 2, 3]
+
+
+def test_without_mixtures_there_are_no_loads(tmp_path):
+  assert metrics.loads(tmp_path) == {}
+  write(tmp_path, 0, [(1, 0.5)])
+  assert metrics.loads(tmp_path) == {}
+
+
 def test_what_is_no_finite_number_comes_back_from_strict_json(tmp_path):
   values = {"a": math.inf, "b": -math.inf, "c": math.nan, "d": 1e308}
   writer = metrics.Writer(tmp_path, 0)

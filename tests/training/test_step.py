@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from moejax import experts, losses, moe, router, sharding
+from moejax import experts, losses, moe, router, routing, sharding
 from moejax.models import layers, lstm_lm
+from moejax.planning import collectives
 from moejax.training import state, step
 
 B, L, D, V = 8, 4, 4, 20
@@ -213,6 +214,7 @@ def test_balance_over_the_batch_is_that_of_all_decisions_together(kind):
   def by_hand(params):
     tasks, found = zip(*(of_part(params, i) for i in range(parts)), strict=True)
     layers = list(zip(*found, strict=True))
+    chosen = [[routing.edges(one).expert for one in layer] for layer in layers]
     together = jnp.stack([balance(layer) for layer in layers])
     apart = sum(balance([one]) for layer in layers for one in layer) / parts
     metrics = {
@@ -222,10 +224,10 @@ def test_balance_over_the_batch_is_that_of_all_decisions_together(kind):
       "cv_load": jnp.sqrt(together[:, 1]).mean(),
     }
     total = metrics["loss"] + metrics["auxiliary"]
-    return total, (metrics, (weights * apart).sum())
+    return total, (metrics, (weights * apart).sum(), chosen)
 
   before = make(net)[0].params
-  slope, (want, mean) = by_hand(before)
+  slope, (want, mean, chosen) = by_hand(before)
   aux = (("importance", 0.5), ("load", 0.25))
   after, metrics = run(net, aux=aux, parts=parts, over="batch")
   assert_close({name: metrics[name] for name in want}, want)
@@ -235,6 +237,44 @@ def test_balance_over_the_batch_is_that_of_all_decisions_together(kind):
   if kind == "two levels":
     _, apart = run(net, aux=aux, parts=parts)
     np.testing.assert_allclose(apart["auxiliary"], mean, rtol=1e-4)
+    assert_close(apart["count"], metrics["count"], rtol=0, atol=0)
+  # Edges of all microbatches, mixture by mixture.
+  counts = jax.tree.leaves(metrics["count"])
+  for count, parts_of_layer in zip(counts, chosen, strict=True):
+    edges = np.zeros(count.size)
+    for expert in np.concatenate([np.ravel(each) for each in parts_of_layer]):
+      if expert < edges.size:
+        edges[expert] += 1
+    np.testing.assert_array_equal(count, edges)
+
+
+def test_counts_cost_no_exchange():
+  """They are those that the balance takes."""
+  layout, tx, found = sharding.LAYOUTS["expert"], SGD, []
+  net = model(noisy=True)
+  current, mesh = make(net, layout, 8, tx)
+  whole = sharding.whole_sharding(mesh)
+  rows = sharding.batch_sharding(layout, mesh, B)
+  for has_counts in (True, False):
+
+    def fn(current, batch, has_counts=has_counts):
+      options = {"model": net, "tx": tx, "aux_weights": {}, "seed": 0}
+      current, metrics = step.train_step(current, batch, **options)
+      return current, metrics if has_counts else metrics | {"count": ()}
+
+    places = state.shardings(current), whole
+    with sharding.use(layout, mesh):
+      lowered = jax.jit(fn, out_shardings=places).lower(
+        current, step.place(BATCH, rows)
+      )
+    text = lowered.compile().as_text()
+    found.append(
+      sorted(
+        (each.kind, each.bytes, each.axes)
+        for each in collectives.read(text, mesh)
+      )
+    )
+  assert found[0] == found[1] != []
 
 
 def test_what_a_step_refuses():
