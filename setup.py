@@ -27,10 +27,9 @@ class BuildWithConfigs(build_py):
       )
 
 
-# What experiments/ and their figures need, and `moejax plan --out`.
+# What experiments/ need.
 EXPERIMENTS = [
   "babel",  # reads catalogues of messages: package_pairs.py
-  "matplotlib",
   "pip",  # not in every environment; package_pairs.py calls it
 ]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
@@ -94,10 +93,12 @@ setuptools.setup(
     "jaxlib>=0.10",
     "jaxtyping",
     "jinja2",
+    "matplotlib",
     "ml_collections>=1.0",
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.11.31",
+    "plotille>=5.0",  # draws in a terminal
     "pyarrow",  # reads .zst
     "sacrebleu>=2.4",
     "safetensors>=0.4.5",
@@ -116,7 +117,7 @@ setuptools.setup(
     "docs": DOCS,
     "gcs": ["gcsfs>=2024.9"],  # for --workdir=gs://...
     "moses": ["sacremoses"],  # the paper's BLEU, of Moses tokens
-    "notebooks": ["ipykernel", "jupyterlab", "jupytext", "matplotlib"],
+    "notebooks": ["ipykernel", "jupyterlab", "jupytext"],
     "test": TEST,
     "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],

@@ -44,6 +44,11 @@ USAGE = """usage: moejax COMMAND [FLAGS]
          a run with fewer experts, means of those whose routers are alike
   prune  --from=DIR --workdir=DIR --experts=N [--by=load|reap]
          a run with the best experts alone
+  plot   --workdir=DIR[,DIR...] [--metric=NAME] [--out=FILE.png|.svg|.pdf]
+         [--x=steps|words|tokens|flops|hours]
+         training curves of runs, in the terminal or as a picture
+  watch  --workdir=DIR [--every=SECONDS]
+         follows a run: loss, speed, time left, the load of every expert
   plan   --config=NAME [--topology=v5p:4x4x8,...] [--layout=NAME,...]
          [--suggest] [--config.FIELD=VALUE ...]
          what layouts cost on devices that need not be there: memory, exchanges,
@@ -95,7 +100,8 @@ def main(argv: Sequence[str]) -> int:
     for flag in _flags(command):
       if flag.default is config_fields.EMPTY and not values.get(flag.name):
         raise ReadError(f"give --{flag.name}={_WANTED[flag.name]}.")
-    if "workdir" in values:
+    # Who only looks leaves nothing in a run.
+    if "workdir" in values and argv[1] not in ("plot", "watch"):
       workdir = files.path(values["workdir"])
     limits.check()
     # A word of Python's own cannot be a parameter.
@@ -448,6 +454,41 @@ def _prune(
   upcycle.prune(files.path(from_), files.path(workdir), experts, by)
 
 
+def _plot(
+  workdir: Sequence[str],
+  out: str = "",
+  metric: str = "perplexity",
+  x: str = "steps",
+) -> None:
+  """Plots.
+
+  Args:
+    workdir: where runs live, parted by commas.
+    out: a file for a picture, by its suffix .png, .svg or .pdf; without it the
+      curves are drawn in the terminal.
+    metric: a name in metrics.jsonl; of language models perplexity is that of a
+      word.
+    x: what the curves go along: steps, words, tokens, flops or hours.
+  """
+  from moejax.analysis import plot
+
+  plot.plot([files.path(each) for each in workdir], out, metric, x)
+
+
+def _watch(
+  workdir: str, every: Annotated[float, Range(0.1)] = 2.0
+) -> int | None:
+  """Watches.
+
+  Args:
+    workdir: where the run lives.
+    every: seconds between two looks.
+  """
+  from moejax.analysis import watch
+
+  return watch.watch(files.path(workdir), every)
+
+
 def _plan(
   config: str,
   topology: Sequence[str] = (),
@@ -535,6 +576,8 @@ COMMANDS = {
   "split": _split,
   "merge": _merge,
   "prune": _prune,
+  "plot": _plot,
+  "watch": _watch,
   "plan": _plan,
   "import": _import,
   "export": _export,

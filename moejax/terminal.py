@@ -61,9 +61,62 @@ def warn(text: str) -> None:
   _print(f"{text}\n", sys.stderr)
 
 
+def draw(text: str) -> None:
+  """Writes on stdout what may command a terminal; what users wrote must not."""
+  encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+  _write(text.encode(encoding, "backslashreplace"), sys.stdout)
+
+
+def colors() -> int:
+  """Returns how many colors stdout shows: 2**24, 256, or 0.
+
+  0 also where NO_COLOR is set (no-color.org), and of terminals that are dumb.
+  """
+  if os.environ.get("NO_COLOR") or not obeys():
+    return 0
+  many = os.environ.get("COLORTERM") in ("truecolor", "24bit")
+  return 2**24 if many else 256
+
+
+def color(name: str) -> tuple[int, int, int] | int:
+  """Returns a color "#rrggbb" as stdout takes it, one of 256 by its number."""
+  rgb = tuple(int(name[i : i + 2], 16) for i in (1, 3, 5))
+  if colors() > 256:
+    return rgb
+  levels = (0, 95, 135, 175, 215, 255)
+  red, green, blue = (
+    min(range(6), key=lambda i, part=part: abs(levels[i] - part))
+    for part in rgb
+  )
+  return 16 + 36 * red + 6 * green + blue
+
+
+def on(text: str, ground: str) -> str:
+  """Returns a text on a ground of a color "#rrggbb"."""
+  found = color(ground)
+  parts = (5, found) if isinstance(found, int) else (2, *found)
+  code = ";".join(map(str, parts))
+  return f"\x1b[48;{code}m{text}\x1b[0m"
+
+
+def is_live() -> bool:
+  """Returns whether somebody looks at stdout on a terminal."""
+  return sys.stdout is not None and sys.stdout.isatty()
+
+
+def obeys() -> bool:
+  """Returns whether stdout is a terminal that colors, and moves its cursor."""
+  return is_live() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def shows(text: str) -> bool:
+  """Returns whether stdout can show these letters."""
+  return printable(text, getattr(sys.stdout, "encoding", None)) == text
+
+
 def hand_over(content: bytes) -> None:
   """Writes what is for other programs as it is, but to a terminal as `say`."""
-  if sys.stdout is not None and sys.stdout.isatty():
+  if is_live():
     say(content.decode(errors="replace").removesuffix("\n"))
   else:
     _write(content, sys.stdout)

@@ -64,6 +64,13 @@ def test_usage(capsys):
     ("eval --workdir=x --split=train --data=x", 2, "exclude each other"),
     ("eval --workdir=x", 1, "holds no config.json"),
     ("translate --workdir=x --beam=wide", 2, "give it as int"),
+    ("plot --workdir=x", 1, "x holds no config.json"),
+    ("plot --workdir=x --x=stepz", 1, "(the nearest is 'steps')"),
+    ("plot --workdir=x --out=a.pgn", 1, "cannot write; the nearest is .png"),
+    ("plot --workdir=x --out=y/a.png", 1, "there is no folder y; make it"),
+    ("plot --workdir=x --out=gs://y/a.png", 1, "lies in a bucket"),
+    ("watch --workdir=x", 1, "x holds no config.json"),
+    ("watch --workdir=x --every=0", 2, "0.1 or more"),
   ],
 )
 def test_commands_that_are_refused(

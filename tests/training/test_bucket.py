@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import threading
+import time
 
 import program
 import pytest
@@ -14,6 +15,7 @@ import storage
 from states import assert_is, fill, target
 
 from moejax import bucket, files, main
+from moejax.analysis import watch
 from moejax.training.checkpoint import Checkpoints
 
 # Seconds of a lease: long enough for a busy machine to renew it.
@@ -256,6 +258,7 @@ def test_a_run_killed_while_it_saves_goes_on(
   (output,) = program.end_well(start_in(folder))
   assert f"resuming {folder} at step 3 of 12" in output
   assert program.curve(folder) == program.curve(whole[0])
+  assert program.loads(folder) == program.loads(whole[0])
   tops = {name.partition("/")[0] for name in served.names(f"{folder.name}/")}
   assert tops == {p.name for p in whole[0].iterdir()} - {"lock"}
   events = served.names(f"{folder.name}/tensorboard/")
@@ -265,3 +268,36 @@ def test_a_run_killed_while_it_saves_goes_on(
   test = json.loads(served.read(f"{folder.name}/result.json"))["test"]
   said = capsys.readouterr().out
   assert f"perplexity {test['perplexity']:,.2f} per word" in said
+  for command, more in (
+    ("watch", f"ended: test perplexity {test['perplexity']:,.2f} per word"),
+    ("plot", f"{folder.name}: validation perplexity per word"),
+  ):
+    assert main.main(["moejax", command, f"--workdir={folder}"]) == 0
+    assert more in capsys.readouterr().out
+
+
+def test_a_run_is_watched_as_long_as_its_lock_is_renewed(
+  served, folder, lock, monkeypatch
+):
+  """And not where the lock was left behind by one that was killed."""
+  # A lock tells seconds.
+  monkeypatch.setattr(bucket, "LEASE", 2.5)
+  served.put(f"{folder.name}/config.json", b'{"train": {"steps": 3}}')
+  looks, sleep = [], time.sleep
+
+  def later(seconds):
+    looks.append(seconds)
+    sleep(seconds)
+    # More than a lease after the start.
+    if len(looks) == 40:
+      training.close()
+
+  monkeypatch.setattr(time, "sleep", later)
+  with contextlib.ExitStack() as training:
+    training.enter_context(bucket.alone(lock, 2.5))
+    with pytest.raises(ValueError, match="stopped at step 0 of 3"):
+      watch.watch(folder, 0.1)
+  assert len(looks) == 40
+  served.put(f"{folder.name}/lock", b"{}")
+  with pytest.raises(ValueError, match="stopped at step 0 of 3"):
+    watch.watch(folder, 0.1)
