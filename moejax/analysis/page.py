@@ -13,10 +13,9 @@ import jinja2
 import markupsafe
 import vl_convert
 
+from moejax.analysis import colors
 from moejax.training import metrics
 
-# Of load before and after capacity, of what is compared, of what is lost.
-_BLUE, _PALE, _RED = "#0072b2", "#a3cde6", "#d55e00"
 _HEIGHT = 220
 _SPARSE_LABELS = alt.Axis(labelOverlap=True)
 
@@ -73,8 +72,10 @@ def charts() -> dict[str, dict[str, Any]]:
     edges = alt.Y("load:Q", title="edges")
     left = alt.Y("after_capacity:Q", title="")
     return alt.layer(
-      chart.mark_bar(color=_PALE).encode(x, edges, tooltip=_tooltip()),
-      chart.mark_bar(color=_BLUE).encode(x, left, tooltip=_tooltip()),
+      chart.mark_bar(color=colors.PALE_SPARSE).encode(
+        x, edges, tooltip=_tooltip()
+      ),
+      chart.mark_bar(color=colors.SPARSE).encode(x, left, tooltip=_tooltip()),
       title="Load of each expert: edges, pale those beyond capacity",
     )
 
@@ -102,34 +103,36 @@ def charts() -> dict[str, dict[str, Any]]:
     )
     .properties(title="Load of each expert over training"),
     "training_of_many": alt.layer(
-      chart.mark_area(color=_PALE).encode(
+      chart.mark_area(color=colors.PALE_SPARSE).encode(
         step, alt.Y("least:Q", title="load / mean"), alt.Y2("most:Q")
       ),
-      chart.mark_area(color=_BLUE, opacity=0.4).encode(
+      chart.mark_area(color=colors.SPARSE, opacity=0.4).encode(
         step, alt.Y("tenth:Q"), alt.Y2("ninth:Q")
       ),
-      chart.mark_line(color=_BLUE).encode(step, alt.Y("median:Q")),
+      chart.mark_line(color=colors.SPARSE).encode(step, alt.Y("median:Q")),
       title="Load over training: least, most and median expert, and tenths",
     ),
     "bits": alt.layer(
-      chart.mark_circle(color=_BLUE, size=45, opacity=1).encode(
+      chart.mark_circle(color=colors.SPARSE, size=45, opacity=1).encode(
         alt.X("load:Q", title="load: edges"),
         alt.Y("bits:Q", title="bits"),
         tooltip=_tooltip("bits", "shuffled"),
       ),
-      chart.mark_point(color="gray", shape="cross", size=25).encode(
+      chart.mark_point(color=colors.GRAY, shape="cross", size=25).encode(
         alt.X("load:Q"), alt.Y("shuffled:Q", title="")
       ),
       title="What each expert knows of the token; gray by luck",
     ),
-    "without": chart.mark_bar(color=_RED)
+    "without": chart.mark_bar(color=colors.DENSE)
     .encode(
       alt.X("expert:O", title="expert", sort="-y", axis=_SPARSE_LABELS),
       alt.Y("loss_without:Q", title="nats"),
       tooltip=_tooltip("loss_without"),
     )
-    .properties(title="How much the loss rises without an expert, nats a token"),
-    "margins": chart.mark_bar(color=_BLUE)
+    .properties(
+      title="How much the loss rises without an expert, nats a token"
+    ),
+    "margins": chart.mark_bar(color=colors.SPARSE)
     .encode(
       alt.X("low:Q", title="logits", bin="binned"),
       alt.X2("high:Q"),

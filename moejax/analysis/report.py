@@ -114,7 +114,7 @@ def _of_run(
       ("without", _without(reader, names, without)),
       # Last, as it is another program.
       ("smooth_load", _smooth_load(reader)),
-      ("training", getattr(metrics, "loads", lambda w: {})(workdir)),
+      ("training", metrics.loads(workdir)),
     ):
       for name in names:
         more[name][key] = found.get(name)
