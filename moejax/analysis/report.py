@@ -95,12 +95,10 @@ def _of_run(
   """Returns what there is to tell of a run."""
   reader = Reader(workdir, split, files, layout)
   unknown = [name for name in layers if name not in reader.layers]
-  if unknown or not reader.layers:
+  if unknown:
     there = ", ".join(reader.layers)
     raise ValueError(
       f"the run in {workdir} has no mixture {unknown[0]}; choose of {there}."
-      if unknown
-      else f"the run in {workdir} is dense: it has no mixture to tell of."
     )
   data = reader.context.data
   text = _Text(data, reader.rows, "data" if files else split, sentences)

@@ -20,14 +20,17 @@ margin    float32: the least logit of a chosen expert less the largest of any
           there is no other, and of two levels.
 
 `trace.json` is written last: the checkpoint's step, the digest of the text, its
-loss in nats a token, of each layer how its decisions are laid out, and of each
-layer of two levels how many groups of experts there are, the edges to these and
-how many of them found their group full.
+share of unknown tokens, its loss in nats a token, the number of rows, of each
+layer how its decisions are laid out, and of each layer of two levels how many
+groups of experts there are, the edges to these and how many of them found their
+group full.
 """
 
+import contextlib
 import functools
 import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -47,6 +50,7 @@ from moejax import config as config_lib
 from moejax import files as files_lib
 from moejax import losses, sharding, terminal
 from moejax import routing as routing_lib
+from moejax import workdir as workdir_lib
 from moejax.analysis.measures import Decisions
 from moejax.data import batches as batches_lib
 from moejax.models.transformer import apart, unscanned
@@ -107,9 +111,10 @@ def record(
     files: to read in place of it.
     layout: name of one to take in place of the run's own.
 
-  Returns what is in `trace.json`. Errors as of `run.open_run`; ValueError also
-  where the folder has something in it, or the model no mixture of which a trace
-  can tell. An interrupted call leaves a folder without `trace.json`.
+  Returns what is in `trace.json`. Errors as of `run.evaluate_run`; ValueError
+  also where the folder has something in it, the model no mixture of which a
+  trace can tell, or where several processes read. An interrupted call leaves a
+  folder without `trace.json`.
   """
   if to.exists() and any(to.iterdir()):
     raise ValueError(f"{to} is not empty; give a new folder.")
@@ -117,22 +122,41 @@ def record(
 
 
 def about(trace: pathlib.Path) -> dict[str, Any]:
-  """Returns what is in a trace's `trace.json`; ValueError where it is none."""
+  """Returns what is in a trace's `trace.json`.
+
+  ValueError where it is none of this version, or parts are missing or damaged.
+  """
   path = trace / ABOUT
   if not path.exists():
     raise ValueError(
       f"{trace} is no whole trace, it has no {ABOUT}; record it."
     )
-  return json.loads(path.read_text())
+  told, found = files_lib.read_json(path), 0
+  try:
+    for layer in told["layers"].values():
+      Layout(**layer)
+    rows, _ = told["rows"], told["text"]
+  except (AttributeError, KeyError, TypeError):
+    raise ValueError(
+      f"{path} is not of a trace of this version; record it anew."
+    ) from None
+  for part in _parts(trace):
+    with _opened(part) as file:
+      found += file.metadata.num_rows
+  if found != rows:
+    raise ValueError(
+      f"{trace} has {found:,} rows of {rows:,}, parts are missing or were"
+      " added; record it anew."
+    )
+  return told
 
 
 def decisions(trace: pathlib.Path, layer: str) -> Decisions:
   """Reads what one layer decided, as arrays; errors as of `about`."""
   layout = Layout(**about(trace)["layers"][layer])
-  whole = pyarrow.dataset.dataset(
-    sorted(trace.glob("part-*.parquet")), SCHEMA, format="parquet"
-  )
-  table = whole.to_table(filter=pc.field("layer") == layer).combine_chunks()
+  with _undamaged(trace):
+    whole = pyarrow.dataset.dataset(_parts(trace), SCHEMA, format="parquet")
+    table = whole.to_table(filter=pc.field("layer") == layer).combine_chunks()
   lists = {
     name: table[name].combine_chunks()
     for name in ("experts", "gates", "edges", "dropped")
@@ -170,8 +194,8 @@ def replay(
 ) -> float:
   """Returns the loss, in nats, with a trace's decisions in place of the run's.
 
-  Errors as of `run.open_run`; ValueError also where the trace is not whole, of
-  another text, or of layers that the model has not.
+  Errors as of `record` and `about`; ValueError also where the trace is of
+  another text, of layers that the model has not, or decides what these cannot.
   """
   told = about(trace)
   reader = Reader(workdir, split, files, layout)
@@ -204,8 +228,8 @@ def counterfactual(
     files: as of `record`.
     layout: as of `record`.
 
-  Errors as of `run.open_run`; ValueError also for an unknown choice, or a k
-  that no router takes.
+  Errors as of `record`; ValueError also for an unknown choice, or a k that no
+  router takes.
   """
   for choice in choices:
     if choice not in ("training", "uniform") and not re.fullmatch(
@@ -246,21 +270,50 @@ def _real(batch: Mapping[str, np.ndarray], side: str) -> np.ndarray:
   return batch.get("source_segment", np.zeros(0)).reshape(-1) > 0
 
 
+def _parts(trace: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(trace.glob("part-*.parquet"))
+
+
+@contextlib.contextmanager
+def _undamaged(path: pathlib.Path) -> Iterator[None]:
+  """ValueError names what Arrow finds damage in; its own names no file."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    said = str(error).rstrip(".")
+    raise ValueError(
+      f"{path} is damaged, or not of a trace ({said}); record it anew."
+    ) from error
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[pq.ParquetFile]:
+  """Opens a part; ValueError where it is none, or is damaged."""
+  with (
+    _undamaged(path),
+    files_lib.open_regular(path) as file,
+    pq.ParquetFile(file) as part,
+  ):
+    if not part.schema_arrow.equals(SCHEMA):
+      columns = ", ".join(f"{each.name} {each.type}" for each in SCHEMA)
+      raise ValueError(f"its columns are not {columns}")
+    yield part
+
+
 def _rows(trace: pathlib.Path) -> Generator[pa.Table | None, int, None]:
-  """Yields as many rows of a trace as are sent for, in order."""
+  """Yields as many rows of a trace as are sent for, in order, or those left."""
   table = SCHEMA.empty_table()
   number = yield None
-  for path in sorted(trace.glob("part-*.parquet")):
-    with pq.ParquetFile(path) as part:
+  for path in _parts(trace):
+    with _opened(path) as part:
       for rows in part.iter_batches():
         table = pa.concat_tables([table, pa.Table.from_batches([rows], SCHEMA)])
         while len(table) >= number:
           rest = table.slice(number)
           number = yield table.slice(0, number)
           table = rest
-  raise ValueError(
-    f"{trace} ends too soon, {number} rows are missing; record it anew."
-  )
+  while True:
+    number = yield table
 
 
 def _table(name, layer, E, batch, seen) -> pa.Table:
@@ -309,25 +362,42 @@ def _decisions(rows, layers, batch) -> dict[str, Assignment]:
   real = {name: np.flatnonzero(_real(batch, side(name))) for name in layers}
   table = rows.send(sum(each.size for each in real.values()))
   found, first = {}, 0
-  for name, layout in layers.items():
-    own = table.slice(first, real[name].size)
+  for name, (G, S, A, E, by_token, _) in layers.items():
+    tokens = real[name]
+    own = table.slice(first, tokens.size)
     first += len(own)
-    if pc.any(pc.not_equal(own["layer"], name)).as_py():
+    ids = batch[_SIDES[side(name)][0]].reshape(-1)[tokens]
+    other = pc.any(pc.not_equal(own["layer"], name)).as_py()
+    if other or not np.array_equal(own["id"].to_numpy(), ids):
       raise ValueError(
-        f"the trace's layers are not in the order of {', '.join(layers)};"
-        " record it anew."
+        "the trace's rows do not follow each other as the text and the layers"
+        f" {', '.join(layers)} do; record it anew."
       )
+    lists = [
+      own[each].combine_chunks() for each in ("experts", "gates", "edges")
+    ]
+    lengths = lists[0].value_lengths()
     experts, gates, edges = (
-      own[column].combine_chunks() for column in ("experts", "gates", "edges")
+      each.flatten().to_numpy(zero_copy_only=False) for each in lists
     )
-    place = np.repeat(real[name], experts.value_lengths().to_numpy())
-    at = place // layout.tokens, edges.flatten().to_numpy()
-    shape = layout.groups, layout.edges
-    expert = np.full(shape, layout.experts, np.int32)
-    gate, token = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    expert[at] = experts.flatten().to_numpy()
-    gate[at], token[at] = gates.flatten().to_numpy(), place % layout.tokens
-    found[name] = Assignment(expert, gate, None if layout.by_token else token)
+    expert = np.full((G, A), E, np.int32)
+    gate, token = np.zeros((G, A), np.float32), np.zeros((G, A), np.int32)
+    sound = all(each.value_lengths().equals(lengths) for each in lists)
+    sound = sound and np.isin(experts, np.arange(E)).all()
+    sound = sound and np.isin(edges, np.arange(A)).all()
+    if sound:
+      place = np.repeat(tokens, lengths.to_numpy())
+      at = place // S, edges
+      expert[at], gate[at], token[at] = experts, gates, place % S
+      # Two may not be one edge, nor where tokens choose that of another token.
+      sound = (expert < E).sum() == edges.size
+      sound = sound and not (by_token and (edges % S != place % S).any())
+    if not sound:
+      raise ValueError(
+        f"the trace has decisions that {name}, of {E} experts and groups of {A}"
+        f" edges for {S} tokens, cannot make; record it anew."
+      )
+    found[name] = Assignment(expert, gate, None if by_token else token)
   return found
 
 
@@ -367,11 +437,22 @@ class Reader:
     files: Sequence[str] = (),
     layout: str = "",
   ):
+    if (several := jax.process_count()) > 1:
+      raise ValueError(
+        f"{several} processes read the text, but a trace is of one; start a"
+        " single process, which can read the run of several."
+      )
     self.context = run_lib.open_run(workdir, layout, files)
     self.rows = self.context.rows("data" if files else split)
+    if not files:
+      workdir_lib.check_text({split: self.rows.digest}, workdir)
     state = run_lib.best(workdir, self.context.session)
     self.step, self.loss, self.params = int(state.step), 0.0, state.params
     self.choose()
+    if not self.layers:
+      raise ValueError(
+        f"the run in {workdir} is dense: it has no mixture to tell of."
+      )
 
   def choose(self, k: int | None = None, as_in_training: bool = False) -> None:
     """Gives every router another k, or lets it decide as in training."""
@@ -404,17 +485,18 @@ class Reader:
   def follow(self, layers: Mapping[str, Any]) -> None:
     """Refuses layers that are not the model's, or are laid out otherwise."""
     traced = {name: Layout(**each) for name, each in layers.items()}
-    if traced != self.layers:
-      raise ValueError(
-        f"the trace is of {traced}, but the model has {self.layers}; record one"
-        " of this run."
-      )
+    for name in sorted({*traced, *self.layers}):
+      if traced.get(name) != self.layers.get(name):
+        raise ValueError(
+          f"of {name} the trace has {traced.get(name)}, but the model has"
+          f" {self.layers.get(name)}; record one of this run."
+        )
 
   def record(self, to: pathlib.Path) -> dict[str, Any]:
     """Writes a trace, see `record`; returns what is in its `trace.json`."""
     to.mkdir(parents=True, exist_ok=True)
     seen = dict.fromkeys(_SIDES, 0)
-    writer, parts, held = None, 0, 0
+    writer, parts, held, rows = None, 0, 0, 0
     groups: dict[str, dict[str, int]] = {}
     try:
       for batch, found in self.read():
@@ -437,14 +519,16 @@ class Reader:
           parts, held = parts + 1, 0
         whole = pa.concat_tables(tables)
         writer.write_table(whole)
-        held += len(whole)
+        held, rows = held + len(whole), rows + len(whole)
     finally:
       if writer is not None:
         writer.close()
     told = {
       "step": self.step,
       "text": self.rows.digest,
+      "unknown": self.rows.unknown,
       "loss": self.loss,
+      "rows": rows,
       "layers": {name: each._asdict() for name, each in self.layers.items()},
       "two_levels": groups,
     }
@@ -485,6 +569,8 @@ class Reader:
         yield batch, found
         bar.update()
     self.loss = total / tokens
+    if not math.isfinite(self.loss):
+      raise FloatingPointError(f"the loss of the text is {self.loss}")
 
   def look(self, fn: Callable[..., Any]) -> dict[str, Any]:
     """Returns what a function makes of each mixture's call, of one batch.

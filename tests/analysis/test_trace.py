@@ -1,5 +1,6 @@
 """Routing traces: they tell what was decided, and are run again to the bit."""
 
+import functools
 import json
 import shutil
 
@@ -9,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import random_runs
+import storage
 
-from moejax import losses, sharding
+from moejax import bucket, losses, sharding
 from moejax.analysis import trace
 from moejax.data import batches
 from moejax.main import main
@@ -46,6 +49,15 @@ def blocks(more, **router):
   return "transformer/noisy_top_k", fields
 
 
+def pairs(name, *sides, **more):
+  """A run that translates, with mixtures in its encoder and its decoder."""
+  small = {"data.vocab_size": 280, "data.source_length": 32} | more
+  small |= {"data.row_length": 32, "data.batch_size": 8, "model.width": 8}
+  for side in sides:
+    small |= mixture(side, kind="noisy_top_k", k=2)
+  return name, small
+
+
 DROPLESS = {
   f"{BLOCKS}.eval_capacity_factor": None,
   f"{BLOCKS}.dispatch": "ragged",
@@ -58,7 +70,12 @@ RUNS = {
     {"model.looks_ahead": True}, kind="expert_choice", k=2
   ),
   "dropless": blocks(DROPLESS, kind="softmax_top_k", k=3),
+  "translation": pairs("translate_tiny", "model.moe"),
+  "pair of blocks": pairs(
+    "transformer/translate_tiny", "model.encoder.moe", "model.decoder.moe"
+  ),
 }
+TRANSLATE = ("translation", "pair of blocks")
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -69,9 +86,23 @@ def recorded(trained, tmp_path_factory):
   """recorded(case): the workdir of a run, and a trace of its test text."""
   known = {}
 
+  def translator(name, fields):
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = (
+      f"{'so ' * (n % 9)}{n}\t{n} {'alors ' * (n % 7)}" for n in range(999)
+    )
+    (folder / "en_fr.tsv").write_text("\n".join(lines))
+    text = {"train": f"en-fr={folder}/en_fr.tsv", "data_dir": folder}
+    fields = fields | {f"data.{each}": value for each, value in text.items()}
+    flags = [f"--config.{each}={value}" for each, value in fields.items()]
+    experiment = random_runs.experiment_of([f"--config={name}", *flags])
+    random_runs.write(experiment, folder / "run")
+    return folder / "run"
+
   def make(case):
     if case not in known:
-      workdir = trained(*RUNS[case])
+      make_run = translator if case in TRANSLATE else trained
+      workdir = make_run(*RUNS[case])
       folder = tmp_path_factory.mktemp("trace") / "trace"
       trace.record(workdir, folder)
       known[case] = workdir, folder
@@ -108,12 +139,16 @@ def recount(workdir):
     loss, words = loss + float(nats.sum()), words + batch["mask"].sum()
     decisions = losses.routings(sown[ROUTING])
     found = found or [[] for _ in decisions]
-    for layer, routing in zip(found, jax.device_get(decisions), strict=True):
-      layer += tokens_of(routing, batch)
+    for n, routing in enumerate(jax.device_get(decisions)):
+      # The encoder comes last, where there is one.
+      source = n and "source" in batch
+      names = "source", "source_start", "source_segment"
+      names = names if source else ("inputs", "start", "mask")
+      found[n] += tokens_of(routing, *map(batch.get, names))
   return found, loss / words
 
 
-def tokens_of(routing, batch):
+def tokens_of(routing, ids, start, real):
   G, S, E = routing.logits.shape
   edges = routing.assignment
   token = np.asarray(jax.tree.map(jnp.asarray, edges).tokens(S))
@@ -126,14 +161,14 @@ def tokens_of(routing, batch):
         visits[e] += 1
         own = tokens.setdefault(g * S + token[g, a], [])
         own.append((e, edges.gate[g, a], visits[e] > room[g, e]))
-  L = batch["inputs"].shape[1]
+  L = ids.shape[1]
   found = []
   for n in range(G * S):
     row, place = divmod(n, L)
-    if not batch["mask"][row, place]:
+    if not real[row, place]:
       continue
     position = 0
-    while place - position > 0 and not batch["start"][row, place - position]:
+    while place - position > 0 and not start[row, place - position]:
       position += 1
     own = tokens.get(n, [])
     experts, gates, full = ([edge[i] for edge in own] for i in range(3))
@@ -142,7 +177,7 @@ def tokens_of(routing, batch):
     margin = None
     if experts and others.size:
       margin = logits[experts].min() - others.max()
-    about = batch["inputs"][row, place], position
+    about = ids[row, place], position
     found.append((*about, experts, gates, full, margin))
   return found
 
@@ -174,7 +209,10 @@ def test_a_trace_is_what_the_model_decides_and_replays_to_the_bit(
       else:
         np.testing.assert_allclose(row["margin"], margin, rtol=1e-3, atol=1e-4)
     # Otherwise there were nothing to see.
-    assert (dropped > 0) == (case in ("lstm", "blocks"))
+    assert (dropped > 0) == (case in ("lstm", "blocks", *TRANSLATE))
+  if case in TRANSLATE:
+    # An evaluation would translate all of it.
+    return
   assert main(["moejax", "eval", f"--workdir={workdir}"]) == 0
   said = capsys.readouterr().out
   flag = f"--replay={folder}"
@@ -248,7 +286,157 @@ def test_two_levels_are_recorded_not_replayed(trained, tmp_path):
     trace.replay(workdir, tmp_path / "trace")
 
 
-def test_what_cannot_be_traced_is_refused(recorded, tmp_path, capsys):
+def change(folder, to, how):
+  """A copy of a trace whose only part, or trace.json, is another."""
+  shutil.copytree(folder, to)
+  (part,) = to.glob("part-*.parquet")
+  how(part, to / trace.ABOUT)
+  return to
+
+
+def rewrite(edit):
+  """Writes the rows of a part anew, edited one by one; False leaves one out."""
+
+  def how(part, about):
+    del about
+    rows = pq.read_table(part).to_pylist()
+    rows = [row for n, row in enumerate(rows) if edit(n, row) is not False]
+    pq.write_table(pa.Table.from_pylist(rows, trace.SCHEMA), part)
+
+  return how
+
+
+def at_5(column, value):
+  def edit(n, row):
+    if n == 5:
+      row[column] = value
+
+  return rewrite(edit)
+
+
+def exchange(n, row):
+  """Gives two tokens that follow each other each other's edges."""
+  if n in (5, 6):
+    row["edges"] = [edge + 11 - 2 * n for edge in row["edges"]]
+
+
+def swapped(part, about):
+  del about
+  table = pq.read_table(part)
+  pq.write_table(pa.concat_tables([table[9:], table[:9]]), part)
+
+
+def cut(part, about):
+  del about
+  part.write_bytes(part.read_bytes()[:-100])
+
+
+def bent(part, about):
+  """Damages the pages, not what the end of the file says of them."""
+  del about
+  content = bytearray(part.read_bytes())
+  content[8:400] = bytes(392)
+  part.write_bytes(content)
+
+
+def narrow(part, about):
+  del about
+  pq.write_table(pq.read_table(part).drop_columns(["edges"]), part)
+
+
+def noted(**values):
+  def how(part, about):
+    del part
+    about.write_text(json.dumps(json.loads(about.read_text()) | values))
+
+  return how
+
+
+DAMAGE = {
+  "a row less": (rewrite(lambda n, row: n != 5), "rows of"),
+  "no part": (lambda part, about: part.unlink(), "has 0 rows of"),
+  "a part more": (
+    lambda part, about: shutil.copy(part, part.with_name("part-00001.parquet")),
+    "rows of",
+  ),
+  "rows elsewhere": (swapped, "do not follow each other"),
+  "another layer": (at_5("layer", "moe"), "do not follow each other"),
+  "another token": (at_5("id", 0), "do not follow each other"),
+  "an expert too many": (at_5("experts", [0, 8]), "of 8 experts"),
+  "an expert below": (at_5("experts", [0, -1]), "of 8 experts"),
+  "an edge too many": (at_5("edges", [0, 32]), "groups of 32 edges"),
+  "edges exchanged": (rewrite(exchange), "cannot make"),
+  "one edge twice": (at_5("edges", [5, 5]), "cannot make"),
+  "a list that is short": (at_5("gates", [1.0]), "cannot make"),
+  "gates that are no numbers": (at_5("gates", [np.nan, np.nan]), "loss .* nan"),
+  "a column less": (narrow, "its columns are not layer string"),
+  "cut short": (cut, r"part-00000.parquet is damaged, or not of a trace \("),
+  "damaged": (bent, r"part-00000.parquet is damaged, or not of a trace \("),
+  "no JSON": (
+    lambda part, about: about.write_text("{"),
+    "trace.json is no JSON",
+  ),
+  "of another version": (noted(layers={"moe": {}}), "not of a trace of this"),
+}
+
+
+@pytest.fixture(scope="module")
+def readers():
+  """A run is opened once for all damages."""
+  return functools.cache(trace.Reader)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_trace_is_refused(
+  case, recorded, tmp_path, readers, monkeypatch
+):
+  monkeypatch.setattr(trace, "Reader", readers)
+  workdir, folder = recorded("lstm")
+  how, said = DAMAGE[case]
+  damaged = change(folder, tmp_path / "damaged", how)
+  with pytest.raises((ValueError, FloatingPointError), match=said):
+    trace.replay(workdir, damaged)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "full")])
+def test_what_did_not_end_is_no_trace(error, recorded, tmp_path, monkeypatch):
+  workdir, _ = recorded("lstm")
+  calls, table = [], trace._table
+
+  def fail(*given):
+    calls.append(given)
+    if len(calls) == 3:
+      raise error
+    return table(*given)
+
+  monkeypatch.setattr(trace, "_table", fail)
+  with pytest.raises(type(error)):
+    trace.record(workdir, tmp_path / "trace")
+  assert [p.name for p in (tmp_path / "trace").iterdir()] == [
+    "part-00000.parquet"
+  ]
+  with pytest.raises(ValueError, match="no whole trace"):
+    trace.replay(workdir, tmp_path / "trace")
+
+
+def test_a_run_in_a_bucket_is_traced(recorded, tmp_path):
+  workdir, folder = recorded("lstm")
+  with storage.serve() as served, pytest.MonkeyPatch.context() as patch:
+    for name, value in served.environment().items():
+      patch.setenv(name, value)
+    for path in workdir.rglob("*"):
+      if path.is_file():
+        name = path.relative_to(workdir.parent).as_posix()
+        served.put(name, path.read_bytes())
+    there = bucket.path(f"gs://{storage.NAME}/{workdir.name}")
+    about = trace.record(there, tmp_path / "trace")
+    assert about == json.loads((folder / trace.ABOUT).read_text())
+    assert read(tmp_path / "trace").equals(read(folder))
+
+
+def test_what_cannot_be_traced_is_refused(
+  recorded, trained, tmp_path, capsys, monkeypatch
+):
   workdir, folder = recorded("lstm")
   other, _ = recorded("balanced")
 
@@ -262,6 +450,17 @@ def test_what_cannot_be_traced_is_refused(recorded, tmp_path, capsys):
   text.write_text("one two\n")
   refuse("is of another text", f"--replay={folder}", f"--data={text}")
   refuse("but the model has", f"--replay={folder}", workdir=other)
+  new = f"--record={tmp_path / 'new'}"
+  refuse("lies in a bucket", "--record=gs://bucket/trace")
+  dense = trained("transformer/dense", SMALL_BLOCKS)
+  refuse("is dense: it has no mixture", new, workdir=dense)
+  moved = shutil.copytree(workdir, tmp_path / "moved")
+  (moved / "text.json").write_text('{"test": "other"}')
+  refuse("the text of test has changed since", new, workdir=moved)
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "process_count", lambda: 2)
+    refuse("2 processes read the text, but a trace is of one", new)
+  assert not (tmp_path / "new").exists()
   refuse("unknown choice 'k=0'", "--counterfactual=k=0")
-  flags = [f"--replay={folder}", f"--record={tmp_path / 'new'}"]
+  flags = [f"--replay={folder}", new]
   assert main(["moejax", "eval", f"--workdir={workdir}", *flags]) == 2
