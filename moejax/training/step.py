@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from moejax import config_fields, losses, routing, sharding
 from moejax.moe import ROUTING
@@ -42,7 +42,7 @@ def train_step(
   model: nn.Module,
   tx: optax.GradientTransformation,
   aux_weights: Mapping[str, float],
-  seed: int,
+  seed: int | Int[Array, ""],
   microbatches: int = 1,
   aux_scope: str = "batch",
   balance_over: str = "microbatch",
