@@ -54,7 +54,7 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "figure.dpi": 72})
 workdir = pathlib.Path("run")
 steps = [("config.train.steps", ["150"]), ("config.train.log_every", ["10"])]
 trained = loop.train(config.parse(config.load("sotu/moe_32", steps)), workdir)
-print(f"test perplexity {trained['perplexity']:.1f}")
+print(f"test perplexity {trained['test']['perplexity']:.1f}")
 
 # %% [markdown]
 # ## Load over training
