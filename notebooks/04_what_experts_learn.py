@@ -159,8 +159,9 @@ HTML(" ".join(spans))
 # %% [markdown]
 # ## What would be lost
 #
-# The loss rises when an expert is taken away, as if it were full. An expert
-# that hardly matters is one that `moejax prune` can drop.
+# How the loss changes when an expert is taken away, as if it were full. So
+# early in training it even falls without some; after a whole run it rises
+# without any of the busy ones. One that hardly matters is one to prune.
 
 # %%
 lost = [row for row in experts if "loss_without" in row]

@@ -218,6 +218,35 @@ def trained(config, tmp_path_factory):
   return make
 
 
+@pytest.fixture(scope="session")
+def translator(tmp_path_factory):
+  """translator(name, fields, languages): as `trained`, of some short pairs."""
+  known = {}
+
+  def make(name, fields, languages=("fr",)):
+    key = repr((name, fields, languages))
+    if key not in known:
+      folder = tmp_path_factory.mktemp("pairs")
+      train = []
+      for language in languages:
+        lines = (
+          f"{'so ' * (n % 9)}{n}\t{n} {f'{language}ors ' * (n % 7)}"
+          for n in range(999)
+        )
+        path = folder / f"en_{language}.tsv"
+        path.write_text("\n".join(lines))
+        train.append(f"en-{language}={path}")
+      text = {"train": ",".join(train), "data_dir": folder}
+      both = fields | {f"data.{each}": value for each, value in text.items()}
+      flags = [f"--config.{each}={value}" for each, value in both.items()]
+      experiment = random_runs.experiment_of([f"--config={name}", *flags])
+      known[key] = folder / "run"
+      random_runs.write(experiment, known[key])
+    return known[key]
+
+  return make
+
+
 @pytest.fixture(scope="module")
 def one_device():
   """Lets a module's tests see the first alone: eight would take longer."""

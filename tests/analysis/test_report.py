@@ -75,14 +75,23 @@ RUNS = {
 }
 
 
+SIDE = {"data.row_length": 32, "data.source_length": 32, "model.width": 8}
+SIDE |= {"data.vocab_size": 290, "data.batch_size": 8}
+TRANSLATOR = "translate_tiny", mixture("model.moe", "noisy_top_k") | SIDE
+CASES = [*RUNS, "translator"]
+
+
 @pytest.fixture(scope="module")
-def reported(trained, tmp_path_factory):
+def reported(trained, translator, tmp_path_factory):
   """reported(case): what was told of a run, its trace, and the page."""
   known = {}
 
   def make(case):
     if case not in known:
-      workdir = trained(*RUNS[case])
+      if case == "translator":
+        workdir = translator(*TRANSLATOR, ("fr", "de"))
+      else:
+        workdir = trained(*RUNS[case])
       folder = tmp_path_factory.mktemp("report")
       to = folder / "report.html"
       told = report.write([workdir], to, sentences=5, without=4)
@@ -95,7 +104,7 @@ def reported(trained, tmp_path_factory):
   return make
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("case", CASES)
 def test_numbers_are_those_that_loops_count_from_the_trace(case, reported):
   workdir, told, about, rows, to = reported(case)
   assert json.loads(to.with_suffix(".json").read_text()) == told
@@ -106,7 +115,8 @@ def test_numbers_are_those_that_loops_count_from_the_trace(case, reported):
   vocabulary = run_lib.load(workdir).tokenizer
   for layer in run["layers"]:
     own = [row for row in rows if row["layer"] == layer["name"]]
-    assert layer["tokens"] == len(own) == run["tokens"]
+    assert layer["tokens"] == len(own)
+    assert layer["side"] == "source" or len(own) == run["tokens"]
     E = layer["experts"]
     load, kept, importance = np.zeros((3, E))
     words = [{} for _ in range(E)]
@@ -159,8 +169,9 @@ def test_numbers_are_those_that_loops_count_from_the_trace(case, reported):
     told_of = {each["about"]: each for each in layer["knowledge"]}
     assert told_of["token"]["bits"] == pytest.approx(total, **near)
     assert {"position", "token before, beyond the token"} <= told_of.keys()
+    assert ("language" in told_of) == (case == "translator")
     # The sentences that are shown.
-    (shown,) = run["text"].values()
+    shown = run["text"][layer["side"]]
     assert len(shown) == len(layer["read"]) == 5
     number = {tuple(r["experts"]): r for r in own}
     for words_of, read in zip(shown, layer["read"], strict=True):
@@ -284,7 +295,9 @@ EVIL = [
 
 
 @needs_browser
-@pytest.mark.parametrize("case", ["lstm", "blocks", "mixed", "levels"])
+@pytest.mark.parametrize(
+  "case", ["lstm", "blocks", "mixed", "levels", "translator"]
+)
 def test_the_page_shows_the_numbers_of_the_json(case, reported, tmp_path):
   _, told, _, _, to = reported(case)
   (run,) = told["runs"]

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import random_runs
 import storage
 
 from moejax import bucket, losses, sharding
@@ -82,22 +81,9 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def recorded(trained, tmp_path_factory):
+def recorded(trained, translator, tmp_path_factory):
   """recorded(case): the workdir of a run, and a trace of its test text."""
   known = {}
-
-  def translator(name, fields):
-    folder = tmp_path_factory.mktemp("pairs")
-    lines = (
-      f"{'so ' * (n % 9)}{n}\t{n} {'alors ' * (n % 7)}" for n in range(999)
-    )
-    (folder / "en_fr.tsv").write_text("\n".join(lines))
-    text = {"train": f"en-fr={folder}/en_fr.tsv", "data_dir": folder}
-    fields = fields | {f"data.{each}": value for each, value in text.items()}
-    flags = [f"--config.{each}={value}" for each, value in fields.items()]
-    experiment = random_runs.experiment_of([f"--config={name}", *flags])
-    random_runs.write(experiment, folder / "run")
-    return folder / "run"
 
   def make(case):
     if case not in known:
