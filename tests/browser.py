@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -61,4 +62,7 @@ def text_of(dom):
 
 
 def shown(value):
-  return f"{value:,}" if isinstance(value, int) else str(value)
+  """A number as JavaScript writes it."""
+  if isinstance(value, int):
+    return f"{value:,}"
+  return np.format_float_positional(value, trim="-")

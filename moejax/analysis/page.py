@@ -148,6 +148,14 @@ def charts() -> dict[str, dict[str, Any]]:
       tooltip=["expert:O", "from:Q", "to:Q", "edges:Q", "lift:Q"],
     )
     .properties(title="Where in a sentence each expert reads"),
+    "labels": chart.mark_rect()
+    .encode(
+      alt.X("label:N", title="", axis=alt.Axis(labelLimit=90)),
+      experts,
+      lift,
+      tooltip=["expert:O", "label:N", "edges:Q", "lift:Q"],
+    )
+    .properties(title="What each expert reads, by "),
     "together": pairs("Which experts read the same tokens", lift),
     "alike_weights": pairs("How alike their weights are", cosine),
     "alike_outputs": pairs("How alike their outputs are", cosine),

@@ -259,7 +259,12 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
     "kinds": _of_kinds(more["kinds"], loads),
     "margins": _rounded(measures.histogram(decisions.margin)),
     "knowledge": facts,
-    "positions": _positions(decisions),
+    "positions": _lifts(
+      decisions,
+      np.log2(decisions.position + 1).astype(int),
+      lambda power: {"from": 2**power - 1, "to": 2 ** (power + 1) - 2},
+    ),
+    "labels": _labels(decisions, text, side),
     "together": [
       {"a": a, "b": b, "tokens": n, "lift": _short(lift)}
       for (a, b, n, lift), _ in zip(
@@ -373,24 +378,33 @@ def _knowledge(decisions, text, side):
   ], of_token
 
 
-def _positions(decisions):
-  """Returns how much more often experts read some positions than all do."""
-  power = np.log2(decisions.position + 1).astype(int)
-  label, expert, count = measures.occurrences(decisions, power)
+def _lifts(decisions, labels, about):
+  """Returns how much more often experts read some labels than all do.
+
+  Of many experts the busiest; `about` says what to tell of each label.
+  """
+  label, expert, count = measures.occurrences(decisions, labels)
   own, of_label = decisions.per_expert(), np.bincount(label, count)
-  best = np.argsort(-own, kind="stable")[:_FEW]
-  powers = np.unique(power)
+  best = set(np.argsort(-own, kind="stable")[:_FEW].tolist())
+  names = np.unique(labels).tolist()
   return [
     {
       "expert": int(e),
-      "from": int(2 ** powers[n] - 1),
-      "to": int(2 ** (powers[n] + 1) - 2),
+      **about(names[n]),
       "edges": int(edges),
       "lift": _short(edges * count.sum() / (of_label[n] * own[e])),
     }
     for n, e, edges in zip(label, expert, count, strict=True)
-    if e in set(best.tolist())
+    if e in best
   ]
+
+
+def _labels(decisions, text, side):
+  """Returns how much each expert reads of every language and file."""
+  return {
+    kind: _lifts(decisions, numbers, lambda n, names=names: {"label": names[n]})
+    for kind, numbers, names in text.labels(side)
+  }
 
 
 def _training(loads, few):

@@ -327,9 +327,12 @@ def test_the_page_shows_the_numbers_of_the_json(case, reported, tmp_path):
     assert shown(value) in plain
   charts = set(re.findall(r'data-chart="(\w+)"', dom))
   assert {"loads", "bits", "positions", "together"} <= charts
+  assert ("labels" in charts) == (case == "translator")
   assert ("alike_outputs" in charts) == (case != "levels")
   assert main_of(dom).count("<svg") == len(charts)
-  assert all(html.unescape(word) in plain for word in run["text"]["target"][0])
+  assert all(
+    html.unescape(word) in plain for word in run["text"][layer["side"]][0]
+  )
 
 
 @needs_browser
@@ -405,6 +408,17 @@ def test_files_are_told_apart(trained, tmp_path, capsys):
   told_of = {each["about"]: each for each in layer["knowledge"]}
   assert 0 < told_of["file"]["bits"] <= told_of["file"]["most"]
   assert layer["tokens"] == 50 * 2 + 30 * 7
+  # Every edge is of a file, and an expert's lifts come from its own.
+  rows = layer["labels"]["file"]
+  assert {row["label"] for row in rows} == {*paths}
+  of_file = {path: 0 for path in paths}
+  for row in rows:
+    of_file[row["label"]] += row["edges"]
+  assert of_file == {paths[0]: 2 * 100, paths[1]: 2 * 210}
+  for row in rows:
+    load = layer["by_expert"][row["expert"]]["load"]
+    part = row["edges"] / load / (of_file[row["label"]] / layer["edges"])
+    assert row["lift"] == pytest.approx(part, rel=1e-3)
 
 
 def test_what_cannot_be_reported_is_refused(trained, tmp_path, capsys):
