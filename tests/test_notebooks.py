@@ -14,11 +14,12 @@ from notebooks import execute
 
 
 def text_of(cell):
-  """What a cell prints, but for numbers, which are rounded, and paths."""
+  """What a cell prints, but for numbers, paths, and where objects lie."""
   texts = []
   for output in cell.outputs:
     assert output.output_type != "error"
     text = output.get("text") or output.get("data", {}).get("text/plain", "")
+    text = re.sub(r"0x[\da-f]+", " ", text)
     texts.append(re.sub(r"\S*/\S*|[\W\d_]+", " ", text))
   return " ".join(" ".join(texts).split())
 

@@ -180,5 +180,8 @@ def test_the_mesh_is_not_in_the_numbers(name, on):
   """But for the order of sums: the error grows, from a few parts in 1e7."""
   (curve, slope, params), want = train(name, on), train(name)
   close(slope, want[1], 1e-5)
-  close(*({n: v[:5] for n, v in c.items()} for c in (curve, want[0])), 2e-5)
-  close((curve, params), (want[0], want[2]), 1e-4)
+  close(*(jax.tree.map(lambda x: x[:5], c) for c in (curve, want[0])), 2e-5)
+  # Where an error has grown, a token may choose another expert.
+  numbers = ({n: c[n] for n in c if n != "count"} for c in (curve, want[0]))
+  close(*numbers, 1e-4)
+  close(params, want[2], 1e-4)
