@@ -50,17 +50,18 @@ DROP = {"copies": 0.0, "drawn_anew": 0.5}
 def rows(quick: bool) -> figures.Rows:
   """Yields a row per start and number of extra steps."""
   before, extra, every = QUICK if quick else STEPS
-  runs = {start: [] for start in STARTS}
+  drops = {"copies": DROP["copies"]} if quick else DROP
+  runs = {start: [] for start in STARTS if start not in DROP or start in drops}
   with training.folder("upcycling", quick) as folder:
     for seed in range(1 if quick else training.SEEDS):
-      configs = {start: config_of(start) for start in STARTS}
+      configs = {start: config_of(start) for start in runs}
       for config in configs.values():
         if quick:
           training.shrink(config, folder)
         config.seed = seed
         config.train.update({"steps": before + extra, "eval_every": every})
-      workdirs = {start: folder / f"{start}_{seed}" for start in STARTS}
-      for start, drop in DROP.items():
+      workdirs = {start: folder / f"{start}_{seed}" for start in runs}
+      for start, drop in drops.items():
         if workdir_lib.is_run(workdirs[start]):
           continue
         # Validated once, a run has its best checkpoint at its last step.
@@ -73,7 +74,7 @@ def rows(quick: bool) -> figures.Rows:
         upcycle.upcycle(workdirs["dense"], *about, 0.0, drop, "carry")
       # A run of all steps was one of the first of them.
       workdirs["scratch"] = workdirs["scratch_all"]
-      for start in STARTS:
+      for start in runs:
         runs[start].append(training.train(configs[start], workdirs[start]))
   for start, each in runs.items():
     report = training.report(each[0])
@@ -115,7 +116,7 @@ def config_of(start: str) -> config_lib.Config:
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   shown = {
     ("scratch", "scratch_all"): "mixtures from scratch",
-    ("dense", "copies", "drawn_anew", "scratch_all"): "as many steps in all",
+    ("dense", *DROP, "scratch_all"): "as many steps in all",
   }
   for axes, starts in figures.panels(figure, 4, shown):
     labels = {start: STARTS[start][0] for start in starts}

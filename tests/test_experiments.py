@@ -93,7 +93,7 @@ def check_capacity_curve(table):
 
 def check_upcycling(table):
   found = {(row["start"], row["extra"]): row["validation"] for row in table}
-  assert len({*found.values()}) == len(found) == 10
+  assert len({*found.values()}) == len(found) == 8
   scratch = [found[of, n] for of in ("scratch", "scratch_all") for n in (2, 4)]
   assert scratch == sorted(scratch, reverse=True)
   assert all(found[of, 4] < found["dense", 2] for of in ("dense", "copies"))
