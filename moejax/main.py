@@ -300,8 +300,6 @@ def _translate(
     beam: hypotheses kept at every step; 1 is greedy.
     layout: a name, in place of the run's own.
   """
-  import tqdm
-
   from moejax import workdir as workdir_lib
   from moejax.data import text_files
   from moejax.training import run
@@ -311,8 +309,7 @@ def _translate(
   workdir_lib.recall(folder)
   # There is none where it was closed before the start.
   content = sys.stdin.buffer.read() if sys.stdin else b""
-  live = terminal.Live()
-  with tqdm.tqdm(unit="line", file=live, disable=not live.isatty()) as bar:
+  with terminal.bar(None, "line") as bar:
     translated = run.translate_run(
       folder,
       text_files.of_stdin(content),

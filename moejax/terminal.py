@@ -148,12 +148,15 @@ class Live:
     """Does nothing: what is written is flushed."""
 
 
-def bar(total: int, unit: str, what: str = "") -> Any:
-  """Returns a bar that a terminal shows, and nothing else; none of 0."""
+def bar(total: int | None, unit: str, what: str = "") -> Any:
+  """Returns a bar that a terminal shows, and nothing else; none of 0.
+
+  Of a total that is not known it counts.
+  """
   import tqdm
 
   live = Live()
-  shown = live.isatty() and total
+  shown = live.isatty() and total != 0
   return tqdm.tqdm(
     total=total, unit=unit, desc=what or None, file=live, disable=not shown
   )

@@ -10,7 +10,6 @@ from typing import Any
 
 import altair as alt
 import jinja2
-import markupsafe
 import vl_convert
 
 from moejax.analysis import colors
@@ -27,7 +26,9 @@ def render(told: dict[str, Any]) -> str:
     autoescape=True,
     undefined=jinja2.StrictUndefined,
   )
-  environment.filters["embedded"] = _embedded
+  # The filter `tojson` escapes what HTML would take for its own.
+  environment.policies["json.dumps_function"] = metrics.as_json
+  environment.policies["json.dumps_kwargs"] = {}
   return environment.get_template("report.html").render(
     told=told,
     charts=charts(),
@@ -79,29 +80,29 @@ def charts() -> dict[str, dict[str, Any]]:
       title="Load of each expert: edges, pale those beyond capacity",
     )
 
-  def pairs(title, color):
+  def cells(title, x, y, color, *told):
+    """A cell for each pair of x and y; where one points, `told` beside it."""
+    told = [x.shorthand, y.shorthand, *told, color.shorthand]
     return (
       chart.mark_rect()
-      .encode(
-        alt.X("a:O", title="expert", axis=_SPARSE_LABELS),
-        alt.Y("b:O", title="expert", axis=_SPARSE_LABELS),
-        color,
-        tooltip=["a:O", "b:O", color.shorthand],
-      )
+      .encode(x, y, color, tooltip=told)
       .properties(title=title)
     )
+
+  def pairs(title, color):
+    one = alt.X("a:O", title="expert", axis=_SPARSE_LABELS)
+    other = alt.Y("b:O", title="expert", axis=_SPARSE_LABELS)
+    return cells(title, one, other, color)
 
   made = {
     "loads": loads(expert),
     "loads_of_many": loads(rank),
-    "training": chart.mark_rect()
-    .encode(
+    "training": cells(
+      "Load of each expert over training",
       alt.X("step:O", title="step of training", axis=_SPARSE_LABELS),
       experts,
       of_load,
-      tooltip=["step:Q", "expert:O", "load:Q"],
-    )
-    .properties(title="Load of each expert over training"),
+    ),
     "training_of_many": alt.layer(
       chart.mark_area(color=colors.PALE_SPARSE).encode(
         step, alt.Y("least:Q", title="load / mean"), alt.Y2("most:Q")
@@ -140,22 +141,21 @@ def charts() -> dict[str, dict[str, Any]]:
       tooltip=["low:Q", "high:Q", "count:Q"],
     )
     .properties(title="How sure the router is: margin to the next expert"),
-    "positions": chart.mark_rect()
-    .encode(
+    "positions": cells(
+      "Where in a sentence each expert reads",
       alt.X("from:O", title="position in the sentence, from"),
       experts,
       lift,
-      tooltip=["expert:O", "from:Q", "to:Q", "edges:Q", "lift:Q"],
-    )
-    .properties(title="Where in a sentence each expert reads"),
-    "labels": chart.mark_rect()
-    .encode(
+      "to:Q",
+      "edges:Q",
+    ),
+    "labels": cells(
+      "What each expert reads, by ",
       alt.X("label:N", title="", axis=alt.Axis(labelLimit=90)),
       experts,
       lift,
-      tooltip=["expert:O", "label:N", "edges:Q", "lift:Q"],
-    )
-    .properties(title="What each expert reads, by "),
+      "edges:Q",
+    ),
     "together": pairs("Which experts read the same tokens", lift),
     "alike_weights": pairs("How alike their weights are", cosine),
     "alike_outputs": pairs("How alike their outputs are", cosine),
@@ -166,8 +166,3 @@ def charts() -> dict[str, dict[str, Any]]:
 def _tooltip(*more):
   names = ("expert", "load", "after_capacity", "importance", *more)
   return [f"{name}:Q" for name in names]
-
-
-def _embedded(value):
-  """Returns JSON without "<", by which a tag would begin."""
-  return markupsafe.Markup(metrics.as_json(value).replace("<", "\\u003c"))

@@ -1,5 +1,6 @@
 """The routing report: what the experts of runs do, as JSON and as a page."""
 
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -207,29 +208,10 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
   count, left = decisions.per_expert(), decisions.per_expert(kept)
   importance = decisions.per_expert(decisions.gate)
   few = E <= _FEW
-  tokens, places = _TOLD[few]
   facts, knowledge = _knowledge(decisions, text, side)
-  liked = measures.preferred(decisions, decisions.ids, tokens)
-  seen = measures.contexts(decisions, places, text.decode)
   loads = {"load": count, "after_capacity": left, "importance": importance}
   if more["smooth_load"] is not None:
     loads["smooth_load"] = more["smooth_load"]
-  experts = []
-  for e in range(E):
-    row = {"expert": e}
-    if more["kinds"]:
-      row["kind"] = more["kinds"][e]
-    row |= {key: _short(each[e]) for key, each in loads.items()}
-    row["bits"] = _short(knowledge.bits[e])
-    row["shuffled"] = _short(knowledge.shuffled[e])
-    if more["without"] and e in more["without"]:
-      row["loss_without"] = _short(more["without"][e])
-    row["tokens"] = [
-      [text.spelt(token), edges, _short(lift)]
-      for token, edges, lift in liked[e]
-    ]
-    row["contexts"] = [[_short(gate), *around] for gate, *around in seen[e]]
-    experts.append(row)
   of_token = np.bincount(decisions.token, minlength=N)
   read = np.bincount(decisions.token, kept, N)
   best = np.zeros(N)
@@ -237,7 +219,8 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
   margins = decisions.margin[np.isfinite(decisions.margin)]
   shown = text.show(side, decisions)
   first = np.searchsorted(decisions.token, np.arange(N + 1))
-  pairs = measures.together(decisions, N)
+  # Of few experts every pair.
+  pairs = E * E if few else _PAIRS
   found = {
     "name": name,
     "side": side,
@@ -257,22 +240,28 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
     "largest_gate": _short(best.mean()),
     "margin": _short(np.median(margins)) if margins.size else None,
     "kinds": _of_kinds(more["kinds"], loads),
-    "margins": _rounded(measures.histogram(decisions.margin)),
+    "margins": [
+      {n: _short(value) for n, value in row.items()}
+      for row in measures.histogram(decisions.margin)
+    ],
     "knowledge": facts,
     "positions": _lifts(
       decisions,
       np.log2(decisions.position + 1).astype(int),
       lambda power: {"from": 2**power - 1, "to": 2 ** (power + 1) - 2},
     ),
-    "labels": _labels(decisions, text, side),
+    "labels": {
+      kind: _lifts(decisions, own, lambda n, names=names: {"label": names[n]})
+      for kind, own, names in text.labels(side)
+    },
     "together": [
       {"a": a, "b": b, "tokens": n, "lift": _short(lift)}
-      for (a, b, n, lift), _ in zip(
-        pairs, range(_PAIRS if not few else E * E), strict=False
+      for a, b, n, lift in itertools.islice(
+        measures.together(decisions, N), pairs
       )
     ],
     "training": _training(more["training"], few),
-    "by_expert": experts,
+    "by_expert": _experts(decisions, text, loads, knowledge, more),
     # Sentence by sentence, token by token: expert, gate, whether it was full.
     "read": [
       [
@@ -289,11 +278,35 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
   found |= {
     f"alike_{what}": [
       {"a": a, "b": b, "cosine": _short(cosine)}
-      for a, b, cosine in measures.alike(cosines, _PAIRS if not few else E * E)
+      for a, b, cosine in measures.alike(cosines, pairs)
     ]
     for what, cosines in (more["cosines"] or {}).items()
   }
   return found
+
+
+def _experts(decisions, text, loads, knowledge, more) -> list[dict[str, Any]]:
+  """Returns what there is to tell of each expert."""
+  tokens, places = _TOLD[decisions.num_experts <= _FEW]
+  liked = measures.preferred(decisions, decisions.ids, tokens)
+  seen = measures.contexts(decisions, places, text.decode)
+  experts = []
+  for e in range(decisions.num_experts):
+    row = {"expert": e}
+    if more["kinds"]:
+      row["kind"] = more["kinds"][e]
+    row |= {key: _short(each[e]) for key, each in loads.items()}
+    row["bits"] = _short(knowledge.bits[e])
+    row["shuffled"] = _short(knowledge.shuffled[e])
+    if more["without"] and e in more["without"]:
+      row["loss_without"] = _short(more["without"][e])
+    row["tokens"] = [
+      [text.spelt(token), edges, _short(lift)]
+      for token, edges, lift in liked[e]
+    ]
+    row["contexts"] = [[_short(gate), *around] for gate, *around in seen[e]]
+    experts.append(row)
+  return experts
 
 
 def _short(value: Any) -> Any:
@@ -303,10 +316,6 @@ def _short(value: Any) -> Any:
     return value
   rounded = value if value == round(value) else float(f"{value:.4g}")
   return int(rounded) if rounded == round(rounded) else rounded
-
-
-def _rounded(rows):
-  return [{n: _short(value) for n, value in row.items()} for row in rows]
 
 
 def _of_kinds(kinds, loads):
@@ -397,14 +406,6 @@ def _lifts(decisions, labels, about):
     for n, e, edges in zip(label, expert, count, strict=True)
     if e in best
   ]
-
-
-def _labels(decisions, text, side):
-  """Returns how much each expert reads of every language and file."""
-  return {
-    kind: _lifts(decisions, numbers, lambda n, names=names: {"label": names[n]})
-    for kind, numbers, names in text.labels(side)
-  }
 
 
 def _training(loads, few):
