@@ -474,8 +474,9 @@ def _without(
 
   The edges to it lead nowhere, as if it were full; the other gates stay.
   """
-  layers = [name for name in layers if reader.layers[name].levels == 1]
-  if not number or not layers or len(layers) < len(reader.layers):
+  # Where a layer decides at two levels, no decisions can be given.
+  two_levels = any(each.levels > 1 for each in reader.layers.values())
+  if not number or two_levels:
     return {}
   decided, tokens = [], 0
   for batch, found in reader.read():
@@ -514,11 +515,13 @@ def _without(
   found = {}
   bar = terminal.bar(number, "expert", "taking away")
   with bar:
-    for name in layers:
+    for i, name in enumerate(layers):
       E = reader.layers[name].experts
       edges = [d[name].expert.ravel() for d in decided]
       count = np.bincount(np.concatenate(edges), minlength=E + 1)[:E]
-      busiest = np.argsort(-count, kind="stable")[: number // len(layers)]
+      # The first layers have one more where these do not divide.
+      own_number = number // len(layers) + (i < number % len(layers))
+      busiest = np.argsort(-count, kind="stable")[:own_number]
       for e in busiest.tolist():
         found.setdefault(name, {})[e] = loss(name, e) - own
         bar.update()

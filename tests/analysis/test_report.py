@@ -260,6 +260,23 @@ def test_what_is_lost_without_an_expert(reported, trained, tmp_path):
   assert reader.loss != own
 
 
+def test_layers_that_are_asked_for(trained, reported, tmp_path):
+  """They are told of as beside the others, and experts are taken away."""
+  workdir, told, *_ = reported("blocks")
+  name = told["runs"][0]["layers"][1]["name"]
+  to = tmp_path / "a.html"
+  told = report.write([workdir], to, layers=[name], sentences=5, without=3)
+  (layer,) = told["runs"][0]["layers"]
+  assert layer["name"] == name
+  assert sum("loss_without" in row for row in layer["by_expert"]) == 3
+  told = report.write([workdir], to, without=3)
+  found = [
+    sum("loss_without" in row for row in layer["by_expert"])
+    for layer in told["runs"][0]["layers"]
+  ]
+  assert found == [2, 1]
+
+
 def test_copies_are_alike(trained, tmp_path, monkeypatch):
   """Two experts of the same weights have a cosine of 1, of both kinds."""
   workdir = trained(*RUNS["lstm"])
