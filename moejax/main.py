@@ -213,7 +213,7 @@ def _eval(
     record: a new folder, for a trace of what the mixtures decide.
     replay: a trace, whose decisions are taken in place of the model's.
     counterfactual: other decisions, parted by commas, and what they cost: k=N
-      experts a token, "training" as there, or "uniform".
+      experts a token, "training" as there, "uniform", or the folder of a trace.
   """
   from moejax.training import run
 

@@ -197,15 +197,8 @@ def replay(
   Errors as of `record` and `about`; ValueError also where the trace is of
   another text, of layers that the model has not, or decides what these cannot.
   """
-  told = about(trace)
   reader = Reader(workdir, split, files, layout)
-  if told["text"] != reader.rows.digest:
-    raise ValueError(f"{trace} is of another text; record this one.")
-  reader.follow(told["layers"])
-  rows = _rows(trace)
-  # To the first demand for rows.
-  next(rows)
-  for _ in reader.read(functools.partial(_decisions, rows, reader.layers)):
+  for _ in reader.read(_decided(trace, reader)):
     pass
   return reader.loss
 
@@ -223,30 +216,33 @@ def counterfactual(
     workdir: of the run.
     choices: "k=2", each token visits so many experts; "training", decisions as
       in training, with noise if there is any; "uniform", any experts, with the
-      same gates.
+      same gates; else the folder of a trace, of another run for instance.
     split: as of `record`.
     files: as of `record`.
     layout: as of `record`.
 
-  Errors as of `record`; ValueError also for an unknown choice, or a k that no
-  router takes.
+  Errors as of `record`, and of `replay` for a trace; ValueError also for an
+  unknown choice, or a k that no router takes.
   """
+  traces = {}
   for choice in choices:
-    if choice not in ("training", "uniform") and not re.fullmatch(
-      r"k=[1-9]\d*", choice
-    ):
+    if choice in ("training", "uniform") or re.fullmatch(r"k=[1-9]\d*", choice):
+      continue
+    traces[choice] = files_lib.local(choice)
+    if not traces[choice].is_dir():
       raise ValueError(
-        f"unknown choice {choice!r}; give training, uniform, or k=N."
+        f"unknown choice {choice!r}; give training, uniform, k=N, or a trace."
       )
   found, reader = {}, Reader(workdir, split, files, layout)
-  for choice in ("own", *choices):
+  # What is refused is refused before the text is read.
+  given = {name: _decided(trace, reader) for name, trace in traces.items()}
+  for choice in dict.fromkeys(("own", *choices)):
     k = int(choice[2:]) if choice.startswith("k=") else None
     reader.choose(k, choice == "training")
-    given = None
     if choice == "uniform":
       random = np.random.default_rng(0)
-      given = functools.partial(_uniform, random, reader.layers)
-    for _ in reader.read(given):
+      given[choice] = functools.partial(_uniform, random, reader.layers)
+    for _ in reader.read(given.get(choice)):
       pass
     found[choice] = reader.loss
   return found
@@ -399,6 +395,18 @@ def _decisions(rows, layers, batch) -> dict[str, Assignment]:
       )
     found[name] = Assignment(expert, gate, None if by_token else token)
   return found
+
+
+def _decided(trace, reader):
+  """Returns a trace's decisions about one batch after another, for `read`."""
+  told = about(trace)
+  if told["text"] != reader.rows.digest:
+    raise ValueError(f"{trace} is of another text; record this one.")
+  reader.follow(told["layers"])
+  rows = _rows(trace)
+  # To the first demand for rows.
+  next(rows)
+  return functools.partial(_decisions, rows, reader.layers)
 
 
 def _uniform(random, layers, batch) -> dict[str, Assignment]:

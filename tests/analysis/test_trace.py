@@ -249,6 +249,26 @@ def test_counterfactuals_cost_what_such_a_model_does(recorded, trained, capsys):
   assert f"({found['uniform'] - own:+.4f} nats)" in lines[-1]
 
 
+def test_another_runs_decisions_cost_what_replaying_them_does(
+  recorded, trained, tmp_path, capsys
+):
+  workdir, own = recorded("lstm")
+  other = tmp_path / "other"
+  trace.record(trained(*lstm(kind="softmax_top_k", k=2)), other)
+  loss = trace.replay(workdir, other)
+  choices = ",".join(map(str, (other, own, other)))
+  flags = [f"--workdir={workdir}", f"--counterfactual={choices}"]
+  assert main(["moejax", "eval", *flags]) == 0
+  said = capsys.readouterr().out.splitlines()[-3:]
+  first = json.loads((own / trace.ABOUT).read_text())["loss"]
+  assert said[0].startswith(f"own: {first:.4f} nats a token")
+  assert said[1].startswith(f"{other}: {loss:.4f} nats a token")
+  assert said[1].endswith(f"({loss - first:+.4f} nats)")
+  # A run's own trace changes nothing.
+  assert said[2] == f"{own}{said[0].removeprefix('own')}"
+  assert f"{loss - first:+.4f}" != "+0.0000"
+
+
 def test_two_levels_are_recorded_not_replayed(trained, tmp_path):
   level = "model.hierarchical_moe"
   fields = {
@@ -448,5 +468,6 @@ def test_what_cannot_be_traced_is_refused(
     refuse("2 processes read the text, but a trace is of one", new)
   assert not (tmp_path / "new").exists()
   refuse("unknown choice 'k=0'", "--counterfactual=k=0")
+  refuse("it has no trace.json", f"--counterfactual=k=1,{tmp_path}")
   flags = [f"--replay={folder}", new]
   assert main(["moejax", "eval", f"--workdir={workdir}", *flags]) == 2
