@@ -9,7 +9,7 @@ two forms:
               a device sends (n - 1) * T rows in each direction, whatever k is.
   all-to-all  Every row goes straight to its place among those of its expert,
               and back; so a device sends k * T * (n - 1) / n rows in each
-              direction. `jax.lax.ragged_all_to_all` does not exist on a CPU.
+              direction. On a CPU it would send n times as many.
 
 Shapes are static, so an expert's device sets memory aside for as many rows as
 could come: all n * k * T of them without a capacity. Those that did not come
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from moejax import partition, sharding
+from moejax import exchange, partition, sharding
 from moejax import routing as routing_lib
 from moejax import slots as slots_lib
 from moejax.grouped import grouped_sum
@@ -188,7 +188,7 @@ def _over_devices(
       # The most rows that can come to one device.
       slots = here.size * (x.shape[1] if capacity is None else capacity)
       buffer_size = group.size * min(edges, slots)
-      # A CPU cannot send each row to a device of its own.
+      # A CPU sends every row to all devices, see exchange.py.
       move = _all_gather if sharding.platform() == "cpu" else _all_to_all
       y, notes, sums = move(visit, x, assignment, here, buffer_size, axis)
       sums = [jax.lax.all_to_all(each, axis, 1, 0, tiled=True) for each in sums]
@@ -311,7 +311,7 @@ def _exchange(rows, splits, sizes, axis):
   """
   # Where no row arrives stays what was there before.
   zeros = jnp.zeros_like(rows, shape=(sizes[1], rows.shape[1]))
-  return jax.lax.ragged_all_to_all(rows, zeros, *splits[0], axis_name=axis)
+  return exchange.ragged_all_to_all(rows, zeros, *splits[0], axis)
 
 
 _exchange.defvjp(
