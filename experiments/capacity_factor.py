@@ -11,7 +11,7 @@ Result: to be measured.
 
 from experiments import figures, harness, training
 
-FACTORS = {"0.75": 0.75, "1": 1, "1.25": 1.25, "1.5": 1.5, "2": 2}
+FACTORS = {"0.75": 0.75, "1.25": 1.25, "2": 2}
 FACTORS["dropless"] = None
 
 

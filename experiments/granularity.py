@@ -11,14 +11,14 @@ Result: to be measured.
 from experiments import figures, harness, training
 
 # Experts, those that a token visits, and width.
-GRAINS = {n: (n, n // 8, 2048 // n) for n in (8, 16, 32, 64, 128)}
+GRAINS = {n: (n, n // 8, 2048 // n) for n in (8, 32, 128)}
 SHARED = {False: "without a shared expert", True: "with one"}
 
 
 def rows(quick: bool) -> figures.Rows:
   """Yields a row per number of experts, without and with a shared one."""
   with training.folder("granularity", quick) as runs:
-    some = [GRAINS[16]] if quick else GRAINS.values()
+    some = [GRAINS[32]] if quick else GRAINS.values()
     for num_experts, k, hidden in some:
       for shared in SHARED:
         # Of a single expert that a token visits there is none to share.
