@@ -7,6 +7,7 @@ emits the gradients of the pre-activations, from which each weight's gradient
 is one matrix product over all steps.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -72,30 +73,8 @@ def _forward(x, keep, weights):
   backward loop little more than its matrix products. Without a projection m is
   y, and not saved.
   """
-
-  def step(t, carry):
-    (y, c), saved = carry
-    # Slopes replace the pre-activations they come from. Without the barrier
-    # between reading and writing XLA copies the whole array.
-    z = jax.lax.optimization_barrier(_at(saved[0], t))
-    keep_t = _at(keep, t)
-    z = z + product("BO,ON->BN", y * keep_t, weights.w_rec, x.dtype)
-    c_before = c * keep_t
-    c, m, (i, f, g, o, tanh_c) = update_cells(z + weights.bias[None], c_before)
-    y = _project(m, weights.w_out, x.dtype)
-    di, df = g * i * (1 - i), c_before * f * (1 - f)
-    dg, do = i * (1 - g * g), m * (1 - o)
-    slope = jnp.concatenate([di, df, dg, do], -1)
-    m_by_c, c_by_c = o * (1 - tanh_c * tanh_c), f * keep_t
-    m = None if weights.w_out is None else m
-    return LSTMState(y, c), _put(saved, (slope, y, m, m_by_c, c_by_c), t)
-
-  zero = zero_state(x.shape[1], len(weights.w_rec), len(weights.bias) // 4)
-  y, zeros = (jnp.zeros((len(x), *a.shape), a.dtype) for a in zero)
   z = product("LBD,DN->LBN", x, weights.w_in, x.dtype)
-  m = None if weights.w_out is None else zeros
-  carry = zero, (z, y, m, zeros, zeros)
-  _, saved = jax.lax.fori_loop(0, len(x), step, carry)
+  saved = _by_platform(_steps, _steps_on_gpu, x.dtype)(z, keep, weights)
   return saved[1].astype(x.dtype), (x, keep, weights, saved)
 
 
@@ -104,19 +83,9 @@ def _backward(residuals, dy):
   x, keep, weights, (slope, y, m, m_by_c, c_by_c) = residuals
   keep_next = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
   dy = dy.astype(jnp.float32)
-
-  def step(step_back, carry):
-    (dy_rec, dc), slopes = carry
-    t = len(x) - 1 - step_back
-    dy_t = _at(dy, t) + dy_rec * _at(keep_next, t)
-    dm = dy_t if m is None else _times_transposed(dy_t, weights.w_out, x.dtype)
-    dc = dc + dm * _at(m_by_c, t)
-    # As above: the gradient of a pre-activation replaces its slope.
-    slope_t = jax.lax.optimization_barrier(_at(slopes[0], t))
-    dz = jnp.concatenate([dc, dc, dc, dm], -1) * slope_t
-    dy_rec = _times_transposed(dz, weights.w_rec, x.dtype)
-    slopes = _put(slopes, (dz, None if m is None else dy_t), t)
-    return LSTMState(dy_rec, dc * _at(c_by_c, t)), slopes
+  back = _by_platform(_steps_back, _steps_back_on_gpu, x.dtype)
+  saved = slope, None if m is None else y, m_by_c, c_by_c
+  dz, dy = back(dy, keep_next, saved, weights)
 
   def weight_gradient(a, dz, w):
     # No reshape to [L*B]: it would gather a batch that is split over devices.
@@ -125,9 +94,6 @@ def _backward(residuals, dy):
     total = jnp.tensordot(a, dz, axes, preferred_element_type=jnp.float32)
     return total.astype(w.dtype)
 
-  slopes = slope, None if m is None else jnp.zeros_like(y)
-  zero = zero_state(x.shape[1], len(weights.w_rec), len(weights.bias) // 4)
-  _, (dz, dy) = jax.lax.fori_loop(0, len(x), step, (zero, slopes))
   y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]]) * keep
   gradients = LSTMWeights(
     weight_gradient(x, dz, weights.w_in),
@@ -140,6 +106,136 @@ def _backward(residuals, dy):
 
 
 _lstm.defvjp(_forward, _backward)
+
+
+def _by_platform(default, on_gpu, dtype):
+  """Chooses a loop over time: of few kernels on a GPU, else of few copies."""
+  return functools.partial(
+    jax.lax.platform_dependent,
+    cuda=functools.partial(on_gpu, dtype),
+    default=functools.partial(default, dtype),
+  )
+
+
+def _steps(dtype, z, keep, weights):
+  """Returns what `_forward` saves of all steps, out of the input products z."""
+
+  def step(t, carry):
+    (y, c), saved = carry
+    # Slopes replace the pre-activations they come from. Without the barrier
+    # between reading and writing XLA copies the whole array.
+    z = jax.lax.optimization_barrier(_at(saved[0], t))
+    keep_t = _at(keep, t)
+    z = z + product("BO,ON->BN", y * keep_t, weights.w_rec, dtype)
+    c_before = c * keep_t
+    c, m, factors = update_cells(z + weights.bias[None], c_before)
+    y = _project(m, weights.w_out, dtype)
+    slope, m_by_c, c_by_c = _slopes(c_before, m, factors, keep_t)
+    m = None if weights.w_out is None else m
+    return LSTMState(y, c), _put(saved, (slope, y, m, m_by_c, c_by_c), t)
+
+  zero = zero_state(z.shape[1], len(weights.w_rec), len(weights.bias) // 4)
+  y, zeros = (jnp.zeros((len(z), *a.shape), a.dtype) for a in zero)
+  m = None if weights.w_out is None else zeros
+  carry = zero, (z, y, m, zeros, zeros)
+  return jax.lax.fori_loop(0, len(z), step, carry)[1]
+
+
+def _steps_back(dtype, dy, keep_next, saved, weights):
+  """Returns dz of all steps, and with a projection what dy becomes in time."""
+  slope, y, m_by_c, c_by_c = saved
+
+  def step(step_back, carry):
+    (dy_rec, dc), slopes = carry
+    t = len(dy) - 1 - step_back
+    dy_t = _at(dy, t) + dy_rec * _at(keep_next, t)
+    dm = dy_t if y is None else _times_transposed(dy_t, weights.w_out, dtype)
+    dc = dc + dm * _at(m_by_c, t)
+    # As above: the gradient of a pre-activation replaces its slope.
+    slope_t = jax.lax.optimization_barrier(_at(slopes[0], t))
+    dz = jnp.concatenate([dc, dc, dc, dm], -1) * slope_t
+    dy_rec = _times_transposed(dz, weights.w_rec, dtype)
+    slopes = _put(slopes, (dz, None if y is None else dy_t), t)
+    return LSTMState(dy_rec, dc * _at(c_by_c, t)), slopes
+
+  slopes = slope, None if y is None else jnp.zeros_like(y)
+  zero = zero_state(dy.shape[1], len(weights.w_rec), len(weights.bias) // 4)
+  return jax.lax.fori_loop(0, len(dy), step, (zero, slopes))[1]
+
+
+# A GPU is told of each kernel of each step, which takes it longer than most of
+# them run. XLA makes one of all that a step writes if that is a part of one
+# array; the next step then reads its state there. Of many steps in a round of
+# the loop only one counts rounds.
+_UNROLL = 8
+
+
+def _steps_on_gpu(dtype, z, keep, weights):
+  units = len(weights.bias) // 4
+  z, keep_first = z + weights.bias[None, None], keep.at[0].set(0)
+
+  def step(t, carry):
+    saved, y = carry
+    *_, c, m = jnp.split(_at(saved, jnp.maximum(t - 1, 0)), 6, -1)
+    y_before = m if y is None else _at(y, jnp.maximum(t - 1, 0))
+    keep_t = _at(keep_first, t)
+    z_rec = product("BO,ON->BN", y_before * keep_t, weights.w_rec, dtype)
+    c, m, (*gates, _) = update_cells(_at(z, t) + z_rec, c * keep_t)
+    saved = _put(saved, jnp.concatenate([*gates, c, m], -1), t)
+    if y is not None:
+      y = _put(y, _project(m, weights.w_out, dtype), t)
+    return saved, y
+
+  zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+  y = (
+    None if weights.w_out is None else zeros((*z.shape[:2], len(weights.w_rec)))
+  )
+  carry = zeros((*z.shape[:2], 6 * units)), y
+  saved, y = jax.lax.fori_loop(0, len(z), step, carry, unroll=_UNROLL)
+  *gates, c, m = jnp.split(saved, 6, -1)
+  c_before = jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]]) * keep_first
+  factors = *gates, jnp.tanh(c)
+  slope, m_by_c, c_by_c = _slopes(c_before, m, factors, keep)
+  if y is None:
+    y, m = m, None
+  return slope, y, m, m_by_c, c_by_c
+
+
+def _steps_back_on_gpu(dtype, dy, keep_next, saved, weights):
+  slope, y, m_by_c, c_by_c = saved
+  units = len(weights.bias) // 4
+
+  def step(step_back, carry):
+    done, dy_all = carry
+    t = len(dy) - 1 - step_back
+    # keep_next is zero at the last step, which no other follows.
+    after = _at(done, jnp.minimum(t + 1, len(dy) - 1))
+    dz, dc = jnp.split(after, [4 * units], -1)
+    dy_rec = product("BN,NO->BO", dz, weights.w_rec.T, dtype)
+    dy_t = dm = _at(dy, t) + dy_rec * _at(keep_next, t)
+    if y is not None:
+      dy_all = _put(dy_all, dy_t, t)
+      dm = product("BO,OH->BH", dy_t, weights.w_out.T, dtype)
+    dc = dc + dm * _at(m_by_c, t)
+    dz = jnp.concatenate([dc, dc, dc, dm], -1) * _at(slope, t)
+    done = _put(done, jnp.concatenate([dz, dc * _at(c_by_c, t)], -1), t)
+    return done, dy_all
+
+  carry = (
+    jnp.zeros((*dy.shape[:2], 5 * units)),
+    None if y is None else jnp.zeros_like(y),
+  )
+  done, dy = jax.lax.fori_loop(0, len(dy), step, carry, unroll=_UNROLL)
+  return done[:, :, : 4 * units], dy
+
+
+def _slopes(c_before, m, factors, keep):
+  """Returns slope, m_by_c and c_by_c, see `_forward`."""
+  i, f, g, o, tanh_c = factors
+  di, df = g * i * (1 - i), c_before * f * (1 - f)
+  dg, do = i * (1 - g * g), m * (1 - o)
+  slope = jnp.concatenate([di, df, dg, do], -1)
+  return slope, o * (1 - tanh_c * tanh_c), f * keep
 
 
 def zero_state(rows: int, width: int, units: int) -> LSTMState:
