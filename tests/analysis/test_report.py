@@ -180,6 +180,50 @@ def test_numbers_are_those_that_loops_count_from_the_trace(case, reported):
         assert tuple(e for e, *_ in edges) in number
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_gates_margins_positions_and_pairs_are_what_loops_count(case, reported):
+  _, told, _, rows, _ = reported(case)
+  near = dict(rel=1e-3, abs=1e-6)
+  for layer in told["runs"][0]["layers"]:
+    own = [row for row in rows if row["layer"] == layer["name"]]
+    best = [max(row["gates"], default=0) for row in own]
+    assert layer["largest_gate"] == pytest.approx(sum(best) / len(own), **near)
+    margins = [r["margin"] for r in own if r["margin"] is not None]
+    bars = layer["margins"]
+    assert sum(bar["count"] for bar in bars) == len(margins)
+    if margins:
+      assert layer["margin"] == pytest.approx(np.median(margins), **near)
+      for bar in bars[1:-1]:
+        inside = sum(bar["low"] <= m < bar["high"] for m in margins)
+        # Bounds have four digits on the page.
+        assert abs(inside - bar["count"]) <= max(2, 0.02 * len(margins))
+    else:
+      assert layer["margin"] is None and case == "levels"
+    load, in_bucket, joint, pairs = {}, {}, {}, {}
+    for row in own:
+      bucket = (row["position"] + 1).bit_length() - 1
+      for e in row["experts"]:
+        load[e] = load.get(e, 0) + 1
+        in_bucket[bucket] = in_bucket.get(bucket, 0) + 1
+        joint[e, bucket] = joint.get((e, bucket), 0) + 1
+        for other in row["experts"]:
+          if e < other:
+            pairs[e, other] = pairs.get((e, other), 0) + 1
+    edges = sum(load.values())
+    found = {}
+    for each in layer["positions"]:
+      bucket = (each["from"] + 1).bit_length() - 1
+      assert each["to"] == 2 * each["from"]
+      found[each["expert"], bucket] = each["edges"]
+      lift = each["edges"] * edges / (in_bucket[bucket] * load[each["expert"]])
+      assert each["lift"] == pytest.approx(lift, **near)
+    assert found == joint
+    assert {(p["a"], p["b"]): p["tokens"] for p in layer["together"]} == pairs
+    for p in layer["together"]:
+      lift = p["tokens"] * len(own) / (load[p["a"]] * load[p["b"]])
+      assert p["lift"] == pytest.approx(lift, **near)
+
+
 def test_drops_are_told_by_cause(reported):
   _, told, about, rows, _ = reported("lstm")
   (layer,) = told["runs"][0]["layers"]
