@@ -118,6 +118,11 @@ setuptools.setup(
     "gcs": ["gcsfs>=2024.9"],  # for --workdir=gs://...
     "moses": ["sacremoses"],  # the paper's BLEU, of Moses tokens
     "notebooks": ["ipykernel", "jupyterlab", "jupytext"],
+    # A GPU's compiler, assembler and library of functions, without the rest.
+    "plan-gpu": [
+      "jax[cuda13-local]; sys_platform == 'linux'",
+      "nvidia-cuda-nvcc>=13,<14; sys_platform == 'linux'",
+    ],
     "test": TEST,
     "tfds": ["tensorflow-cpu"],  # to prepare lm1b and WMT; nothing reads by it
     "tpu": ["jax[tpu]"],

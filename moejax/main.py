@@ -498,8 +498,8 @@ def _plan(
 
   Args:
     config: as of `moejax train`.
-    topology: devices, such as v5p:4x4x8, v5e:4x4 or cpu:8; those at hand by
-      default.
+    topology: devices, such as v5p:4x4x8, v5e:4x4, h100:8, h100:4x8 or cpu:8;
+      those at hand by default.
     layout: names of layouts; the config's own by default.
     suggest: search all layouts, group sizes, capacities, microbatches and
       recompute.

@@ -1,11 +1,17 @@
-"""Devices of a TPU that is not there, to compile for ahead of time."""
+"""Devices that are not there, to compile for ahead of time."""
 
 import functools
 
 import jax
 import pytest
 
-from moejax.planning.chips import find
+from moejax.planning.chips import Topology, find
+
+
+def gpus(name: str) -> Topology:
+  """Skips the test where the compiler of GPUs is not installed."""
+  pytest.importorskip("jax_plugins.xla_cuda13")
+  return find(name)
 
 
 @functools.cache

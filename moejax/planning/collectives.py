@@ -23,6 +23,7 @@ class Collective(NamedTuple):
   axes: tuple[str, ...] | None
   times: int  # How often it runs.
   is_bounded: bool  # As of `hlo.Run`.
+  between_bytes: int = 0  # Of `wire_bytes`, those that go to other nodes.
 
 
 # What one of n devices sends at least for a result of b bytes; in rings for the
@@ -40,10 +41,13 @@ KINDS = {
 
 
 def read(
-  text: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+  text: str,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  node: int | None = None,
 ) -> list[Collective]:
   """Lists the collectives of a program compiled for a mesh, as its text orders.
 
+  A node is so many devices by their ids; without the number there is only one.
   An asynchronous one counts once, and so does one that a TPU spreads over
   several fusions; both branches of a condition count; one of each device with
   itself does not.
@@ -58,7 +62,8 @@ def read(
       if chain[1] in chains:
         continue
       chains.add(chain[1])
-    size, axes = _groups(op.rest, mesh)
+    ids, axes = _groups(op.rest, mesh)
+    size = ids.shape[1]
     if size == 1:
       continue
     if kind == "all-reduce" and op.within.name.startswith("all-reduce-scatter"):
@@ -68,9 +73,33 @@ def read(
     if kind == "ragged-all-to-all":
       sent, _ = hlo.rows_and_buffer(op)
     wire = KINDS[kind](sent, size)
+    between = wire * _share_between(kind, ids, mesh, node) if node else 0
     dtype = op.arrays[0].dtype
-    found.append(Collective(kind, dtype, result, wire, axes, times, is_bounded))
+    found.append(
+      Collective(
+        kind, dtype, result, wire, axes, times, is_bounded, round(between)
+      )
+    )
   return found
+
+
+def _share_between(
+  kind: str, ids: np.ndarray, mesh: jax.sharding.Mesh, node: int
+) -> float:
+  """Returns which part of what a device sends goes to other nodes.
+
+  With groups of n devices on m nodes. In rings every device first exchanges
+  its n-th part with the same of the other nodes, m - 1 parts, and its node then
+  completes what that brings: of the n - 1 parts in all. From everybody to
+  everybody go n - n / m of n - 1 parts. Pairs go to other nodes if any does.
+  """
+  at = np.array([each.id // node for each in mesh.devices.flat])[ids]
+  n, m = ids.shape[1], max(len(set(row)) for row in at.tolist())
+  if kind == "collective-permute":
+    return float(m > 1)
+  if kind.endswith("all-to-all"):
+    return (n - n / m) / (n - 1)
+  return (m - 1) / (n - 1)
 
 
 # -- groups of devices --------------------------------------------------------
@@ -78,8 +107,8 @@ def read(
 
 def _groups(
   rest: str, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-) -> tuple[int, tuple[str, ...] | None]:
-  """Returns the devices of a group, and the mesh axes along which they lie."""
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
+  """Returns the devices of each group, and the mesh axes they lie along."""
   pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", rest)
   ids = _rows(pairs[1]) if pairs else _replica_groups(rest, mesh.size)
   if ids.max() >= mesh.size or not (pairs or ids.size == mesh.size):
@@ -91,10 +120,8 @@ def _groups(
   places = np.stack(np.unravel_index(ids, tuple(mesh.shape.values())))
   differs = (places != places[:, :, :1]).any(axis=(1, 2))
   axes = np.array(tuple(mesh.shape))[differs].tolist()
-  size = ids.shape[1]
-  if not pairs and math.prod(mesh.shape[axis] for axis in axes) != size:
-    return size, None
-  return size, tuple(axes)
+  size = math.prod(mesh.shape[axis] for axis in axes)
+  return ids, tuple(axes) if pairs or size == ids.shape[1] else None
 
 
 def _replica_groups(rest: str, num_devices: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How long a collective takes on the links of a torus, or through a switch.
+"""How long a collective takes on a torus, or on NVLink and between nodes.
 
 An estimate: every link carries what the best known algorithm puts on it, at the
 rate that its maker names, and nothing else.
@@ -19,11 +19,14 @@ def seconds(
   All but those named below send their bytes around rings along all sides of the
   torus at once (lines, where a side does not close). What goes from everybody
   to everybody is as slow as the links that the two halves of the longest side
-  are joined by. Through a switch each device sends by all its links.
+  are joined by. Within a node each GPU sends by all its links, and at the same
+  time to other nodes what `Collective.between_bytes` says.
   """
   chip, sent = topology.chip, collective.wire_bytes
   if not chip.axes:
-    return sent / (chip.link_rate * chip.links)
+    between = collective.between_bytes
+    inside = (sent - between) / (chip.link_rate * chip.links)
+    return max(inside, between / chip.gpu.network_rate)
   # One of the groups of devices that exchange.
   axes = mesh.axis_names if collective.axes is None else collective.axes
   group = mesh.devices[

@@ -8,6 +8,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,9 @@ from moejax.planning.chips import Topology
 from moejax.training import cost, processes, session, state, step
 
 REPEATS = 3
+# Seconds that it takes to start a kernel, and a collective, as XLA's own model
+# of a GPU has them (openxla/xla, gpu_performance_model_base.h).
+KERNEL, COLLECTIVE = 1e-6, 5e-6
 
 
 class Memory(NamedTuple):
@@ -46,14 +50,15 @@ class Estimate(NamedTuple):
   """Seconds of a step, if every part ran as fast as the chip's maker says.
 
   Every instruction takes the time of its products or of its bytes, whichever is
-  longer (a roofline); collectives come on top, as if nothing ran beside them.
-  What a scheduler overlaps makes it less; small products, short loops and
-  waiting make it more.
+  longer (a roofline); collectives and, on a GPU, starting kernels come on top,
+  as if nothing ran beside them. What a scheduler overlaps makes it less; small
+  products, short loops and waiting make it more.
   """
 
   matrix: float  # Of instructions that matrix units bound.
   memory: float  # Of those that memory bounds.
   network: float  # Of collectives.
+  launches: float = 0.0  # Of starting a GPU's kernels.
 
   @property
   def seconds(self) -> float:
@@ -62,7 +67,7 @@ class Estimate(NamedTuple):
 
   @property
   def bound(self) -> str:
-    """Which of the three takes longest."""
+    """Which of them takes longest."""
     return max(self._fields, key=lambda name: getattr(self, name))
 
 
@@ -81,6 +86,8 @@ class Plan(NamedTuple):
   experts_share: float  # The experts' part of them.
   ops_per_io: float | None  # As of `cost.Count`.
   flops: int  # Of one device in a step, of the compiled program.
+  bytes: int  # That it reads from its memory and writes to it.
+  launches: int | None  # Kernels that it starts; None where it is no GPU.
   # Whether the lengths of all loops are known; else FLOPs, collectives and
   # estimate are the least there may be.
   is_bounded: bool
@@ -165,14 +172,14 @@ def make(
     )
   lowered = session.lower(parts)
   begin = time.monotonic()
-  compiled, text, needs, limit = _compile(lowered)
+  compiled, text, needs, limit = _compile(lowered, topology.options)
   took = time.monotonic() - begin
   if topology.is_here:
     needs += session.bytes_beside(parts)
   rest = needs - parameters - optimizer
   memory = Memory(parameters, optimizer, rest, limit or has)
   runs = topology.is_here and compiled is not None and memory.fits
-  found = collectives.read(text, parts.mesh)
+  found = collectives.read(text, parts.mesh, topology.node)
   done = list(work.instructions(text))
   count = cost.count(experiment, vocab_size)
   positions = {n: math.prod(a.shape) for n, a in parts.shapes.items()}
@@ -190,6 +197,8 @@ def make(
     experts_share=cost.experts_share(experiment, vocab_size, count),
     ops_per_io=count.ops_per_io,
     flops=sum(each.flops for each in done),
+    bytes=sum(each.bytes for each in done),
+    launches=sum(e.launches for e in done) if chip and chip.gpu else None,
     is_bounded=all(each.is_bounded for each in done),
     collectives=found,
     estimate=chip and estimate(done, found, topology, parts.mesh),
@@ -201,15 +210,18 @@ def make(
 
 
 def _compile(
-  lowered: jax.stages.Lowered,
+  lowered: jax.stages.Lowered, options: Mapping[str, Any]
 ) -> tuple[jax.stages.Compiled | None, str, int, int | None]:
   """Compiles; returns the program, its text, and the bytes that it needs.
 
-  A TPU's compiler refuses a program that does not fit, but leaves its text:
-  then there is no program, and the last number is how many bytes there are.
+  The options are those of `Topology`. A TPU's compiler refuses a program that
+  does not fit, but leaves its text: then there is no program, and the last
+  number is how many bytes there are.
   """
   with tempfile.TemporaryDirectory() as folder:
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    # A GPU's compiler would write a file for every kernel.
+    if not options:
+      options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     compiled = refused = None
     try:
       compiled = lowered.compile(compiler_options=options)
@@ -251,7 +263,11 @@ def estimate(
   exchanged = sum(
     network.seconds(each, topology, mesh) * each.times for each in found
   )
-  return Estimate(matrix, memory, exchanged)
+  launches = 0.0
+  if topology.chip.gpu:
+    launches = KERNEL * sum(each.launches for each in done)
+    launches += (COLLECTIVE - KERNEL) * sum(each.times for each in found)
+  return Estimate(matrix, memory, exchanged, launches)
 
 
 def _measure(compiled: jax.stages.Compiled, parts: session.Session) -> float:

@@ -28,7 +28,8 @@ def text(outcomes: Sequence[Outcome]) -> str:
   columns = [_cells(each) for each in outcomes]
   names = list(dict.fromkeys(name for each in columns for name in each))
   lines = [[name, *(each.get(name, "-") for each in columns)] for name in names]
-  sent = [["layout", "collective", "over", "a step", "each sends", "in all"]]
+  sent = ["layout", "collective", "over", "a step", "each sends", "in all"]
+  sent = [[*sent, "to other nodes"]]
   trouble = []
   for each in outcomes:
     where = f"{_name(each, [])} on {each.topology}"
@@ -48,6 +49,13 @@ def text(outcomes: Sequence[Outcome]) -> str:
         f"{where}: loops of unknown length, as over sorted rows, count once:"
         " FLOPs and time are more than the table says."
       )
+  if not any(
+    found.between_bytes
+    for each in outcomes
+    if isinstance(each, Plan)
+    for found in each.collectives
+  ):
+    sent = [row[:-1] for row in sent]
   tables = [_aligned(each) for each in (lines, sent) if len(each) > 1]
   return "\n\n".join([*tables, *trouble])
 
@@ -161,12 +169,18 @@ def _cells(outcome: Outcome) -> dict[str, str]:
     "fits": "yes" if memory.fits else "no",
     "FLOPs": with_prefix(outcome.flops),
     "over the model's": f"{outcome.flops / outcome.model_flops:.2f}",
+    "bytes of memory moved": f"{with_prefix(outcome.bytes)}B",
     "experts, of the model's": f"{outcome.experts_share:.1%}",
   }
   if outcome.ops_per_io:
     cells["ops per number to or from experts"] = f"{outcome.ops_per_io:,.0f}"
   if estimate:
-    for name in estimate._fields:
+    fields = estimate._fields
+    if outcome.launches is None:
+      fields = fields[:-1]
+    else:
+      cells["kernels launched"] = f"{outcome.launches:,}"
+    for name in fields:
       cells[f"ms {name}"] = f"{1e3 * getattr(estimate, name):,.1f}"
     cells |= {
       "ms a step, estimated": f"{1e3 * estimate.seconds:,.1f}",
@@ -182,16 +196,17 @@ def _cells(outcome: Outcome) -> dict[str, str]:
 
 def _collectives(plan: Plan) -> list[list[str]]:
   """Adds up the collectives of a kind and of axes, the largest first."""
-  times, sent = collections.Counter(), collections.Counter()
+  times, sent, between = (collections.Counter() for _ in range(3))
   for each in plan.collectives:
     axes = "groups of no axis" if each.axes is None else " ".join(each.axes)
     times[each.kind, axes] += each.times
     sent[each.kind, axes] += each.times * each.wire_bytes
+    between[each.kind, axes] += each.times * each.between_bytes
   rows = []
   for key, total in sent.most_common():
     n = times[key]
-    each, all_of_them = with_prefix(total // n), with_prefix(total)
-    rows.append([*key, f"{n:,}", f"{each}B", f"{all_of_them}B"])
+    sizes = (total // n, total, between[key])
+    rows.append([*key, f"{n:,}", *(f"{with_prefix(each)}B" for each in sizes)])
   return rows
 
 

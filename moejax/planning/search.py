@@ -5,8 +5,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-
 from moejax import config as config_lib
 from moejax import config_fields, sharding, terminal
 from moejax.planning import chips, report
@@ -33,9 +31,6 @@ def run(
   Errors as of `chips.find`; ValueError also where nothing can be or, after all
   else, where nothing fits that was to be suggested.
   """
-  if topologies:
-    # Else JAX looks for a TPU as well, and its compiler complains of none.
-    jax.config.update("jax_platforms", "cpu")
   # Before anything else asks for a device.
   found = [chips.find(name) for name in topologies or [""]]
   if suggests and names:
@@ -47,8 +42,8 @@ def run(
     if topology.chip is None:
       raise ValueError(
         f"the speed of a device of {topology.name} is unknown, so there is no"
-        " fastest layout to suggest; give --topology of a TPU, such as"
-        " v5e:4x4."
+        " fastest layout to suggest; give --topology of a TPU or GPU,"
+        " such as v5e:4x4 or h100:8."
       )
   known = layouts(experiment)
   names = [config_fields.one_of(each, known, "--layout") for each in names]

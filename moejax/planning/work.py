@@ -21,6 +21,9 @@ class Work(NamedTuple):
   # chip, `S(1)` in its layout, costs nothing, and no array is padded.
   bytes: int
   is_bounded: bool  # As of `hlo.Run`.
+  # Kernels, copies and collectives that a GPU's host starts; a sort, or a
+  # library, counts as one.
+  launches: int = 0
 
 
 def instructions(text: str) -> Iterator[Work]:
@@ -41,18 +44,19 @@ def instructions(text: str) -> Iterator[Work]:
     if run.op.kind == "ragged-all-to-all"
   ]
   rows, buffer = map(sum, zip(*sides, strict=True)) if sides else (1, 1)
-  flops = moved = 0
+  flops = moved = launches = 0
   is_bounded = True
   for run in runs:
     if not run.is_part:
-      yield Work(flops, moved, is_bounded)
+      yield Work(flops, moved, is_bounded, launches)
       flops, is_bounded = 0, True
       moved = run.times * _moved(run.op)
+      launches = 0 if _is_free(run.op) else run.times
     if of_op := _FLOPS.get(run.op.opcode):
       filled = rows / buffer if _COST in run.op.rest else 1
       flops += run.times * round(filled * of_op(run.op))
     is_bounded &= run.is_bounded
-  yield Work(flops, moved, is_bounded)
+  yield Work(flops, moved, is_bounded, launches)
 
 
 # -- products -----------------------------------------------------------------
@@ -161,9 +165,13 @@ _IN_PLACE = {
 _VIEWS = ("bitcast", "reshape")
 
 
+def _is_free(op: Op) -> bool:
+  return op.opcode in _FREE or op.opcode.endswith(("-done", "-update"))
+
+
 def _moved(op: Op) -> int:
   """Returns the bytes that an instruction reads and writes."""
-  if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")):
+  if _is_free(op):
     return 0
   made_by = op.called[0].root if op.kind == "fusion" else op
   if re.search(_NOTHING, made_by.rest):

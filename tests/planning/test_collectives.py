@@ -78,6 +78,59 @@ def test_each_kind_with_its_bytes_and_axes(axes):
   ]
 
 
+GROUPS = {
+  # Devices 0 to 3 are a node and 4 to 7 another: of a row of eight, a device
+  # sends 1 of 7 parts to the other by a ring, 4 of 7 where all exchange.
+  "{{0,1,2,3,4,5,6,7}}": (1 / 7, 4 / 7),
+  "{{0,1,2,3},{4,5,6,7}}": (0, 0),
+  "{{0,4},{1,5},{2,6},{3,7}}": (1, 1),
+  "[4,2]<=[8]": (0, 0),
+  # Two of each node: 1 of 3 parts, and 2.
+  "{{0,1,4,5},{2,3,6,7}}": (1 / 3, 2 / 3),
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_what_goes_to_other_nodes(groups):
+  text = f"""
+ENTRY %main (x: f32[840]) -> f32[840] {{
+  %x = f32[840]{{0}} parameter(0)
+  %r = f32[840]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add
+  %g = f32[840]{{0}} all-gather(%x), replica_groups={groups}, dimensions={{0}}
+  ROOT %a = f32[840]{{0}} all-to-all(%x), replica_groups={groups}
+}}
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}}
+"""
+  ring, exchange = GROUPS[groups]
+  found = collectives.read(text, mesh(), node=4)
+  shares = [each.between_bytes / each.wire_bytes for each in found]
+  assert shares == pytest.approx([ring, ring, exchange], abs=1e-3)
+  # On one node of eight, and where nobody asks.
+  for node in (8, None):
+    found = collectives.read(text, mesh(), node)
+    assert [each.between_bytes for each in found] == [0, 0, 0]
+  # By the devices' own numbers, in whatever order the mesh has them.
+  mixed = mesh(devices=[jax.devices()[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)])
+  if groups == "[4,2]<=[8]":
+    assert collectives.read(text, mixed, 4)[0].between_bytes > 0
+
+
+@pytest.mark.parametrize("pair, share", [("{0,1}", 0), ("{3,4}", 1)])
+def test_a_permutation_goes_to_other_nodes_if_a_pair_does(pair, share):
+  text = f"""
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %p = f32[8]{{0}} collective-permute(%x), source_target_pairs={{{pair}}}
+}}
+"""
+  (found,) = collectives.read(text, mesh(), node=4)
+  assert found.between_bytes == share * found.wire_bytes > -1
+
+
 def test_several_arrays_and_smaller_numbers():
   def fn(x):
     eights = jax.lax.all_gather(x.astype(jnp.int8), "model", tiled=True)

@@ -79,8 +79,21 @@ def test_parts_of_a_torus(axes, links):
   assert got == pytest.approx(SENT / (links * chips.CHIPS["v5p"].link_rate))
 
 
-def test_through_a_switch_all_links_carry():
-  where = chips.Topology("", [], chips.CHIPS["h100"], (8,), False)
-  what = Collective("all-to-all", "f32", 0, SENT, ("expert",), 1, True)
+@pytest.mark.parametrize(
+  "between, rate",
+  [
+    # By 18 links of 25 GB/s.
+    (0, 450e9),
+    # Half of it at 50 GB/s, and the other half meanwhile.
+    (SENT // 2, 100e9),
+    # So much that both take as long.
+    (SENT // 10, 500e9),
+    (SENT // 100, 450e9 / 0.99),
+  ],
+)
+def test_gpus_send_by_all_links_and_between_nodes(between, rate):
+  where = chips.Topology("", [], chips.CHIPS["h100"], (2, 4), False)
+  axes = ("expert",)
+  what = Collective("all-to-all", "f32", 0, SENT, axes, 1, True, between)
   mesh = jax.sharding.Mesh(jax.devices(), "expert")
-  assert network.seconds(what, where, mesh) == pytest.approx(SENT / 450e9)
+  assert network.seconds(what, where, mesh) == pytest.approx(SENT / rate)

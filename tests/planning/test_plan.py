@@ -30,14 +30,14 @@ def tiny():
 
 @functools.cache
 def compiled():
-  return COMPILE(session.lower(session.build(tiny(), VOCABULARY)))
+  return COMPILE(session.lower(session.build(tiny(), VOCABULARY)), {})
 
 
 @functools.cache
 def on(name, chip=None):
   """The plan for 8 CPU devices, which is compiled once."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plan, "_compile", lambda lowered: compiled())
+    patch.setattr(plan, "_compile", lambda *_: compiled())
     found = chips.find(name)._replace(chip=chip)
     return plan.make(tiny(), VOCABULARY, found)
 
@@ -111,15 +111,18 @@ def test_an_estimate_is_a_roofline():
   where = chips.find("")._replace(chip=H100)
   mesh = jax.sharding.Mesh(jax.devices(), "e")
   done = [
-    Work(round(5e-3 * 989e12), round(4e-3 * 3350e9), True),
-    Work(round(1e-3 * 989e12), round(2e-3 * 3350e9), True),
+    Work(round(5e-3 * 989e12), round(4e-3 * 3350e9), True, 1),
+    Work(round(1e-3 * 989e12), round(2e-3 * 3350e9), True, 4),
   ]
   sent = Collective(
     "all-to-all", "f32", 0, round(4e-3 * 450e9), ("e",), 3, True
   )
   found = plan.estimate(done, [sent], where, mesh)
-  assert found == pytest.approx((5e-3, 2e-3, 12e-3))
-  assert found.seconds == pytest.approx(19e-3) and found.bound == "network"
+  # Three collectives of 5 us and two kernels of 1 us.
+  assert found == pytest.approx((5e-3, 2e-3, 12e-3, 17e-6))
+  assert found.seconds == pytest.approx(19.017e-3) and found.bound == "network"
+  v5p = where._replace(chip=chips.CHIPS["v5p"], sides=(2, 2, 2))
+  assert plan.estimate(done, [], v5p, mesh).launches == 0
   got = here()
   assert got.words_per_second == got.words / got.estimate.seconds
   meanwhile = H100.flops * got.estimate.seconds
@@ -197,6 +200,8 @@ MADE = plan.Plan(
   experts_share=0.4,
   ops_per_io=1024.0,
   flops=3 * 10**12,
+  bytes=5 * 10**12,
+  launches=None,
   is_bounded=True,
   collectives=[
     Collective("all-gather", "f32", 0, 10**6, ("data",), 1, True),
@@ -236,6 +241,7 @@ def test_every_number_of_a_table_is_what_it_is_called():
     "fits": "yes",
     "FLOPs": "3 T",
     "over the model's": "1.50",
+    "bytes of memory moved": "5 TB",
     "experts, of the model's": "40.0%",
     "ops per number to or from experts": "1,024",
     "ms matrix": "3.0",
@@ -258,6 +264,24 @@ def test_every_number_of_a_table_is_what_it_is_called():
     ["expert", "all-reduce", "groups of no axis", "1", "1 kB", "1 kB"],
   ]
   assert refused == "fsdp on cpu:8: too large."
+
+
+def test_a_table_of_gpus_has_launches_and_what_goes_between_nodes():
+  across = MADE.collectives[1]._replace(between_bytes=10**6)
+  made = MADE._replace(
+    topology="h100:2x2",
+    launches=12_345,
+    estimate=plan.Estimate(0.003, 0.005, 0.002, 0.012),
+    collectives=[MADE.collectives[0], across],
+  )
+  table, sent = report.text([made, MADE]).split("\n\n")
+  cells = [re.split(r"  +", line) for line in table.splitlines()]
+  assert ["kernels launched", "12,345", "-"] in cells
+  assert ["ms launches", "12.0", "-"] in cells
+  assert ["bound by", "launches", "memory"] in cells
+  head, *rows = [re.split(r"  +", line) for line in sent.splitlines()]
+  assert head[-1] == "to other nodes"
+  assert [row[-1] for row in rows] == ["3 MB", "0 B", "0 B", "0 B", "0 B"]
 
 
 def test_a_table_says_what_does_not_fit_or_is_unknown():

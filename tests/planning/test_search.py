@@ -40,7 +40,7 @@ def made_up(config, vocab_size, topology, changes):
     changes,
     *(16, 1, 1),
     memory,
-    *(1.0, 0.5, 1.0, 1, True, [], estimate, 1, 0.0, 1e12, None),
+    *(1.0, 0.5, 1.0, 1, 1, None, True, [], estimate, 1, 0.0, 1e12, None),
   )
 
 

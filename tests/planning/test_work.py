@@ -18,7 +18,7 @@ TEXTS = pathlib.Path(__file__).parent / "texts"
 
 def total(text):
   """FLOPs, bytes, and whether all loops have a known length."""
-  flops, moved, bounded = zip(*work.instructions(text), strict=True)
+  flops, moved, bounded, _ = zip(*work.instructions(text), strict=True)
   return sum(flops), sum(moved), all(bounded)
 
 
@@ -164,6 +164,12 @@ def test_loops_count_all_their_rounds():
     assert (flops, is_bounded) == (rounds * 2 * N**3, True)
   # The last for a TPU, which does not say how long its loops are.
   assert total(text_of("tpu_loops"))[::2] == (54 * 2 * N**3, True)
+
+
+def test_a_gpus_host_starts_kernels_and_copies():
+  """Two copies and three kernels; five rounds of three kernels and a copy."""
+  done = work.instructions(text_of("gpu_loop"))
+  assert sum(each.launches for each in done) == 2 + 3 + 5 * (3 + 1)
 
 
 def test_a_loop_of_unknown_length_counts_once_and_says_so():
