@@ -491,6 +491,7 @@ def _plan(
   topology: Sequence[str] = (),
   layout: Sequence[str] = (),
   suggest: bool = False,
+  trace: str = "",
   out: str = "",
   changes=(),
 ) -> None:
@@ -503,14 +504,17 @@ def _plan(
     layout: names of layouts; the config's own by default.
     suggest: search all layouts, group sizes, capacities, microbatches and
       recompute.
+    trace: a run, or a routing trace of one, whose experts' load is taken in
+      place of an equal one.
     out: a folder for plan.json and plan.png.
   """
   from moejax import config as config_lib
-  from moejax.planning import search
+  from moejax.planning import load, search
 
   experiment = config_lib.parse(config_lib.load(config, changes))
+  busy = load.read(files.local(trace), experiment) if trace else None
   folder = files.local(out) if out else None
-  search.run(experiment, topology, layout, suggest, folder)
+  search.run(experiment, topology, layout, suggest, folder, busy)
 
 
 def _import(

@@ -34,7 +34,7 @@ KINDS = {
   "reduce-scatter": lambda b, n: b * (n - 1),
   "all-to-all": lambda b, n: b * (n - 1) // n,
   # Of b bytes to be sent. Only the running program knows where rows go; they
-  # count as if every device got as many.
+  # count as if every device got as many, or what the busiest gets and returns.
   "ragged-all-to-all": lambda b, n: b * (n - 1) // n,
   "collective-permute": lambda b, n: b,
 }
@@ -44,13 +44,15 @@ def read(
   text: str,
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
   node: int | None = None,
+  busiest: float = 1.0,
 ) -> list[Collective]:
   """Lists the collectives of a program compiled for a mesh, as its text orders.
 
   A node is so many devices by their ids; without the number there is only one.
   An asynchronous one counts once, and so does one that a TPU spreads over
   several fusions; both branches of a condition count; one of each device with
-  itself does not.
+  itself does not. The busiest device gets so many times the mean of the rows
+  that are sent to experts.
   ValueError where the program runs on another number of devices.
   """
   found, chains = [], set()
@@ -71,7 +73,7 @@ def read(
       kind, sent = "reduce-scatter", sent // size
     result = sent
     if kind == "ragged-all-to-all":
-      sent, _ = hlo.rows_and_buffer(op)
+      sent = round(busiest * hlo.rows_and_buffer(op)[0])
     wire = KINDS[kind](sent, size)
     between = wire * _share_between(kind, ids, mesh, node) if node else 0
     dtype = op.arrays[0].dtype

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 
 from moejax import config as config_lib
+from moejax import sharding
 from moejax.planning import collectives, network, work
+from moejax.planning import load as load_lib
 from moejax.planning.chips import Topology
 from moejax.training import cost, processes, session, state, step
 
@@ -97,6 +99,11 @@ class Plan(NamedTuple):
   compile_seconds: float  # How long compiling took here.
   peak_flops: float | None  # Of one chip; None where it is unknown.
   measured: float | None  # Seconds of a step that ran; None where none did.
+  # The load of the busiest device over the mean, where rows are sorted; then
+  # FLOPs, collectives and estimate are that device's.
+  busiest: float = 1.0
+  # The part of the memory for sorted rows that these fill; None without any.
+  filled: float | None = None
 
   @property
   def words_per_second(self) -> float | None:
@@ -145,12 +152,13 @@ def make(
   vocab_size: int,
   topology: Topology,
   changes: dict[str, Any] | None = None,
+  load: load_lib.Load | None = None,
 ) -> Outcome:
   """Compiles the training step of a config, and reads what it does.
 
   On devices at hand the step also runs, a few times, if it fits. What no
   compiler could make fit is refused before one tries for minutes. The changes
-  go into the plan.
+  go into the plan. The load of a run is taken in place of equally busy experts.
   ValueError where the layout does not divide the devices, or the config, or
   where the compiler cannot make a program of it.
   """
@@ -179,8 +187,14 @@ def make(
   rest = needs - parameters - optimizer
   memory = Memory(parameters, optimizer, rest, limit or has)
   runs = topology.is_here and compiled is not None and memory.fits
-  found = collectives.read(text, parts.mesh, topology.node)
-  done = list(work.instructions(text))
+  busiest = 1.0
+  if load is not None:
+    with sharding.use(parts.layout, parts.mesh):
+      over = sharding.split_over("expert")
+    busiest = load.busiest(sharding.num_parts(over, parts.mesh))
+  found = collectives.read(text, parts.mesh, topology.node, busiest)
+  done = list(work.instructions(text, busiest))
+  sorts = any(each.kind == "ragged-all-to-all" for each in found)
   count = cost.count(experiment, vocab_size)
   positions = {n: math.prod(a.shape) for n, a in parts.shapes.items()}
   target, source = cost.flops_per_word(experiment, vocab_size, count)
@@ -206,6 +220,8 @@ def make(
     compile_seconds=took,
     peak_flops=chip and chip.flops,
     measured=_measure(compiled, parts) if runs else None,
+    busiest=busiest if sorts else 1.0,
+    filled=work.filled(text, busiest) if sorts else None,
   )
 
 

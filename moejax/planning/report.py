@@ -172,6 +172,9 @@ def _cells(outcome: Outcome) -> dict[str, str]:
     "bytes of memory moved": f"{with_prefix(outcome.bytes)}B",
     "experts, of the model's": f"{outcome.experts_share:.1%}",
   }
+  if outcome.filled is not None:
+    cells["busiest device, of the mean"] = f"{outcome.busiest:.2f}"
+    cells["rows it fills, of those set aside"] = f"{outcome.filled:.1%}"
   if outcome.ops_per_io:
     cells["ops per number to or from experts"] = f"{outcome.ops_per_io:,.0f}"
   if estimate:

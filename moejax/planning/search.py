@@ -8,6 +8,7 @@ from typing import Any
 from moejax import config as config_lib
 from moejax import config_fields, sharding, terminal
 from moejax.planning import chips, report
+from moejax.planning import load as load_lib
 from moejax.planning import plan as plan_lib
 from moejax.planning.plan import Outcome, Plan, Refusal, with_prefix
 
@@ -22,12 +23,14 @@ def run(
   names: Sequence[str],
   suggests: bool,
   out: pathlib.Path | None = None,
+  load: load_lib.Load | None = None,
 ) -> list[Outcome]:
   """Plans, prints tables, writes files into a folder; returns all it tried.
 
   Without topologies (names as of `chips.find`) it plans for the devices at
   hand, without names of layouts for the config's own; to suggest is to search
-  for the fastest layout that fits, on each topology.
+  for the fastest layout that fits, on each topology. The load of a run is taken
+  in place of equally busy experts.
   Errors as of `chips.find`; ValueError also where nothing can be or, after all
   else, where nothing fits that was to be suggested.
   """
@@ -51,10 +54,10 @@ def run(
   for topology in found:
     about = experiment, vocab_size, topology
     if suggests:
-      tried = list(suggest(*about))
+      tried = list(suggest(*about, load))
     else:
       choices = [known[name] for name in names or list(known)[:1]]
-      tried = [attempt(*about, {"config.layout": c}) for c in choices]
+      tried = [attempt(*about, {"config.layout": c}, load) for c in choices]
     by_topology.append(tried)
   shown = outcomes = sum(by_topology, [])
   if suggests:
@@ -94,6 +97,7 @@ def attempt(
   vocab_size: int,
   topology: chips.Topology,
   changes: dict[str, Any],
+  load: load_lib.Load | None = None,
 ) -> Outcome:
   """Plans a config with other values, by name, or says why that cannot be."""
   changed = config_lib.changed(experiment, changes)
@@ -111,7 +115,7 @@ def attempt(
       if fit != together:
         shown |= {f"{path}.groups_together": fit}
         changed = config_lib.changed(changed, shown)
-    return plan_lib.make(changed, vocab_size, topology, shown)
+    return plan_lib.make(changed, vocab_size, topology, shown, load)
   except ValueError as error:
     return Refusal(topology.name, layout, shown, str(error))
 
@@ -137,7 +141,10 @@ def groups(experiment: config_lib.Experiment) -> int:
 
 
 def suggest(
-  experiment: config_lib.Experiment, vocab_size: int, topology: chips.Topology
+  experiment: config_lib.Experiment,
+  vocab_size: int,
+  topology: chips.Topology,
+  load: load_lib.Load | None = None,
 ) -> Iterator[Outcome]:
   """Yields all that is tried in search of the fastest estimate that fits.
 
@@ -150,8 +157,9 @@ def suggest(
   tried = []
 
   def look(changes):
-    tried.append((attempt(experiment, vocab_size, topology, changes), changes))
-    return tried[-1][0]
+    outcome = attempt(experiment, vocab_size, topology, changes, load)
+    tried.append((outcome, changes))
+    return outcome
 
   for choice in layouts(experiment).values():
     changes = {"config.layout": choice}

@@ -26,7 +26,7 @@ class Work(NamedTuple):
   launches: int = 0
 
 
-def instructions(text: str) -> Iterator[Work]:
+def instructions(text: str, busiest: float = 1.0) -> Iterator[Work]:
   """Yields the work of each instruction that is not a part of another.
 
   Both branches of a condition count. A fusion reads what it takes and writes
@@ -34,16 +34,10 @@ def instructions(text: str) -> Iterator[Work]:
   sliced only the slices are read, and of one that is changed in place only
   the changes are written, as in the scans of JAX. A kernel's products are
   those that it was declared with; where sorted rows are sent to their experts,
-  they count not for the whole buffer but for as many rows as each device gets
-  if all experts are equally busy.
+  they count not for the whole buffer but for the rows that are `filled`.
   """
   runs = hlo.runs(text)
-  sides = [
-    hlo.rows_and_buffer(run.op)
-    for run in runs
-    if run.op.kind == "ragged-all-to-all"
-  ]
-  rows, buffer = map(sum, zip(*sides, strict=True)) if sides else (1, 1)
+  rows = filled(text, busiest)
   flops = moved = launches = 0
   is_bounded = True
   for run in runs:
@@ -53,10 +47,25 @@ def instructions(text: str) -> Iterator[Work]:
       moved = run.times * _moved(run.op)
       launches = 0 if _is_free(run.op) else run.times
     if of_op := _FLOPS.get(run.op.opcode):
-      filled = rows / buffer if _COST in run.op.rest else 1
-      flops += run.times * round(filled * of_op(run.op))
+      part = rows if _COST in run.op.rest else 1
+      flops += run.times * round(part * of_op(run.op))
     is_bounded &= run.is_bounded
   yield Work(flops, moved, is_bounded, launches)
+
+
+def filled(text: str, busiest: float = 1.0) -> float:
+  """Returns the part of the buffers for sorted rows that a device fills.
+
+  That is 1 where no rows are sent. Each device gets as many rows as it has, the
+  busiest so many times as many.
+  """
+  sides = [
+    hlo.rows_and_buffer(run.op)
+    for run in hlo.runs(text)
+    if run.op.kind == "ragged-all-to-all"
+  ]
+  rows, buffer = map(sum, zip(*sides, strict=True)) if sides else (1, 1)
+  return min(1.0, busiest * rows / buffer)
 
 
 # -- products -----------------------------------------------------------------

@@ -14,7 +14,7 @@ import topology
 from moejax import config as config_lib
 from moejax import slots as slots_lib
 from moejax.models import softmax
-from moejax.planning import chips, plan, report, search
+from moejax.planning import chips, load, plan, report, search
 from moejax.planning.collectives import Collective
 from moejax.planning.work import Work
 from moejax.training import cost, session, state
@@ -180,6 +180,18 @@ def test_a_chip_that_is_not_there():
   assert got.flops == pytest.approx(got.model_flops, rel=0.1)
   found = [e for e in got.collectives if e.kind == "ragged-all-to-all"]
   assert len(found) == 4 and len({each.wire_bytes for each in found}) == 1
+  # The busiest device gets twice the rows, and has as many products more.
+  uneven = load.Load("", {"layers_1": np.array([[4, 2, 2, 2, 2, 2, 2, 0]])})
+  busy = plan.make(config(), VOCABULARY, chips.find("v5e:2x4"), load=uneven)
+  assert (got.busiest, busy.busiest) == (1, 2)
+  assert busy.filled == pytest.approx(2 * got.filled)
+  assert 0 < busy.filled <= 1
+  kernels = got.experts_share * got.model_flops
+  assert busy.flops - got.flops == pytest.approx(kernels, rel=0.1)
+  for before, after in zip(got.collectives, busy.collectives, strict=True):
+    times = 1 + (before.kind == "ragged-all-to-all")
+    assert after.wire_bytes == times * before.wire_bytes
+  assert busy.estimate.network > got.estimate.network
   # Of more chips of this kind the compiler refuses the same program.
   with pytest.raises(ValueError, match="of this step .* says: INTERNAL: .*all"):
     more = config(model__moe__num_experts=64)

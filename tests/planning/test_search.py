@@ -17,7 +17,7 @@ CHIP = chips.Topology(
 )
 
 
-def made_up(config, vocab_size, topology, changes):
+def made_up(config, vocab_size, topology, changes, load=None):
   """Memory falls with microbatches and recompute, which cost time."""
   layout = config.layout.name
   if layout == "data_expert":
@@ -142,7 +142,7 @@ def test_changes_leave_the_config_alone():
 def test_groups_of_tokens_are_together_in_a_replica(
   changes, parts, monkeypatch
 ):
-  def make(config, vocab_size, topology, changes):
+  def make(config, vocab_size, topology, changes, load=None):
     raise ValueError("what it was asked for is known")
 
   monkeypatch.setattr(plan, "make", make)

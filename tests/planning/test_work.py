@@ -129,6 +129,14 @@ def test_only_the_rows_of_a_ragged_buffer_count():
   out, back = collectives.read(text, mesh)
   assert out.wire_bytes == back.wire_bytes == rows * 3 // 4
   assert (out.bytes, back.bytes) == (buffer, rows)
+  assert work.filled(text) == 1 / 4
+  # The busiest of all devices cannot get more than there is room for.
+  for busiest, part in (1.5, 3 / 8), (9.0, 1):
+    assert work.filled(text, busiest) == part
+    flops = sum(each.flops for each in work.instructions(text, busiest))
+    assert flops == 4000 * part
+  out, _ = collectives.read(text, mesh, busiest=1.5)
+  assert out.wire_bytes == 1.5 * rows * 3 // 4
 
 
 # -- loops --------------------------------------------------------------------
