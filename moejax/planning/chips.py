@@ -198,7 +198,7 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{chip.kind}"
 """
-# CUB's radix sort would ask a device how much room it needs.
+# CUB's radix sort takes room that only a device tells; else a warning does.
 _NO_DEVICE = {"xla_gpu_enable_cub_radix_sort": False}
 
 
