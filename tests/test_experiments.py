@@ -40,7 +40,7 @@ def test_quick_run(name, tmp_path, runs, monkeypatch):
         yield runs / name
 
     monkeypatch.setattr(training, "folder", folder)
-  if name not in ("memory_137b", "sharding_layouts"):
+  if name not in ("memory_137b", "sharding_layouts", "todays_machines"):
     # As a plain machine has it: compiling for eight takes much longer.
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *_: devices[:1])
