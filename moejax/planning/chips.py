@@ -222,7 +222,7 @@ def _gpus(name: str, chip: Chip, sides: tuple[int, ...]) -> Topology:
     " JAX_PLATFORMS=cpu where JAX runs already"
   )
   if importlib.util.find_spec("jax_plugins") is None:
-    raise ModuleNotFoundError(missing)
+    raise ModuleNotFoundError(f"{missing}.")
   from jax.experimental import topologies
 
   feature = "feature_extension: ACCELERATED_FEATURES"
@@ -244,7 +244,7 @@ def _gpus(name: str, chip: Chip, sides: tuple[int, ...]) -> Topology:
     jax.jit(jnp.sin).lower(x).compile()
   except (RuntimeError, NotImplementedError) as error:
     said = str(error).partition("\n")[0]
-    raise ModuleNotFoundError(f"{missing} ({said})") from error
+    raise ModuleNotFoundError(f"{missing} ({said}).") from error
   return Topology(name, devices, chip, sides, False, _NO_DEVICE)
 
 
