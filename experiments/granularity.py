@@ -11,15 +11,15 @@ Result: to be measured.
 from experiments import figures, harness, training
 
 # Experts, those that a token visits, and width.
-GRAINS = {n: (n, n // 8, 2048 // n) for n in (8, 32, 128)}
+GRAINS = {str(n): (n, n // 8, 2048 // n) for n in (8, 32, 128)}
 SHARED = {False: "without a shared expert", True: "with one"}
 
 
-def rows(quick: bool) -> figures.Rows:
+def rows(quick: bool, grains: str = "") -> figures.Rows:
   """Yields a row per number of experts, without and with a shared one."""
   with training.folder("granularity", quick) as runs:
-    some = [GRAINS[32]] if quick else GRAINS.values()
-    for num_experts, k, hidden in some:
+    for name in harness.chosen(grains, GRAINS, ("32",) if quick else ()):
+      num_experts, k, hidden = GRAINS[name]
       for shared in SHARED:
         # Of a single expert that a token visits there is none to share.
         if shared and k == 1:
@@ -52,7 +52,7 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
     axes,
     "experts, of which an eighth is visited",
     "test perplexity per word",
-    tuple(GRAINS),
+    tuple(map(int, GRAINS)),
   )
   axes.margins(x=0.2)
   best = min(table, key=lambda row: row["test"])
@@ -64,4 +64,5 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
 
 
 if __name__ == "__main__":
-  harness.main("granularity", rows, draw)
+  grains = f"numbers of experts, of {', '.join(GRAINS)}, in place of all"
+  harness.main("granularity", rows, draw, 0, grains=grains)

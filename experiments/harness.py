@@ -38,6 +38,9 @@ from experiments.figures import RESULTS, Row
 from moejax import __main__ as program_lib
 from moejax import terminal
 
+# Options that choose among an experiment's rows.
+CHOICES = ("models", "factors", "grains")
+
 
 class Milliseconds(NamedTuple):
   """The median of all repeats, and the one that was disturbed least."""
@@ -94,7 +97,9 @@ def main(
   """Runs an experiment: prints its table and writes `<name>.csv/.json/.png`.
 
   A quick run writes only where --out says: it never replaces a full one's
-  results. What is refused, by ValueError or OSError, ends in one sentence.
+  results. With --add the rows of other first cells stay, and what was noted of
+  them: an experiment of many long runs may be made in several calls. What is
+  refused, by ValueError or OSError, ends in one sentence.
 
   Args:
     name: the experiment's module, and the stem of its files.
@@ -103,8 +108,9 @@ def main(
     seed: recorded with the results, as are time and machine of this call.
     argv: the arguments; those of the command line by default.
     **options: further ones that take a text, and what they are. One that is
-      given becomes part of the files' stem: its results are others. Beside
-      "config" there may be --config.FIELD=VALUE, the `changes` of `rows`.
+      given becomes part of the files' stem: its results are others; but with
+      --add not one that chooses rows (`CHOICES`). Beside "config" there may be
+      --config.FIELD=VALUE, the `changes` of `rows`.
   """
   if argv is None:
     program_lib.take_huge_pages()
@@ -114,11 +120,16 @@ def main(
   parser.add_argument("--quick", action="store_true", help="small and rough")
   folder = "folder for the files (full runs: experiments/results)"
   parser.add_argument("--out", type=pathlib.Path, help=folder)
+  parser.add_argument(
+    "--add", action="store_true", help="keep the other rows of the results"
+  )
   for option, meaning in options.items():
     parser.add_argument(f"--{option}", default="", help=meaning)
   args, more = parser.parse_known_args(argv)
   given = {option: getattr(args, option) for option in options}
-  stem = "_".join([name, *filter(given.get, given)])
+  stem = "_".join(
+    [name, *(n for n in given if given[n] and not (args.add and n in CHOICES))]
+  )
   fields = [w for w in more if w.startswith("--config.") and "config" in given]
   if more != fields:
     parser.error(f"what are {' '.join(more)}? --help lists the options")
@@ -151,6 +162,12 @@ def main(
   }
   out.mkdir(parents=True, exist_ok=True)
   path = out / stem
+  if args.add and path.with_suffix(".csv").exists():
+    first = columns(table)[0]
+    made = {str(row[first]) for row in table}
+    before = figures.read(path.with_suffix(".csv"))
+    table = [row for row in before if str(row[first]) not in made] + table
+    about["before"] = json.loads(path.with_suffix(".json").read_text())
   with path.with_suffix(".csv").open("w", newline="") as file:
     writer = csv.DictWriter(file, columns(table), lineterminator="\n")
     writer.writeheader()

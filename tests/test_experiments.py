@@ -144,6 +144,32 @@ def test_files_are_where_options_say(tmp_path, monkeypatch):
     run("--text=missing")
 
 
+def test_rows_are_added_to_those_of_other_models(tmp_path):
+  ms = iter(range(9))
+
+  def rows(quick, models, size):
+    yield from ({"model": m, "ms": next(ms)} for m in models.split(","))
+
+  def run(*argv):
+    argv = [f"--out={tmp_path}", *argv]
+    about = {"models": "which", "size": "a number"}
+    harness.main("some", rows, lambda *_: "One", 0, argv, **about)
+
+  run("--models=1.5,b", "--add")
+  run("--models=c,1.5", "--add")
+  table = (tmp_path / "some.csv").read_text()
+  assert table == "model,ms\nb,1\nc,2\n1.5,3\n"
+  note = json.loads((tmp_path / "some.json").read_text())
+  assert "--models=c,1.5" in note["command"]
+  assert "--models=1.5,b" in note["before"]["command"]
+  # Of another size they are other results; so are those that are not added.
+  run("--models=c", "--size=2", "--add")
+  run("--models=c")
+  for stem in "some_size", "some_models":
+    assert "c," in (tmp_path / f"{stem}.csv").read_text()
+  assert (tmp_path / "some.csv").read_text() == table
+
+
 def test_times_are_those_of_each_in_turn(monkeypatch):
   clock = iter([0, 9, 0, 9, 0, 1, 10, 14, 20, 25, 30, 32, 40, 43, 50, 57])
   monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock) / 1e3)
