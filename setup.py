@@ -78,7 +78,9 @@ setuptools.setup(
     "Typing :: Typed",
   ],
   packages=setuptools.find_packages(include=["moejax", "moejax.*"]),
-  package_data={"moejax": ["py.typed", "analysis/report.html"]},
+  package_data={
+    "moejax": ["py.typed", "analysis/report.html", "measured_products.json"]
+  },
   python_requires=">=3.11",
   install_requires=[
     "absl-py",

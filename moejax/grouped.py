@@ -1,21 +1,27 @@
 """Rows sorted by group, each group with its own weights: what `ragged` needs.
 
-On a TPU the products are kernels (see kernels.py). Elsewhere
+On a TPU or GPU the products are kernels of some library (see kernels.py): for
+each, by direction and sizes, the one that was the fastest where it was measured
+(measured_products.json), else the first in an order. Elsewhere
 `jax.lax.ragged_dot` would multiply every row by every matrix, and so a loop
 goes over the groups: one group's rows through all its layers, while they are
 still in the cache, and as many rows as there are, to an eighth of the mean.
 """
 
 import functools
+import json
 import math
-from collections.abc import Callable
+import pathlib
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax import kernels, partition
+from moejax import kernels, partition, sharding
+from moejax.kernels import Backend, Sizes
 from moejax.slots import num_below
 
 # A group's rows go together in the least of these sizes that holds them, in
@@ -36,9 +42,35 @@ def grouped_dot(
   matrices: Float[Array, "E I O"],
   group_sizes: Int[Array, "E"],
   precision: jax.lax.Precision | None = None,
+  backend: str | None = None,
 ) -> Float[Array, "N O"]:
-  """Multiplies the first group_sizes[0] rows by matrices[0], and so on."""
-  return grouped(_product, matrices, rows, group_sizes, precision)
+  """Multiplies the first group_sizes[0] rows by matrices[0], and so on.
+
+  Args:
+    rows: sorted by group; those past the last group may hold anything.
+    matrices: one for each group; they are cast to the dtype of rows.
+    group_sizes: rows of each group; together no more than N.
+    precision: of the products; None is the device's own.
+    backend: one of BACKENDS, for the product and its gradients where it has
+      them; None is what suits the platform and the sizes.
+
+  Returns:
+    The products, zero past the last group. A group without rows leaves its
+    matrix a gradient of exactly zero.
+
+  Raises:
+    ValueError: a backend of another name, or not of this platform.
+  """
+  if backend is not None:
+    here = _platform()
+    known = [name for name, b in BACKENDS.items() if here in b.platforms]
+    if backend not in known:
+      what = "is not one" if backend not in BACKENDS else f"runs not on {here}"
+      raise ValueError(
+        f"backend {backend!r} {what}; take {' or '.join(known)}, which {here}"
+        " has, or None for what suits the sizes"
+      )
+  return grouped(_product, matrices, rows, group_sizes, precision, backend)
 
 
 def _product(matrix, rows, dot):
@@ -58,7 +90,7 @@ def grouped_sum(
   # It is what reaches the matrices backward through `grouped_dot`.
   shape = (group_sizes.size, rows.shape[1], values.shape[1])
   saved = (jnp.zeros_like(values, shape=shape), rows, group_sizes, ())
-  return _backward(_product, _EXACT, saved, values)[0]
+  return _backward(_product, _EXACT, None, saved, values)[0]
 
 
 grouped_sum.defvjp(
@@ -77,6 +109,7 @@ def grouped(
   rows: Float[Array, "N I"],
   group_sizes: Int[Array, "E"],
   precision: jax.lax.Precision | None = None,
+  backend: str | None = None,
 ) -> Float[Array, "N O"]:
   """Applies fn(weights, rows, dot) to the rows of each group.
 
@@ -90,6 +123,7 @@ def grouped(
     rows: zero past the last group.
     group_sizes: the first group_sizes[0] rows are of group 0, and so on.
     precision: of the products; None is the device's own.
+    backend: as of `grouped_dot`.
   """
   # Within `jax.shard_map` weights are the same on all devices and rows are not.
   # The sum over devices of the weights' gradient then comes after the loops.
@@ -98,31 +132,36 @@ def grouped(
   )
   if rows.shape[0] == 0:
     return fn(_index(weights, 0), rows, jnp.matmul)
-  return _grouped(fn, precision, weights, rows, group_sizes)
+  return _grouped(fn, precision, backend, weights, rows, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped(fn, precision, weights, rows, group_sizes):
-  return _forward(fn, precision, weights, rows, group_sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _grouped(fn, precision, backend, weights, rows, group_sizes):
+  return _forward(fn, precision, backend, weights, rows, group_sizes)[0]
 
 
-def _forward(fn, precision, *args):
-  y, products = jax.lax.platform_dependent(
-    *args,
-    tpu=functools.partial(_whole, fn, precision),
-    default=functools.partial(_loop, fn, precision),
-  )
+def _forward(fn, precision, backend, *args):
+  run = functools.partial(_by_platform, _whole, _loop, fn, precision, backend)
+  y, products = run(*args)
   return y, (*args, products)
 
 
-def _backward(fn, precision, saved, gradient):
-  slopes = jax.lax.platform_dependent(
-    *saved,
-    gradient,
-    tpu=functools.partial(_whole_backward, fn, precision),
-    default=functools.partial(_loop_backward, fn, precision),
-  )
+def _backward(fn, precision, backend, saved, gradient):
+  whole, loop = _whole_backward, _loop_backward
+  slopes = _by_platform(whole, loop, fn, precision, backend, *saved, gradient)
   return *slopes, None
+
+
+def _by_platform(whole, loop, fn, precision, backend, *args):
+  loop = functools.partial(loop, fn, precision)
+  if backend is not None:
+    run = functools.partial(whole, fn, precision, _platform(), backend)
+    return (loop if backend == "loop" else run)(*args)
+  tpu, cuda = (
+    functools.partial(whole, fn, precision, platform, None)
+    for platform in ("tpu", "cuda")
+  )
+  return jax.lax.platform_dependent(*args, tpu=tpu, cuda=cuda, default=loop)
 
 
 _grouped.defvjp(_forward, _backward)
@@ -176,21 +215,105 @@ def _pull_back(fn, weights, rows, products, gradient, by_rows, by_matrix):
 # -- all groups at once -------------------------------------------------------
 
 
-def _whole(fn, precision, weights, rows, group_sizes):
-  options = {"group_sizes": group_sizes, "precision": precision}
-  product = functools.partial(kernels.rows_by_matrix, **options)
+def _whole(fn, precision, platform, backend, weights, rows, group_sizes):
+  def product(rows, matrices):
+    args = rows, matrices, group_sizes
+    return _multiply("forward", platform, backend, precision, *args)
+
   return _record(fn, weights, rows, product)
 
 
 def _whole_backward(
-  fn, precision, weights, rows, group_sizes, products, gradient
+  fn,
+  precision,
+  platform,
+  backend,
+  weights,
+  rows,
+  group_sizes,
+  products,
+  gradient,
 ):
-  options = {"group_sizes": group_sizes, "precision": precision}
-  by_rows = functools.partial(
-    kernels.rows_by_matrix, transposed=True, **options
+  by_rows, by_matrix = (
+    lambda left, right, direction=direction: _multiply(
+      direction, platform, backend, precision, left, right, group_sizes
+    )
+    for direction in ("transposed", "gradient")
   )
-  by_matrix = functools.partial(kernels.rows_by_rows, **options)
   return _pull_back(fn, weights, rows, products, gradient, by_rows, by_matrix)
+
+
+def _multiply(direction, platform, backend, precision, left, right, sizes):
+  (N, I), dtype = left.shape, left.dtype.name
+  O = right.shape[1 if direction != "forward" else 2]
+  wanted = Sizes(direction, dtype, sizes.size, N, I, O)
+  chosen = choose(platform, wanted, backend)
+
+  # Under `jax.vmap` one product comes after the other: `jax.lax.ragged_dot` has
+  # no rule for matrices that all share, nor the kernels one for groups.
+  @jax.custom_batching.sequential_vmap
+  def run(left, right, sizes):
+    if direction == "gradient":
+      return chosen.rows_by_rows(left, right, sizes, precision)
+    is_transposed = direction == "transposed"
+    return chosen.rows_by_matrix(left, right, sizes, is_transposed, precision)
+
+  return run(left, right, sizes)
+
+
+def choose(
+  platform: str,
+  sizes: Sizes,
+  backend: str | None = None,
+  measured: Collection[Mapping[str, Any]] | None = None,
+) -> Backend:
+  """Returns the backend of a product; it says so once where one cannot be it.
+
+  Args:
+    platform: "cpu", "cuda" or "tpu".
+    sizes: of the product, and its direction.
+    backend: the one that is asked for; by default the one that was the fastest
+      on such a device for sizes of which none is more than twice or less than
+      half as large, and else the first of ORDER that can.
+    measured: rows as of measured_products.json; by default those of this file.
+  """
+  if backend is None:
+    rows = _measured() if measured is None else measured
+    kind = sharding.device_kind()
+    same = {"device": kind, "dtype": sizes.dtype, "direction": sizes.direction}
+    distances = {}
+    for row in rows:
+      if same.items() <= row.items():
+        ratios = [math.log2(row[n] / getattr(sizes, n)) for n in "ENIO"]
+        if max(map(abs, ratios)) <= 1:
+          distances[math.hypot(*ratios)] = row["backend"]
+    backend = distances[min(distances)] if distances else None
+  for name in (*([] if backend is None else [backend]), *ORDER[platform]):
+    if not (reason := BACKENDS[name].refuses(sizes)):
+      return BACKENDS[name]
+    # What a CPU traces for another platform it throws away.
+    if platform == _platform():
+      _say_once(
+        f"{name} cannot multiply {sizes.dtype} E={sizes.E} I={sizes.I}"
+        f" O={sizes.O} ({sizes.direction}): {reason}; another backend does"
+      )
+  raise ValueError(f"no backend of {platform} can multiply {sizes}")
+
+
+@functools.cache
+def _say_once(what):
+  warnings.warn(what, stacklevel=2)
+
+
+@functools.cache
+def _measured():
+  path = pathlib.Path(__file__).with_name("measured_products.json")
+  return json.loads(path.read_text())
+
+
+def _platform():
+  here = sharding.platform()
+  return "cuda" if here == "gpu" else here
 
 
 # -- one group after the other ------------------------------------------------
@@ -216,18 +339,21 @@ def _loop_backward(
   fn, precision, weights, rows, group_sizes, products, gradient
 ):
   dot = functools.partial(jnp.matmul, precision=precision)
+  # A group's parts are added up in float32, and rounded once.
+  wide = jnp.float32 if rows.dtype.itemsize < 4 else rows.dtype
 
   def body(carry, group, part, first):
     to_weights, to_rows = carry
     of_weights, of_rows = _pull_back(
       fn,
-      _index(weights, group),
-      part.take(rows),
-      [part.take(product) for product in products],
-      # Rows of other groups must not count here.
-      jnp.where(part.mine, part.take(gradient), 0),
-      lambda gradient, matrix: dot(gradient, matrix.T),
-      lambda rows, gradient: dot(rows.T, gradient),
+      jax.tree.map(lambda w: w.astype(wide), _index(weights, group)),
+      # Rows of other groups must not count here, and zero times NaN is not 0.
+      *jax.tree.map(
+        lambda a: jnp.where(part.mine, part.take(a), 0),
+        (rows, products, gradient),
+      ),
+      lambda gradient, matrix: dot(gradient, matrix.T.astype(rows.dtype)),
+      lambda rows, gradient: dot(rows.T, gradient, preferred_element_type=wide),
     )
 
     def add(total, slope):
@@ -238,8 +364,10 @@ def _loop_backward(
     to_weights = jax.tree.map(add, to_weights, of_weights)
     return to_weights, part.put(to_rows, of_rows)
 
-  zeros = jax.tree.map(jnp.zeros_like, (weights, rows))
-  return _sweep(len(rows), group_sizes, body, zeros)
+  sums = jax.tree.map(lambda w: jnp.zeros_like(w, dtype=wide), weights)
+  zeros = sums, jnp.zeros_like(rows)
+  to_weights, to_rows = _sweep(len(rows), group_sizes, body, zeros)
+  return jax.tree.map(lambda w: w.astype(rows.dtype), to_weights), to_rows
 
 
 def _index(weights, group):
@@ -311,3 +439,31 @@ def _sweep(num_rows, group_sizes, body, carry):
     return body(carry, group, part, False)
 
   return jax.lax.fori_loop(jnp.int32(0), total[-1], more, carry)
+
+
+# -- by name ------------------------------------------------------------------
+
+
+def _loop_by_matrix(rows, matrices, group_sizes, transposed, precision):
+  matrices = matrices.swapaxes(1, 2) if transposed else matrices
+  return _loop(_product, precision, matrices, rows, group_sizes)[0]
+
+
+def _loop_by_rows(rows, gradient, group_sizes, precision):
+  shape = (group_sizes.size, rows.shape[1], gradient.shape[1])
+  args = jnp.zeros_like(rows, shape=shape), rows, group_sizes, (), gradient
+  return _loop_backward(_product, precision, *args)[0]
+
+
+EVERYWHERE = ("cpu", "cuda", "tpu")
+BACKENDS = {
+  "loop": Backend(EVERYWHERE, lambda _: "", _loop_by_matrix, _loop_by_rows),
+  **kernels.BACKENDS,
+}
+# What is tried where nothing was measured. On a GPU `ragged_dot` multiplies all
+# rows by all matrices, as it does on a CPU; a loop does not.
+ORDER = {
+  "cpu": ("loop",),
+  "cuda": ("triton", "loop"),
+  "tpu": ("megablox", "loop"),
+}

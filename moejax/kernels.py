@@ -1,24 +1,94 @@
-"""Products of sorted rows with one matrix per group, on a TPU.
+"""Grouped products by library: what each can do, and how it keeps a contract.
 
-`jax.lax.ragged_dot`, as libtpu 0.0.52 compiles it for v5e, expands to a product
-of every row with every matrix. The kernels that come with JAX (megablox) do
-not; widths that are no multiple of a vector's lanes are left to the former.
+A grouped product multiplies rows sorted by group by the matrix of their group.
+There are three: `rows @ matrix`, `rows @ matrix.T` ("transposed"), and the sum
+of the outer products of a group's rows, which is its matrix's gradient. Rows
+past the last group may hold anything; what comes of them is zero, and so is
+the gradient of a group without rows. `moejax.testing.GroupedContract` tests
+it, and docs/grouped_products.md says what libraries leave to be mended here.
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-# Rows, then the two axes of a matrix, of a tile.
+# The products: forward, and the gradients of rows and of matrices.
+DIRECTIONS = ("forward", "transposed", "gradient")
+# Megablox: rows, then the two axes of a matrix, of a tile.
 _TILE_ROWS = 128
 _TILE_AXIS = 512
-_LANES = 128
+# Mosaic's kernel writes one branch for each group.
+_MOST_GROUPS = 64
 
 
-def _kernel(name: str, left, right, group_sizes, widths, precision, interpret):
-  """Calls a kernel that comes with JAX, whose own derivative is not needed."""
+class Sizes(NamedTuple):
+  """What is multiplied: E matrices, and N rows of widths I and O."""
+
+  direction: str  # One of DIRECTIONS.
+  dtype: str  # Of the rows.
+  E: int
+  N: int
+  I: int
+  O: int
+
+
+class Backend(NamedTuple):
+  """Grouped products of one library.
+
+  Where `refuses` is silent they keep the contract.
+  """
+
+  platforms: tuple[str, ...]  # Of "cpu", "cuda" and "tpu".
+  # Why it cannot multiply; "" where it can.
+  refuses: Callable[[Sizes], str]
+  # (rows, matrices, group_sizes, transposed, precision) -> rows
+  rows_by_matrix: Callable[..., jax.Array]
+  # (rows, gradient, group_sizes, precision) -> matrices
+  rows_by_rows: Callable[..., jax.Array]
+
+
+def _only(*dtypes: str) -> Callable[[Sizes], str]:
+  known = " and ".join(dtypes)
+  return lambda sizes: (
+    "" if sizes.dtype in dtypes else f"it multiplies {known} alone"
+  )
+
+
+def _zero_past(y, group_sizes):
+  past = jnp.arange(len(y), dtype=jnp.int32) >= group_sizes.sum()
+  return jnp.where(past[:, None], 0, y)
+
+
+# -- what XLA makes of it: rows times all matrices, on most platforms ----------
+
+
+def _ragged_by_matrix(rows, matrices, group_sizes, transposed, precision):
+  if transposed:
+    matrices = matrices.swapaxes(1, 2)
+  # Not every platform says what rows past the last group do.
+  rows = _zero_past(rows, group_sizes)
+  return jax.lax.ragged_dot(rows, matrices, group_sizes, precision)
+
+
+def _ragged_by_rows(rows, gradient, group_sizes, precision):
+  dims = jax.lax.RaggedDotDimensionNumbers(
+    (((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+  )
+  rows, gradient = (_zero_past(a, group_sizes) for a in (rows, gradient))
+  return jax.lax.ragged_dot_general(
+    rows, gradient, group_sizes, dims, precision
+  )
+
+
+# -- megablox, which comes with JAX --------------------------------------------
+
+
+def _megablox(name, left, right, group_sizes, widths, precision, **options):
   # Read where it is used: a CPU traces it, and then throws it away.
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
@@ -33,7 +103,7 @@ def _kernel(name: str, left, right, group_sizes, widths, precision, interpret):
     exact,
   ):
     return {"gmm": gmm, "tgmm": tgmm}[name](
-      left, right, group_sizes, left.dtype, tiles, interpret=interpret
+      left, right, group_sizes, left.dtype, tiles, **options
     )
 
 
@@ -41,59 +111,100 @@ def _whole_tiles(rows):
   return jnp.pad(rows, ((0, -rows.shape[0] % _TILE_ROWS), (0, 0)))
 
 
-def rows_by_matrix(
-  rows: Float[Array, "N I"],
-  matrices: Float[Array, "E M O"],
-  group_sizes: Int[Array, "E"],
-  transposed: bool = False,
-  interpret: bool = False,
-  precision: jax.lax.Precision | None = None,
-) -> Float[Array, "N out"]:
-  """Multiplies each group's rows by its matrix, or by its transpose."""
-  if transposed:
-    matrices = matrices.swapaxes(1, 2)
-  widths = matrices.shape[1:]
+def _megablox_by_matrix(
+  rows, matrices, group_sizes, transposed=False, precision=None, interpret=False
+):
+  """JAX's kernel for a TPU, which takes whole tiles of rows.
 
-  # Under `jax.vmap` one product comes after the other: `jax.lax.ragged_dot` has
-  # no rule for matrices that all share, nor the kernels one for groups.
-  @jax.custom_batching.sequential_vmap
-  def run(rows, matrices, group_sizes):
-    if any(width % _LANES for width in widths):
-      return jax.lax.ragged_dot(rows, matrices, group_sizes, precision)
-    args = _whole_tiles(rows), matrices, group_sizes
-    y = _kernel("gmm", *args, widths, precision, interpret)[: len(rows)]
-    # It leaves whatever was in memory past the last group.
-    past = jnp.arange(len(rows)) >= group_sizes.sum()
-    return jnp.where(past[:, None], 0, y)
-
-  return run(rows, matrices, group_sizes)
+  It leaves whatever was in memory past the last group.
+  """
+  widths = matrices.shape[1:][:: -1 if transposed else 1]
+  args = _whole_tiles(rows), matrices, group_sizes.astype(jnp.int32), widths
+  options = {"transpose_rhs": transposed, "interpret": interpret}
+  y = _megablox("gmm", *args, precision, **options)
+  return _zero_past(y[: len(rows)], group_sizes)
 
 
-def rows_by_rows(
-  rows: Float[Array, "N I"],
-  gradient: Float[Array, "N O"],
-  group_sizes: Int[Array, "E"],
-  interpret: bool = False,
-  precision: jax.lax.Precision | None = None,
-) -> Float[Array, "E I O"]:
-  """Sums the outer products of each group's rows: a matrix's gradient."""
-  widths = (rows.shape[1], gradient.shape[1])
+def _megablox_by_rows(
+  rows, gradient, group_sizes, precision=None, interpret=False
+):
+  """The gradient of `_megablox_by_matrix`."""
+  widths = rows.shape[1], gradient.shape[1]
+  left, right = _whole_tiles(rows).T, _whole_tiles(gradient)
+  args = left, right, group_sizes.astype(jnp.int32), widths, precision
+  return _megablox("tgmm", *args, interpret=interpret)
 
-  @jax.custom_batching.sequential_vmap
-  def run(rows, gradient, group_sizes):
-    if any(width % _LANES for width in widths):
-      dims = jax.lax.RaggedDotDimensionNumbers(
-        (((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-      )
-      return jax.lax.ragged_dot_general(
-        rows, gradient, group_sizes, dims, precision
-      )
-    left, right = _whole_tiles(rows).T, _whole_tiles(gradient)
-    args = left, right, group_sizes, widths
-    found = _kernel("tgmm", *args, precision, interpret)
-    # Nor does it write the gradient of a group without rows.
-    return jnp.where((group_sizes == 0)[:, None, None], 0, found)
 
-  return run(rows, gradient, group_sizes)
+# -- Mosaic's example for Hopper, which comes with JAX -------------------------
+
+_MOSAIC = {"block_m": 128, "block_n": 128, "block_k": 64}
+
+
+def _mosaic_refuses(sizes):
+  if sizes.direction == "gradient":
+    return "NaN of one group reaches other groups' gradients"
+  if sizes.E > _MOST_GROUPS:
+    return f"its kernel has a branch for each group, {_MOST_GROUPS} at most"
+  for name in ("I", "O"):
+    if getattr(sizes, name) % _MOSAIC["block_n"]:
+      return f"{name} is no multiple of {_MOSAIC['block_n']}"
+  return _only("bfloat16", "float16")(sizes)
+
+
+def _mosaic_by_matrix(rows, matrices, group_sizes, transposed=False, _=None):
+  """The kernel leaves whatever was in memory past the last group."""
+  from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+  (N, I), O = rows.shape, matrices.shape[1 if transposed else 2]
+  # It drops a cost estimate too: see triton.py.
+  with jax.named_scope(f"grouped_dot_N{N}_I{I}_O{O}"):
+    y = ragged_dot_mgpu.ragged_dot(
+      rows,
+      matrices,
+      group_sizes=group_sizes.astype(jnp.int32),
+      transpose_rhs=transposed,
+      max_concurrent_steps=4,
+      grid_block_n=1,
+      **_MOSAIC,
+    )
+  return _zero_past(y, group_sizes)
+
+
+# -- ours, by way of Triton ----------------------------------------------------
+
+
+def _triton_refuses(sizes):
+  try:
+    from moejax import triton  # noqa: F401
+  except ImportError as error:
+    return f"this JAX does not compile for Triton ({error})"
+  return _only("bfloat16", "float16", "float32")(sizes)
+
+
+def _triton(name):
+  def run(*args, **options):
+    from moejax import triton
+
+    return getattr(triton, name)(*args, **options)
+
+  return run
+
+
+BACKENDS = {
+  "megablox": Backend(
+    ("tpu",),
+    _only("bfloat16", "float32"),
+    _megablox_by_matrix,
+    _megablox_by_rows,
+  ),
+  "triton": Backend(
+    ("cuda",),
+    _triton_refuses,
+    _triton("rows_by_matrix"),
+    _triton("rows_by_rows"),
+  ),
+  "mosaic": Backend(("cuda",), _mosaic_refuses, _mosaic_by_matrix, None),
+  "ragged_dot": Backend(
+    ("cpu", "cuda", "tpu"), lambda _: "", _ragged_by_matrix, _ragged_by_rows
+  ),
+}

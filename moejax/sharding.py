@@ -177,6 +177,12 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+  """Returns the kind of the device that `platform` tells of."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (jax.devices()[0] if device is None else device).device_kind
+
+
 # -- while code is traced -----------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moejax import grouped, kernels
+from moejax import grouped
 
 N, I, O, E = 96, 3, 2, 3
 
@@ -115,18 +115,18 @@ def test_matches_the_loops_whatever_the_shape(sizes, num_rows):
   agree(sizes, got, loops(rows, matrices, sizes, out), rows)
 
 
-def on_tpu(*args, tpu, default):
-  return tpu(*args)
+@pytest.fixture
+def at_once(tpu, monkeypatch):
+  """All groups at once, as on a TPU, by a product that a CPU has too."""
+  if tpu:
+    monkeypatch.setitem(grouped.ORDER, "tpu", ("ragged_dot",))
+    on_tpu = lambda *args, tpu, **_: tpu(*args)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
 
 
 @pytest.mark.parametrize("tpu", [False, True])
-def test_products_and_sums_at_the_edges(tpu, monkeypatch):
-  """Sums are what matrices get backward, and their gradient what rows give.
-
-  A CPU can run what a TPU does as well, slowly.
-  """
-  if tpu:
-    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+def test_products_and_sums_at_the_edges(tpu, at_once):
+  """Sums are what matrices get backward, and their gradient what rows give."""
   fn = compiled()
 
   @jax.jit
@@ -188,9 +188,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("tpu", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_any_function_of_a_row(name, tpu, monkeypatch):
-  if tpu:
-    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+def test_any_function_of_a_row(name, tpu, at_once):
   fn, of_row = FUNCTIONS[name]
   sizes, num_rows = [9, 0, 10], 21
   rows, _, _ = draw(sizes, num_rows)
@@ -228,51 +226,3 @@ def test_any_function_of_a_row(name, tpu, monkeypatch):
     slopes,
     kinds.finite_differences(lambda at: (want(at) * out[:used]).sum(), at),
   )
-
-
-# -- the kernels of a TPU, interpreted -----------------------------------------
-
-# Rows and widths of the kernels, and rows of each group.
-ROWS, LANES, WIDE = 300, 128, 256
-SIZES = [[130, 0, 170], [0, 100, 28], [0, 0, 0]]
-rows_by_matrix = jax.jit(
-  functools.partial(kernels.rows_by_matrix, interpret=True),
-  static_argnames="transposed",
-)
-rows_by_rows = jax.jit(functools.partial(kernels.rows_by_rows, interpret=True))
-
-
-def integers(*shape, seed=0):
-  random = np.random.default_rng(seed)
-  return jnp.asarray(random.integers(-3, 4, shape), jnp.float32)
-
-
-# The last are too narrow for the kernels.
-@pytest.mark.parametrize(
-  "width, out", [(LANES, WIDE), (WIDE, LANES), (3, LANES)]
-)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("sizes", SIZES)
-def test_rows_by_matrix(sizes, transposed, width, out):
-  """Whole numbers, and so to the last bit; zero past the last group."""
-  rows = integers(ROWS, width)
-  matrices = integers(len(sizes), width, out, seed=1)
-  given = matrices.swapaxes(1, 2) if transposed else matrices
-  want = np.zeros((ROWS, out))
-  for n, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
-    want[n] = np.asarray(rows[n]) @ np.asarray(matrices[group])
-  sizes = jnp.asarray(sizes, jnp.int32)
-  got = rows_by_matrix(rows, given, sizes, transposed=transposed)
-  np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize("width, out", [(LANES, WIDE), (LANES, 3)])
-@pytest.mark.parametrize("sizes", SIZES)
-def test_rows_by_rows(sizes, width, out):
-  """A group without rows gets exactly zero."""
-  rows, gradient = integers(ROWS, width), integers(ROWS, out, seed=1)
-  want = np.zeros((len(sizes), width, out))
-  for n, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
-    want[group] += np.outer(rows[n], gradient[n])
-  got = rows_by_rows(rows, gradient, jnp.asarray(sizes, jnp.int32))
-  np.testing.assert_array_equal(got, want)

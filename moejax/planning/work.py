@@ -47,7 +47,8 @@ def instructions(text: str, busiest: float = 1.0) -> Iterator[Work]:
       moved = run.times * _moved(run.op)
       launches = 0 if _is_free(run.op) else run.times
     if of_op := _FLOPS.get(run.op.opcode):
-      part = rows if _COST in run.op.rest else 1
+      is_kernel = _COST in run.op.rest or _NAMED in run.op.rest
+      part = rows if is_kernel else 1
       flops += run.times * round(part * of_op(run.op))
     is_bounded &= run.is_bounded
   yield Work(flops, moved, is_bounded, launches)
@@ -127,13 +128,16 @@ def _of_call(op: Op) -> int:
   """Of a GPU's library, or of a kernel that says how many."""
   if _LIBRARY in op.rest:
     return _of_product(op)
-  said = re.search(_COST + r':\{[^}]*?"flops":"(\d+)"', op.rest)
-  return int(said[1]) if said else 0
+  if said := re.search(_COST + r':\{[^}]*?"flops":"(\d+)"', op.rest):
+    return int(said[1])
+  sizes = re.search(_NAMED + r"(\d+)_I(\d+)_O(\d+)", op.rest)
+  return 2 * math.prod(map(int, sizes.groups())) if sizes else 0
 
 
 _LIBRARY = 'custom_call_target="__cublas$'
-# What a kernel says of itself, in any order.
+# What a kernel says of itself, in any order; of one for a GPU its name is left.
 _COST = '"cost_estimate"'
+_NAMED = "grouped_dot_N"
 _FLOPS = {
   "convolution": _of_convolution,
   "custom-call": _of_call,

@@ -117,6 +117,22 @@ def test_products_by_a_library_of_gpus():
   assert total(older) == (*want, True)
 
 
+def test_a_kernel_of_a_gpu_tells_its_products_by_name():
+  text = """
+ENTRY %main (x: bf16[10,4], w: bf16[2,4,6]) -> bf16[10,6] {
+  %x = bf16[10,4]{1,0} parameter(0)
+  %w = bf16[2,4,6]{2,1,0} parameter(1)
+  ROOT %y = bf16[10,6]{1,0} custom-call(%x, %w), custom_call_target="a", \
+metadata={op_name="jit(f)/jvp(grouped_dot_N10_I4_O6)/pallas_call"}
+}
+"""
+  assert total(text) == (
+    2 * 10 * 4 * 6,
+    2 * (10 * 4 + 2 * 4 * 6 + 10 * 6),
+    True,
+  )
+
+
 def test_only_the_rows_of_a_ragged_buffer_count():
   """64 rows are sent to a kernel and back, in a buffer for 256."""
   text = text_of("tpu_ragged")

@@ -1,4 +1,4 @@
-"""Contracts: tests of a router, experts, a dispatch or a balance loss of yours.
+"""Contracts: tests of a router, experts, dispatch, loss or product of yours.
 
 A contract is a class of pytest tests; a subclass says what is tested:
 
@@ -25,6 +25,7 @@ from moejax import experts as experts_lib
 from moejax import gating
 from moejax import routing as routing_lib
 from moejax.routing import Assignment, Routing
+from moejax.testing.grouped import GroupedContract as GroupedContract
 
 # Groups and tokens in each, some of them padding; ids; experts where we choose.
 G, S, E = 2, 8, 4
