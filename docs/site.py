@@ -49,7 +49,9 @@ def modules(folder):
 PACKAGE = ROOT / "moejax"
 REFERENCE = {
   "The mixture": [
-    f"moejax.{name}" for name in MIXTURE if (PACKAGE / f"{name}.py").exists()
+    f"moejax.{name}"
+    for name in MIXTURE
+    if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
   ],
   **{
     init.parent.name.capitalize(): modules(init.parent)

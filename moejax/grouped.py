@@ -247,6 +247,10 @@ def _multiply(direction, platform, backend, precision, left, right, sizes):
   (N, I), dtype = left.shape, left.dtype.name
   O = right.shape[1 if direction != "forward" else 2]
   wanted = Sizes(direction, dtype, sizes.size, N, I, O)
+  # Kernels do not say over which axes of a mesh they vary, as a `jax.shard_map`
+  # of the user's own asks, but with check_vma=False.
+  if jax.typeof(left).manual_axis_type.varying:
+    backend = "loop"
   chosen = choose(platform, wanted, backend)
 
   # Under `jax.vmap` one product comes after the other: `jax.lax.ragged_dot` has

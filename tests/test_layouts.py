@@ -65,7 +65,6 @@ CASES = [
   ("copies", "dropless", "all-to-all"),
   ("data_expert", "sorted", "all-to-all"),
   ("expert_model", "sorted", "all-to-all"),
-  ("fsdp", "dropless", "all-to-all"),
 ]
 INVOLUNTARY = "Involuntary full rematerialization"
 
