@@ -3,7 +3,10 @@
 import contextlib
 import importlib
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -16,6 +19,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 # What experiments share, and what makes them text.
 OTHERS = {"__init__", "figures", "harness", "package_pairs"}
 OTHERS |= {"paper_tables", "training", "translating"}
+# A program of its own: `test_gpu_needs_five_packages`.
+OTHERS |= {"gpu"}
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - OTHERS)
 
 
@@ -142,6 +147,53 @@ def test_files_are_where_options_say(tmp_path, monkeypatch):
   # What is refused ends in one sentence.
   with pytest.raises(SystemExit, match="^experiments.some: there is no"):
     run("--text=missing")
+
+
+FIVE_PACKAGES = """
+import runpy, sys
+import flax.linen, jax, jaxtyping, numpy, optax
+
+class Refuse:
+  def find_spec(self, name, path=None, target=None):
+    top = name.split(".")[0]
+    own = {"moejax", *(each.split(".")[0] for each in sys.modules)}
+    if top not in own | sys.stdlib_module_names:
+      raise ModuleNotFoundError(f"it imports {name}")
+
+sys.meta_path.insert(0, Refuse())
+program, *sys.argv = sys.argv[1], sys.argv[1], *sys.argv[2:]
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+def test_gpu_needs_five_packages(tmp_path):
+  """What a machine with a GPU may lack; each part says what it found."""
+  program, out = FOLDER / "gpu.py", tmp_path / "rows.json"
+  command = [sys.executable, "-c", FIVE_PACKAGES, program, "--quick"]
+  run = subprocess.run(
+    [*command, f"--out={out}"],
+    env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+  )
+  assert run.returncode == 0, run.stderr
+  _, *rows = json.loads(out.read_text())
+  assert all(not row["fault"] for row in rows if row["part"] == "kit")
+  assert {row["model"] for row in rows if row["part"] == "step"} == {
+    "moe_256",
+    "transformer",
+  }
+  assert all(row["kernels"] > 0 for row in rows if row["part"] == "step")
+  (same,) = (row for row in rows if row["part"] == "repeats")
+  assert same["different"] == 0
+  layers = [row["layer"] for row in rows if row["part"] == "layer"]
+  assert layers == ["large product", "dense", "gather 1.25", "dropless"]
+  # Where there is no time each part says what it leaves out.
+  run = subprocess.run(
+    [*command, "--seconds=0"], capture_output=True, text=True, cwd=tmp_path
+  )
+  assert run.stdout.count("left_out=") == 3
 
 
 def test_rows_are_added_to_those_of_other_models(tmp_path):
