@@ -3,10 +3,10 @@
 Method: the load of every expert as `experiments.router_zoo` left it in its runs
 (--runs=FOLDER, three seeds), over the last tenth of training, and of the
 noisy gate over the first tenth, too. With it `moejax plan` takes the training
-step of configs/lm1b/moe_32.py, with sorted rows and without a capacity, on 8
-chips of a v5e, 4 experts on each; "even" is without. `busiest` is that device's
-load over the mean, of steps, mixtures and seeds; ms is an estimate. It needs
-libtpu.
+step of configs/transformer/noisy_top_k.py, made 1024 wide, in bfloat16, with
+sorted rows and without a capacity, on 8 chips of a v5e, 4 experts on each;
+"even" is without. `busiest` is that device's load over the mean, of steps,
+mixtures and seeds; ms is an estimate. It needs libtpu.
 
 Result: to be measured.
 """
@@ -20,6 +20,19 @@ from moejax.planning.load import Load
 from moejax.training import metrics
 
 GATES = ("noisy_top_k", "top_k", "switch")
+LARGE = (
+  "transformer/noisy_top_k",
+  {
+    "data.batch_size": 1024,
+    "model.dtype": "bfloat16",
+    "model.width": 1024,
+    "model.blocks.attention.num_heads": 16,
+    "model.blocks.dense.hidden": 4096,
+    "model.blocks.moe.experts.hidden": 1024,
+    "model.blocks.moe.dispatch": "ragged",
+    "model.blocks.moe.capacity_factor": None,
+  },
+)
 FIRST = "noisy_top_k, at first"
 DEVICES = 8
 
@@ -38,9 +51,7 @@ def rows(quick: bool, runs: str = "") -> figures.Rows:
     loads = {"even": None} | loads_of(folder)
   if not quick:
     topology = chips.find("v5e:2x4")
-    config = training.load("lm1b/moe_32")
-    config.model.moe.update({"dispatch": "ragged", "capacity_factor": None})
-    experiment = config_lib.parse(config)
+    experiment = config_lib.parse(training.load(*LARGE))
     vocab_size = config_lib.vocab_size(experiment)
   for gate, load in loads.items():
     busiest = load.busiest(DEVICES) if load else 1.0
