@@ -70,11 +70,8 @@ class Report:
 
 def kit(report: Report, quick: bool) -> None:
   """Holds every backend of this platform against loops in NumPy."""
-  platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
   many, rows, widths = (8, 24, (4, 6)) if quick else (256, 300, (128, 130))
-  for name, backend in grouped.BACKENDS.items():
-    if platform not in backend.platforms:
-      continue
+  for name in grouped.backends_here():
     if not report.has_time(part="kit", backend=name):
       return
     product = functools.partial(grouped.grouped_dot, backend=name)

@@ -303,8 +303,6 @@ def of_speed(quick: bool, path: pathlib.Path) -> figures.Rows:
   """Times the backends of this machine, and writes the fastest of each size."""
   table = []
   kind = jax.devices()[0].device_kind
-  platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-  here = [n for n, b in grouped.BACKENDS.items() if platform in b.platforms]
   sizes = (
     [(4, 64, 16, 8)]
     if quick
@@ -321,7 +319,7 @@ def of_speed(quick: bool, path: pathlib.Path) -> figures.Rows:
     )
     counts = jnp.full(E, N // E, jnp.int32)
     runs = {}
-    for name in here:
+    for name in grouped.backends_here():
       backend = grouped.BACKENDS[name]
       if not backend.refuses(wanted):
         fn = backend.rows_by_matrix

@@ -47,15 +47,18 @@ def _around(axis, rows, before, begin, size, begin_there, size_here):
   at = jnp.arange(before.shape[0], dtype=jnp.int32)[:, None]
   following = [(i, (i + 1) % n) for i in range(n)]
 
-  def take(carry, _):
-    result, (rows, *slices) = carry
+  def take(result, rows, *slices):
     first, number, to = (each.reshape(n, 1, -1)[me] for each in slices)
     inside = (at >= to) & (at < to + number)
     own = inside.argmax(axis=1)
     found = rows.at[at[:, 0] + (first - to)[0, own]].get(mode="clip")
-    result = jnp.where(inside.any(axis=1, keepdims=True), found, result)
-    passed = jax.lax.ppermute((rows, *slices), axis, following)
-    return (result, passed), None
+    return jnp.where(inside.any(axis=1, keepdims=True), found, result)
 
-  start = before, (rows, begin, size, begin_there)
-  return jax.lax.scan(take, start, length=n)[0][0]
+  def step(carry, _):
+    result, passed = carry
+    passed = jax.lax.ppermute(passed, axis, following)
+    return (take(result, *passed), passed), None
+
+  sent = rows, begin, size, begin_there
+  start = take(before, *sent), sent
+  return jax.lax.scan(step, start, length=n - 1)[0][0]

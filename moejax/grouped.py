@@ -62,8 +62,7 @@ def grouped_dot(
     ValueError: a backend of another name, or not of this platform.
   """
   if backend is not None:
-    here = _platform()
-    known = [name for name, b in BACKENDS.items() if here in b.platforms]
+    here, known = _platform(), backends_here()
     if backend not in known:
       what = "is not one" if backend not in BACKENDS else f"runs not on {here}"
       raise ValueError(
@@ -313,6 +312,12 @@ def _say_once(what):
 def _measured():
   path = pathlib.Path(__file__).with_name("measured_products.json")
   return json.loads(path.read_text())
+
+
+def backends_here() -> list[str]:
+  """Names the backends that the platform in use has."""
+  here = _platform()
+  return [name for name, each in BACKENDS.items() if here in each.platforms]
 
 
 def _platform():

@@ -173,14 +173,18 @@ def num_parts(over: Over, mesh: AnyMesh) -> int:
 
 def platform() -> str:
   """Returns what the code being traced will run on: "cpu", "gpu" or "tpu"."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+  return _device().platform
 
 
 def device_kind() -> str:
   """Returns the kind of the device that `platform` tells of."""
+  return _device().device_kind
+
+
+def _device() -> Any:
+  """Returns the device of the mesh in use, or the first one; it may be fake."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return (jax.devices()[0] if device is None else device).device_kind
+  return jax.devices()[0] if device is None else device
 
 
 # -- while code is traced -----------------------------------------------------

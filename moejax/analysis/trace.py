@@ -197,8 +197,9 @@ def replay(
   Errors as of `record` and `about`; ValueError also where the trace is of
   another text, of layers that the model has not, or decides what these cannot.
   """
+  told = about(trace)
   reader = Reader(workdir, split, files, layout)
-  for _ in reader.read(_decided(trace, reader)):
+  for _ in reader.read(_decided(trace, told, reader)):
     pass
   return reader.loss
 
@@ -228,14 +229,15 @@ def counterfactual(
   for choice in choices:
     if choice in ("training", "uniform") or re.fullmatch(r"k=[1-9]\d*", choice):
       continue
-    traces[choice] = files_lib.local(choice)
-    if not traces[choice].is_dir():
+    trace = files_lib.local(choice)
+    if not trace.is_dir():
       raise ValueError(
         f"unknown choice {choice!r}; give training, uniform, k=N, or a trace."
       )
+    traces[choice] = trace, about(trace)
   found, reader = {}, Reader(workdir, split, files, layout)
   # What is refused is refused before the text is read.
-  given = {name: _decided(trace, reader) for name, trace in traces.items()}
+  given = {name: _decided(*each, reader) for name, each in traces.items()}
   for choice in dict.fromkeys(("own", *choices)):
     k = int(choice[2:]) if choice.startswith("k=") else None
     reader.choose(k, choice == "training")
@@ -397,9 +399,8 @@ def _decisions(rows, layers, batch) -> dict[str, Assignment]:
   return found
 
 
-def _decided(trace, reader):
+def _decided(trace, told, reader):
   """Returns a trace's decisions about one batch after another, for `read`."""
-  told = about(trace)
   if told["text"] != reader.rows.digest:
     raise ValueError(f"{trace} is of another text; record this one.")
   reader.follow(told["layers"])

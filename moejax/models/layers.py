@@ -186,11 +186,10 @@ def _steps_on_gpu(dtype, z, keep, weights):
       y = _put(y, _project(m, weights.w_out, dtype), t)
     return saved, y
 
-  zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-  y = (
-    None if weights.w_out is None else zeros((*z.shape[:2], len(weights.w_rec)))
-  )
-  carry = zeros((*z.shape[:2], 6 * units)), y
+  y = None
+  if weights.w_out is not None:
+    y = jnp.zeros((*z.shape[:2], len(weights.w_rec)), jnp.float32)
+  carry = jnp.zeros((*z.shape[:2], 6 * units), jnp.float32), y
   saved, y = jax.lax.fori_loop(0, len(z), step, carry, unroll=_UNROLL)
   *gates, c, m = jnp.split(saved, 6, -1)
   c_before = jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]]) * keep_first
@@ -221,10 +220,8 @@ def _steps_back_on_gpu(dtype, dy, keep_next, saved, weights):
     done = _put(done, jnp.concatenate([dz, dc * _at(c_by_c, t)], -1), t)
     return done, dy_all
 
-  carry = (
-    jnp.zeros((*dy.shape[:2], 5 * units)),
-    None if y is None else jnp.zeros_like(y),
-  )
+  dy_all = None if y is None else jnp.zeros_like(y)
+  carry = jnp.zeros((*dy.shape[:2], 5 * units), jnp.float32), dy_all
   done, dy = jax.lax.fori_loop(0, len(dy), step, carry, unroll=_UNROLL)
   return done[:, :, : 4 * units], dy
 
