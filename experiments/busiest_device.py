@@ -53,11 +53,12 @@ def rows(quick: bool, runs: str = "") -> figures.Rows:
     topology = chips.find("v5e:2x4")
     experiment = config_lib.parse(training.load(*LARGE))
     vocab_size = config_lib.vocab_size(experiment)
+    program = plan.program(experiment, vocab_size, topology)
   for gate, load in loads.items():
     busiest = load.busiest(DEVICES) if load else 1.0
     row = {"gate": gate, "devices": DEVICES, "busiest": round(busiest, 2)}
     if not quick:
-      got = plan.make(experiment, vocab_size, topology, load=load)
+      got = plan.read(program, vocab_size, load=load)
       times = got.estimate._asdict() | {"step": got.estimate.seconds}
       row |= {f"{n}_ms": round(1e3 * each, 2) for n, each in times.items()}
       row["filled"] = round(got.filled, 3)

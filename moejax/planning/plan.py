@@ -120,6 +120,17 @@ def with_prefix(number: int) -> str:
   return f"{scaled:.3g} {prefixes[0]}"
 
 
+class Program(NamedTuple):
+  """A training step, compiled for devices that need not be there."""
+
+  parts: session.Session  # What it is a step of.
+  topology: Topology  # Those devices.
+  text: str  # Its instructions.
+  memory: Memory  # Of one device.
+  seconds: float  # How long compiling took here.
+  measured: float | None  # As of `Plan`.
+
+
 def make(
   experiment: config_lib.Experiment,
   vocab_size: int,
@@ -129,15 +140,26 @@ def make(
 ) -> Outcome:
   """Compiles the training step of a config, and reads what it does.
 
+  Arguments and errors are those of `program` and `read`.
+  """
+  made = program(experiment, vocab_size, topology)
+  if isinstance(made, Refusal):
+    return made._replace(changes=changes or {})
+  return read(made, vocab_size, changes, load)
+
+
+def program(
+  experiment: config_lib.Experiment, vocab_size: int, topology: Topology
+) -> Program | Refusal:
+  """Compiles the training step of a config.
+
   On devices at hand the step also runs, a few times, if it fits. What no
-  compiler could make fit is refused before one tries for minutes. The changes
-  go into the plan. The load of a run is taken in place of equally busy experts.
+  compiler could make fit is refused before one tries for minutes.
   ValueError where the layout does not divide the devices, or the config, or
   where the compiler cannot make a program of it.
   """
   parts = session.build(experiment, vocab_size, topology.devices)
-  chip, changes = topology.chip, changes or {}
-  has = int(chip.memory) if chip else None
+  has = int(topology.chip.memory) if topology.chip else None
   if topology.is_here:
     has = state.device_memory(topology.devices[0])
   parameters, optimizer = map(state.bytes_per_device, parts.abstract_state[1:])
@@ -148,9 +170,7 @@ def make(
       f" device, which has {with_prefix(has)}B; take more devices, or a layout"
       " that splits more."
     )
-    return Refusal(
-      topology.name, parts.layout.name, changes, reason, least, has
-    )
+    return Refusal(topology.name, parts.layout.name, {}, reason, least, has)
   lowered = session.lower(parts)
   begin = time.monotonic()
   compiled, text, needs, limit = _compile(lowered, topology.options)
@@ -160,6 +180,23 @@ def make(
   rest = needs - parameters - optimizer
   memory = Memory(parameters, optimizer, rest, limit or has)
   runs = topology.is_here and compiled is not None and memory.fits
+  measured = _measure(compiled, parts) if runs else None
+  return Program(parts, topology, text, memory, took, measured)
+
+
+def read(
+  made: Program,
+  vocab_size: int,
+  changes: dict[str, Any] | None = None,
+  load: load_lib.Load | None = None,
+) -> Plan:
+  """Reads what a compiled step does.
+
+  The changes go into the plan. The load of a run is taken in place of equally
+  busy experts.
+  """
+  parts, topology, text = made.parts, made.topology, made.text
+  experiment, chip = parts.experiment, topology.chip
   busiest = 1.0
   if load is not None:
     with sharding.use(parts.layout, parts.mesh):
@@ -175,11 +212,11 @@ def make(
   return Plan(
     topology=topology.name,
     layout=parts.layout.name,
-    changes=changes,
+    changes=changes or {},
     devices=len(topology.devices),
     inner=count.parameters,
     parameters=count.total,
-    memory=memory,
+    memory=made.memory,
     model_flops=flops / len(topology.devices),
     experts_share=cost.experts_share(experiment, vocab_size, count),
     ops_per_io=count.ops_per_io,
@@ -190,9 +227,9 @@ def make(
     collectives=found,
     estimate=chip and estimate(done, found, topology, parts.mesh),
     words=positions["mask"],
-    compile_seconds=took,
+    compile_seconds=made.seconds,
     peak_flops=chip and chip.flops,
-    measured=_measure(compiled, parts) if runs else None,
+    measured=made.measured,
     busiest=busiest if sorts else 1.0,
     filled=work.filled(text, busiest) if sorts else None,
   )
