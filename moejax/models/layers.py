@@ -8,6 +8,7 @@ is one matrix product over all steps.
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -164,66 +165,64 @@ def _steps_back(dtype, dy, keep_next, saved, weights):
 
 
 # A GPU is told of each kernel of each step, which takes it longer than most of
-# them run. XLA makes one of all that a step writes if that is a part of one
-# array; the next step then reads its state there. Of many steps in a round of
-# the loop only one counts rounds.
-_UNROLL = 8
+# them run. So a step writes nothing into the arrays of all steps, which would
+# be a kernel for each: a round of a few steps writes for all of them.
+_ROUND = 8
+
+
+def _by_rounds(step, carry, steps, reverse=False):
+  """Is `jax.lax.scan` of arrays [L ...], a few steps in a round of the loop."""
+  L = len(jax.tree.leaves(steps)[0])
+  size = max(n for n in range(1, _ROUND + 1) if L % n == 0)
+  order = range(size)[::-1] if reverse else range(size)
+
+  def one_round(carry, steps):
+    made = {}
+    for t in order:
+      carry, made[t] = step(carry, jax.tree.map(operator.itemgetter(t), steps))
+    made = [made[t] for t in range(size)]
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *made)
+
+  rounds = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), steps)
+  _, made = jax.lax.scan(one_round, carry, rounds, reverse=reverse)
+  return jax.tree.map(lambda a: a.reshape(L, *a.shape[2:]), made)
 
 
 def _steps_on_gpu(dtype, z, keep, weights):
-  units = len(weights.bias) // 4
-  z, keep_first = z + weights.bias[None, None], keep.at[0].set(0)
+  def step(state, steps):
+    z_t, keep_t = steps
+    # The product reads y as it is; what it must not see goes from the result.
+    z_rec = product("BO,ON->BN", state.y, weights.w_rec, dtype) * keep_t
+    z_t = z_t + z_rec + weights.bias[None]
+    c, m, (*gates, _) = update_cells(z_t, state.c * keep_t)
+    y = _project(m, weights.w_out, dtype)
+    return LSTMState(y, c), (gates, c, m, None if m is y else y)
 
-  def step(t, carry):
-    saved, y = carry
-    *_, c, m = jnp.split(_at(saved, jnp.maximum(t - 1, 0)), 6, -1)
-    y_before = m if y is None else _at(y, jnp.maximum(t - 1, 0))
-    keep_t = _at(keep_first, t)
-    z_rec = product("BO,ON->BN", y_before * keep_t, weights.w_rec, dtype)
-    c, m, (*gates, _) = update_cells(_at(z, t) + z_rec, c * keep_t)
-    saved = _put(saved, jnp.concatenate([*gates, c, m], -1), t)
-    if y is not None:
-      y = _put(y, _project(m, weights.w_out, dtype), t)
-    return saved, y
-
-  y = None
-  if weights.w_out is not None:
-    y = jnp.zeros((*z.shape[:2], len(weights.w_rec)), jnp.float32)
-  carry = jnp.zeros((*z.shape[:2], 6 * units), jnp.float32), y
-  saved, y = jax.lax.fori_loop(0, len(z), step, carry, unroll=_UNROLL)
-  *gates, c, m = jnp.split(saved, 6, -1)
-  c_before = jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]]) * keep_first
-  factors = *gates, jnp.tanh(c)
-  slope, m_by_c, c_by_c = _slopes(c_before, m, factors, keep)
-  if y is None:
-    y, m = m, None
+  zero = zero_state(z.shape[1], len(weights.w_rec), len(weights.bias) // 4)
+  gates, c, m, y = _by_rounds(step, zero, (z, keep))
+  c_before = jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]]) * keep
+  slope, m_by_c, c_by_c = _slopes(c_before, m, (*gates, jnp.tanh(c)), keep)
+  y, m = (m, None) if y is None else (y, m)
   return slope, y, m, m_by_c, c_by_c
 
 
 def _steps_back_on_gpu(dtype, dy, keep_next, saved, weights):
   slope, y, m_by_c, c_by_c = saved
-  units = len(weights.bias) // 4
 
-  def step(step_back, carry):
-    done, dy_all = carry
-    t = len(dy) - 1 - step_back
-    # keep_next is zero at the last step, which no other follows.
-    after = _at(done, jnp.minimum(t + 1, len(dy) - 1))
-    dz, dc = jnp.split(after, [4 * units], -1)
+  def step(carry, steps):
+    dz, dc = carry
+    dy_t, keep_t, slope_t, m_by_c_t, c_by_c_t = steps
     dy_rec = product("BN,NO->BO", dz, weights.w_rec.T, dtype)
-    dy_t = dm = _at(dy, t) + dy_rec * _at(keep_next, t)
+    dy_t = dm = dy_t + dy_rec * keep_t
     if y is not None:
-      dy_all = _put(dy_all, dy_t, t)
       dm = product("BO,OH->BH", dy_t, weights.w_out.T, dtype)
-    dc = dc + dm * _at(m_by_c, t)
-    dz = jnp.concatenate([dc, dc, dc, dm], -1) * _at(slope, t)
-    done = _put(done, jnp.concatenate([dz, dc * _at(c_by_c, t)], -1), t)
-    return done, dy_all
+    dc = dc + dm * m_by_c_t
+    dz = jnp.concatenate([dc, dc, dc, dm], -1) * slope_t
+    return (dz, dc * c_by_c_t), (dz, None if y is None else dy_t)
 
-  dy_all = None if y is None else jnp.zeros_like(y)
-  carry = jnp.zeros((*dy.shape[:2], 5 * units), jnp.float32), dy_all
-  done, dy = jax.lax.fori_loop(0, len(dy), step, carry, unroll=_UNROLL)
-  return done[:, :, : 4 * units], dy
+  zero = jnp.zeros_like(slope[0]), jnp.zeros_like(c_by_c[0])
+  steps = dy, keep_next, slope, m_by_c, c_by_c
+  return _by_rounds(step, zero, steps, reverse=True)
 
 
 def _slopes(c_before, m, factors, keep):

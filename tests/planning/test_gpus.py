@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 import topology
 
+from moejax import config as config_lib
 from moejax import experts, moe, router, sharding
 from moejax.planning import chips, collectives, plan, work
 from moejax.training import cost
@@ -108,3 +109,13 @@ def test_a_step_for_nodes_of_gpus():
   tokens = [e for e in got.collectives if e.kind == "all-to-all"]
   assert len(tokens) == 4
   assert all(0 < each.between_bytes < each.wire_bytes for each in tokens)
+
+
+def test_a_step_of_the_papers_model_starts_few_kernels():
+  """Two LSTMs of 128 steps: a product and what follows, there and back."""
+  where = topology.gpus("h100:1")
+  fields = {"data__batch_size": 64, "train__microbatches": 1}
+  fields["model__moe__group_size"] = 64 * 128
+  config = config_shapes.experiment("lm1b/moe_256", **fields)
+  got = plan.make(config, config_lib.vocab_size(config), where)
+  assert got.is_bounded and 4 * 2 * 128 < got.launches < 2000
