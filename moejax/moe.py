@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -224,6 +225,10 @@ class MoE(_Layer):
     dispatch: how rows move, a name in `dispatch.DISPATCH`, or "auto".
     recompute: whether the backward pass runs the experts again instead of
       keeping their hidden layers (app. D).
+    exchange_parts: where experts are split over devices, in how many parts each
+      device sends its groups to them. With 2, rows of one part can travel while
+      experts compute the other; but the experts' weights are read twice. It
+      divides the groups of a device, and changes no result.
     shared: experts that every token visits beside the routed ones, with gate 1
       (2401.06066, eq. 9): y = sum_i shared_i(x) + sum_e G(x)_e E_e(x). They are
       one expert, or become one: n feed-forward experts of width F one of n F.
@@ -237,6 +242,7 @@ class MoE(_Layer):
   eval_capacity_factor: float | None = 2.0
   dispatch: str = "auto"
   recompute: bool = False
+  exchange_parts: int = 1
   shared: nn.Module | None = None
 
   def __post_init__(self) -> None:
@@ -279,9 +285,27 @@ class MoE(_Layer):
       )
     if isinstance(experts, Mixed):
       num_experts = tuple(kind.num_experts for kind in experts.kinds)
-    run = dispatch_lib.DISPATCH[name]
-    sent = x, routing.assignment, num_experts, capacity
-    y = run(self.expert_fn(experts, train), weights, *sent)
+    run, fn = dispatch_lib.DISPATCH[name], self.expert_fn(experts, train)
+    sent = x, routing.assignment
+    if self.exchange_parts == 1 or not sharding.splits("expert"):
+      y = run(fn, weights, *sent, num_experts, capacity)
+      return y, _count_dropped(routing, capacity)
+    mesh, parts = jax.sharding.get_abstract_mesh(), self.exchange_parts
+    here = x.shape[0] // sharding.num_parts(sharding.split_over("group"), mesh)
+    if parts < 1 or here % parts:
+      raise ValueError(
+        f"exchange_parts {parts} does not divide the {here} groups of tokens of"
+        " each device; choose one that does, or a smaller group_size."
+      )
+    # Each has groups of every device.
+    sent = jax.tree.map(
+      lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), sent
+    )
+    ys = [
+      run(fn, weights, *part, num_experts, capacity)
+      for part in (jax.tree.map(itemgetter(i), sent) for i in range(parts))
+    ]
+    y = jnp.stack(ys, axis=1).reshape(*x.shape[:2], -1)
     return y, _count_dropped(routing, capacity)
 
   def declare(self, width: int, train: bool) -> tuple[Any, Any, Routing]:

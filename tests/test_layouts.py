@@ -44,7 +44,7 @@ LAYOUTS = sharding.LAYOUTS | {"copies": COPIES}
 TWO_LEVELS = {"hierarchical": 1, "half together": B // 2, "sorted": 1}
 # Whose rows are sorted, where they can be sent to a device of their own. Of
 # "picks" the experts choose.
-DROPLESS = ("dropless", "picks", "sorted")
+DROPLESS = ("dropless", "dropless in two", "picks", "sorted")
 # Einsum differs from gather within a device alone. Where all devices have all
 # experts no row moves.
 SPLIT = ("expert", "data_expert", "expert_model", "fsdp")
@@ -62,6 +62,8 @@ CASES = [
   ("expert", "dropless", "all-to-all"),
   ("data_expert", "ragged", "all-to-all"),
   ("expert_model", "picks", "all-to-all"),
+  ("expert_model", "two parts", ""),
+  ("expert", "dropless in two", "all-to-all"),
   ("copies", "dropless", "all-to-all"),
   ("data_expert", "sorted", "all-to-all"),
   ("expert_model", "sorted", "all-to-all"),
@@ -91,6 +93,11 @@ def layer(name):
     options["dispatch"] = "gather" if name == "shared" else name
   if name == "shared":
     options["shared"] = experts.FeedForward(2, F)
+  if name == "two parts":
+    # So that each device has two groups.
+    options |= {"dispatch": "gather", "exchange_parts": 2, "group_size": L // 2}
+  if name == "dropless in two":
+    options |= {"dispatch": "ragged", "exchange_parts": 2, "group_size": L // 2}
   return moe.MoE(gate, experts.FeedForward(E, F), **options)
 
 
@@ -316,6 +323,25 @@ def test_tokens_move_there_and_back_and_nothing_else(layout, name):
     # Of the experts, each device's own with their copies.
     own = {("data",): OF_EXPERTS // 4, ("data", "expert"): OF_ROUTER}
     assert sums(found) == own
+
+
+def test_each_of_two_parts_is_sent_by_itself():
+  """A group of half as many tokens has as many slots: 4 at least."""
+  found = on_all_devices("expert_model", "two parts").found
+  sent = moves(found, "all-to-all")
+  assert sent == 8 * [("all-to-all", DISPATCHED, ("expert",))]
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_parts_that_do_not_divide_are_refused(parts):
+  module = layer("two parts").clone(exchange_parts=parts)
+  layout = LAYOUTS["expert"]
+  message = f"exchange_parts {parts} does not divide the 2 groups of tokens"
+  with (
+    sharding.use(layout, sharding.make_mesh(layout)),
+    pytest.raises(ValueError, match=message),
+  ):
+    jax.eval_shape(lambda: module.init(jax.random.key(0), inputs()))
 
 
 def test_no_token_moves_twice_where_two_devices_share_an_expert():

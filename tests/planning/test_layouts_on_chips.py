@@ -9,7 +9,7 @@ import pytest
 import topology
 
 from moejax import experts, moe, router, sharding
-from moejax.planning import collectives
+from moejax.planning import collectives, hlo
 
 B, S, D, F, E, Q, K = 8, 64, 256, 2048, 8, 4, 2
 # The bytes of the routed tokens that one chip has, in bfloat16.
@@ -42,28 +42,28 @@ def layer(name):
   )
 
 
-def gradient(layout, name):
-  """Compiles the gradient of a layer in bfloat16; returns its collectives."""
+def compiled(layout, module, what, shape=(B, S, D), options=None):
+  """The text of a program of a layer in bfloat16, and its mesh."""
   layout = sharding.LAYOUTS[layout]
   mesh = sharding.make_mesh(layout, topology.chips())
-  module = layer(name)
-  x = jax.ShapeDtypeStruct((B, S, D), jnp.bfloat16)
+  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   boxed = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), x)
   params, places = nn.unbox(boxed), sharding.shardings(boxed, layout, mesh)
-  batch = sharding.batch_sharding(layout, mesh, B)
+  lies = places, sharding.batch_sharding(layout, mesh, shape[0])
+  out = lies if what is gradient else None
+  with sharding.use(layout, mesh):
+    run = jax.jit(
+      functools.partial(what, module), in_shardings=lies, out_shardings=out
+    )
+    return run.lower(params, x).compile(options).as_text(), mesh
 
+
+def gradient(module, params, x):
   def loss(params, x):
     y = module.apply(params, x, train=True)
     return jnp.square(y.astype(jnp.float32)).mean()
 
-  with sharding.use(layout, mesh):
-    run = jax.jit(
-      jax.grad(sharding.zero3(loss), (0, 1)),
-      in_shardings=(places, batch),
-      out_shardings=(places, batch),
-    )
-    compiled = run.lower(params, x).compile()
-  return collectives.read(compiled.as_text(), mesh)
+  return jax.grad(sharding.zero3(loss), (0, 1))(params, x)
 
 
 def expected(layout, name):
@@ -104,7 +104,8 @@ def expected(layout, name):
 )
 def test_layout_on_chips_sends_tokens_or_weights_and_nothing_else(layout, name):
   """And sums of the router's gradients, and which slots are taken."""
-  found = [each for each in gradient(layout, name) if each.bytes >= ROUTED]
+  text, mesh = compiled(layout, layer(name), gradient)
+  found = [e for e in collectives.read(text, mesh) if e.bytes >= ROUTED]
   got = sorted((each.kind, each.bytes, each.axes) for each in found)
   want = expected(layout, name)
   assert [each[::2] for each in got] == [each[::2] for each in want]
@@ -112,3 +113,32 @@ def test_layout_on_chips_sends_tokens_or_weights_and_nothing_else(layout, name):
   sizes = pytest.approx([each[1] for each in want], rel=0.01)
   assert [each[1] for each in got] == sizes
   assert {e.dtype for e in found if "all-to-all" in e.kind} <= {"bf16"}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["gather", "ragged"])
+def test_of_two_parts_one_travels_while_experts_compute_the_other(name, parts):
+  """There and back; of a single part every product waits for its rows."""
+  module = moe.MoE(
+    router.TopK(64, 4),
+    experts.FeedForward(64, 2048),
+    group_size=1024,
+    capacity_factor=None if name == "ragged" else 1.25,
+    dispatch=name,
+    exchange_parts=parts,
+  )
+  # The compiler's default is to wait for an all-to-all of slots.
+  options = {"xla_tpu_enable_async_all_to_all": True}
+  shape = (64, 1024, 1024)
+  text, _ = compiled("expert", module, moe.MoE.apply, shape, options)
+  travelling, beside = set(), set()
+  for op in (each.op for each in hlo.runs(text) if not each.is_part):
+    if op.opcode.endswith("all-to-all-start") and op.bytes > 1e6:
+      travelling.add(op.name)
+    if op.opcode.endswith("-done"):
+      travelling -= {each.name for each in op.operands}
+    # Products of experts; those of routers are small.
+    is_product = op.name.startswith("gmm") or "kind=kOutput" in op.rest
+    if is_product and op.bytes > 1e6:
+      beside |= travelling
+  assert len(beside) == 2 * (parts - 1)
