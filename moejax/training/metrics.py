@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import tqdm
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from moejax import files, terminal
 
@@ -85,11 +83,14 @@ class Writer:
     path = folder / f"{_EVENTS}{stamp:010}.{socket.gethostname()}"
     self._events = files.open_regular(path, "xb")
     self._add(file_version="brain.Event:2")
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(step=step + 1, session_log=start)
+    self._add(step=step + 1, session_log={"status": "START"})
 
   def _add(self, **fields: Any) -> None:
     """Adds an event: its length and itself, each with its checksum."""
+    # late: it may bring the packages of a cloud, and only runs that train write
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
     event = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
     for part in (struct.pack("<Q", len(event)), event):
       self._events.write(part + struct.pack("<I", masked_crc32c(part)))
@@ -102,12 +103,10 @@ class Writer:
     self._file.flush()
     # Names hold those of languages, which users gave.
     points = [
-      summary_pb2.Summary.Value(
-        tag=terminal.printable(f"{split}/{name}"), simple_value=value
-      )
+      {"tag": terminal.printable(f"{split}/{name}"), "simple_value": value}
       for name, value in values.items()
     ]
-    self._add(step=step, summary=summary_pb2.Summary(value=points))
+    self._add(step=step, summary={"value": points})
 
   def write_loads(self, step: int, loads: Mapping[str, Sequence[int]]) -> None:
     """Writes the edges that each expert of each mixture got at a step.
