@@ -235,9 +235,8 @@ def test_what_one_group_has_no_room_for_is_counted(factor, room):
   )
   params = {"gate": {"kernel": jnp.eye(experts)}}
   params["log_thresholds"] = jnp.zeros(experts)
-  _, sown = layer.apply(
-    {"params": {"router": params}}, logits, train=True, mutable=["routing"]
-  )
+  run = functools.partial(layer.apply, train=True, mutable=["routing"])
+  _, sown = jax.jit(run)({"params": {"router": params}}, logits)
   (got,) = losses.routings(sown)
   np.testing.assert_array_equal(got.count.sum(axis=0), [64] * experts)
   np.testing.assert_array_equal(got.count[:, 0], [64, 0, 0, 0])

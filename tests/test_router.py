@@ -34,7 +34,8 @@ def inputs(seed=1):
 @functools.cache
 def init(module, train=False):
   rngs = {"params": jax.random.key(0), "router": jax.random.key(9)}
-  return module.init(rngs, inputs(), train=train, ids=IDS).get("params", {})
+  init = functools.partial(module.init, train=train, ids=IDS)
+  return jax.jit(init)(rngs, inputs()).get("params", {})
 
 
 def random_params(module):

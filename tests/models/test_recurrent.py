@@ -149,8 +149,8 @@ def test_a_single_expert_is_an_lstm(dtype):
   mixture = moe.MoE(router.Single(), experts.Linear(1, 4 * U))
   model = RecurrentMoE(U, mixture, 2)
   x = jnp.asarray(X, dtype)
-  variables = nn.unbox(model.init(jax.random.key(0), x, START, train=False))
-  got = model.apply(variables, x, START, train=False)
+  run = functools.partial(model.init_with_output, train=False)
+  got, variables = nn.unbox(jax.jit(run)(jax.random.key(0), x, START))
   w = variables["params"]["mixture"]["experts"]["w"][0]
   bias = variables["params"]["bias"]
   np.testing.assert_array_equal(bias, np.repeat([0, 1, 0, 0], U))

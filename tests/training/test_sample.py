@@ -52,6 +52,7 @@ def mixture():
   return moe.MoE(router.NoisyTopK(4, k=2), experts.FeedForward(4, 6))
 
 
+@functools.cache
 def model_of(kind):
   if kind == "lstm":
     stack = (layers.LSTM(D), mixture(), layers.LSTM(D, 6))
@@ -61,10 +62,13 @@ def model_of(kind):
   return transformer.Transformer(V, D, blocks, vocab_multiple=8)
 
 
+@functools.cache
 def params_of(model):
   ids = jnp.zeros((1, LENGTH), jnp.int32)
   batch = {"inputs": ids, "targets": ids, "mask": ids == 0, "start": ids == 0}
-  params = model.init(jax.random.key(0), batch, method="loss")["params"]
+  params = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), batch, method="loss")["params"]
+  )
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype),
@@ -72,11 +76,16 @@ def params_of(model):
   )
 
 
-def texts(model, params, num, layout="expert", seed=0, prompt=(1,), **options):
-  layout = sharding.LAYOUTS[layout]
-  devices = options.pop("devices", 1)
+@functools.cache
+def sampler_of(model, devices, **options):
+  """Compiles once for the same options."""
+  layout = sharding.LAYOUTS["expert"]
   mesh = sharding.make_mesh(layout, jax.devices()[:devices])
-  sampler = sample.Sampler(model.for_decoding(), layout, mesh, **options)
+  return sample.Sampler(model.for_decoding(), layout, mesh, **options)
+
+
+def texts(model, params, num, seed=0, prompt=(1,), devices=1, **options):
+  sampler = sampler_of(model, devices, **options)
   found = sampler.texts(params, prompt, LENGTH, END, seed)
   return [list(text) for text in itertools.islice(found, num)]
 
@@ -160,9 +169,10 @@ def test_a_cache_too_short_is_refused():
   params = params_of(model)
   state = model.begin(1, 3)
   two = jnp.zeros((1, 2), jnp.int32)
-  state, _ = model.apply({"params": params}, state, two, method="read")
+  read = functools.partial(model.apply, {"params": params}, method="read")
+  state, _ = jax.jit(read)(state, two)
   with pytest.raises(ValueError, match="room for 3 tokens, and 4"):
-    model.apply({"params": params}, state, two, method="read")
+    read(state, two)
 
 
 @functools.cache
@@ -215,12 +225,20 @@ def test_a_text_may_start_with_its_end():
   assert any(END not in text[2:-1] and text[-1] == END for text in found)
 
 
+@pytest.fixture
+def alone(monkeypatch):
+  """One device, as the run was trained by: eight would take longer."""
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *platform: first)
+
+
 def sampled(capsys, workdir, *flags):
   status = main(["moejax", "sample", f"--workdir={workdir}", *flags])
   out, err = capsys.readouterr()
   return status, out, err
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_run_goes_on_with_a_text(whole, capsys):
   flags = ("--prompt=The people", "--length=9", "--num=2", "--seed=3")
   status, out, _ = sampled(capsys, whole[0], *flags)
@@ -252,6 +270,7 @@ def test_a_run_goes_on_with_a_text(whole, capsys):
     (("--prompt= ",), "the prompt ' ' has no words; give one with letters"),
   ],
 )
+@pytest.mark.usefixtures("alone")
 def test_what_a_sample_says(whole, capsys, flags, said):
   status, out, err = sampled(capsys, whole[0], *flags)
   assert said in err

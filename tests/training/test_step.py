@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,15 +101,20 @@ def test_loss_is_the_mean_over_real_words():
   params = {"params": make(net)[0].params}
   batch = jax.tree.map(jnp.asarray, BATCH)
   _, metrics = run(net)
-  h = net.apply(params, batch)
-  logits = net.apply(params, h, method=lambda net, h: net.head.logits(h))
+
+  def logits_of(net, batch):
+    return net.head.logits(net(batch))
+
+  logits = jax.jit(nn.apply(logits_of, net))(params, batch)
   nats = -np.asarray(jax.nn.log_softmax(logits))
   picked = np.take_along_axis(nats, BATCH["targets"][..., None], 2)[..., 0]
   np.testing.assert_allclose(
     metrics["loss"], picked[BATCH["mask"]].mean(), rtol=1e-5
   )
   assert metrics["words"] == BATCH["mask"].sum()
-  part = step.eval_step(params["params"], batch, model=net)
+  part = jax.jit(functools.partial(step.eval_step, model=net))(
+    params["params"], batch
+  )
   np.testing.assert_allclose(part["loss"], picked[BATCH["mask"]].sum(), 1e-5)
   assert part["words"] == BATCH["mask"].sum()
   assert part["dropped_fraction"] == 0
