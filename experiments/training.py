@@ -91,6 +91,9 @@ def shrink(config: ConfigDict, folder: pathlib.Path) -> None:
   data = {"kind": "text", "train": str(path), "data_dir": str(folder)}
   config.data.update(data)
   layers(config).dropout = 0.0
+  if "num_layers" in layers(config):
+    # A dense block and, in a sparse model, one with a mixture.
+    layers(config).num_layers = 2
   regroup(config, config.data.batch_size * config.data.row_length // 8)
   if "recurrent_moe" in config.model:
     config.model.recurrent_moe.group_size = config.data.batch_size // 8
