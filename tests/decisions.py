@@ -5,6 +5,7 @@ Their numbers are random: nothing relies on what a router would decide.
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 
 from moejax import routing
@@ -19,16 +20,16 @@ def make_level(seed, rows, experts, of_group, mask=None, picks=False):
   random = np.random.default_rng(seed)
 
   def floats(*shape):
-    return jnp.asarray(random.uniform(0.1, 2.0, shape), jnp.float32)
+    return kinds.to_device(random.uniform(0.1, 2.0, shape))
 
   def some(shape, out_of):
     """Different numbers along the last axis."""
     best = random.random((*shape[:-1], out_of)).argsort(axis=-1)
-    return jnp.asarray(best[..., : shape[-1]], jnp.int32)
+    return kinds.to_device(best[..., : shape[-1]], jnp.int32)
 
   if picks:
     token = some((rows, experts, 3), S)
-    used = jnp.asarray(random.random(token.shape) < 0.7)
+    used = kinds.to_device(random.random(token.shape) < 0.7, bool)
     if mask is not None:
       used &= jax.vmap(lambda real, token: real[token])(mask, token)
     assignment = routing.from_expert_choice(token, floats(*used.shape), used)
@@ -39,10 +40,10 @@ def make_level(seed, rows, experts, of_group, mask=None, picks=False):
     assignment = routing.from_token_choice(expert, floats(*expert.shape))
   return Routing(
     assignment,
-    logits=jnp.asarray(random.normal(size=(rows, S, experts)), jnp.float32),
+    logits=kinds.to_device(random.normal(size=(rows, S, experts))),
     importance=floats(*of_group),
     load=floats(*of_group),
-    count=jnp.asarray(random.integers(2, 9, of_group), jnp.float32),
+    count=kinds.to_device(random.integers(2, 9, of_group)),
     mask=mask,
     thresholds=floats(of_group[1]) * 0.3,
     bias=floats(of_group[1]) - 1,

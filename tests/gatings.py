@@ -175,8 +175,8 @@ def draw(seed, masked=False, shape=(G, S, E)):
   random = np.random.default_rng(seed)
   logits = random.normal(size=shape).astype("float32")
   noise_std = random.uniform(0.2, 1.5, shape).astype("float32")
-  mask = jnp.asarray(random.random(shape[:2]) < 0.6) if masked else None
-  return jnp.asarray(logits), jnp.asarray(noise_std), mask
+  mask = random.random(shape[:2]) < 0.6 if masked else None
+  return jax.device_put((logits, noise_std, mask))
 
 
 def dense(assignment, tokens=S, experts=E):

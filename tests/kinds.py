@@ -152,11 +152,16 @@ def start(module, num_experts, width):
   return made.get("params", {}).get("experts", {})
 
 
+def to_device(values, dtype=jnp.float32):
+  """`jnp.asarray`, which compiles a conversion for each shape, without it."""
+  return jax.device_put(np.asarray(values, dtype))
+
+
 def draw(module, num_experts, width, seed=0) -> Any:
   """Random weights."""
   random = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda w: jnp.asarray(random.normal(size=w.shape), w.dtype),
+    lambda w: to_device(random.normal(size=w.shape), w.dtype),
     nn.unbox(start(module, num_experts, width)),
   )
 
@@ -166,7 +171,7 @@ def random_params(module, *args, **options):
   init = functools.partial(module.init, jax.random.key(0), *args, **options)
   random = np.random.default_rng(5)
   return jax.tree.map(
-    lambda w: jnp.asarray(random.normal(size=w.shape), w.dtype),
+    lambda w: to_device(random.normal(size=w.shape), w.dtype),
     nn.unbox(jax.eval_shape(init))["params"],
   )
 

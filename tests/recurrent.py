@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import kinds
 import numpy as np
 import reference
 
@@ -198,7 +198,7 @@ def random_weights(init, seed, *args):
   tree = nn.unbox(jax.eval_shape(init, *args))["params"]
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.7, a.dtype), tree
+    lambda a: kinds.to_device(rng.normal(size=a.shape) * 0.7, a.dtype), tree
   )
 
 

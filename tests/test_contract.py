@@ -115,7 +115,8 @@ def draw(combination, setting):
   seed = 3 + sum(map(ord, "".join(combination))) % 7
   random = np.random.default_rng(seed)
   logits, noise_std, mask = gatings.draw(seed, True, (G, S, E))
-  x, out = jnp.asarray(random.normal(size=(2, G, S, D)), dtype)
+  both = random.normal(size=(2, G, S, D))
+  x, out = (kinds.to_device(values, dtype) for values in both)
   weights = kinds.draw(kinds.case(kind).make(E), E, D)
   at = {"x": x, "logits": logits, "experts": weights}
   return Inputs(at, noise_std, mask.at[:, 0].set(True), out)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import reference
@@ -26,7 +27,7 @@ def draw(seed, kind="choices"):
   random = np.random.default_rng(seed)
   shapes = {"x": (G, S, D), "w_in": (E, D, F), "w_out": (E, F, D)}
   at = {
-    name: jnp.asarray(random.normal(size=shape), jnp.float32)
+    name: kinds.to_device(random.normal(size=shape))
     for name, shape in shapes.items()
   }
   logits = random.normal(size=(G, S, E)) + [1, 0, 0, 0]

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import figures, harness, training
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "few_sizes")
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 # What experiments share, and what makes them text.

@@ -23,7 +23,7 @@ from moejax.models.build import MODELS
 from moejax.moe import ROUTING
 from moejax.training import metrics, run, sample
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "few_sizes")
 
 V, D, B, L, M = 41, 32, 2, 7, 5
 BASE = {

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import kinds
 import numpy as np
 import optax
 import pytest
@@ -48,7 +49,7 @@ def start(model):
   shapes = nn.unbox(jax.eval_shape(model.init, KEY, X))["params"]
   random = np.random.default_rng(0)
   return jax.tree.map(
-    lambda w: jnp.asarray(random.normal(size=w.shape) / 2, w.dtype), shapes
+    lambda w: kinds.to_device(random.normal(size=w.shape) / 2, w.dtype), shapes
   )
 
 

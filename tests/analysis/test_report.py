@@ -15,7 +15,7 @@ from moejax.analysis import page, report, trace
 from moejax.main import main
 from moejax.training import run as run_lib
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "few_sizes")
 
 
 def mixture(name, kind="top_k", k=2, factor=1.0, **more):

@@ -77,7 +77,7 @@ RUNS = {
 TRANSLATE = ("translation", "pair of blocks")
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "few_sizes")
 
 
 @pytest.fixture(scope="module")

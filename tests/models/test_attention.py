@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import recurrent
 
@@ -37,7 +38,7 @@ def draw(projected=True, rows=1):
   if projected:
     shapes["w_out"] = (units, D)
   return {
-    name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    name: kinds.to_device(rng.normal(size=shape))
     for name, shape in shapes.items()
   }
 

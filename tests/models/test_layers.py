@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import recurrent
@@ -30,8 +31,8 @@ def inputs(batch, length, width, hidden, projected=None):
 
 
 def on_device(x, start, *weights):
-  x, *weights = (jnp.asarray(a, jnp.float32) for a in (x, *weights))
-  return x, jnp.asarray(start), layers.LSTMWeights(*weights)
+  x, *weights = map(kinds.to_device, (x, *weights))
+  return x, kinds.to_device(start, bool), layers.LSTMWeights(*weights)
 
 
 def naive(x, start, weights):

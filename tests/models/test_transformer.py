@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
@@ -72,7 +73,7 @@ def params_of(model, given):
   )
   rng = np.random.default_rng(1)
   return jax.tree.map(
-    lambda a: jnp.asarray(rng.normal(size=a.shape) / 2, a.dtype),
+    lambda a: kinds.to_device(rng.normal(size=a.shape) / 2, a.dtype),
     nn.unbox(shapes)["params"],
   )
 

@@ -63,12 +63,13 @@ def environment(environment):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("pairs")
-  lines = [f"{a}\t{b}" for a, b in pairs(600)]
-  lines.insert(3, "no tab at all")
-  (folder / "en_fr.tsv").write_text("\n".join(lines) + "\n")
-  return folder
+def files(shared):
+  def write(folder):
+    lines = [f"{a}\t{b}" for a, b in pairs(600)]
+    lines.insert(3, "no tab at all")
+    (folder / "en_fr.tsv").write_text("\n".join(lines) + "\n")
+
+  return shared("pairs", write)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +83,16 @@ def flags(files):
 
 
 @pytest.fixture(scope="module")
-def trained(environment, flags, tmp_path_factory):
+def trained(environment, flags, shared):
   """A run in a process of its own: its workdir and what it printed."""
-  workdir = tmp_path_factory.mktemp("translated") / "run"
-  (output,) = program.end_well(program.start(environment, flags, workdir))
-  return workdir, output
+
+  def train(folder):
+    start = program.start(environment, flags, folder / "run")
+    (output,) = program.end_well(start)
+    (folder / "output.txt").write_text(output)
+
+  folder = shared("translated", train)
+  return folder / "run", (folder / "output.txt").read_text()
 
 
 def translate(monkeypatch, capsys, workdir, text, *more):

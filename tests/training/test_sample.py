@@ -7,6 +7,7 @@ import re
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import tokenizers
@@ -71,7 +72,7 @@ def params_of(model):
   )
   rng = np.random.default_rng(0)
   return jax.tree.map(
-    lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype),
+    lambda a: kinds.to_device(rng.normal(size=a.shape), a.dtype),
     nn.unbox(params),
   )
 

@@ -45,7 +45,7 @@ def blocks(hidden, router, **more):
 
 
 # And three experts do not divide over eight.
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "few_sizes")
 
 
 def restored(workdir):
