@@ -4,6 +4,7 @@
 often it goes round; here it counts each time.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ def instructions(text: str, busiest: float = 1.0) -> Iterator[Work]:
   sliced only the slices are read, and of one that is changed in place only
   the changes are written, as in the scans of JAX. A kernel's products are
   those that it was declared with; where sorted rows are sent to their experts,
-  they count not for the whole buffer but for the rows that are `filled`.
+  they count, as do its bytes, not for the whole buffer but for the rows that
+  are `filled`.
   """
   runs = hlo.runs(text)
   rows = filled(text, busiest)
@@ -50,6 +52,15 @@ def instructions(text: str, busiest: float = 1.0) -> Iterator[Work]:
       is_kernel = _COST in run.op.rest or _NAMED in run.op.rest
       part = rows if is_kernel else 1
       flops += run.times * round(part * of_op(run.op))
+      if part < 1:
+        # Rows are what has no axis of experts.
+        taken = itertools.chain(*(each.arrays for each in run.op.operands))
+        sizes = (
+          each.bytes
+          for each in (*taken, *run.op.results)
+          if len(each.sizes) == 2 and not each.space
+        )
+        moved -= run.times * round((1 - part) * sum(sizes))
     is_bounded &= run.is_bounded
   yield Work(flops, moved, is_bounded, launches)
 
