@@ -8,9 +8,9 @@ sorted rows and without a capacity, on 8 chips of a v5e, 4 experts on each;
 "even" is without. `busiest` is that device's load over the mean, of steps,
 mixtures and seeds; ms is an estimate. It needs libtpu.
 
-Result: with the paper's gate the busiest chip has 1.06 times the mean load, and a
-step takes 1.01 times as long as with even experts; with softmax_top_k 1.28 and
-1.06, with hash 1.33 and 1.08 (results/busiest_device_runs.csv).
+Result: with the paper's gate the busiest chip has 1.06 times the mean load, and
+a step takes 1.01 times as long as with even experts; with softmax_top_k 1.28
+and 1.06, with hash 1.33 and 1.08 (results/busiest_device_runs.csv).
 """
 
 import pathlib

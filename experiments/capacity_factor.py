@@ -6,9 +6,9 @@ the same batches, three seeds. `dropped` is the part of edges in the last tenth
 of training; `of_dense` is the time of a training step, of the dense recipe's,
 as medians of steps that take turns.
 
-Result: the paper's gate is so even that a factor of 1.25 drops 0.2 % of the edges
-and a factor of 2 none, which makes it the dropless run (121.6). With 0.75 24 %
-are dropped, and perplexity is 0.5 % higher (122.2), less than seeds differ.
+Result: the paper's gate is so even that a factor of 1.25 drops 0.2 % of the
+edges and a factor of 2 none, which makes it the dropless run (121.6). With 0.75
+24 % are dropped, and perplexity is 0.5 % higher (122.2): less than the seeds.
 """
 
 from experiments import figures, harness, training

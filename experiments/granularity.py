@@ -5,9 +5,9 @@ Method: configs/transformer/noisy_top_k.py with 1 of 8 experts 256 wide to 16 of
 router's, the same 800 steps on the same batches, three seeds. With a shared
 expert (2401.06066), which comes on top, a token visits one routed expert less.
 
-Result: 8 wide experts (126.1; 125.0 to 127.8) trail 32 (121.6; 120.2 to 123.5) and
-128 narrow ones (122.4; 120.8 to 124.6) by more than seeds differ; those two do
-not, and a shared expert changes neither (122.0 and 121.1).
+Result: 8 wide experts (126.1; 125.0 to 127.8) trail 32 (121.6; 120.2 to 123.5)
+and 128 narrow ones (122.4; 120.8 to 124.6) by more than seeds differ. These two
+do not differ so, nor from themselves with a shared expert (122.0 and 121.1).
 """
 
 from experiments import figures, harness, training
