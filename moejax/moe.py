@@ -286,11 +286,12 @@ class MoE(_Layer):
     if isinstance(experts, Mixed):
       num_experts = tuple(kind.num_experts for kind in experts.kinds)
     run, fn = dispatch_lib.DISPATCH[name], self.expert_fn(experts, train)
-    sent = x, routing.assignment
-    if self.exchange_parts == 1 or not sharding.splits("expert"):
+    sent, parts = (x, routing.assignment), self.exchange_parts
+    is_split = sharding.splits("expert") and not sharding.in_expert()
+    if parts == 1 or parts > 1 and not is_split:
       y = run(fn, weights, *sent, num_experts, capacity)
       return y, _count_dropped(routing, capacity)
-    mesh, parts = jax.sharding.get_abstract_mesh(), self.exchange_parts
+    mesh = jax.sharding.get_abstract_mesh()
     here = x.shape[0] // sharding.num_parts(sharding.split_over("group"), mesh)
     if parts < 1 or here % parts:
       raise ValueError(

@@ -72,7 +72,7 @@ _fields_of = functools.partial(
 )
 
 
-@_fields_of(MoE)
+@_fields_of(MoE, exchange_parts=Size)
 def _moe(
   num_experts: Size,
   router: _Router,
@@ -129,7 +129,7 @@ def _hierarchical_moe(
 
 
 # Its experts are matrices, and have no hidden layer to recompute.
-@_fields_of(MoE, recompute=None)
+@_fields_of(MoE, exchange_parts=Size, recompute=None)
 def _recurrent_moe(
   width,
   num_experts: Size,
