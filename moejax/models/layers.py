@@ -8,7 +8,6 @@ is one matrix product over all steps.
 """
 
 import functools
-import operator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -167,25 +166,7 @@ def _steps_back(dtype, dy, keep_next, saved, weights):
 # A GPU is told of each kernel of each step, which takes it longer than most of
 # them run. So a step writes nothing into the arrays of all steps, which would
 # be a kernel for each: a round of a few steps writes for all of them.
-_ROUND = 8
-
-
-def _by_rounds(step, carry, steps, reverse=False):
-  """Is `jax.lax.scan` of arrays [L ...], a few steps in a round of the loop."""
-  L = len(jax.tree.leaves(steps)[0])
-  size = max(n for n in range(1, _ROUND + 1) if L % n == 0)
-  order = range(size)[::-1] if reverse else range(size)
-
-  def one_round(carry, steps):
-    made = {}
-    for t in order:
-      carry, made[t] = step(carry, jax.tree.map(operator.itemgetter(t), steps))
-    made = [made[t] for t in range(size)]
-    return carry, jax.tree.map(lambda *each: jnp.stack(each), *made)
-
-  rounds = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), steps)
-  _, made = jax.lax.scan(one_round, carry, rounds, reverse=reverse)
-  return jax.tree.map(lambda a: a.reshape(L, *a.shape[2:]), made)
+_UNROLL = 8
 
 
 def _steps_on_gpu(dtype, z, keep, weights):
@@ -199,7 +180,8 @@ def _steps_on_gpu(dtype, z, keep, weights):
     return LSTMState(y, c), (gates, c, m, None if m is y else y)
 
   zero = zero_state(z.shape[1], len(weights.w_rec), len(weights.bias) // 4)
-  gates, c, m, y = _by_rounds(step, zero, (z, keep))
+  _, made = jax.lax.scan(step, zero, (z, keep), unroll=_UNROLL)
+  gates, c, m, y = made
   c_before = jnp.concatenate([jnp.zeros_like(c[:1]), c[:-1]]) * keep
   slope, m_by_c, c_by_c = _slopes(c_before, m, (*gates, jnp.tanh(c)), keep)
   y, m = (m, None) if y is None else (y, m)
@@ -222,7 +204,7 @@ def _steps_back_on_gpu(dtype, dy, keep_next, saved, weights):
 
   zero = jnp.zeros_like(slope[0]), jnp.zeros_like(c_by_c[0])
   steps = dy, keep_next, slope, m_by_c, c_by_c
-  return _by_rounds(step, zero, steps, reverse=True)
+  return jax.lax.scan(step, zero, steps, reverse=True, unroll=_UNROLL)[1]
 
 
 def _slopes(c_before, m, factors, keep):
