@@ -250,7 +250,5 @@ def translator(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_device():
   """Lets a module's tests see the first alone: eight would take longer."""
-  with pytest.MonkeyPatch.context() as patch:
-    first = jax.devices()[:1]
-    patch.setattr(jax, "devices", lambda *platform: first)
+  with program.first_devices(1):
     yield

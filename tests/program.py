@@ -1,5 +1,6 @@
 """Whole runs of the command line, in processes of their own."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +24,15 @@ COMPILED = ROOT / ".pytest_cache" / "compiled"
 FROM_CLOCK = {"words_per_second", "tflops_per_device"}
 # Seconds, longer than any run here takes on a busy machine.
 PATIENCE = 900
+
+
+@contextlib.contextmanager
+def first_devices(number):
+  """Lets what runs in this process see so many alone: eight take longer."""
+  first = jax.devices()[:number]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "devices", lambda *platform: first)
+    yield
 
 
 # The program moejax, which sends itself a signal as it calls a function.

@@ -7,6 +7,7 @@ import time
 
 import jax
 import numpy as np
+import program
 import pytest
 
 from moejax.main import main
@@ -32,9 +33,7 @@ TOOK = []
 @pytest.fixture(scope="module", autouse=True)
 def two_devices():
   """As many as "a device" needs to be told from all of them."""
-  with pytest.MonkeyPatch.context() as patch:
-    first = jax.devices()[:2]
-    patch.setattr(jax, "devices", lambda *platform: first)
+  with program.first_devices(2):
     yield
 
 

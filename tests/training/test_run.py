@@ -162,12 +162,15 @@ def test_lines_stay_where_they_are(monkeypatch, capsys, trained):
   long = " and ".join(sources)
   text = f"{sources[0]}\n\n  \n{long}\n{sources[1]}"
   run = functools.partial(translate, monkeypatch, capsys, trained[0])
-  found, _, status = run(text, "--beam=1")
+  found, _, status = run(text)
   lines = found.split("\n")
   assert status == 0 and len(lines) == 6 and lines[5] == ""
   assert lines[1] == lines[2] == "" and lines[0] and lines[4]
+  alone = [run(a, "--beam=1")[0].strip() for a in sources[:2]]
+  greedy, _, _ = run(text, "--beam=1")
   # A translation depends on no other line.
-  assert run(sources[1], "--beam=1")[0].strip() == lines[4] != lines[0]
+  assert [greedy.split("\n")[0], greedy.split("\n")[4]] == alone
+  assert alone[0] != alone[1]
   # Longer than a row: in parts, which all are there.
   assert len(lines[3].split()) > 20
   assert run("")[0] == ""

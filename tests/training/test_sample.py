@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import kinds
 import numpy as np
+import program
 import pytest
 import tokenizers
 from hypothesis import given
@@ -227,10 +228,10 @@ def test_a_text_may_start_with_its_end():
 
 
 @pytest.fixture
-def alone(monkeypatch):
-  """One device, as the run was trained by: eight would take longer."""
-  first = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *platform: first)
+def alone():
+  """One device: eight would take longer."""
+  with program.first_devices(1):
+    yield
 
 
 def sampled(capsys, workdir, *flags):
