@@ -60,7 +60,7 @@ def rows(quick: bool, runs: str = "") -> figures.Rows:
     busiest = load.busiest(DEVICES) if load else 1.0
     row = {"gate": gate, "devices": DEVICES, "busiest": round(busiest, 2)}
     if not quick:
-      got = plan.read(program, vocab_size, load=load)
+      got = plan.read(program, load=load)
       times = got.estimate._asdict() | {"step": got.estimate.seconds}
       row |= {f"{n}_ms": round(1e3 * each, 2) for n, each in times.items()}
       row["filled"] = round(got.filled, 3)

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -287,24 +286,26 @@ class MoE(_Layer):
       num_experts = tuple(kind.num_experts for kind in experts.kinds)
     run, fn = dispatch_lib.DISPATCH[name], self.expert_fn(experts, train)
     sent, parts = (x, routing.assignment), self.exchange_parts
-    is_split = sharding.splits("expert") and not sharding.in_expert()
-    if parts == 1 or parts > 1 and not is_split:
-      y = run(fn, weights, *sent, num_experts, capacity)
-      return y, _count_dropped(routing, capacity)
-    mesh = jax.sharding.get_abstract_mesh()
-    here = x.shape[0] // sharding.num_parts(sharding.split_over("group"), mesh)
+    if parts > 1 and (sharding.in_expert() or not sharding.splits("expert")):
+      parts = 1
+    here = x.shape[0] // sharding.num_devices("group")
     if parts < 1 or here % parts:
       raise ValueError(
         f"exchange_parts {parts} does not divide the {here} groups of tokens of"
         " each device; choose one that does, or a smaller group_size."
       )
-    # Each has groups of every device.
-    sent = jax.tree.map(
-      lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), sent
-    )
+    if parts == 1:
+      y = run(fn, weights, *sent, num_experts, capacity)
+      return y, _count_dropped(routing, capacity)
+
+    def part(i):
+      """Each has groups of every device."""
+      return jax.tree.map(
+        lambda a: a.reshape(-1, parts, *a.shape[1:])[:, i], sent
+      )
+
     ys = [
-      run(fn, weights, *part, num_experts, capacity)
-      for part in (jax.tree.map(itemgetter(i), sent) for i in range(parts))
+      run(fn, weights, *part(i), num_experts, capacity) for i in range(parts)
     ]
     y = jnp.stack(ys, axis=1).reshape(*x.shape[:2], -1)
     return y, _count_dropped(routing, capacity)

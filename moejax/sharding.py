@@ -336,6 +336,11 @@ def split_over(axis: str) -> Over:
   return over if num_parts(over, mesh) > 1 else None
 
 
+def num_devices(axis: str) -> int:
+  """Returns over how many devices the layout in use splits a logical axis."""
+  return num_parts(split_over(axis), jax.sharding.get_abstract_mesh())
+
+
 def splits(axis: str) -> bool:
   """Says whether the layout in use splits a logical axis over devices."""
   return split_over(axis) is not None

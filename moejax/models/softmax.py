@@ -161,11 +161,8 @@ class Softmax(nn.Module):
 
     # Where all B*L*V logits at once would outgrow the rest of the model: some
     # time steps at a time, recomputed in the backward pass.
-    (B, L), mesh = targets.shape, jax.sharding.get_abstract_mesh()
-    devices = math.prod(
-      sharding.num_parts(sharding.split_over(axis), mesh)
-      for axis in ("batch_at_vocab", "vocab")
-    )
+    B, L = targets.shape
+    devices = math.prod(map(sharding.num_devices, ("batch_at_vocab", "vocab")))
     most = max(1, _LOGITS * devices // (B * len(self.table)))
     steps = next(n for n in range(min(most, L), 0, -1) if L % n == 0)
 

@@ -124,6 +124,7 @@ class Program(NamedTuple):
   """A training step, compiled for devices that need not be there."""
 
   parts: session.Session  # What it is a step of.
+  vocab_size: int  # The step's.
   topology: Topology  # Those devices.
   text: str  # Its instructions.
   memory: Memory  # Of one device.
@@ -145,7 +146,7 @@ def make(
   made = program(experiment, vocab_size, topology)
   if isinstance(made, Refusal):
     return made._replace(changes=changes or {})
-  return read(made, vocab_size, changes, load)
+  return read(made, changes, load)
 
 
 def program(
@@ -181,12 +182,11 @@ def program(
   memory = Memory(parameters, optimizer, rest, limit or has)
   runs = topology.is_here and compiled is not None and memory.fits
   measured = _measure(compiled, parts) if runs else None
-  return Program(parts, topology, text, memory, took, measured)
+  return Program(parts, vocab_size, topology, text, memory, took, measured)
 
 
 def read(
   made: Program,
-  vocab_size: int,
   changes: dict[str, Any] | None = None,
   load: load_lib.Load | None = None,
 ) -> Plan:
@@ -196,12 +196,12 @@ def read(
   busy experts.
   """
   parts, topology, text = made.parts, made.topology, made.text
-  experiment, chip = parts.experiment, topology.chip
+  experiment, vocab_size = parts.experiment, made.vocab_size
+  chip = topology.chip
   busiest = 1.0
   if load is not None:
     with sharding.use(parts.layout, parts.mesh):
-      over = sharding.split_over("expert")
-    busiest = load.busiest(sharding.num_parts(over, parts.mesh))
+      busiest = load.busiest(sharding.num_devices("expert"))
   found = collectives.read(text, parts.mesh, topology.node, busiest)
   done = list(work.instructions(text, busiest))
   sorts = any(each.kind == "ragged-all-to-all" for each in found)

@@ -4,7 +4,6 @@
 often it goes round; here it counts each time.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -43,24 +42,16 @@ def instructions(text: str, busiest: float = 1.0) -> Iterator[Work]:
   flops = moved = launches = 0
   is_bounded = True
   for run in runs:
+    of_op, rest = _FLOPS.get(run.op.opcode), run.op.rest
+    is_kernel = of_op and (_COST in rest or _NAMED in rest)
+    part = rows if is_kernel else 1.0
     if not run.is_part:
       yield Work(flops, moved, is_bounded, launches)
       flops, is_bounded = 0, True
-      moved = run.times * _moved(run.op)
+      moved = run.times * _moved(run.op, part)
       launches = 0 if _is_free(run.op) else run.times
-    if of_op := _FLOPS.get(run.op.opcode):
-      is_kernel = _COST in run.op.rest or _NAMED in run.op.rest
-      part = rows if is_kernel else 1
+    if of_op:
       flops += run.times * round(part * of_op(run.op))
-      if part < 1:
-        # Rows are what has no axis of experts.
-        taken = itertools.chain(*(each.arrays for each in run.op.operands))
-        sizes = (
-          each.bytes
-          for each in (*taken, *run.op.results)
-          if len(each.sizes) == 2 and not each.space
-        )
-        moved -= run.times * round((1 - part) * sum(sizes))
     is_bounded &= run.is_bounded
   yield Work(flops, moved, is_bounded, launches)
 
@@ -193,8 +184,17 @@ def _is_free(op: Op) -> bool:
   return op.opcode in _FREE or op.opcode.endswith(("-done", "-update"))
 
 
-def _moved(op: Op) -> int:
-  """Returns the bytes that an instruction reads and writes."""
+def _moved(op: Op, part: float = 1.0) -> int:
+  """Returns the bytes that an instruction reads and writes.
+
+  A kernel reads and writes a part of its rows, which have no axis of experts.
+  """
+
+  def size(array):
+    if array.space:
+      return 0
+    return round((part if len(array.sizes) == 2 else 1) * array.bytes)
+
   if _is_free(op):
     return 0
   made_by = op.called[0].root if op.kind == "fusion" else op
@@ -202,8 +202,7 @@ def _moved(op: Op) -> int:
     return 0
   total = 0
   for position, operand in enumerate(op.operands):
-    in_memory = sum(each.bytes for each in operand.arrays if not each.space)
-    total += min(in_memory, _read(op, position))
+    total += min(sum(map(size, operand.arrays)), _read(op, position))
   # All but the first result of a library is its scratch space.
   results = op.results[:1] if _LIBRARY in op.rest else op.results
   changes = _changes(op)
@@ -211,7 +210,7 @@ def _moved(op: Op) -> int:
     changes = [None] * len(results)
   for array, change in zip(results, changes, strict=True):
     if not array.space:
-      total += change[1] if change else array.bytes
+      total += change[1] if change else size(array)
   return total
 
 
