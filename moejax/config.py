@@ -120,6 +120,21 @@ def override(
 # -- what a config describes --------------------------------------------------
 
 
+class Annealing(NamedTuple):
+  """Experts a token visits at first, until it visits the config's own k.
+
+  Of mixtures of one level. Training begins dense where the first k is the
+  number of experts (2112.14397, sec. 3.2: from all to a few).
+
+  Attributes:
+    k: experts a token, one number after the other.
+    until: the step at which each ends; these rise.
+  """
+
+  k: Sequence[Size]
+  until: Sequence[Size]
+
+
 class Train(NamedTuple):
   """The section `train`: how long, and how often to do what.
 
@@ -135,6 +150,7 @@ class Train(NamedTuple):
     eval_every: steps between validations.
     checkpoint_every: steps between checkpoints.
     keep: how many of the last checkpoints to keep, besides the best.
+    annealing: experts a token visits at first; evaluation has the k of the end.
   """
 
   steps: Size
@@ -145,6 +161,7 @@ class Train(NamedTuple):
   eval_every: Size = 100
   checkpoint_every: Size = 100
   keep: Size = 2
+  annealing: Annotated[Any, Section(Annealing, optional=True)] | None = None
 
 
 class Experiment(NamedTuple):
@@ -159,6 +176,8 @@ class Experiment(NamedTuple):
     aux_scope: what they are taken over, see `losses.SCOPES`.
     schedule: of the learning rate.
     tx: the update rule.
+    phases: what is trained until some steps, and then from the last on this
+      one itself; they differ in how many experts a token visits.
   """
 
   values: dict[str, Any]
@@ -172,6 +191,7 @@ class Experiment(NamedTuple):
   schedule: optim.Schedule
   tx: optim.Update
   train: Train
+  phases: "Sequence[tuple[int, Experiment]]" = ()
 
   @property
   def batch_size(self) -> int:
@@ -232,7 +252,54 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Experiment:
         f"config.data.vocab_file, {words}, has words, but config.data.tokens"
         " are others; leave one of them out."
       )
-  return experiment
+  annealing = experiment.train.annealing
+  return experiment._replace(phases=_phases(values, annealing and annealing()))
+
+
+def _phases(
+  values: dict[str, Any], annealing: Annealing | None
+) -> Sequence[tuple[int, Experiment]]:
+  """Returns the phases before the last, by the step at which each ends."""
+  if annealing is None:
+    return ()
+  k, until = annealing
+  ends = [*until, values["train"]["steps"]]
+  if len(k) != len(until) or ends != sorted({*ends}):
+    raise ValueError(
+      f"config.train.annealing has k = {k} until the steps {until}; give as"
+      f" many of both, and steps that rise to less than the {ends[-1]} of"
+      " config.train.steps."
+    )
+
+  def set_k(k, section, where):
+    """Sets it in routers of mixtures of one level; says in how many."""
+    count = 0
+    for name, part in section.items():
+      there = f"{where}.{name}"
+      if not isinstance(part, dict):
+        continue
+      if "num_experts" not in part or "k" not in part.get("router", {}):
+        count += set_k(k, part, there)
+        continue
+      if k > part["num_experts"]:
+        raise ValueError(
+          f"config.train.annealing has k = {k} experts a token, but {there} has"
+          f" {part['num_experts']}; give at most so many."
+        )
+      part["router"]["k"], count = k, count + 1
+    return count
+
+  found = []
+  for each, end in zip(k, until, strict=True):
+    phase = copy.deepcopy(values)
+    del phase["train"]["annealing"]
+    if not set_k(each, phase["model"], "config.model"):
+      raise ValueError(
+        f"config.train.annealing has k = {k}, but no mixture of one level has a"
+        " router with a k; leave it out, or choose such a router."
+      )
+    found.append((end, parse(phase)))
+  return tuple(found)
 
 
 # Kinds of data that are to be translated.
@@ -296,9 +363,28 @@ def _aux(
   return {n: w for n, w in weights.items() if w is not None}, scope
 
 
+_Group = Annotated[Callable, Section(optim.Group, optional=True)] | None
+
+
+def _groups(
+  experts: _Group = None, router: _Group = None, rest: _Group = None
+) -> dict[str, optim.Group]:
+  """Makes groups of parameters.
+
+  Args:
+    experts: the rates of experts, of all mixtures; shared ones are of the rest.
+    router: those of routers, at both levels.
+    rest: those of all other parameters.
+  """
+  groups = {"experts": experts, "router": router, "rest": rest}
+  return {name: group() for name, group in groups.items() if group}
+
+
 @config_fields.fields_of(optim.warmup_rsqrt, optim.factored_adam)
 def _scheduled(
-  rule: Callable[..., optim.Update], **fields: Any
+  rule: Callable[..., optim.Update],
+  groups: Annotated[Callable, Section(_groups)] | None = None,
+  **fields: Any,
 ) -> tuple[optim.Schedule, optim.Update]:
   """Makes a schedule and the rule that follows it.
 
@@ -306,10 +392,11 @@ def _scheduled(
     warmup_steps: in which the rate rises to the peak.
     hold_steps: in which it stays there; then it falls as 1/sqrt.
     clip_norm: largest norm of the gradient; None clips nothing.
+    groups: parameters whose rate or weight decay is their own.
   """
   of_schedule = fields.keys() & inspect.signature(optim.warmup_rsqrt).parameters
   schedule = optim.warmup_rsqrt(**{n: fields.pop(n) for n in of_schedule})
-  return schedule, rule(schedule, **fields)
+  return schedule, rule(schedule, groups=groups(), **fields)
 
 
 OPTIMIZERS = {

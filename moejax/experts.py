@@ -9,22 +9,21 @@ need be. Rows come in one of two forms:
   rows [N, D] sorted by expert  group_sizes [E]: how many rows each expert has
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax import sharding
 from moejax.grouped import grouped, grouped_dot
 
 Weights = Mapping[str, Any]
-
-# Fan-in scaling of each expert's own matrix: the expert axis is no fan.
-_INIT = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
 
 
 def own(
@@ -92,11 +91,23 @@ class Experts(nn.Module):
 
   @nn.nowrap
   def matrix(
-    self, name: str, shape: tuple[int, int], *axes: str | None
+    self,
+    name: str,
+    shape: tuple[int, int],
+    *axes: str | None,
+    scale: float = 1.0,
   ) -> Float[Array, "E I O"]:
-    """Declares a matrix of every expert, with the logical axes of its sides."""
+    """Declares a matrix of every expert, with the logical axes of its sides.
+
+    Its entries have at first the variance scale / I, so that an output has that
+    of the input times `scale`.
+    """
     E = self.num_experts
-    init = sharding.with_axes(_INIT, sharding.expert_axis(E), *axes)
+    # The expert axis is no fan.
+    init = nn.initializers.variance_scaling(
+      scale, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
+    )
+    init = sharding.with_axes(init, sharding.expert_axis(E), *axes)
     return self.param(name, init, (E, *shape), jnp.float32)
 
   def __call__(self, width: int) -> Weights:
@@ -127,12 +138,20 @@ class FeedForward(Experts):
     hidden: width F of the hidden layer, or of each in turn.
     activation: after every product but the last; a function.
     gated: whether the first hidden layer is multiplied by a second product.
+    init_scale: variance of a product's output at first, over that of its
+      input; 0.1 in 2101.03961 (sec. 2.4) keeps large models stable.
+    dropout: chance, in training, of leaving a unit of an expert's last hidden
+      layer out of a step; what is left counts 1 / (1 - dropout) times. All rows
+      of a step share the draw, so that neither their order nor the devices
+      change it (each row has its own in 2101.03961, sec. 2.4, with 0.4).
   """
 
   num_experts: int
   hidden: int | Sequence[int]
   activation: Callable[[Array], Array] = nn.relu
   gated: bool = False
+  init_scale: float = 1.0
+  dropout: float = 0.0
 
   @property
   def widths(self) -> tuple[int, ...]:
@@ -143,13 +162,36 @@ class FeedForward(Experts):
   @nn.compact
   def __call__(self, width):
     F = self.widths
+    if not 0 <= self.dropout < 1:
+      raise ValueError(
+        f"dropout of experts is {self.dropout}, but it is a chance; give at"
+        " least 0 and less than 1."
+      )
+    if not self.init_scale > 0:
+      raise ValueError(
+        f"init_scale is {self.init_scale}, but it is the variance of an output;"
+        " give more than 0."
+      )
+    matrix = functools.partial(self.matrix, scale=self.init_scale)
     first = ("w_in", "w_gate") if self.gated else ("w_in",)
-    weights = {n: self.matrix(n, (width, F[0]), "embed", "mlp") for n in first}
+    weights = {n: matrix(n, (width, F[0]), "embed", "mlp") for n in first}
     for i, shape in enumerate(itertools.pairwise(F), 1):
       # Only one side of a square can lie over the model axis.
-      weights[f"w_{i}"] = self.matrix(f"w_{i}", shape, None, "mlp")
-    weights["w_out"] = self.matrix("w_out", (F[-1], width), "mlp", "embed")
+      weights[f"w_{i}"] = matrix(f"w_{i}", shape, None, "mlp")
+    weights["w_out"] = matrix("w_out", (F[-1], width), "mlp", "embed")
     return weights
+
+  @nn.nowrap
+  def drop_out(self, weights: Weights, rng: PRNGKeyArray) -> Weights:
+    """Returns weights that use the hidden units which one draw leaves."""
+    w_out, keep = weights["w_out"], 1 - self.dropout
+    kept = jax.random.bernoulli(rng, keep, w_out.shape[:2])
+    scale = sharding.constrain(
+      jnp.where(kept, 1 / keep, 0.0),
+      sharding.expert_axis(w_out.shape[0]),
+      "mlp",
+    )
+    return {**weights, "w_out": w_out * scale[..., None]}
 
   @nn.nowrap
   def run(self, weights, rows, mask=None, train=False, *, group_sizes=None):
@@ -267,6 +309,21 @@ class Mixed(Experts):
   def num_experts(self) -> int:
     """E of all kinds together."""
     return sum(kind.num_experts for kind in self.kinds)
+
+  @property
+  def dropout(self) -> float:
+    """The largest of any kind."""
+    return max(getattr(kind, "dropout", 0.0) for kind in self.kinds)
+
+  @nn.nowrap
+  def drop_out(self, weights: Weights, rng: PRNGKeyArray) -> Weights:
+    """Leaves out hidden units of the kinds that do."""
+    return {
+      str(i): kind.drop_out(weights[str(i)], jax.random.fold_in(rng, i))
+      if getattr(kind, "dropout", 0.0)
+      else weights[str(i)]
+      for i, kind in enumerate(self.kinds)
+    }
 
   @nn.compact
   def __call__(self, width):

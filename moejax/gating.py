@@ -7,10 +7,12 @@ number of experts is a ValueError.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
 
 from moejax import partition, routing, sharding
 from moejax.routing import SCOPES, Routing
@@ -66,7 +68,7 @@ def noisy_top_k(
   """
   num_experts = logits.shape[-1]
   check_k(k, num_experts)
-  noise = _draw(jax.random.normal, rng, logits.shape, logits.dtype)
+  noise = draw(jax.random.normal, rng, logits.shape, logits.dtype)
   noisy = logits + noise_std * noise
   if k == num_experts:
     return top_k(noisy, k, mask)
@@ -237,7 +239,7 @@ def gshard_top_2(
   gate = jax.nn.softmax(values)
   if rng is None:
     return _route_tokens(logits, expert, gate, mask)
-  chance = _draw(jax.random.uniform, rng, gate.shape[:2], gate.dtype)
+  chance = draw(jax.random.uniform, rng, gate.shape[:2], gate.dtype)
   second = chance < 2 * gate[..., 1]
   used = jnp.stack([jnp.ones_like(second), second], axis=-1)
   return _route_tokens(logits, expert, gate, mask, used)
@@ -320,6 +322,21 @@ def sigmoid(
   return _route_tokens(logits, expert, gate, mask)._replace(bias=bias)
 
 
+def draw(
+  sample: Callable[..., Array],
+  rng: PRNGKeyArray | Key[Array, "G"],
+  shape: tuple[int, ...],
+  dtype: DTypeLike,
+) -> Shaped[Array, "G ..."]:
+  """Draws sample(key, shape, dtype) for each group by its index alone.
+
+  Or by its own key, where `rng` is one for each: never by devices.
+  """
+  if not (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim):
+    rng = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
+  return jax.vmap(lambda key: sample(key, shape[1:], dtype))(rng)
+
+
 def check_k(k: int, num_experts: int, name: str = "k") -> None:
   """Raises ValueError where a token cannot visit k experts."""
   if not 1 <= k <= num_experts:
@@ -399,13 +416,6 @@ def _softmax_of(logits, chosen):
   # Not -inf: where none is chosen the softmax would be NaN.
   gate = jax.nn.softmax(jnp.where(chosen, logits, -1e30))
   return jnp.where(chosen, gate, 0)
-
-
-def _draw(sample, rng, shape, dtype):
-  """Draws for each group of shape [G, ...] by its index, or key, alone."""
-  if not (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim):
-    rng = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(shape[0]))
-  return jax.vmap(lambda key: sample(key, shape[1:], dtype))(rng)
 
 
 def _route_tokens(logits, expert, gate, mask, used=True) -> Routing:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moejax import dispatch as dispatch_lib
 from moejax import experts as experts_lib
-from moejax import partition, ragged, sharding
+from moejax import gating, partition, ragged, sharding
 from moejax import routing as routing_lib
 from moejax import slots as slots_lib
 from moejax.experts import Each, Mixed
@@ -103,6 +103,14 @@ class _Layer(nn.Module):
     return y
 
   @nn.nowrap
+  def weights_of(self, experts: nn.Module, width: int, train: bool) -> Any:
+    """Returns experts' weights, without what their dropout leaves out."""
+    weights = experts(width)
+    if train and getattr(experts, "dropout", 0):
+      weights = experts.drop_out(weights, self.make_rng("dropout"))
+    return weights
+
+  @nn.nowrap
   def expert_fn(self, experts: nn.Module, train: bool) -> slots_lib.ExpertFn:
     """Returns what runs experts, again in the backward pass if asked to."""
 
@@ -179,7 +187,7 @@ def _mix(module, x, mask, ids, train, size, single):
     return y if mask is None else jnp.where(real[..., None], y, 0)
 
   if single:
-    y = on_every_token(module.experts, module.declare_experts(D))
+    y = on_every_token(module.experts, module.declare_experts(D, train))
     return y, (), ()
   grouped = sharding.constrain(x.reshape(-1, size, D), "group", None, None)
   of_groups = (
@@ -188,7 +196,8 @@ def _mix(module, x, mask, ids, train, size, single):
   y, routing = module.mix(grouped, train, *of_groups)
   y = y.reshape(*front, -1)
   if module.shared is not None:
-    beside = on_every_token(module.shared, module.shared(D))
+    shared = module.weights_of(module.shared, D, train)
+    beside = on_every_token(module.shared, shared)
     if beside.shape != y.shape:
       raise ValueError(
         f"the shared experts return {beside.shape[-1]} numbers a token, but the"
@@ -224,6 +233,10 @@ class MoE(_Layer):
     dispatch: how rows move, a name in `dispatch.DISPATCH`, or "auto".
     recompute: whether the backward pass runs the experts again instead of
       keeping their hidden layers (app. D).
+    masked_outputs: chance, in training, of leaving out what an expert returns
+      for a token (expert output masking, 2207.04672, where 0.2 is best); what
+      is left counts 1 / (1 - masked_outputs) times. The draws are those of the
+      rng stream "dropout". Of balance nothing changes.
     exchange_parts: where experts are split over devices, in how many parts each
       device sends its groups to them. With 2, rows of one part can travel while
       experts compute the other; but the experts' weights are read twice. It
@@ -241,6 +254,7 @@ class MoE(_Layer):
   eval_capacity_factor: float | None = 2.0
   dispatch: str = "auto"
   recompute: bool = False
+  masked_outputs: float = 0.0
   exchange_parts: int = 1
   shared: nn.Module | None = None
 
@@ -257,7 +271,7 @@ class MoE(_Layer):
     ids: Int[Array, "G S"] | None,
   ) -> tuple[Float[Array, "G S O"], Routing]:
     """Mixes tokens that are in groups; reports nothing but what it returns."""
-    weights = self.declare_experts(x.shape[-1])
+    weights = self.declare_experts(x.shape[-1], train)
     experts, num_experts = self.experts, self.router.num_experts
     routing = self.router(x, train=train, mask=mask, ids=ids)
     factor = self.capacity_factor if train else self.eval_capacity_factor
@@ -285,7 +299,10 @@ class MoE(_Layer):
     if isinstance(experts, Mixed):
       num_experts = tuple(kind.num_experts for kind in experts.kinds)
     run, fn = dispatch_lib.DISPATCH[name], self.expert_fn(experts, train)
-    sent, parts = (x, routing.assignment), self.exchange_parts
+    sent, parts = (
+      (x, self._masked(routing.assignment, train)),
+      self.exchange_parts,
+    )
     if parts > 1 and (sharding.in_expert() or not sharding.splits("expert")):
       parts = 1
     here = x.shape[0] // sharding.num_devices("group")
@@ -310,6 +327,24 @@ class MoE(_Layer):
     y = jnp.stack(ys, axis=1).reshape(*x.shape[:2], -1)
     return y, _count_dropped(routing, capacity)
 
+  def _masked(self, assignment: Assignment, train: bool) -> Assignment:
+    """Sets gates of edges to zero whose output is left out."""
+    chance = self.masked_outputs
+    if not 0 <= chance < 1:
+      raise ValueError(
+        f"masked_outputs is {chance}, but it is the chance of leaving an output"
+        " out; give at least 0 and less than 1."
+      )
+    if not (train and chance):
+      return assignment
+    gate = assignment.gate
+
+    def keep(key, shape, dtype):
+      return jax.random.bernoulli(key, 1 - chance, shape).astype(dtype)
+
+    kept = gating.draw(keep, self.make_rng("dropout"), gate.shape, gate.dtype)
+    return assignment._replace(gate=gate * kept / (1 - chance))
+
   def declare(self, width: int, train: bool) -> tuple[Any, Any, Routing]:
     """Declares the weights of router and experts, for others to run.
 
@@ -317,7 +352,7 @@ class MoE(_Layer):
       The weights of both, and a decision of the router about a row of zeros,
       which tells what it learns beside them.
     """
-    weights = self.declare_experts(width)
+    weights = self.declare_experts(width, train)
     # One row cannot be split as groups of tokens are.
     with nn.logical_axis_rules(()):
       row = jnp.zeros((1, 1, width), jnp.float32)
@@ -326,14 +361,14 @@ class MoE(_Layer):
     return of_router, weights, routing
 
   @nn.nowrap
-  def declare_experts(self, width: int) -> Any:
+  def declare_experts(self, width: int, train: bool) -> Any:
     """Returns the experts' weights; ValueError if the router has others."""
     if self.experts.num_experts != self.router.num_experts:
       raise ValueError(
         f"the router chooses among {self.router.num_experts} experts, but there"
         f" are {self.experts.num_experts}; give both the same num_experts."
       )
-    return self.experts(width)
+    return self.weights_of(self.experts, width, train)
 
 
 class HierarchicalMoE(_Layer):
@@ -417,6 +452,12 @@ class HierarchicalMoE(_Layer):
       raise ValueError(
         "the secondary mixture has shared experts, but its tokens are those of"
         f" 1 of {P} groups of experts; give `shared` to the whole layer."
+      )
+    if self.secondary.masked_outputs:
+      raise ValueError(
+        f"masked_outputs {self.secondary.masked_outputs} of the secondary"
+        " mixture: outputs are left out in mixtures of one level alone; leave"
+        " it 0."
       )
     if self.dispatch not in ("auto", *dispatch_lib.DISPATCH):
       raise ValueError(

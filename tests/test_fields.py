@@ -25,14 +25,20 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 # Norms of 100 and less, for a norm that is clipped; entries that eps outweighs.
 GRADIENTS = [
-  {"a": jnp.array([n, 1e-7]), "b": {"experts": {"w_in": jnp.full((2, 3), n)}}}
+  {
+    "a": jnp.array([[n, 1e-7]]),
+    "b": {
+      "experts": {"w_in": jnp.full((2, 3, 1), n)},
+      "router": {"kernel": jnp.full((3, 2), n)},
+    },
+  }
   for n in (100.0, 0.5, 1e-6)
 ]
 
 
 def updates(built):
   """Three updates by fixed gradients."""
-  params = jax.tree.map(jnp.zeros_like, GRADIENTS[0])
+  params = jax.tree.map(jnp.ones_like, GRADIENTS[0])
   state, found = built.tx.init(params), []
   for gradients in GRADIENTS:
     update, state = built.tx.update(gradients, state, params)
@@ -90,10 +96,10 @@ def is_read(config, name):
   """Whether anything reads a field.
 
   A layer that no stack has is not built, a layout that has a name has no
-  section, "looks_ahead" only lets pass what else is refused, and samples are of
-  words alone.
+  section, "looks_ahead" only lets pass what else is refused, samples are of
+  words alone, and the two fields of an annealing need each other.
   """
-  if name == "config.model.looks_ahead":
+  if name == "config.model.looks_ahead" or "train.annealing." in name:
     return False
   if name == "config.model.num_samples" and "tokens" in config["data"]:
     return False
@@ -319,6 +325,21 @@ OWN = {"mesh_shape": (1, -1, 1)}
     ("model.moe.router.kind", ["top_k"], r"kind is \['top_k'\]; choose one"),
     ("aux.scope", "grop", "aux.scope is 'grop'; choose .*'group'"),
     ("aux.importance", float("nan"), "importance is nan; give 0 or more"),
+    (
+      "train.annealing",
+      {"k": (16,), "until": (2,)},
+      "k = 16 experts a token, but config.model.moe has 8; give at most",
+    ),
+    (
+      "train.annealing",
+      {"k": (4, 3), "until": (9, 9)},
+      r"\(4, 3\) until the steps \(9, 9\); give .* less than the 400 of",
+    ),
+    (
+      "train.annealing",
+      {"k": (4, 3), "until": (9,)},
+      r"k = \(4, 3\) until the steps \(9,\); give as many of both",
+    ),
     ("optimizer.clip_norm", 0.0, r"clip_norm is 0\.0; give more than 0, or N"),
     ("optimizer.b2", 1.0, r"b2 is 1\.0; give 0 or more, and less than 1"),
     ("optimizer.eps", -1.0, r"eps is -1\.0; give more than 0"),

@@ -91,14 +91,17 @@ def layer(name):
     options |= {"recompute": True, "dispatch": "ragged"}
   else:
     options["dispatch"] = "gather" if name == "shared" else name
+  kind = experts.FeedForward(E, F)
   if name == "shared":
-    options["shared"] = experts.FeedForward(2, F)
+    # And what training leaves out, which no layout may change.
+    options |= {"shared": experts.FeedForward(2, F), "masked_outputs": 0.25}
+    kind = kind.clone(dropout=0.25)
   if name == "two parts":
     # So that each device has two groups.
     options |= {"dispatch": "gather", "exchange_parts": 2, "group_size": L // 2}
   if name == "dropless in two":
     options |= {"dispatch": "ragged", "exchange_parts": 2, "group_size": L // 2}
-  return moe.MoE(gate, experts.FeedForward(E, F), **options)
+  return moe.MoE(gate, kind, **options)
 
 
 def inputs():
@@ -129,7 +132,7 @@ def forward(name, params, x):
     x,
     train=True,
     mask=MASK,
-    rngs={"router": jax.random.key(2)},
+    rngs={"router": jax.random.key(2), "dropout": jax.random.key(3)},
     mutable=["routing"],
   )
   aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})

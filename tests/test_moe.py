@@ -61,7 +61,7 @@ def apply(module, params, x, train=False, mask=None):
     x,
     train=train,
     mask=mask,
-    rngs={"router": KEY} if train else {},
+    rngs={"router": KEY, "dropout": KEY} if train else {},
     mutable=["routing"],
   )
   (routing,) = losses.routings(state)
@@ -99,6 +99,102 @@ def test_nan_in_padding_stays_there(name):
   jax.tree.map(np.testing.assert_array_equal, got, want)
   (_, y), (_, to_x) = got
   assert (y[~RAGGED_MASK] == 0).all() and (to_x[~RAGGED_MASK] == 0).all()
+
+
+# -- what training leaves out --------------------------------------------------
+
+
+@BY_ALL
+def test_masked_outputs_are_those_of_some_edges(name):
+  """Each token has a sum over a part of its experts, of weight 1 / (1 - p)."""
+  chance, x = 0.25, jax.random.normal(KEY, (32, L, D))
+  plain = layer(TOP_K, group_size=L, dispatch=name)
+  at = params(gate=TOP_K)
+  y, routing = apply(plain.clone(masked_outputs=chance), at, x, True)
+  whole, same = apply(plain, at, x, True)
+  jax.tree.map(np.testing.assert_array_equal, routing, same)
+  close(apply(plain.clone(masked_outputs=chance), at, x)[0], whole)
+  flat, loops = x.reshape(-1, D), reference.feed_forward(at["experts"])
+  chosen = np.asarray(same.assignment.expert.reshape(32, K, L))
+  gate = np.asarray(same.assignment.gate.reshape(32, K, L))
+  left = []
+  for n, row in enumerate(np.asarray(flat, np.float64)):
+    of_edges = [
+      gate[n // L, k, n % L]
+      * loops(chosen[n // L, k, n % L], row)
+      / (1 - chance)
+      for k in range(K)
+    ]
+    parts = {
+      kept: sum(y for y, one in zip(of_edges, kept, strict=True) if one)
+      for kept in np.ndindex(2, 2)
+    }
+    got = np.asarray(y.reshape(-1, D)[n])
+    kept = min(parts, key=lambda kept: np.abs(parts[kept] - got).max())
+    np.testing.assert_allclose(got, parts[kept], 1e-4, 1e-5)
+    left += kept
+  # 512 edges: three standard deviations are 0.057.
+  assert abs(np.mean(left) - (1 - chance)) < 0.06
+
+
+@BY_ALL
+def test_dropout_leaves_the_same_hidden_units_to_all_rows_of_an_expert(name):
+  """Their number is read from outputs that are sums of powers of two."""
+  units, chance = 12, 0.25
+  kind = experts.FeedForward(E, units, dropout=chance)
+  module = layer(TOP_K, kind, dispatch=name)
+  at = params(gate=TOP_K) | {
+    "experts": {
+      "w_in": jnp.zeros((E, D, units)).at[:, 0].set(1.0),
+      "w_out": jnp.zeros((E, units, D))
+      .at[:, :, 0]
+      .set(2.0 ** np.arange(units)),
+    }
+  }
+  x = X.at[..., 0].set(1 - chance)
+  y, routing = apply(module, at, x, True)
+  expert, gate = (a.reshape(B, K, L) for a in routing.assignment[:2])
+  # Which units an expert has left: y = sum_k gate_k bits_k, solved by all rows.
+  of_experts = jax.nn.one_hot(expert, E) * gate[..., None]
+  shares = np.float64(of_experts.sum(1).reshape(-1, E))
+  bits = np.linalg.lstsq(shares, np.float64(y[..., 0].reshape(-1)))[0]
+  whole = np.round(bits).astype(int)
+  np.testing.assert_allclose(bits, whole, atol=0.2)
+  left = (whole[:, None] >> np.arange(units)) & 1
+  assert len({tuple(each) for each in left}) == E
+  assert 0.6 < left.mean() < 0.9
+  plain = layer(TOP_K, kind.clone(dropout=0.0), dispatch=name)
+  close(apply(module, at, x)[0], apply(plain, at, x, True)[0])
+
+
+def test_leaving_out_is_by_chance():
+  for module, message in (
+    (layer(masked_outputs=1.0), r"masked_outputs is 1\.0.*at least 0 and less"),
+    (
+      layer(kind=experts.FeedForward(E, F, dropout=-0.5)),
+      r"dropout of experts is -0\.5.*at least 0 and less",
+    ),
+    (
+      layer(kind=experts.FeedForward(E, F, init_scale=0.0)),
+      "init_scale is 0.0",
+    ),
+    (
+      moe.HierarchicalMoE(
+        router.TopK(2, 1), layer(group_size=None, masked_outputs=0.5)
+      ),
+      r"masked_outputs 0\.5 of the secondary.* leave it 0",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      module.init(KEY, inputs())
+
+
+def test_init_scale_is_the_variance():
+  """Of outputs over inputs, of each expert by itself."""
+  kind = experts.FeedForward(E, 64, init_scale=0.25)
+  for w in jax.jit(lambda: kind.init(KEY, 64)["params"])().values():
+    variance = np.var(w.unbox(), axis=(1, 2)) * 64
+    np.testing.assert_allclose(variance, 0.25, rtol=0.1)
 
 
 # -- what is refused -----------------------------------------------------------

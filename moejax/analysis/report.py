@@ -582,7 +582,7 @@ def _outputs(compared):
     ]
     rows = x.reshape(-1, D)[some]
     rows = jnp.broadcast_to(rows, (E, *rows.shape))
-    weights = module.declare_experts(D)
+    weights = module.declare_experts(D, train=False)
     y = module.expert_fn(module.experts, False)(weights, rows)
     return _cosine([y.astype(jnp.float32).reshape(E, -1)])
 

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -80,6 +80,14 @@ def train(
   return finished
 
 
+class _Phase(NamedTuple):
+  """A part of training: its step, compiled, and what that computes."""
+
+  until: int
+  step_fn: jax.stages.Compiled
+  flops_per_word: tuple[int, int]
+
+
 class _Run:
   """A run that trains, alone in its workdir as long as `checks` say so.
 
@@ -88,7 +96,9 @@ class _Run:
     last: the last step.
     text_ends: whether it is the text's end.
     seconds: of training until the last checkpoint.
-    pending: a step and its metrics, on devices, that are not yet reported.
+    phases: what is to come, the next one last.
+    pending: a step and its metrics, on devices, that are not yet reported, and
+      the phase that it was in.
     all_stop: the number of a signal to any process; 0 before one came.
   """
 
@@ -105,7 +115,6 @@ class _Run:
     self.options, mesh = self.experiment.train, self.built.mesh
     about = self.experiment, len(data.vocabulary)
     count = cost.count(*about)
-    self.flops_per_word = cost.flops_per_word(*about, count)
     opt_state = jax.tree.leaves(self.built.abstract_state.opt_state)
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in opt_state)
     several = f" of {jax.process_count()} processes"
@@ -143,7 +152,8 @@ class _Run:
     unit = self.experiment.unit
     _say(f"vocabulary of {len(data.vocabulary):,}; {unit}s: {sizes}")
     _say("compiling the training step")
-    self.step_fn = session.compiled(self.built)
+    # The last phase's is needed in any case, and refused here if it must be.
+    self.phases = [self._phase(self.options.steps, self.experiment)]
     # What could not be measured is refused now.
     _ = context.losses
 
@@ -158,6 +168,10 @@ class _Run:
     stack.enter_context(contextlib.closing(self.checkpoints))
     self.state, self.seconds = self._last_state()
     self.done = self.saved = int(self.state.step)
+    for until, phase in reversed(self.experiment.phases):
+      if until > self.done:
+        _say(f"compiling the step before step {until}")
+        self.phases.append(self._phase(until, phase))
     self.begun = time.monotonic() - self.seconds
     self.writer = self.progress = metrics.Silent()
     if processes.first():
@@ -169,7 +183,7 @@ class _Run:
       where = f"at step {self.done} of {self.last}"
       self.progress.say(f"resuming {self.workdir} {where}")
     self.speed = metrics.Speed()
-    self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
+    self.pending: tuple[int, Mapping[str, jax.Array], _Phase] | None = None
     self.all_stop = 0
     stack.enter_context(sharding.use(self.built.layout, mesh))
     stack.enter_context(
@@ -177,6 +191,14 @@ class _Run:
         lambda: f"checkpoint {self.saved}, in {self.workdir}"
       )
     )
+
+  def _phase(self, until: int, experiment: config_lib.Experiment) -> _Phase:
+    """Compiles the step of a phase of training."""
+    size = len(self.context.data.vocabulary)
+    model = experiment.model(size)
+    built = self.built._replace(experiment=experiment, model=model)
+    flops = cost.flops_per_word(experiment, size, cost.count(experiment, size))
+    return _Phase(until, session.compiled(built), flops)
 
   def _last_state(self) -> tuple[state_lib.TrainState, float]:
     """Returns the last checkpoint's state, or the first, and seconds so far.
@@ -219,11 +241,15 @@ class _Run:
         # may end too before anybody looks; this one's clock must not run on.
         waits = self.pending and self.pending[1]["loss"].is_ready()
         ended = time.monotonic() if waits else None
-        self.state, measured = self.step_fn(self.state, batch, asked)
+        # The last in the list comes first.
+        while self.done >= self.phases[-1].until:
+          self.phases.pop()
+        phase = self.phases[-1]
+        self.state, measured = phase.step_fn(self.state, batch, asked)
         self.done += 1
         # One step late, so that the device need not wait for the host.
         self._settle(ended)
-        self.pending = (self.done, measured)
+        self.pending = (self.done, measured, phase)
         self.progress.advance(self.done)
         if self.done == self.last or self.done % options.eval_every == 0:
           self._save(self._validate())
@@ -249,7 +275,7 @@ class _Run:
       check()
     if self.pending is None:
       return
-    (at, measured), self.pending = self.pending, None
+    (at, measured, phase), self.pending = self.pending, None
     measured = dict(measured)
     counts = measured.pop("count")
     values = {name: float(v) for name, v in jax.device_get(measured).items()}
@@ -266,7 +292,7 @@ class _Run:
         )
     self.checkpoints.check()
     words, source = values["words"], values.pop("source_words", 0.0)
-    of_word, of_source = self.flops_per_word
+    of_word, of_source = phase.flops_per_word
     values["flops"] = of_word * words + of_source * source
     self.speed.add(words, values["flops"], ended)
     if at % self.options.log_every:

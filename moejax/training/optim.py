@@ -1,10 +1,12 @@
 """The paper's optimizers: Adam, and one with little memory for experts.
 
-Both follow a schedule that rises, holds, and falls as 1/sqrt.
+Both follow a schedule that rises, holds, and falls as 1/sqrt. Experts, routers
+and the rest are groups of parameters, each with its own rate and decay.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,9 +16,45 @@ import optax
 from jaxtyping import Array, Int
 
 from moejax import sharding
+from moejax.config_fields import Range
 
 Schedule = optax.Schedule
 Update = optax.GradientTransformation
+
+
+class Group(NamedTuple):
+  """How a group of parameters is trained.
+
+  Attributes:
+    rate: what its learning rate is multiplied by. An expert sees a share k / E
+      of the tokens; a rate of its own is how to answer that (1, as in the
+      paper, answers nothing).
+    weight_decay: of its matrices, decoupled (1711.05101): a step takes away
+      learning rate * rate * weight_decay of each.
+  """
+
+  rate: Annotated[float, Range(0)] = 1.0
+  weight_decay: Annotated[float, Range(0)] = 0.0
+
+
+# The groups by name, and the scopes below which their parameters lie.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+  "experts": ("experts",),
+  "router": ("router", "primary"),
+  "rest": (),
+}
+
+
+def group_of(path: Sequence[Any]) -> str:
+  """Names the group of a parameter, by its path in a tree of them.
+
+  Not by its logical axes: a single expert has no axis "expert", the routers
+  within groups of experts do, and a user's own module may have none at all.
+  """
+  fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+  return next(
+    (n for n, scopes in GROUPS.items() if {*scopes} & {*fields}), "rest"
+  )
 
 
 def warmup_rsqrt(
@@ -59,16 +97,18 @@ def adam(
   b2: float = 0.999,
   eps: float = 1e-8,
   clip_norm: float | None = None,
+  groups: Mapping[str, Group] = {},
 ) -> Update:
   """Adam, after clipping the whole gradient's norm if `clip_norm` is given.
 
   Without a first moment where b1 is 0: it would be the gradient (app. D).
 
   The norm is over the logical arrays, wherever their parts lie: experts and
-  dense layers are clipped alike on every mesh.
+  dense layers are clipped alike on every mesh. The groups are those of `GROUPS`
+  that have a rate or a decay of their own.
   """
   scale = optax.scale_by_adam(b1, b2, eps) if b1 else _scale_by_rms(b2, eps)
-  return _finish(scale, schedule, b1, b2, eps, clip_norm)
+  return _finish(scale, schedule, b1, b2, eps, clip_norm, groups)
 
 
 def factored_adam(
@@ -77,6 +117,7 @@ def factored_adam(
   b2: float = 0.999,
   eps: float = 1e-8,
   clip_norm: float | None = None,
+  groups: Mapping[str, Group] = {},
 ) -> Update:
   r"""Adam that keeps next to nothing of experts (app. D).
 
@@ -97,21 +138,13 @@ def factored_adam(
     b2: decay of the second moment, or of R and C.
     eps: added to its root.
     clip_norm: as for `adam`.
+    groups: as for `adam`.
   """
 
   def rule(path, w):
-    """Names the rule of a parameter: an expert's lies below `experts`.
-
-    By its path, as logical names would not do: a single expert has no axis
-    "expert", the routers within groups of experts do, and a user's own module
-    may have no names at all.
-    """
-    fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    if "experts" not in fields:
+    if group_of(path) != "experts":
       return "adam"
-    # Each has an axis in front, of experts or of groups of them.
-    in_front = sum(field in ("experts", "secondary") for field in fields)
-    return "factored" if w.ndim - in_front >= 2 else "unfactored"
+    return "factored" if _is_matrix(path, w) else "unfactored"
 
   rules = {
     "adam": optax.scale_by_adam(b1, b2, eps),
@@ -121,7 +154,7 @@ def factored_adam(
   scale = optax.partition(
     rules, lambda params: jax.tree.map_with_path(rule, sharding.unbox(params))
   )
-  return _finish(scale, schedule, b1, b2, eps, clip_norm)
+  return _finish(scale, schedule, b1, b2, eps, clip_norm, groups)
 
 
 def _scale_by_rms(b2: float, eps: float) -> Update:
@@ -129,10 +162,18 @@ def _scale_by_rms(b2: float, eps: float) -> Update:
   return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
 
 
+def _is_matrix(path: Sequence[Any], w: Any) -> bool:
+  """Tells matrices: experts, and groups of them, have an axis each in front."""
+  fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+  return (
+    w.ndim - sum(field in ("experts", "secondary") for field in fields) >= 2
+  )
+
+
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
-def _finish(scale, schedule, b1, b2, eps, clip_norm):
+def _finish(scale, schedule, b1, b2, eps, clip_norm, groups):
   """Checks the numbers; puts clipping before, the learning rate behind."""
   # A decay is less than 1 as a float32, too. Without eps, what has had no
   # gradient yet would be 0 / 0.
@@ -146,10 +187,46 @@ def _finish(scale, schedule, b1, b2, eps, clip_norm):
   ):
     if not is_good:
       raise ValueError(f"config.optimizer.{name} is {value}; give {advice}.")
+  for name, group in groups.items():
+    if name not in GROUPS or min(group) < 0 or not max(group) < math.inf:
+      raise ValueError(
+        f"config.optimizer.groups has {name} = {group}; give groups of"
+        f" {', '.join(GROUPS)} rates and decays of 0 or more."
+      )
+  # Where no group differs its state has no part in the optimizer's.
+  if any(group != Group() for group in groups.values()):
+    scale = optax.chain(scale, _scale_groups(groups))
   rule = optax.chain(scale, optax.scale_by_learning_rate(schedule))
   if clip_norm is None:
     return rule
   return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+
+
+def _scale_groups(groups: Mapping[str, Group]) -> Update:
+  """Gives groups of parameters their rates and decays."""
+
+  def init(params):
+    paths = [
+      path for path, _ in jax.tree.leaves_with_path(sharding.unbox(params))
+    ]
+    there = {group_of(path) for path in paths}
+    for name in groups:
+      if name not in there:
+        raise ValueError(
+          f"config.optimizer.groups names {name}, but no parameter of the model"
+          f" is one; there are {', '.join(sorted(there))}."
+        )
+    return optax.EmptyState()
+
+  def update(updates, state, params):
+    def one(path, u, w):
+      group = groups.get(group_of(path), Group())
+      decay = group.weight_decay * _is_matrix(path, w)
+      return group.rate * (u + decay * w)
+
+    return jax.tree.map_with_path(one, updates, params), state
+
+  return optax.GradientTransformation(init, update)
 
 
 class FactoredState(NamedTuple):

@@ -91,6 +91,38 @@ def test_loads_of_blocks_under_scan_are_those_of_each_block(config, tmp_path):
   assert first.shape == (1, 8) and not np.array_equal(first, second)
 
 
+def test_a_token_visits_fewer_experts_from_phase_to_phase(
+  small_flags, tmp_path
+):
+  """All of 8, then 4, then 2; also where training stops within a phase."""
+  phases = "{'k': (8, 4), 'until': (2, 5)}"
+  argv = ["moejax", "train", *small_flags, f"--config.train.annealing={phases}"]
+
+  def train(name, steps):
+    workdir = tmp_path / name
+    more = f"--workdir={workdir}", f"--config.train.steps={steps}"
+    assert main([*argv, *more]) == 0
+    return curve(workdir)
+
+  lines = train("whole", 7)
+  ((_, (_, counts)),) = metrics.loads(tmp_path / "whole").items()
+  steps = [line for line in lines if line["split"] == "train"]
+  words = np.array([line["words"] for line in steps])
+  assert (counts.sum(axis=1) / words).tolist() == [8, 8, 4, 4, 4, 2, 2]
+  ops = np.array([line["flops"] for line in steps]) / words
+  more = ops - ops[-1]
+  np.testing.assert_allclose(more / more[2], [3, 3, 1, 1, 1, 0, 0], 1e-6)
+  train("parts", 6)
+  kept = [
+    line
+    for line in train("parts", 7)
+    if (line["step"], line["split"]) not in ((6, "validation"), (6, "test"))
+  ]
+  assert [ln for ln in kept if ln["step"] > 6] == [
+    ln for ln in lines if ln["step"] > 6
+  ]
+
+
 def test_stopped_saves_and_resumes(start, whole, tmp_path):
   workdir, number = tmp_path / "run", signal.SIGINT
   process = start(workdir)

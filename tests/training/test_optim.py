@@ -160,6 +160,55 @@ def test_factored_adam_by_loops():
     jax.tree.map_with_path(check, updates, *so_far)
 
 
+GROUPS = {
+  "experts": optim.Group(rate=3.0, weight_decay=0.5),
+  "router": optim.Group(rate=0.0),
+  "rest": optim.Group(weight_decay=0.25),
+}
+
+
+@pytest.mark.parametrize("make", [optim.adam, optim.factored_adam])
+def test_groups_have_rates_and_decays_of_their_own(make):
+  """Also within groups of experts; biases do not decay, nor do routers move."""
+  plain, tx = (
+    make(lambda count: RATE, B1, B2, EPS, clip_norm=1.0, groups=groups)
+    for groups in ({}, GROUPS)
+  )
+  params = draw(9)
+  (want, _), (got, _) = (
+    each.update(draw(0), each.init(params), params) for each in (plain, tx)
+  )
+
+  def check(path, got, want, w):
+    *scopes, name = names(path)
+    if "experts" in scopes:
+      want = 3 * (want - RATE * (0 if name == "bias" else 0.5) * w)
+    elif "router" in scopes:
+      want = np.zeros_like(want)
+    else:
+      want = want - RATE * 0.25 * w
+    np.testing.assert_allclose(got, want, 1e-5, 1e-7, err_msg=str(path))
+
+  jax.tree.map_with_path(check, got, want, params)
+
+
+def test_groups_that_there_are_not():
+  tx = optim.adam(lambda count: RATE, groups={"router": optim.Group(2.0)})
+  with pytest.raises(ValueError, match="names router, but no parameter .*rest"):
+    tx.init({"w": jnp.zeros(2)})
+  for groups in ({"expert": optim.Group()}, {"rest": optim.Group(-1.0)}):
+    with pytest.raises(ValueError, match="give groups of experts, router, re"):
+      optim.adam(lambda count: RATE, groups=groups)
+
+
+def test_a_group_like_all_others_changes_no_state():
+  """So that runs from before go on."""
+  tx = optim.adam(lambda count: RATE, groups={"experts": optim.Group()})
+  plain = optim.adam(lambda count: RATE)
+  states = (jax.tree.structure(each.init(draw(0))) for each in (tx, plain))
+  assert next(states) == next(states)
+
+
 def kept(module):
   """The shapes that are kept of each parameter of a layer."""
   variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((8, D)))
