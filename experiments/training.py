@@ -3,9 +3,14 @@
 import contextlib
 import functools
 import hashlib
+import json
+import os
 import pathlib
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +24,8 @@ from experiments import figures, harness
 from experiments.figures import Row
 from moejax import config as config_lib
 from moejax import routing as routing_lib
-from moejax import sharding
+from moejax import sharding, terminal
+from moejax import workdir as workdir_lib
 from moejax.data import batches
 from moejax.data import vocab as vocab_lib
 from moejax.moe import ROUTING
@@ -152,6 +158,57 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Run:
   return Run(config, workdir, result, lines)
 
 
+def train_all(
+  wanted: Mapping[pathlib.Path, ConfigDict], quick: bool
+) -> list[Run]:
+  """Trains runs side by side, one on each core that this process may use.
+
+  They are given by their workdirs; beside each lie its config and what it says.
+  With a single core, or quick, they follow each other here. Killed, the same
+  command goes on.
+
+  Raises SystemExit where one fails, with what it said last.
+  """
+  known = getattr(os, "sched_getaffinity", lambda _: {0})
+  cores, running = sorted(known(0)), {}
+  left = [d for d in wanted if not (d / workdir_lib.RESULT_FILE).exists()]
+  alone = quick or len(cores) == 1
+  try:
+    while not alone and (left or running):
+      while left and (free := [c for c in cores if c not in running]):
+        workdir, core = left.pop(0), free[0]
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        path, log = (
+          workdir.with_name(f"{workdir.name}.{end}") for end in ("json", "log")
+        )
+        path.write_text(json.dumps(wanted[workdir].to_dict()))
+        command = [sys.executable, "-m", "moejax", "train", f"--config={path}"]
+        terminal.say(f"on core {core}: {workdir}, which writes to {log}")
+        # A process begins on the cores of the thread that starts it.
+        os.sched_setaffinity(0, {core})
+        with log.open("a") as file:
+          running[core] = (
+            log,
+            subprocess.Popen(
+              [*command, f"--workdir={workdir}"], stdout=file, stderr=file
+            ),
+          )
+        os.sched_setaffinity(0, cores)
+      time.sleep(1)
+      for core, (log, process) in list(running.items()):
+        if process.poll() is not None:
+          del running[core]
+          if process.returncode:
+            last = log.read_text().strip().splitlines()[-1:]
+            raise SystemExit(f"{log.stem} ended: {' '.join(last)}")
+  finally:
+    # They save what they have.
+    for _, process in running.values():
+      process.terminate()
+      process.wait()
+  return [train(config, workdir) for workdir, config in wanted.items()]
+
+
 class Step:
   """A compiled training step; a call goes on from the state of the one before.
 
@@ -250,11 +307,12 @@ def report(run: Run) -> Row:
 
 def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
   """Trains with several seeds; returns means, and the span of perplexities."""
-  seeds = 1 if quick else SEEDS
-  found = []
+  seeds, found, wanted = 1 if quick else SEEDS, [], {}
   for seed in range(seeds):
-    config.seed = seed
-    run = train(config, folder.with_name(f"{folder.name}_{seed}"))
+    workdir = folder.with_name(f"{folder.name}_{seed}")
+    wanted[workdir] = config.copy_and_resolve_references()
+    wanted[workdir].seed = seed
+  for run in train_all(wanted, quick):
     busiest = "max_over_mean_count"
     more = run.last(busiest) if busiest in run.lines[0] else None
     found.append(report(run) | {"max_over_mean": more})

@@ -231,3 +231,27 @@ def test_times_are_those_of_each_in_turn(monkeypatch):
   assert order == ["a", "b"] * 4
   assert times["a"] == pytest.approx((3, 1))
   assert times["b"] == pytest.approx((4, 2))
+
+
+def test_runs_side_by_side_have_a_core_each(tmp_path, environment, monkeypatch):
+  """They give what they give here; one that fails is named, and ends all."""
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+  pinned = []
+  monkeypatch.setattr(os, "sched_setaffinity", lambda _, on: pinned.append(on))
+  wanted = {}
+  for seed in range(2):
+    config = training.load("sotu/moe_32", {"seed": seed})
+    training.shrink(config, tmp_path)
+    wanted[tmp_path / "beside" / str(seed)] = config
+  beside = training.train_all(wanted, quick=False)
+  assert [{0}, {0, 1}, {1}, {0, 1}] == [set(cores) for cores in pinned]
+  here = training.train(config, tmp_path / "here")
+  assert beside[1].last("sampled_loss") == pytest.approx(here.last("sampled_loss"), rel=1e-4)
+  assert beside[0].last("sampled_loss") != beside[1].last("sampled_loss")
+  written = json.loads((tmp_path / "beside" / "1.json").read_text())
+  assert written == json.loads(json.dumps(config.to_dict()))
+  config.model.moe.router.k = 64
+  with pytest.raises(SystemExit, match="0 ended: moejax: k = 64 experts"):
+    training.train_all({tmp_path / "failing" / "0": config}, quick=False)
