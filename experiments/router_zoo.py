@@ -30,7 +30,7 @@ _BALANCE = {"importance": 0.1, "load": 0.1}
 GATES: Mapping[str, tuple[int, dict[str, Any], dict[str, float]] | None] = {
   "dense": None,
   "softmax": (32, {}, _BALANCE),
-  "top_k": (4, {"k": 4}, {"importance": 0.1}),
+  "top_k": None,
   "noisy_top_k": None,
   "balanced": None,
   "switch": None,

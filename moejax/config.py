@@ -380,28 +380,31 @@ def _groups(
   return {name: group() for name, group in groups.items() if group}
 
 
-@config_fields.fields_of(optim.warmup_rsqrt, optim.factored_adam)
-def _scheduled(
-  rule: Callable[..., optim.Update],
-  groups: Annotated[Callable, Section(_groups)] | None = None,
-  **fields: Any,
-) -> tuple[optim.Schedule, optim.Update]:
-  """Makes a schedule and the rule that follows it.
+def _optimizer(rule: Callable[..., optim.Update]) -> Callable[..., Any]:
+  @config_fields.fields_of(optim.warmup_rsqrt, rule)
+  def scheduled(
+    groups: Annotated[Callable, Section(_groups)] | None = None, **fields: Any
+  ) -> tuple[optim.Schedule, optim.Update]:
+    """Makes a schedule and the rule that follows it.
 
-  Args:
-    warmup_steps: in which the rate rises to the peak.
-    hold_steps: in which it stays there; then it falls as 1/sqrt.
-    clip_norm: largest norm of the gradient; None clips nothing.
-    groups: parameters whose rate or weight decay is their own.
-  """
-  of_schedule = fields.keys() & inspect.signature(optim.warmup_rsqrt).parameters
-  schedule = optim.warmup_rsqrt(**{n: fields.pop(n) for n in of_schedule})
-  return schedule, rule(schedule, groups=groups(), **fields)
+    Args:
+      warmup_steps: in which the rate rises to the peak.
+      hold_steps: in which it stays there; then it falls as 1/sqrt.
+      clip_norm: largest norm of the gradient; None clips nothing.
+      groups: parameters whose rate or weight decay is their own.
+    """
+    of_schedule = inspect.signature(optim.warmup_rsqrt).parameters
+    of_schedule = {n: fields.pop(n) for n in {*of_schedule} & {*fields}}
+    schedule = optim.warmup_rsqrt(**of_schedule)
+    return schedule, rule(schedule, groups=groups(), **fields)
+
+  return scheduled
 
 
 OPTIMIZERS = {
-  "adam": functools.partial(_scheduled, optim.adam),
-  "factored_adam": functools.partial(_scheduled, optim.factored_adam),
+  "adam": _optimizer(optim.adam),
+  "factored_adam": _optimizer(optim.factored_adam),
+  "muon": _optimizer(optim.muon),
 }
 
 

@@ -248,7 +248,9 @@ def test_runs_side_by_side_have_a_core_each(tmp_path, environment, monkeypatch):
   beside = training.train_all(wanted, quick=False)
   assert [{0}, {0, 1}, {1}, {0, 1}] == [set(cores) for cores in pinned]
   here = training.train(config, tmp_path / "here")
-  assert beside[1].last("sampled_loss") == pytest.approx(here.last("sampled_loss"), rel=1e-4)
+  assert beside[1].last("sampled_loss") == pytest.approx(
+    here.last("sampled_loss"), rel=1e-4
+  )
   assert beside[0].last("sampled_loss") != beside[1].last("sampled_loss")
   written = json.loads((tmp_path / "beside" / "1.json").read_text())
   assert written == json.loads(json.dumps(config.to_dict()))

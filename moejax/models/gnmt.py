@@ -34,10 +34,10 @@ State = tuple[LSTMState, ...]
 class GNMT(Predictor):
   """Embeddings, encoder, decoder with attention, softmax over the next piece.
 
-  Every layer's output is dropped out, then the layer's input added; mixtures
-  go through a sigmoid before that. LSTMs forget where a pair starts, and a
-  token of the target attends to the source of its own pair alone. Source and
-  target share a vocabulary; their tables and that of the softmax are three.
+  Every layer's output is dropped out, then the layer's input added. LSTMs
+  forget where a pair starts, and a token of the target attends to the source of
+  its own pair alone. Source and target share a vocabulary; their tables and
+  that of the softmax are three.
 
   Attributes:
     vocab_size: V.
@@ -48,6 +48,7 @@ class GNMT(Predictor):
     residual_from: number, from 1, of the first layer of either side to whose
       output its input is added: 3 in GNMT.
     dropout: chance of zeroing an output; the rng stream is "dropout".
+    sigmoid: whether mixtures go through a sigmoid, as in the paper.
     dtype: of the activations and of the operands of matrix products. See
       `LSTMLM`.
     vocab_multiple: rows of all tables are filled up to a multiple of it.
@@ -60,6 +61,7 @@ class GNMT(Predictor):
   attention: Attention
   residual_from: Size = 1
   dropout: Dropout = 0.0
+  sigmoid: bool = True
   dtype: DType = "float32"
   vocab_multiple: Size = 1
 
@@ -106,6 +108,7 @@ class GNMT(Predictor):
       drop,
       context=context if self.attention.wiring == "every_layer" else None,
       residual_from=self.residual_from - 1,
+      sigmoid=self.sigmoid,
       **options,
     )
 
@@ -132,6 +135,7 @@ class GNMT(Predictor):
       ids=source,
       train=train,
       residual_from=self.residual_from,
+      sigmoid=self.sigmoid,
     )
     if states.shape[-1] != self.width:
       raise ValueError(

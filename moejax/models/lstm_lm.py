@@ -31,6 +31,7 @@ class LSTMLM(Predictor):
     layers: LSTMs, recurrent mixtures, and modules called as MoE is.
     dropout: chance of zeroing an output; the rng stream is "dropout".
     num_samples: classes of the sampled softmax; 0 is the full one.
+    sigmoid: whether mixtures go through a sigmoid, as in the paper.
     dtype: of the activations and of the operands of matrix products. Whatever
       it is, parameters, routers, cells of LSTMs and the softmax are float32.
     vocab_multiple: rows of embedding and softmax are filled up to a multiple of
@@ -42,6 +43,7 @@ class LSTMLM(Predictor):
   layers: Sequence[nn.Module]
   dropout: Dropout = 0.0
   num_samples: Annotated[int, Range(0)] = 0
+  sigmoid: bool = True
   dtype: DType = "float32"
   vocab_multiple: Size = 1
 
@@ -59,7 +61,14 @@ class LSTMLM(Predictor):
     ids, start, mask = (batch[name] for name in ("inputs", "start", "mask"))
     x = drop(self.embed(ids).astype(self.dtype))
     return stack.residual(
-      self.layers, x, drop, ids=ids, train=train, start=start, mask=mask
+      self.layers,
+      x,
+      drop,
+      ids=ids,
+      train=train,
+      start=start,
+      mask=mask,
+      sigmoid=self.sigmoid,
     )
 
   @nn.nowrap
@@ -86,7 +95,13 @@ class LSTMLM(Predictor):
       x = self.embed(ids).astype(self.dtype)
       run, after = stack.stepping(state, ids)
       h = stack.residual(
-        self.layers, x, lambda y: y, ids=ids, train=False, run=run
+        self.layers,
+        x,
+        lambda y: y,
+        ids=ids,
+        train=False,
+        run=run,
+        sigmoid=self.sigmoid,
       )
       return tuple(after), h[:, 0]
 

@@ -32,13 +32,12 @@ def residual(
   run: Callable[[nn.Module, Array], Array] | None = None,
   context: Float[Array, "B L _"] | None = None,
   residual_from: int = 1,
+  sigmoid: bool = True,
 ) -> Float[Array, "B L O"]:
   """Runs layers, each as x + drop(layer(x)) (app. C.1, E).
 
   Layers are LSTMs of all kinds, which forget where a sentence starts, and
-  modules called as MoE is. These go through a sigmoid before dropout, so that a
-  token all of whose experts were full adds the constant 0.5. See
-  docs/decisions.md, 18, 19, 27.
+  modules called as MoE is. See docs/decisions.md, 18, 19, 27.
 
   Args:
     layers: one after the other.
@@ -52,6 +51,8 @@ def residual(
     context: what every recurrent layer reads beside its input.
     residual_from: number, from 1, of the first layer to whose output its input
       is added.
+    sigmoid: whether mixtures go through a sigmoid before dropout, as in the
+      paper: a token all of whose experts were full then adds the constant 0.5.
 
   Raises:
     ValueError: an input is to be added to an output of another width.
@@ -70,7 +71,8 @@ def residual(
       both = [x] if context is None else [x, context]
       y = run(layer, jnp.concatenate(both, axis=-1))
     else:
-      y = nn.sigmoid(layer(x, train=train, mask=mask, ids=ids))
+      y = layer(x, train=train, mask=mask, ids=ids)
+      y = nn.sigmoid(y) if sigmoid else y
     y = drop(y)
     if number < residual_from:
       x = y

@@ -1,11 +1,11 @@
-"""The paper's optimizers: Adam, and one with little memory for experts.
+"""The paper's optimizers, Adam and one with little memory for experts; Muon.
 
-Both follow a schedule that rises, holds, and falls as 1/sqrt. Experts, routers
+All follow a schedule that rises, holds, and falls as 1/sqrt. Experts, routers
 and the rest are groups of parameters, each with its own rate and decay.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jaxtyping import Array, Int
 
 from moejax import sharding
@@ -146,15 +147,93 @@ def factored_adam(
       return "adam"
     return "factored" if _is_matrix(path, w) else "unfactored"
 
-  rules = {
-    "adam": optax.scale_by_adam(b1, b2, eps),
-    "factored": _scale_by_factors(b2, eps),
-    "unfactored": _scale_by_rms(b2, eps),
-  }
-  scale = optax.partition(
-    rules, lambda params: jax.tree.map_with_path(rule, sharding.unbox(params))
+  scale = _by_rule(
+    rule,
+    adam=optax.scale_by_adam(b1, b2, eps),
+    factored=_scale_by_factors(b2, eps),
+    unfactored=_scale_by_rms(b2, eps),
   )
   return _finish(scale, schedule, b1, b2, eps, clip_norm, groups)
+
+
+def muon(
+  schedule: Schedule,
+  momentum: float = 0.95,
+  scale: float = 0.2,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  clip_norm: float | None = None,
+  groups: Mapping[str, Group] = {},
+) -> Update:
+  r"""Muon for the matrices of layers, Adam for everything else.
+
+  The step of a matrix [I, O] is its momentum, made orthogonal by five steps of
+  Newton and Schulz (`optax.contrib.scale_by_muon`), times
+
+  .. math:: scale \sqrt{\max(I, O)}
+
+  so that its entries have the root mean square `scale`, with 0.2 about that of
+  Adam's, and both follow one schedule (2502.16982, eq. 4). Each expert's matrix
+  is one by itself: whatever part of the text an expert sees, its step is as
+  large as the others'. Tables of words, routers, and what is no matrix have
+  Adam.
+
+  Args:
+    schedule: the learning rate.
+    momentum: decay of the gradients' average, of which the next is a part.
+    scale: root mean square of a matrix's step, over the learning rate.
+    b1: as for `adam`.
+    b2: as for `adam`.
+    eps: as for `adam`.
+    clip_norm: as for `adam`.
+    groups: as for `adam`.
+  """
+  if not (momentum >= 0 and np.float32(momentum) < 1 and scale > 0):
+    raise ValueError(
+      f"config.optimizer.momentum is {momentum} and config.optimizer.scale"
+      f" {scale}; give at least 0 and less than 1, and more than 0."
+    )
+
+  def rule(path, w):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    is_layers = name == "kernel" or name.startswith("w")
+    of_router = group_of(path) == "router"
+    is_one = is_layers and not of_router and _is_matrix(path, w)
+    return "muon" if is_one else "adam"
+
+  def last_two(updates):
+    return jax.tree.map(
+      lambda w: optax.contrib.MuonDimensionNumbers(w.ndim - 2, w.ndim - 1),
+      updates,
+    )
+
+  def as_large_as_adams(updates, params):
+    del params
+    return jax.tree.map(
+      lambda u: scale * math.sqrt(max(u.shape[-2:])) * u, updates
+    )
+
+  both = _by_rule(
+    rule,
+    muon=optax.chain(
+      optax.contrib.scale_by_muon(
+        beta=momentum, weight_dimension_numbers=last_two
+      ),
+      optax.stateless(as_large_as_adams),
+    ),
+    adam=optax.scale_by_adam(b1, b2, eps),
+  )
+  return _finish(both, schedule, b1, b2, eps, clip_norm, groups)
+
+
+def _by_rule(
+  rule: Callable[[Sequence[Any], Any], str], **rules: Update
+) -> Update:
+  """Updates each parameter as the rule that `rule(path, parameter)` names."""
+  return optax.partition(
+    rules, lambda params: jax.tree.map_with_path(rule, sharding.unbox(params))
+  )
 
 
 def _scale_by_rms(b2: float, eps: float) -> Update:

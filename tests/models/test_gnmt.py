@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import kinds
@@ -10,7 +11,7 @@ import pytest
 import recurrent
 
 from moejax import experts, losses, moe, router, sharding
-from moejax.models import attention, gnmt, layers
+from moejax.models import attention, gnmt, layers, lstm_lm
 from moejax.models.recurrent import RecurrentMoE
 
 V, D, H, N, E, F, K = 11, 4, 5, 3, 4, 3, 2
@@ -104,6 +105,47 @@ def loss(model, params, batch, train=False, **options):
 def close(got, want):
   check = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
   jax.tree.map(check, got, want)
+
+
+class Zero(nn.Module):
+  """A mixture of experts that return nothing."""
+
+  def __call__(self, x, *, train, mask=None, ids=None):
+    return jnp.zeros_like(x)
+
+
+def test_without_its_sigmoid_a_mixture_of_nothing_adds_nothing():
+  """In both models, when they train and when they write."""
+  batch, lstm = pack(sized()), layers.LSTM(D, H)
+  translator = gnmt.GNMT(V, D, (lstm,), (lstm.clone(),), attention.Attention(N))
+  model = lstm_lm.LSTMLM(V, D, (lstm,))
+  of_both = parameters(translator), parameters(model)
+  within = {"encoder": (lstm, Zero()), "decoder": (lstm.clone(), Zero())}
+
+  def results(sigmoid=None):
+    """Losses of both models, and what both write next."""
+    pair, alone = translator, model
+    if sigmoid is not None:
+      pair = pair.clone(sigmoid=sigmoid, **within)
+      alone = alone.clone(sigmoid=sigmoid, layers=(lstm, Zero()))
+    at, other = ({"params": params} for params in of_both)
+    memory = pair.apply(
+      at,
+      *(batch[f"source{n}"] for n in ("", "_segment", "_start")),
+      method="encode",
+    )
+    state, ids = pair.begin(2, L), jnp.ones(2, jnp.int32)
+    return (
+      loss(pair, at["params"], batch),
+      loss(alone, other["params"], batch),
+      pair.apply(at, memory, state, ids, method="step")[1],
+      alone.apply(other, alone.begin(2, L), batch["inputs"], method="read")[1],
+    )
+
+  want, got, with_sigmoid = results(), results(False), results(True)
+  for each, same, other in zip(want, got, with_sigmoid, strict=True):
+    np.testing.assert_array_equal(same, each)
+    assert np.abs(other - each).max() > 1e-3
 
 
 @pytest.mark.parametrize(

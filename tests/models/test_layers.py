@@ -178,6 +178,10 @@ def test_outputs_are_dropped_out_before_the_input_is_added():
   want = x + 10 * layers.lstm(x, start, weights)
   want = want + 10 * nn.sigmoid(2 * want)
   np.testing.assert_allclose(got, want, rtol=1e-6)
+  got = stack.residual(
+    [Double()], x, lambda y: 10 * y, **options, sigmoid=False
+  )
+  np.testing.assert_allclose(got, 21 * x, rtol=1e-6)
 
 
 def test_embed_looks_words_up():

@@ -343,7 +343,7 @@ def test_published_models_have_their_parameters(name):
 
 
 def test_recipes_have_the_ops_of_their_dense_twin():
-  recipes = ["switch", "gshard_top_2", "noisy_top_k", "balanced"]
+  recipes = ["switch", "gshard_top_2", "top_k", "noisy_top_k", "balanced"]
   dense = count_of("transformer/dense").ops
   for name in recipes:
     got = count_of(f"transformer/{name}")

@@ -69,15 +69,15 @@ class Case(NamedTuple):
       self.layers[-1]: self.section,
     }
     model = config_fields.build(MODELS, section, "config.model", vocab_size=V)
-    rule = {"adam": optim.adam, "factored_adam": optim.factored_adam}
     schedule = optim.warmup_rsqrt(2e-2, 10)
-    return model, rule[self.optimizer](schedule, clip_norm=CLIP)
+    return model, getattr(optim, self.optimizer)(schedule, clip_norm=CLIP)
 
 
 CASES = {
   "flat": Case(),
   "two levels": Case(("lstm", "hierarchical_moe"), TWO_LEVELS),
   "factored": Case(("moe",), steps=5, optimizer="factored_adam"),
+  "muon": Case(("moe",), steps=5, optimizer="muon"),
   "microbatches": Case(section=FLAT | SMALLER, steps=10, microbatches=2),
   "microbatches together": Case(
     ("hierarchical_moe",),
@@ -91,7 +91,8 @@ EVERYWHERE = [
   *(("flat", on) for on in sharding.LAYOUTS),
   *(("two levels", on) for on in ("expert_model", "fsdp")),
   ("factored", "fsdp"),
-  *((name, "data_expert") for name in list(CASES)[3:]),
+  ("muon", "expert_model"),
+  *((name, "data_expert") for name in list(CASES)[4:]),
 ]
 
 
@@ -115,8 +116,8 @@ def train(name, on=None):
   """Trains on all devices in a layout, or on one.
 
   Returns:
-    The metrics of each step, Adam's mean of gradients after the first (a tenth
-    of that gradient, clipped), and the parameters in the end.
+    The metrics of each step, the means of gradients after the first (a tenth of
+    that gradient, clipped, for Adam), and the parameters in the end.
   """
   case = CASES[name]
   model, tx = case.build()
@@ -147,7 +148,8 @@ def train(name, on=None):
       # As the loop does: no step is begun before the last one is done.
       curve.append(jax.device_get(metrics))
       if i == 0:
-        slope = jax.device_get(optax.tree.get(current.opt_state, "mu"))
+        found = optax.tree.get_all_with_path(current.opt_state, "mu")
+        slope = jax.device_get([mean for _, mean in found])
   curve = jax.tree.map(lambda *steps: np.stack(steps), *curve)
   return curve, slope, jax.device_get(current.params)
 

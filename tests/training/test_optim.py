@@ -160,6 +160,55 @@ def test_factored_adam_by_loops():
     jax.tree.map_with_path(check, updates, *so_far)
 
 
+def orthogonal(m):
+  """Five steps of Newton and Schulz."""
+  if m.shape[0] > m.shape[1]:
+    return orthogonal(m.T).T
+  x = m / (np.linalg.norm(m) + 1e-8)
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+  return x
+
+
+def muon(gradients):
+  """The update of a matrix after its gradients so far (2502.16982)."""
+  m = np.zeros_like(gradients[0])
+  for g in gradients:
+    m = B1 * m + (1 - B1) * g
+  t = len(gradients)
+  ahead = B1 * m / (1 - B1 ** (t + 1)) + (1 - B1) * g / (1 - B1**t)
+  return -RATE * 0.4 * max(m.shape) ** 0.5 * orthogonal(ahead)
+
+
+def test_muon_by_loops():
+  """Each matrix of layers alone; the other parameters have Adam."""
+  tx = optim.muon(lambda count: RATE, B1, 0.4, 0.7, B2, EPS)
+  so_far, current = [], None
+  for step in range(3):
+    gradients = {**draw(step), "lstm": {"w_rec": np.ones((D, F), np.float32)}}
+    gradients["lstm"]["w_rec"][step] = 2
+    so_far.append(gradients)
+    current = current or tx.init(gradients)
+    updates, current = tx.update(gradients, current)
+
+    def check(path, update, *gradients):
+      gradients = [np.float64(g) for g in gradients]
+      name, want = names(path)[-1], adam(gradients, 0.7)
+      if name.startswith("w_"):
+        for at in np.ndindex(want.shape[:-2]):
+          want[at] = muon([g[at] for g in gradients])
+      np.testing.assert_allclose(update, want, 2e-4, 1e-5, err_msg=name)
+
+    jax.tree.map_with_path(check, updates, *so_far)
+
+
+def test_what_muon_refuses():
+  for options in ({"momentum": 1.0}, {"scale": 0.0}):
+    with pytest.raises(ValueError, match=r"momentum is .*\.scale .*; give at"):
+      optim.muon(lambda count: RATE, **options)
+
+
 GROUPS = {
   "experts": optim.Group(rate=3.0, weight_decay=0.5),
   "router": optim.Group(rate=0.0),
@@ -167,11 +216,14 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("make", [optim.adam, optim.factored_adam])
+EVERY = [optim.adam, optim.factored_adam, optim.muon]
+
+
+@pytest.mark.parametrize("make", EVERY)
 def test_groups_have_rates_and_decays_of_their_own(make):
   """Also within groups of experts; biases do not decay, nor do routers move."""
   plain, tx = (
-    make(lambda count: RATE, B1, B2, EPS, clip_norm=1.0, groups=groups)
+    make(lambda count: RATE, b2=B2, clip_norm=1.0, groups=groups)
     for groups in ({}, GROUPS)
   )
   params = draw(9)
