@@ -1,0 +1,119 @@
+"""Question: what is the best recipe for ten minutes on two cores?
+
+Method: the rules. The text is the presidents' messages, as configs/sotu reads
+them; a model takes 2,400 batches of 4,096 words, with at most 200,000
+ops/timestep, its softmax not counted; its training ends within ten minutes on
+two cores, and it is measured by the full softmax on whole words. A row is one
+command, `moejax train` with the config and the flags in the table; three seeds.
+`minutes` is 2,400 times the median step of recipes that take turns on all cores
+of the machine. Each row but the first changes one thing of another one.
+
+Result: to be measured.
+"""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from experiments import figures, harness, training
+
+OPS, MINUTES = 200_000, 10
+
+
+class Recipe(NamedTuple):
+  """A config, what is changed in it, and what that is in a few words."""
+
+  config: str
+  changes: Mapping[str, Any]
+  line: str
+
+
+_TOP_K = {"model.moe.router.kind": "top_k", "aux.load": None}
+_PLAIN = {"model.sigmoid": False}
+_MUON = {"optimizer.kind": "muon", "optimizer.scale": 0.1}
+RECIPES = {
+  "dense": Recipe("sotu/moe_1_wide", {}, "the paper's dense twin"),
+  "paper": Recipe("sotu/moe_32", {}, "the paper's mixture"),
+  "no_noise": Recipe("sotu/moe_32", _TOP_K, "without noise"),
+  "no_sigmoid": Recipe("sotu/moe_32", _TOP_K | _PLAIN, "nor sigmoid"),
+  "muon": Recipe("sotu/moe_32", _TOP_K | _PLAIN | _MUON, "by Muon"),
+  "muon_noise": Recipe("sotu/moe_32", _PLAIN | _MUON, "by Muon, with noise"),
+  "muon_sigmoid": Recipe("sotu/moe_32", _TOP_K | _MUON, "by Muon, sigmoid"),
+  "muon_dense": Recipe("sotu/moe_1_wide", _PLAIN | _MUON, "dense, by Muon"),
+  "transformer": Recipe("transformer/top_k", {}, "Transformer"),
+  "transformer_muon": Recipe("transformer/top_k", _MUON, "Transformer, Muon"),
+  "transformer_dense_muon": Recipe(
+    "transformer/dense", _MUON, "dense Transformer, Muon"
+  ),
+}
+
+
+def rows(quick: bool, models: str = "") -> figures.Rows:
+  """Yields a row per recipe.
+
+  Raises ValueError where one takes more ops than the rules allow.
+  """
+  names = harness.chosen(models, RECIPES, ("muon",) if quick else ())
+  with training.folder("speedrun", quick) as runs:
+    configs = {}
+    for name in names:
+      config, changes, _ = RECIPES[name]
+      configs[name] = training.load(config, changes)
+      if quick:
+        training.shrink(configs[name], runs)
+    with training.roughly_compiled(quick):
+      steps = {n: training.random_step(c) for n, c in configs.items()}
+    times = harness.interleaved(steps, 2 if quick else 9)
+    del steps
+    for name, config in configs.items():
+      found = training.over_seeds(config, runs / name, quick)
+      if found["ops"] > OPS:
+        raise ValueError(
+          f"the recipe {name} takes {found['ops']:,} ops/timestep; the rules"
+          f" allow {OPS:,}."
+        )
+      # The cores' time of all seeds is no time of one.
+      del found["minutes"]
+      minutes = times[name].median * config.train.steps / 60_000
+      yield {
+        "recipe": name,
+        **found,
+        "minutes": round(minutes, 1),
+        "flags": flags(name),
+      }
+
+
+def flags(name: str) -> str:
+  """Returns what `moejax train` is given for a recipe."""
+  config, changes, _ = RECIPES[name]
+  fields = (f"--config.{n}={value}" for n, value in changes.items())
+  return shlex.join([f"--config={config}", *fields])
+
+
+def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
+  axes = figure.subplots()
+  table = sorted(table, key=lambda row: row["test"])
+  for place, row in enumerate(table):
+    dense = "dense" in row["recipe"]
+    color = figures.DENSE if dense else figures.SPARSE
+    axes.plot([row["test_least"], row["test_most"]], [place] * 2, color=color)
+    axes.plot(row["test"], place, "o", color=color)
+    at = (row["test_most"], place)
+    text = f"  {row['test']:.1f}, {row['minutes']:.1f} min"
+    axes.annotate(text, at, va="center", color=color)
+  axes.set_yticks(
+    range(len(table)), [RECIPES[row["recipe"]].line for row in table]
+  )
+  axes.set_ylim(len(table) - 0.5, -0.5)
+  axes.margins(x=0.2)
+  figures.scales(axes, "test perplexity per word, mean and span of seeds")
+  best = table[0]
+  return (
+    f"The best recipe, {RECIPES[best['recipe']].line}, reaches a test"
+    f" perplexity of {best['test']:.1f}"
+  )
+
+
+if __name__ == "__main__":
+  models = f"recipes, comma-separated, of {', '.join(RECIPES)}"
+  harness.main("speedrun", rows, draw, models=models)
