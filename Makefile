@@ -11,7 +11,7 @@ help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 train: .venv/installed ## train 4 of 32 experts on the presidents' messages
-	$(BIN) -m moejax train --config=configs/sotu/moe_32.py \
+	$(BIN) -m moejax train --config=configs/sotu/moe_32_muon.py \
 	  --workdir="$(WORKDIR)"
 
 test: .venv/installed-test ## run all tests

@@ -1,4 +1,4 @@
-"""MoE-32 on the presidents' messages: what `make train` runs.
+"""MoE-32 on the presidents' messages, as the paper trains it.
 
 The paper's MoE-32 (Table 7) at an eighth of its width: embedding, LSTM, 32
 experts of which 4 are active, LSTM, softmax, all 64 wide. Ops/timestep:

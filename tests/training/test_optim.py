@@ -112,6 +112,7 @@ SHAPES = {
     "experts": {"w_in": (E, D, F), "bias": (E, D)},
   },
   "layers_1": {
+    "primary": {"gate": {"kernel": (D, 2)}},
     "secondary": {
       "router": {"gate": {"kernel": (2, D, E)}},
       "experts": {"w_out": (2, E, F, D), "bias": (2, E, D)},
@@ -235,7 +236,7 @@ def test_groups_have_rates_and_decays_of_their_own(make):
     *scopes, name = names(path)
     if "experts" in scopes:
       want = 3 * (want - RATE * (0 if name == "bias" else 0.5) * w)
-    elif "router" in scopes:
+    elif {"router", "primary"} & {*scopes}:
       want = np.zeros_like(want)
     else:
       want = want - RATE * 0.25 * w
