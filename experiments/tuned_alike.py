@@ -7,7 +7,11 @@ optimizers and rates, half the steps each, seed 0; the one of lowest validation
 perplexity is trained with three seeds. `test` is the mean test perplexity of
 these, `test_least` and `test_most` their span.
 
-Result: to be measured.
+Result: the mixture's test perplexity is 75.58 (75.37 to 75.85), the twin's 80.51
+(80.19 to 80.75): 6.1 % lower. The same trial is the best for both, Muon at half
+its usual scale. By Adam, tuned too, the mixture leads by 3.5 % after half the
+steps, by Muon by 6.7 %: Adam's steps make experts, each of which sees an eighth
+of the text, learn late (results/tuned_alike.csv).
 """
 
 from collections.abc import Mapping
@@ -116,8 +120,9 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   search.set_ylim(len(trials) - 0.5, -0.5)
   seeds.set_yticks([])
   seeds.set_ylim(len(MODELS) - 0.5, -0.5)
-  seeds.margins(x=0.5)
-  figures.scales(search, "validation perplexity, half the steps")
+  seeds.margins(x=0.7)
+  about = "optimizer, peak rate, scale of Muon"
+  figures.scales(search, "validation perplexity, half the steps", about)
   figures.scales(seeds, "test perplexity, span of seeds")
   sparse, dense = (
     next(r for r in table if r["model"] == model and r["stage"] == "seeds")
