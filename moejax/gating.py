@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, Shaped
 
-from moejax import partition, routing, sharding
+from moejax import partition, quantiles, routing, sharding
 from moejax.routing import SCOPES, Routing
 
 
@@ -476,32 +476,27 @@ def _shares_of_groups(x, m):
   it: every bit takes one sum over devices, of E counts, and no sorting.
   """
   G, _, E = x.shape
-  # A float's bits have its order, if it is not negative; padding stays below.
-  bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), jnp.int32)
-
-  def largest(holds, num_bits):
-    """The largest number of so many bits for which it holds, as for 0."""
-
-    def set_bit(i, found):
-      more = found | (1 << (num_bits - 1 - i))
-      return jnp.where(holds(more), more, found)
-
-    none = partition.vary_as(x, jnp.zeros(E, jnp.int32))
-    return jax.lax.fori_loop(0, num_bits, set_bit, none)
+  bits = quantiles.to_bits(jax.lax.stop_gradient(x))
+  zeros = partition.vary_as(x, jnp.zeros(E, jnp.uint32))
 
   def count(chosen, axis):
     return chosen.sum(axis, dtype=jnp.int32)
 
-  # 1.0 has 30 bits.
-  mth = largest(lambda least: count(bits >= least[None, None], (0, 1)) >= m, 30)
+  mth = quantiles.largest(
+    lambda least: count(bits >= least[None, None], (0, 1)) >= m,
+    quantiles.NUM_BITS,
+    zeros,
+  )
   above = count(bits > mth[None, None], 1)
   tied = count(bits == mth[None, None], 1)
   left = m - above.sum(axis=0)
-  group = jnp.arange(G, dtype=jnp.int32)[:, None]
+  group = jnp.arange(G, dtype=jnp.uint32)[:, None]
 
   def before(last):
     return jnp.where(group < last[None], tied, 0).sum(axis=0)
 
-  last = largest(lambda last: before(last) <= left, G.bit_length())
+  last = quantiles.largest(
+    lambda last: before(last) <= left, G.bit_length(), zeros
+  )
   part = jnp.where(group == last[None], (left - before(last))[None], 0)
   return above + jnp.where(group < last[None], tied, part)
