@@ -21,11 +21,12 @@ __version__ = "0.1.0"
 _NAMES = {
   "moe": "MoE HierarchicalMoE",
   "router": "Router Softmax TopK NoisyTopK Balanced SoftmaxTopK Switch"
-  " GShardTop2 ExpertChoice Hash Sigmoid",
+  " GShardTop2 ExpertChoice ExpertThreshold Hash Sigmoid",
   "experts": "FeedForward Linear Identity Each Mixed",
   "routing": "Routing Assignment",
   "losses": "routings",
   "sharding": "Layout LAYOUTS make_mesh",
+  "training.optim": "with_averages",
   "training.run": "load",
 }
 # Name -> the module that has it, and its name there.

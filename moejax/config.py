@@ -360,7 +360,9 @@ def _aux(
   Args:
     scope: what is to be balanced, the "batch" or every "group" by itself.
   """
-  return {n: w for n, w in weights.items() if w is not None}, scope
+  given = {n: w for n, w in weights.items() if w is not None}
+  losses.check(given, scope)
+  return given, scope
 
 
 _Group = Annotated[Callable, Section(optim.Group, optional=True)] | None

@@ -159,7 +159,8 @@ def threshold(
   those of the experts, or of every token [G S E].
 
   Causal: T stands for the batch. Its gradient reaches the logits of the chosen
-  experts, not the thresholds, which `losses.threshold` teaches.
+  experts, not the thresholds, which `losses.threshold` or `losses.quantile`
+  teaches.
   """
   check_k(max_k, logits.shape[-1], "max_k")
   x = jax.nn.softmax(logits)
@@ -310,8 +311,8 @@ def sigmoid(
   as of `softmax_top_k`; a group's score is the sum of its two best experts'.
 
   Its gradient reaches the logits of the chosen experts (none for k = 1, where
-  the gate is constant), not the bias, which `losses.bias` teaches. Errors are
-  those of `softmax_top_k`.
+  the gate is constant), not the bias, which `losses.bias` or `losses.quantile`
+  teaches. Errors are those of `softmax_top_k`.
   """
   scores = jax.nn.sigmoid(logits) + _beside_logits(bias, logits, "bias")
   near = _in_best_groups(scores, k, num_groups, max_groups, scale, best=2)

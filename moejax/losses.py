@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax import partition, quantiles
 from moejax.routing import SCOPES, Routing, per_expert
 
 
@@ -110,7 +111,7 @@ def threshold(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   del scope
 
   def of_level(level):
-    if level.thresholds is None:
+    if not _LEARNED["threshold"](level):
       return jnp.zeros((), jnp.float32)
     S, E = level.logits.shape[-2:]
 
@@ -140,7 +141,7 @@ def bias(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   del scope
 
   def of_level(level):
-    if level.bias is None:
+    if not _LEARNED["bias"](level):
       return jnp.zeros((), jnp.float32)
     count = level.count.sum(axis=0).reshape(-1, level.logits.shape[-1])
     # Whole numbers: at perfect balance a mean would be off by its rounding,
@@ -152,6 +153,65 @@ def bias(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   return _over_levels(of_level, routing)
 
 
+def quantile(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
+  r"""Draws thresholds and biases to quantiles of the batch, a moving average.
+
+  .. math:: \sum_e (v_e - target_e)^2 / 2
+
+  The gradient reaches the value v alone and is v - target. So descent at rate
+  1, as `training.optim.with_averages` has it, with a weight w is
+  v += w (target - v): an exponential moving average of decay 1 - w, and of
+  weight 1 the last batch's quantile. The mean of microbatches is one step
+  towards the mean of their targets. A layer that is called n times takes n
+  steps: divide the weight by n.
+
+  Of the n real tokens every expert is to have m = k n / E, as in eq. 18:
+
+  - of thresholds T (2603.11535) the target is what m of its X exceed, X being
+    the softmax of the logits: midway between the m-th and the next largest.
+  - of biases (quantile balancing, kexue.fm/archives/11619) it is what lets m
+    tokens choose the expert. A token does where score + bias is above its
+    cutoff, the (k+1)-th largest of these: so it is midway between the m-th
+    smallest cutoff - score and the next, less the mean over experts. All
+    experts' at once are a step of an iteration: their cutoffs move with them.
+
+  Both are over the whole batch whatever the scope, and only counts travel
+  between devices. In a hierarchy, the sum over both levels, each group of
+  experts by the tokens that reached it. 0 where nothing is learned so, and of
+  an expert whose group no token reached.
+  """
+  del scope
+
+  def of_level(level):
+    total = jnp.zeros((), jnp.float32)
+    if level.k is None:
+      return total
+    logits = level.logits.astype(jnp.float32)
+    E = logits.shape[-1]
+    k = level.k.reshape(-1)[0]
+
+    def distance(value, target):
+      # NaN without a token.
+      target = jnp.where(jnp.isnan(target), value, target)
+      return 0.5 * ((value - target) ** 2).sum()
+
+    if level.thresholds is not None:
+      exceeded = _exceeded_by_share(level, jax.nn.softmax(logits), k)
+      total += distance(level.thresholds.reshape(-1, E), exceeded)
+    if level.bias is not None:
+      bias = level.bias.reshape(-1, E)
+      scores = jax.nn.sigmoid(logits)
+      steered = jnp.sort(scores + _of_tokens(level, bias), axis=-1)
+      # Without a (k+1)-th all are chosen, whatever the bias.
+      next_best = jnp.maximum(E - 1 - k, 0)
+      cutoff = jax.lax.dynamic_index_in_dim(steered, next_best, -1)
+      target = -_exceeded_by_share(level, scores - cutoff, k)
+      total += distance(bias, target - target.mean(axis=1, keepdims=True))
+    return total
+
+  return _over_levels(of_level, routing)
+
+
 LOSSES = {
   "importance": importance,
   "load": load,
@@ -159,10 +219,15 @@ LOSSES = {
   "z": z,
   "threshold": threshold,
   "bias": bias,
+  "quantile": quantile,
 }
 
 # What a router must be learning for the loss of a name to do anything.
-_LEARNED = {"threshold": "thresholds", "bias": "bias"}
+_LEARNED = {
+  "threshold": lambda r: r.thresholds is not None and r.k is None,
+  "bias": lambda r: r.bias is not None and r.k is None,
+  "quantile": lambda r: r.k is not None,
+}
 
 
 def unstacked(sown: Any) -> Any:
@@ -212,8 +277,9 @@ def auxiliary(
     The total, and each loss by name, unweighted, summed over layers.
 
   Raises:
-    ValueError: a name that no loss has, an unknown scope, or a weight for what
-      there is none of: routing, or thresholds or biases that a layer learns.
+    ValueError: a name that no loss has, an unknown scope, a weight that is no
+      rate of a moving average for `quantile`, or a weight for what there is
+      none of: routing, or thresholds or biases that a layer learns so.
   """
   check(weights, scope)
   found = routings(sown)
@@ -232,13 +298,12 @@ def auxiliary(
       " model without mixtures no weights."
     )
   levels = [level for routing in found for level in _levels(routing)]
-  for name, field in _LEARNED.items():
-    learning = [getattr(level, field) is not None for level in levels]
-    if name in weights and found and not any(learning):
+  for name, learns in _LEARNED.items():
+    if name in weights and found and not any(map(learns, levels)):
       raise ValueError(
         f"the balance loss {name!r} has weight {weights[name]}, but of"
-        f" {len(found)} MoE layers 0 are learning {field}; leave the weight"
-        " out, or choose a router that learns them, in training."
+        f" {len(found)} MoE layers 0 are learning by it; leave the weight"
+        " out, or choose a router that learns so, in training."
       )
   zero = jnp.zeros((), jnp.float32)
   values = {
@@ -253,7 +318,8 @@ def check(weights: Mapping[str, float], scope: str = "batch") -> None:
   """Lets nothing pass that `auxiliary` does not know.
 
   Raises:
-    ValueError: a name that no loss has, or an unknown scope.
+    ValueError: a name that no loss has, an unknown scope, or a weight that is
+      no rate of a moving average for `quantile`.
   """
   if scope not in SCOPES:
     raise ValueError(
@@ -267,6 +333,13 @@ def check(weights: Mapping[str, float], scope: str = "batch") -> None:
         f"unknown balance loss {name!r}; the nearest is {nearest!r}, the"
         f" known ones are {', '.join(LOSSES)}."
       )
+  rate = weights.get("quantile", 1)
+  if isinstance(rate, int | float) and not 0 < rate <= 1:
+    raise ValueError(
+      f"the balance loss 'quantile' has weight {rate}, but it is the rate of a"
+      " moving average; give more than 0 and at most 1 (0.1 is decay 0.9), or"
+      " leave it out."
+    )
 
 
 def balance(sown: Any) -> dict[str, Float[Array, ""]]:
@@ -386,6 +459,50 @@ def _real(level):
   if level.mask is None:
     return jnp.ones(level.logits.shape[:-1], bool)
   return level.mask
+
+
+def _of_tokens(level, values):
+  """Gives each token the values [P, E] of its mixture: [P, 1, 1, E] or so."""
+  if level.within is None:
+    return values[:, None, None]
+  return values.at[level.within].get(mode="clip")[None]
+
+
+def _exceeded_by_share(level, x, k):
+  """What m of a mixture's real x [P, G, S, E] exceed, [P, E]; NaN without any.
+
+  Midway between the m-th and the (m+1)-th largest, where there are so many.
+  Without gradient.
+  """
+  E = x.shape[-1]
+  real = _real(level)[..., None]
+
+  def count(chosen):
+    """Adds up tokens, of all devices: [P, E]."""
+    if level.within is None:
+      return chosen.sum(axis=(1, 2), dtype=jnp.int32)
+    # The rows of all groups of experts stand in one array.
+    P = level.k.size // E
+    by_group = per_expert(chosen[0].astype(jnp.float32), level.within, P)
+    return by_group.sum(axis=0).astype(jnp.int32)
+
+  n = count(real)
+  m = jnp.clip((n * k + E // 2) // E, 1, n)
+  x = jax.lax.stop_gradient(jnp.where(real, x, -jnp.inf))
+  bits = quantiles.to_bits(x)
+  # Both at once: [2, P, E].
+  many = jnp.stack([m, jnp.minimum(m + 1, n)])
+
+  def holds(least):
+    at_least = [count(bits >= _of_tokens(level, each)) for each in least]
+    return jnp.stack(at_least) >= many
+
+  zeros = jnp.zeros((2, len(n), E), jnp.uint32)
+  found = quantiles.largest(
+    holds, quantiles.NUM_BITS, partition.vary_as(x, zeros)
+  )
+  mth, next_largest = quantiles.from_bits(found)
+  return jnp.where(n > 0, (mth + next_largest) / 2, jnp.nan)
 
 
 def _mean(x, level):

@@ -22,6 +22,8 @@ _ZEROS = nn.initializers.zeros
 # From zeros, without noise, all experts tie for every token: at first k of them
 # would take all tokens or, where experts choose, all experts the same few.
 _RANDOM = nn.initializers.lecun_normal()
+# Parameters that follow quantiles of the batch, by `losses.quantile`.
+AVERAGES = frozenset({"average_thresholds", "average_bias"})
 
 
 class SortedRows(NamedTuple):
@@ -212,48 +214,90 @@ class NoisyTopK(Router):
     )
 
 
-class Balanced(Router):
-  """Strictly balanced gating (app. F): experts choose; thresholds at inference.
-
-  What the paper does not say of it is in docs/decisions.md, 25, 29, 52.
-
-  The thresholds are exp of the parameter "log_thresholds". They are as small as
-  a softmax over E experts is, and so a step of the optimizer moves them by a
-  fraction, and never below zero. They start at 1/E, the mean of that softmax,
-  and learn by `losses.threshold` alone, eq. 20, over the same.
+class _Thresholds(Router):
+  """A router whose tokens visit every expert above its threshold, or may so.
 
   Attributes:
-    max_k: the most that a token may visit at inference; 2k by default, or all.
-    over: what every expert takes its share of in training, the "batch" as in
-      the paper, or every "group" by itself; of microbatches it is each.
-    group_factor: room in a group's edges for an expert's share of the batch,
-      over the mean share; what exceeds it is dropped, and counted so.
+    max_k: the most that a token may visit by thresholds; 2k by default, or all.
   """
 
   k: int
   max_k: int | None = None
-  over: str = "group"
-  group_factor: float = 2.0
 
-  def decide(self, x, train, mask, ids):
-    # In evaluation too, where only max_k is read: training comes after init.
-    gating.check_k(self.k, self.num_experts)
-    logits = self.logits(x)
-    start = -math.log(self.num_experts)
-    thresholds = jnp.exp(self.vector(x, "log_thresholds", start))
-    if train:
-      routing = gating.balanced(
-        logits, self.k, mask, self.over, self.group_factor
-      )
-      return routing._replace(thresholds=thresholds)
+  def by_thresholds(self, logits, thresholds, mask) -> Routing:
+    """Decides about every token by itself (eq. 19)."""
     max_k = self.max_k
     if max_k is None:
       max_k = min(2 * self.k, self.num_experts)
     return gating.threshold(logits, thresholds, max_k, mask)
 
+
+class Balanced(_Thresholds):
+  """Strictly balanced gating (app. F): experts choose; thresholds at inference.
+
+  What the paper does not say of it is in docs/decisions.md, 25, 29, 52.
+
+  Thresholds start at 1/E, the mean of a softmax over E experts, and learn by
+  one loss alone. By `losses.threshold`, eq. 20, they are exp of the parameter
+  "log_thresholds": a step of the optimizer moves them by a fraction, and never
+  below zero. By `losses.quantile` they are the parameter "average_thresholds",
+  a moving average of the least X that an expert takes of the whole batch.
+
+  Attributes:
+    over: what every expert takes its share of in training, the "batch" as in
+      the paper, or every "group" by itself; of microbatches it is each.
+    group_factor: room in a group's edges for an expert's share of the batch,
+      over the mean share; what exceeds it is dropped, and counted so.
+    learned_by: the loss that teaches the thresholds, "threshold" or "quantile".
+  """
+
+  over: str = "group"
+  group_factor: float = 2.0
+  learned_by: str = "threshold"
+
+  def decide(self, x, train, mask, ids):
+    # In evaluation too, where only max_k is read: training comes after init.
+    gating.check_k(self.k, self.num_experts)
+    logits = self.logits(x)
+    if _follows(self.learned_by, "threshold"):
+      learned = _average_thresholds(self, x)
+    else:
+      start = -math.log(self.num_experts)
+      log_thresholds = self.vector(x, "log_thresholds", start)
+      learned = {"thresholds": jnp.exp(log_thresholds)}
+    if not train:
+      return self.by_thresholds(logits, learned["thresholds"], mask)
+    routing = gating.balanced(
+      logits, self.k, mask, self.over, self.group_factor
+    )
+    return routing._replace(**learned)
+
   @nn.nowrap
   def is_by_token(self, train):
     return not train
+
+
+class ExpertThreshold(_Thresholds):
+  """Expert threshold routing (2603.11535): all experts above their thresholds.
+
+  In training as at inference a token visits every expert whose X is above its
+  threshold, at most `max_k`, perhaps none: k on average, and causal always. X
+  is the softmax of the logits and the gates are X, renormalized over these
+  experts (eq. 16), as of `Balanced`.
+
+  The thresholds are the parameter "average_thresholds", a moving average of the
+  batch's quantiles that `losses.quantile` alone moves. They start at 1/E, the
+  mean of X, so that every token visits some expert from the first step on; a
+  warm-up by expert choice would look ahead. Until they have come to the
+  quantiles, with a weight w after some 2/w steps, experts may have more tokens
+  than their share, or less. What `max_k` keeps from an expert is also missing.
+  """
+
+  def decide(self, x, train, mask, ids):
+    gating.check_k(self.k, self.num_experts)
+    learned = _average_thresholds(self, x)
+    routing = self.by_thresholds(self.logits(x), learned["thresholds"], mask)
+    return routing._replace(**learned) if train else routing
 
 
 class Switch(Router):
@@ -345,19 +389,37 @@ class SoftmaxTopK(_GroupLimited):
 class Sigmoid(_GroupLimited):
   """Balance without a loss (2408.15664), as in DeepSeek-V3 (2412.19437).
 
-  The parameter "bias" starts at zero and learns by `losses.bias` alone.
+  The bias starts at zero and learns by one loss alone: the parameter "bias" by
+  signs, `losses.bias`, or "average_bias" by quantile balancing
+  (kexue.fm/archives/11619), `losses.quantile`. A limit to groups leaves it
+  without a quantile, and is a ValueError there.
+
+  Attributes:
+    learned_by: the loss that teaches the bias, "bias" or "quantile".
   """
 
+  learned_by: str = "bias"
+
   def decide(self, x, train, mask, ids):
-    return gating.sigmoid(
+    follows = _follows(self.learned_by, "bias")
+    if follows and self.max_groups < self.num_groups:
+      raise ValueError(
+        "the bias is learned by 'quantile', but tokens are kept to"
+        f" {self.max_groups} of {self.num_groups} groups of experts, beyond"
+        " which none lets an expert in; choose learned_by='bias', or as many"
+        " max_groups."
+      )
+    bias = self.vector(x, "average_bias" if follows else "bias", 0.0)
+    routing = gating.sigmoid(
       self.logits(x),
-      self.vector(x, "bias", 0.0),
+      bias,
       self.k,
       mask,
       self.num_groups,
       self.max_groups,
       self.scale,
     )
+    return routing._replace(k=_each_k(self)) if follows else routing
 
 
 class Single(Router):
@@ -377,11 +439,32 @@ class Single(Router):
     return gating.top_k(jnp.zeros((*x.shape[:2], 1), jnp.float32), 1, mask)
 
 
+def _follows(learned_by: str, other: str) -> bool:
+  """Says whether quantiles teach what a router learns, not its other loss."""
+  if learned_by not in (other, "quantile"):
+    raise ValueError(
+      f"learned_by is {learned_by!r}; choose the loss {other!r} or 'quantile'."
+    )
+  return learned_by == "quantile"
+
+
+def _average_thresholds(router: Router, x) -> dict[str, Array]:
+  """What a routing says of thresholds that follow quantiles."""
+  start = 1 / router.num_experts
+  thresholds = router.vector(x, "average_thresholds", start)
+  return {"thresholds": thresholds, "k": _each_k(router)}
+
+
+def _each_k(router: Router) -> Int[Array, "E"]:
+  return jnp.full(router.num_experts, router.k, jnp.int32)
+
+
 ROUTERS = {
   "softmax": Softmax,
   "top_k": TopK,
   "noisy_top_k": NoisyTopK,
   "balanced": Balanced,
+  "expert_threshold": ExpertThreshold,
   "softmax_top_k": SoftmaxTopK,
   "switch": Switch,
   "gshard_top_2": GShardTop2,

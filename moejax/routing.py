@@ -49,12 +49,15 @@ class Routing(NamedTuple):
     mask: the real tokens; None where all are.
     thresholds: T (eq. 19), where the router is learning them.
     bias: what a loss-free router adds to the scores, where it is learning it.
+    k: how many experts a token is to have on average, said of each expert,
+      where thresholds or bias follow quantiles of the batch: then the loss
+      `quantile` teaches them, and no other.
     dropped: the edges beyond capacity, which the layer fills in; at first those
       counted that the assignment had no place for, if any.
     dropped_first: those of `dropped` that were their token's first choice.
     primary: the decision between P groups of experts, where this one was made
-      within them (app. B), about the same groups of tokens. Sums, thresholds
-      and biases are then those of the experts of all groups, flat. Assignment,
+      within them (app. B), about the same groups of tokens. Sums, thresholds,
+      biases and k are then of the experts of all groups, flat. Assignment,
       logits and mask are each group's own, side by side, where tokens are in
       slots: no mesh could split P and G as one axis. Of sorted rows the
       assignment too is flat, from tokens to experts of all groups; logits and
@@ -73,6 +76,7 @@ class Routing(NamedTuple):
   mask: Bool[Array, "*P G S"] | None = None
   thresholds: Float[Array, "E"] | None = None
   bias: Float[Array, "E"] | None = None
+  k: Int[Array, "E"] | None = None
   dropped: Float[Array, "G E"] | None = None
   dropped_first: Float[Array, "G E"] | None = None
   primary: "Routing | None" = None
@@ -86,7 +90,7 @@ SCOPES = ("batch", "group")
 # Fields of a Routing by what they are of: tokens, sums of groups, parameters.
 OF_TOKENS = ("assignment", "logits", "mask", "within", "sent")
 SUMS = ("importance", "load", "count", "dropped", "dropped_first")
-LEARNED = ("thresholds", "bias")
+LEARNED = ("thresholds", "bias", "k")
 
 
 def per_expert(

@@ -93,6 +93,42 @@ def bias_rule(count, rate):
   return [rate * (int(c < mean) - int(c > mean)) for c in count]
 
 
+def share_of(n, experts, k):
+  """Eq. 18: m of n tokens, at least one."""
+  return min(n, max(1, math.floor(k * n / experts + 0.5)))
+
+
+def exceeded(values, m):
+  """What m of these exceed: midway to the next largest, if there is one."""
+  in_order = sorted(values, reverse=True)
+  return (in_order[m - 1] + in_order[min(m, len(values) - 1)]) / 2
+
+
+def threshold_targets(logits, k):
+  """2603.11535, of all tokens [n, E]: each expert's least X of its m tokens."""
+  n, experts = logits.shape
+  x = [softmax(v) for v in logits]
+  m = share_of(n, experts, k)
+  return np.array([exceeded([v[e] for v in x], m) for e in range(experts)])
+
+
+def bias_targets(logits, bias, k):
+  """Quantile balancing: m of the biases that let a token in are below.
+
+  A token lets an expert in whose score + bias is above its cutoff, the next
+  best after the k that it chooses. Centered over experts.
+  """
+  n, experts = logits.shape
+  m, lets_in = share_of(n, experts, k), np.zeros((n, experts))
+  for s, v in enumerate(logits):
+    scores = [1 / (1 + math.exp(-a)) for a in v]
+    steered = [a + b for a, b in zip(scores, bias, strict=True)]
+    cutoff = sorted(steered, reverse=True)[min(k, experts - 1)]
+    lets_in[s] = [cutoff - a for a in scores]
+  targets = [-exceeded([-a for a in lets_in[:, e]], m) for e in range(experts)]
+  return np.array([t - sum(targets) / experts for t in targets])
+
+
 def entropy(v):
   """Of the softmax of the logits of one token, in nats."""
   return -sum(p * math.log(p) for p in softmax(v) if p > 0)

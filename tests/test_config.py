@@ -12,7 +12,7 @@ from config_shapes import (
 )
 
 from moejax import config as config_lib
-from moejax import moe, sharding
+from moejax import moe, router, sharding
 from moejax import slots as slots_lib
 from moejax import workdir as workdir_lib
 from moejax.data import pieces, vocab
@@ -339,6 +339,22 @@ def test_a_section_of_shared_experts(name, section):
   del shared["num_experts"]
   with pytest.raises(ValueError, match=r"shared\.num_experts is missing"):
     experiment(name, **changes).model(VOCABULARY)
+
+
+@pytest.mark.parametrize(
+  "kind, other", [("balanced", "threshold"), ("sigmoid", "bias")]
+)
+def test_what_is_learned_by_quantiles(kind, other):
+  section = {"kind": kind, "k": 2, "learned_by": "quantile"}
+  built = experiment("tiny", model__moe__router=section, aux={"quantile": 1.0})
+  assert built.aux_weights == {"quantile": 1.0}
+  params = parameters(built)["layers_1"]["router"]
+  assert params.keys() & router.AVERAGES and len(params) == 2
+  with pytest.raises(ValueError, match=r"'quantile' has weight 1\.5, but"):
+    experiment("tiny", aux={"quantile": 1.5})
+  section["learned_by"] = "average"
+  with pytest.raises(ValueError, match=f"'average'; .*'{other}', 'quantile'"):
+    experiment("tiny", model__moe__router=section).model(VOCABULARY)
 
 
 @pytest.mark.parametrize("field", ["config.data", "config.data.kind"])

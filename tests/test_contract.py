@@ -196,7 +196,8 @@ GIVEN = RANDOM.normal(size=(G, TOKENS, E))
 # What multiplies y in the score.
 OUT = RANDOM.normal(size=(G, TOKENS, D))
 MASK = np.arange(TOKENS)[None] != np.array([[2], [TOKENS]])
-# What routers do in evaluation, where they do something else.
+# What routers do, where it has another name; and in evaluation.
+DOES = {"expert_threshold": "threshold"}
 EVALUATES = {"noisy_top_k": "top_k", "balanced": "threshold"}
 
 
@@ -235,13 +236,15 @@ def make(dispatcher, name, kind):
     at["router"]["bias"] = jnp.asarray(gatings.bias(E))
   if "log_thresholds" in at["router"]:
     at["router"]["log_thresholds"] = jnp.log(gatings.thresholds(E))
+  if "average_thresholds" in at["router"]:
+    at["router"]["average_thresholds"] = jnp.asarray(gatings.thresholds(E))
   return layer, at
 
 
 def decided(name, at, routing, train):
   """at -> the decisions of the loops, with the chance that `routing` had."""
   second = np.asarray(routing.assignment.expert)[:, TOKENS:] < E
-  gate, k = (name, K) if train else (EVALUATES.get(name, name), K)
+  gate, k = DOES.get(name, name if train else EVALUATES.get(name, name)), K
   if gate == "threshold":
     k = E  # max_k is 2 k, or all.
 

@@ -145,7 +145,10 @@ def test_every_router_serves_at_either_level(kind, factor, train, together=2):
   for name in ("importance", "load", "count", "dropped", "dropped_first"):
     assert getattr(routing, name).shape == (G // together, P * Q)
     assert getattr(routing.primary, name).shape == (G // together, P)
-  learned = {"balanced": "thresholds" * train, "sigmoid": "bias"}
+  learned = {
+    **dict.fromkeys(("balanced", "expert_threshold"), "thresholds" * train),
+    "sigmoid": "bias",
+  }
   for name in ("thresholds", "bias"):
     vector = getattr(routing, name)
     assert (vector is not None) == (learned.get(kind) == name)
@@ -224,12 +227,15 @@ def test_work_is_that_of_edges_not_of_experts():
   assert memory(8, 16, "gather") > 10 * edges * 256
 
 
-def test_sorted_rows_and_slots_for_all_are_one_mixture():
+@pytest.mark.parametrize("learned_by", ["bias", "quantile"])
+def test_sorted_rows_and_slots_for_all_are_one_mixture(learned_by):
   """In value, in every loss of either scope, in the report, and in gradient."""
   primary = router.ExpertChoice(P, K)
-  module = sorted_layer(router.Sigmoid(Q, K), primary=primary)
+  gate = router.Sigmoid(Q, K, learned_by=learned_by)
+  module = sorted_layer(gate, primary=primary)
   params, x = kinds.random_params(module, inputs()), inputs()
-  weights = dict.fromkeys(("importance", "switch_balance", "z", "bias"), 0.3)
+  names = ("importance", "switch_balance", "z", learned_by)
+  weights = dict.fromkeys(names, 0.3)
 
   def score(module, params, x):
     mask = jnp.arange(G * S).reshape(G, S) % 5 > 0
@@ -258,8 +264,14 @@ def test_ids_do_not_travel_to_groups():
   [
     (functools.partial(router.NoisyTopK, k=K), ()),
     (functools.partial(router.Balanced, k=K, over="batch"), ("threshold",)),
+    (
+      functools.partial(
+        router.Balanced, k=K, over="batch", learned_by="quantile"
+      ),
+      ("quantile",),
+    ),
   ],
-  ids=["noisy", "balanced over the batch"],
+  ids=["noisy", "balanced over the batch", "quantiles"],
 )
 def test_devices_judge_the_balance_without_fetching_tokens(gate, learned):
   """Logits stay where they are, though both levels' losses read them.

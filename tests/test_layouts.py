@@ -41,7 +41,12 @@ COPIES = sharding.Layout(
 )
 LAYOUTS = sharding.LAYOUTS | {"copies": COPIES}
 # Layers of two levels, and how many groups of tokens are one at the second.
-TWO_LEVELS = {"hierarchical": 1, "half together": B // 2, "sorted": 1}
+TWO_LEVELS = {
+  "hierarchical": 1,
+  "half together": B // 2,
+  "sorted": 1,
+  "quantiles": 1,
+}
 # Whose rows are sorted, where they can be sent to a device of their own. Of
 # "picks" the experts choose.
 DROPLESS = ("dropless", "dropless in two", "picks", "sorted")
@@ -52,6 +57,7 @@ CASES = [
   *((layout, "gather", "") for layout in sharding.LAYOUTS),
   *((layout, "hierarchical", "") for layout in SPLIT),
   *((layout, "sorted", "") for layout in ("replicated", *SPLIT[1:])),
+  *((layout, "quantiles", "") for layout in sharding.LAYOUTS),
   ("data_expert", "half together", ""),
   *((layout, "shared", "") for layout in SPLIT[:3]),
   ("data_expert", "einsum", ""),
@@ -77,8 +83,13 @@ def layer(name):
   factor = None if name in DROPLESS else FACTOR
   options = {"group_size": L, "capacity_factor": factor}
   if name in TWO_LEVELS:
+    inner = router.NoisyTopK(Q, K)
+    if name == "quantiles":
+      # Of a bias, and of thresholds.
+      gate = router.Sigmoid(E, K, learned_by="quantile")
+      inner = router.ExpertThreshold(Q, K)
     within = moe.MoE(
-      router.NoisyTopK(Q, K),
+      inner,
       experts.FeedForward(Q, F),
       capacity_factor=factor,
       recompute=True,
@@ -135,7 +146,10 @@ def forward(name, params, x):
     rngs={"router": jax.random.key(2), "dropout": jax.random.key(3)},
     mutable=["routing"],
   )
-  aux, _ = losses.auxiliary(state, {"importance": 0.3, "load": 0.7})
+  weights = {"importance": 0.3, "load": 0.7}
+  if name == "quantiles":
+    weights["quantile"] = 0.5
+  aux, _ = losses.auxiliary(state, weights)
   (routing,) = losses.routings(state)
   first = routing if routing.primary is None else routing.primary
   decided = first.logits, routing.importance

@@ -82,6 +82,23 @@ def want_bias(r, scope):
   return total
 
 
+def want_targets(r, k):
+  """Of each level: targets of thresholds and biases [P, E], NaN without."""
+  found = []
+  for level, mixtures in decisions.levels(r):
+    groups = decisions.tokens(level, mixtures)
+    E = level.logits.shape[-1]
+    bias = level.bias.reshape(mixtures, E)
+    targets = np.full((2, mixtures, E), np.nan)
+    for p in range(mixtures):
+      tokens = np.concatenate([group[p] for group in groups])
+      if len(tokens):
+        targets[0, p] = reference_losses.threshold_targets(tokens, k)
+        targets[1, p] = reference_losses.bias_targets(tokens, bias[p], k)
+    found.append(targets)
+  return found
+
+
 # Of each loss: its loops, and what its gradient reaches, 0 elsewhere.
 WANT = {
   "importance": (want_importance, "importance"),
@@ -134,7 +151,7 @@ def values_and_slopes(case, scope):
 
 @pytest.mark.parametrize("scope", losses.SCOPES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", losses.LOSSES.keys() - {"quantile"})
 def test_value_and_gradient_are_the_papers(name, case, scope):
   if name not in WANT:
     pytest.fail(
@@ -212,6 +229,46 @@ def test_balanced_counts_move_no_bias(experts=49):
     assert losses.bias(level._replace(count=count)) == 0
 
 
+def following(decision, k):
+  """The decision, whose thresholds and biases follow quantiles."""
+
+  def follow(level):
+    return level._replace(k=jnp.full(level.bias.size, k, jnp.int32))
+
+  primary = decision.primary
+  return follow(decision)._replace(primary=primary and follow(primary))
+
+
+def tied(decision):
+  """The same, of few different tokens, and one group of experts without."""
+  logits, mask = jnp.round(decision.logits), decision.mask
+  if decision.primary is not None:
+    mask = mask.at[1].set(False)
+  return decision._replace(logits=logits, mask=mask)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("change", [lambda r: r, tied])
+@pytest.mark.parametrize("case", CASES)
+def test_quantiles_draw_thresholds_and_biases(case, change, k):
+  """Value - target is the gradient of each, and all that has one."""
+  decision = following(change(CASES[case]), k)
+  fn = lambda at: losses.quantile(put(decision, at), "group")  # noqa: E731
+  value, slopes = jax.jit(jax.value_and_grad(fn))(parts(decision))
+  total = 0
+  wanted = want_targets(decisions.as_numpy(decision), k)
+  for i, (level, _) in enumerate(decisions.levels(decision)):
+    for name, targets in zip(("thresholds", "bias"), wanted[i], strict=True):
+      values = np.asarray(getattr(level, name), np.float64)
+      away = np.nan_to_num(values - targets.reshape(-1))
+      total += (away**2).sum() / 2
+      np.testing.assert_allclose(slopes.pop(f"{i} {name}"), away, atol=1e-6)
+  np.testing.assert_allclose(value, total, rtol=1e-5)
+  assert total > 0.1 and not any(map(np.any, slopes.values()))
+  # What follows quantiles is taught by nothing else.
+  assert losses.threshold(decision) == losses.bias(decision) == 0
+
+
 # -- adding up ----------------------------------------------------------------
 
 
@@ -251,18 +308,25 @@ def test_unknown_names_are_told_the_known():
       wrong(*args, "device")
 
 
-@pytest.mark.parametrize(
-  "name, field", [("threshold", "thresholds"), ("bias", "bias")]
-)
-def test_a_weight_for_what_no_layer_learns(name, field):
+@pytest.mark.parametrize("name", ["threshold", "bias"])
+def test_a_weight_for_what_no_layer_learns(name):
   """An error, unless another layer learns it."""
   learning = CASES["flat"]
   other = learning._replace(thresholds=None, bias=None)
-  match = f"'{name}' has weight 0.5, but of 2 MoE layers 0 .* {field};"
-  with pytest.raises(ValueError, match=match):
-    losses.auxiliary([other, other], {name: 0.5})
+  match = f"'{name}' has weight 0.5, but of 2 MoE layers 0 .* by it;"
+  for not_so in (other, following(learning, 1)):
+    with pytest.raises(ValueError, match=match):
+      losses.auxiliary([other, not_so], {name: 0.5})
+  with pytest.raises(ValueError, match=match.replace(name, "quantile")):
+    losses.auxiliary([other, learning], {"quantile": 0.5})
   total, _ = losses.auxiliary([other, learning], {name: 0.5})
   np.testing.assert_allclose(total, 0.5 * want(name, learning), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, float("nan")])
+def test_the_weight_of_quantiles_is_a_rate(rate):
+  with pytest.raises(ValueError, match=f"weight {rate}, .* at most 1 .* leave"):
+    losses.auxiliary(following(CASES["flat"], 1), {"quantile": rate})
 
 
 def test_devices_exchange_sums_and_gather_no_tokens():
@@ -275,11 +339,13 @@ def test_devices_exchange_sums_and_gather_no_tokens():
 
   def all_losses(decision):
     decision = decision._replace(thresholds=vector, bias=vector)
-    return losses.balance(decision), {
+    values = {
       (name, scope): loss(decision, scope)
       for name, loss in losses.LOSSES.items()
       for scope in losses.SCOPES
     }
+    quantile = losses.quantile(following(decision, 2))
+    return losses.balance(decision), values, quantile
 
   decision = gating.balanced(logits, 2)
   want = jax.jit(all_losses)(decision)

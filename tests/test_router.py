@@ -7,9 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moejax import gating, losses, router, routing
+from moejax.training import optim
 
 G, S, D, E, K = 2, 4, 3, 5, 2
 MASK = jnp.asarray(np.arange(G * S).reshape(G, S) % 3 > 0)
@@ -87,7 +89,11 @@ def test_a_single_expert_needs_no_router():
 def test_where_the_parameters_start(name):
   params = nn.unbox(init(make(name)))
   kernels = {"hash": 0, "noisy_top_k": 2}.get(name, 1)
-  vectors = {"balanced": ("log_thresholds", 1 / E), "sigmoid": ("bias", 0)}
+  vectors = {
+    "balanced": ("log_thresholds", np.log(1 / E)),
+    "expert_threshold": ("average_thresholds", 1 / E),
+    "sigmoid": ("bias", 0),
+  }
   assert len(params) == kernels + (name in vectors)
   for leaf in jax.tree.leaves(params):
     if leaf.ndim == 2:
@@ -95,11 +101,7 @@ def test_where_the_parameters_start(name):
       assert (np.asarray(leaf) == 0).all() == (name in FROM_ZERO)
   if name in vectors:
     vector, start = vectors[name]
-    np.testing.assert_allclose(
-      np.exp(params[vector]) if start else params[vector],
-      np.full(E, start),
-      rtol=1e-6,
-    )
+    np.testing.assert_allclose(params[vector], np.full(E, start), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,8 @@ def test_logits_are_float32_under_bfloat16_activations(name):
   params = random_params(module)
   x = inputs().astype(jnp.bfloat16)
   got = apply(module, params, x, train=True, noise=1)
-  for leaf in jax.tree.leaves(got._replace(assignment=got.assignment.gate)):
+  numbers = got._replace(assignment=got.assignment.gate, k=None)
+  for leaf in jax.tree.leaves(numbers):
     assert leaf.dtype == jnp.float32
   assert got.assignment.expert.dtype == jnp.int32
   # To the last bit: the activations alone were rounded.
@@ -252,6 +255,64 @@ def test_thresholds_learn_to_be_balanced(over):
   np.testing.assert_array_equal(trained, [60 * K / E] * E)
   assert np.abs(before - trained).max() > 5
   assert np.abs(after - trained).max() <= 1
+
+
+FOLLOWING = {
+  "balanced": router.Balanced(E, K, E, learned_by="quantile"),
+  "expert_threshold": router.ExpertThreshold(E, K, E),
+  "sigmoid": router.Sigmoid(E, K, learned_by="quantile"),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+@pytest.mark.parametrize(
+  "tx, steps, most",
+  [(optim.with_averages(optax.adamw(1.0)), 60, 3), (optax.adam(5e-3), 200, 6)],
+  ids=["averages", "plain Adam"],
+)
+def test_quantiles_learn_to_balance(name, tx, steps, most):
+  """In tens of steps at weight 0.2, and by an optimizer that knows of none."""
+  module, share = FOLLOWING[name], 60 * K / E
+  x = jax.random.normal(jax.random.key(3), (2, 30, D))
+  params = random_params(module)
+
+  def decide(learned, train):
+    return apply(module, params | learned, x, train, ids=None)
+
+  def score(learned):
+    return losses.auxiliary(decide(learned, True), {"quantile": 0.2})[0]
+
+  def step(carry, _):
+    learned, state = carry
+    updates, state = tx.update(jax.grad(score)(learned), state, learned)
+    return (optax.apply_updates(learned, updates), state), None
+
+  @jax.jit
+  def run(learned):
+    (after, _), _ = jax.lax.scan(
+      step, (learned, tx.init(learned)), length=steps
+    )
+    return [decide(each, False).count.sum(axis=0) for each in (learned, after)]
+
+  (at,) = params.keys() - {"gate"}
+  # Optax counts in int32 and multiplies by float32.
+  with jax.numpy_dtype_promotion("standard"):
+    before, after = map(np.asarray, run({at: params[at]}))
+  assert np.abs(before - share).max() > 8
+  assert np.abs(after - share).max() <= most
+
+
+def test_what_learns_by_a_loss_says_so():
+  for module, said in (
+    (router.Balanced(E, K, learned_by="bias"), "'bias'.*'threshold' or 'quan"),
+    (router.Sigmoid(E, K, learned_by="sign"), "'sign'; .*'bias' or 'quantile'"),
+    (
+      router.Sigmoid(6, K, num_groups=3, max_groups=2, learned_by="quantile"),
+      "'quantile', but .* 2 of 3 groups",
+    ),
+  ):
+    with pytest.raises(ValueError, match=said):
+      init(module)
 
 
 def test_bias_learns_to_balance():

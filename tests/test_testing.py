@@ -23,6 +23,8 @@ def make(name):
 
 ROUTERS = {name: make(name) for name in router.ROUTERS} | {
   "balanced batch": router.Balanced(E, K, over="batch"),
+  "balanced quantile": router.Balanced(E, K, learned_by="quantile"),
+  "sigmoid quantile": router.Sigmoid(E, K, learned_by="quantile"),
   "in groups": router.Sigmoid(6, 3, num_groups=3, max_groups=2, scale=2.5),
 }
 
@@ -55,6 +57,12 @@ class TestLosses(testing.LossContract):
   def choose(self, name):
     self.loss = losses.LOSSES[name]
     self.at_balance = float(name == "switch_balance")
+    if name == "quantile":
+      # The target of a bias moves with it, which no difference would hold.
+      k = jnp.full(testing.E, 2, jnp.int32)
+      self.loss = lambda found: losses.quantile(found._replace(k=k, bias=None))
+      # Thresholds are 0.2, midway between the chances 0.3 and 0.15 is 0.225.
+      self.at_balance = testing.E * 0.025**2 / 2
 
 
 # -- wrong in one way each ----------------------------------------------------

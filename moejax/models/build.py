@@ -27,7 +27,7 @@ from moejax.models.transformer import (
   Transformer,
 )
 from moejax.moe import HierarchicalMoE, MoE
-from moejax.router import ROUTERS, Balanced, Single
+from moejax.router import ROUTERS, Balanced, Sigmoid, Single
 from moejax.routing import SCOPES
 
 _Build = Callable[..., nn.Module]
@@ -59,7 +59,11 @@ _Routers = ROUTERS | {
     Balanced,
     over=Annotated[str, Names(SCOPES)],
     group_factor=Annotated[float, Range(1)],
-  )
+    learned_by=Annotated[str, Names(("threshold", "quantile"))],
+  ),
+  "sigmoid": config_fields.limited(
+    Sigmoid, learned_by=Annotated[str, Names(("bias", "quantile"))]
+  ),
 }
 _Router = Annotated[_Build, Section(_Routers, given=("num_experts",))]
 

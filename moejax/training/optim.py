@@ -1,7 +1,8 @@
 """The paper's optimizers, Adam and one with little memory for experts; Muon.
 
-All follow a schedule that rises, holds, and falls as 1/sqrt. Experts, routers
-and the rest are groups of parameters, each with its own rate and decay.
+All follow a schedule that rises, holds, and falls as 1/sqrt, but for moving
+averages, which no schedule concerns. Experts, routers and the rest are groups
+of parameters, each with its own rate and decay.
 """
 
 import math
@@ -18,6 +19,7 @@ from jaxtyping import Array, Int
 
 from moejax import sharding
 from moejax.config_fields import Range
+from moejax.router import AVERAGES
 
 Schedule = optax.Schedule
 Update = optax.GradientTransformation
@@ -196,10 +198,11 @@ def muon(
     )
 
   def rule(path, w):
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    is_layers = name == "kernel" or name.startswith("w")
-    of_router = group_of(path) == "router"
-    is_one = is_layers and not of_router and _is_matrix(path, w)
+    *scopes, name = _names(path)
+    # Also the routers of mixtures that are experts themselves.
+    of_router = not {*GROUPS["router"]}.isdisjoint(scopes)
+    of_layers = name == "kernel" or name.startswith("w")
+    is_one = of_layers and not of_router and _is_matrix(path, w)
     return "muon" if is_one else "adam"
 
   def last_two(updates):
@@ -236,6 +239,35 @@ def _by_rule(
   )
 
 
+def with_averages(tx: Update) -> optax.GradientTransformationExtraArgs:
+  """Lets moving averages of routers be such, whatever the optimizer.
+
+  Parameters named as `router.AVERAGES` descend at rate 1, so that the weight of
+  `losses.quantile` is the rate of the average. `tx` updates all others, as if
+  the gradients of these were zero: no schedule, moment or weight decay acts on
+  them, and they count in no norm that is clipped. The optimizers of this
+  module are wrapped so. The state is that of `tx`.
+
+  Put `optax.MultiSteps` around it, not within, or averages move every time.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def is_average(path):
+    return not AVERAGES.isdisjoint(_names(path))
+
+  def update(gradients, state, params=None, **extra):
+    others = jax.tree.map_with_path(
+      lambda path, g: jnp.zeros_like(g) if is_average(path) else g, gradients
+    )
+    updates, state = tx.update(others, state, params, **extra)
+    updates = jax.tree.map_with_path(
+      lambda path, u, g: -g if is_average(path) else u, updates, gradients
+    )
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def _scale_by_rms(b2: float, eps: float) -> Update:
   """Adam's with b1 = 0."""
   return optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
@@ -243,10 +275,12 @@ def _scale_by_rms(b2: float, eps: float) -> Update:
 
 def _is_matrix(path: Sequence[Any], w: Any) -> bool:
   """Tells matrices: experts, and groups of them, have an axis each in front."""
-  fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-  return (
-    w.ndim - sum(field in ("experts", "secondary") for field in fields) >= 2
-  )
+  in_front = sum(name in ("experts", "secondary") for name in _names(path))
+  return w.ndim - in_front >= 2
+
+
+def _names(path: Sequence[Any]) -> list[str]:
+  return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -276,9 +310,9 @@ def _finish(scale, schedule, b1, b2, eps, clip_norm, groups):
   if any(group != Group() for group in groups.values()):
     scale = optax.chain(scale, _scale_groups(groups))
   rule = optax.chain(scale, optax.scale_by_learning_rate(schedule))
-  if clip_norm is None:
-    return rule
-  return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+  if clip_norm is not None:
+    rule = optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+  return with_averages(rule)
 
 
 def _scale_groups(groups: Mapping[str, Group]) -> Update:

@@ -686,6 +686,8 @@ def _converted(
       # The softmax over more experts is that many times as small.
       if scaled and path[-1] == "log_thresholds":
         array = array - np.float32(math.log(made[0].parts))
+      if scaled and path[-1] == "average_thresholds":
+        array = array / np.float32(made[0].parts)
     if array.shape != new.shape:
       raise ValueError(
         f"{_named(path)} is {array.shape} in the run, {new.shape} in the"

@@ -227,6 +227,7 @@ def count(layer):
     ("top_k", {"k": 3}, 3, 1, 0),
     ("noisy_top_k", {"k": 3}, 3, 2, 0),
     ("balanced", {"k": 3}, 3, 1, E),
+    ("expert_threshold", {"k": 3}, 3, 1, E),
     ("softmax_top_k", {"k": 3}, 3, 1, 0),
     ("switch", {}, 1, 1, 0),
     ("gshard_top_2", {}, 2, 1, 0),

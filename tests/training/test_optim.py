@@ -354,3 +354,17 @@ def test_factors_lie_as_their_matrices_do(on, rows, columns):
   if on != "fsdp":
     assert of_rows["w_out"].sharding.spec == spec(*columns)
     assert of_columns["w_out"].sharding.spec == spec(*rows)
+
+
+@pytest.mark.parametrize("make", [optim.adam, optim.factored_adam])
+def test_averages_are_outside_of_the_optimizer(make):
+  """They take the whole gradient, and change nothing for the rest."""
+  average = {"router": {"average_bias": jnp.array([3.0, -4.0])}}
+  rest = {"experts": {"w_in": jnp.ones((2, 3, 4))}, "gate": jnp.arange(3.0)}
+  tx = make(lambda count: 0.1, clip_norm=0.5)
+  alone, _ = tx.update(rest, tx.init(rest), rest)
+  got, _ = tx.update(rest | average, tx.init(rest | average), rest | average)
+  np.testing.assert_array_equal(
+    got.pop("router")["average_bias"], -average["router"]["average_bias"]
+  )
+  jax.tree.map(np.testing.assert_array_equal, got, alone)

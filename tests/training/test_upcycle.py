@@ -114,6 +114,7 @@ SPLIT = {
   "top_k": lstm(8, kind="top_k", k=2),
   "sigmoid in a stack": blocks(8, {"kind": "sigmoid", "k": 2}, **SCAN),
   "thresholds": lstm(8, kind="balanced", k=2),
+  "average thresholds": lstm(8, kind="expert_threshold", k=2),
 }
 
 
