@@ -7,11 +7,11 @@ optimizers and rates, half the steps each, seed 0; the one of lowest validation
 perplexity is trained with three seeds. `test` is the mean test perplexity of
 these, `test_least` and `test_most` their span.
 
-Result: the mixture's test perplexity is 75.58 (75.37 to 75.85), the twin's 80.51
-(80.19 to 80.75): 6.1 % lower. The same trial is the best for both, Muon at half
-its usual scale. By Adam, tuned too, the mixture leads by 3.5 % after half the
-steps, by Muon by 6.7 %: Adam's steps make experts, each of which sees an eighth
-of the text, learn late (results/tuned_alike.csv).
+Result: the mixture's test perplexity is 75.58 (75.37 to 75.85), the twin's
+80.51 (80.19 to 80.75): 6.1 % lower. The same trial is the best for both, Muon
+at half its usual scale. By Adam, tuned too, the mixture leads by 3.5 % after
+half the steps, by Muon by 6.7 %: Adam's steps make experts, each of which sees
+an eighth of the text, learn late (results/tuned_alike.csv).
 """
 
 from collections.abc import Mapping

@@ -54,10 +54,8 @@ def group_of(path: Sequence[Any]) -> str:
   Not by its logical axes: a single expert has no axis "expert", the routers
   within groups of experts do, and a user's own module may have none at all.
   """
-  fields = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-  return next(
-    (n for n, scopes in GROUPS.items() if {*scopes} & {*fields}), "rest"
-  )
+  fields = {*_names(path)}
+  return next((n for n, scopes in GROUPS.items() if {*scopes} & fields), "rest")
 
 
 def warmup_rsqrt(
