@@ -30,16 +30,26 @@ class Recipe(NamedTuple):
 
 _TOP_K = {"model.moe.router.kind": "top_k", "aux.load": None}
 _PLAIN = {"model.sigmoid": False}
+_NOISE = {
+  "model.moe.router.kind": "noisy_top_k",
+  "aux.load": 0.1,
+  "aux.switch_balance": None,
+}
 _MUON = {"optimizer.kind": "muon", "optimizer.scale": 0.1}
 RECIPES = {
   "dense": Recipe("sotu/moe_1_wide", {}, "the paper's dense twin"),
   "paper": Recipe("sotu/moe_32", {}, "the paper's mixture"),
   "no_noise": Recipe("sotu/moe_32", _TOP_K, "without noise"),
   "no_sigmoid": Recipe("sotu/moe_32", _TOP_K | _PLAIN, "nor sigmoid"),
-  "muon": Recipe("sotu/moe_32", _TOP_K | _PLAIN | _MUON, "by Muon"),
-  "muon_noise": Recipe("sotu/moe_32", _PLAIN | _MUON, "by Muon, with noise"),
-  "muon_sigmoid": Recipe("sotu/moe_32", _TOP_K | _MUON, "by Muon, sigmoid"),
-  "muon_dense": Recipe("sotu/moe_1_wide", _PLAIN | _MUON, "dense, by Muon"),
+  "muon": Recipe("sotu/moe_32_muon", {}, "by Muon"),
+  "muon_noise": Recipe("sotu/moe_32_muon", _NOISE, "by Muon, with noise"),
+  "muon_sigmoid": Recipe(
+    "sotu/moe_32_muon", {"model.sigmoid": True}, "by Muon, with sigmoid"
+  ),
+  "muon_importance": Recipe(
+    "sotu/moe_32_muon", {"aux.switch_balance": None}, "by Muon, one loss less"
+  ),
+  "muon_dense": Recipe("sotu/moe_1_wide_muon", {}, "dense, by Muon"),
   "transformer": Recipe("transformer/top_k", {}, "Transformer"),
   "transformer_muon": Recipe("transformer/top_k", _MUON, "Transformer, Muon"),
   "transformer_dense_muon": Recipe(

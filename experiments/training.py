@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -164,8 +165,8 @@ def train_all(
   """Trains runs side by side, one on each core that this process may use.
 
   They are given by their workdirs; beside each lie its config and what it says.
-  With a single core, or quick, they follow each other here. Killed, the same
-  command goes on.
+  With a single core, or quick, they follow each other here. Ended by a signal,
+  the same command goes on.
 
   Raises SystemExit where one fails, with what it said last.
   """
@@ -173,6 +174,12 @@ def train_all(
   cores, running = sorted(known(0)), {}
   left = [d for d in wanted if not (d / workdir_lib.RESULT_FILE).exists()]
   alone = quick or len(cores) == 1
+
+  def leave(number, _):
+    sys.exit(128 + number)
+
+  # Else SIGTERM would leave them running.
+  before = signal.signal(signal.SIGTERM, leave)
   try:
     while not alone and (left or running):
       while left and (free := [c for c in cores if c not in running]):
@@ -205,7 +212,9 @@ def train_all(
     # They save what they have.
     for _, process in running.values():
       process.terminate()
+    for _, process in running.values():
       process.wait()
+    signal.signal(signal.SIGTERM, before)
   return [train(config, workdir) for workdir, config in wanted.items()]
 
 

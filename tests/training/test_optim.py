@@ -356,7 +356,7 @@ def test_factors_lie_as_their_matrices_do(on, rows, columns):
     assert of_columns["w_out"].sharding.spec == spec(*rows)
 
 
-@pytest.mark.parametrize("make", [optim.adam, optim.factored_adam])
+@pytest.mark.parametrize("make", EVERY)
 def test_averages_are_outside_of_the_optimizer(make):
   """They take the whole gradient, and change nothing for the rest."""
   average = {"router": {"average_bias": jnp.array([3.0, -4.0])}}
