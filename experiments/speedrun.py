@@ -8,7 +8,8 @@ command, `moejax train` with the config and the flags in the table; three seeds.
 `minutes` is 2,400 times the median step of recipes that take turns on all cores
 of the machine. Each row but the first changes one thing of another one.
 
-Result: to be measured.
+Result: of one recipe so far, that of `make train`: 75.42 (75.20 to 75.81), in
+2.4 minutes of steps (results/speedrun.csv).
 """
 
 import shlex
