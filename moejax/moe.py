@@ -16,7 +16,7 @@ from moejax import gating, partition, ragged, sharding
 from moejax import routing as routing_lib
 from moejax import slots as slots_lib
 from moejax.experts import Each, Mixed
-from moejax.router import Router, Single, SortedRows
+from moejax.router import Router, Single, SortedRows, check_train
 from moejax.routing import Assignment, Routing
 
 # What a caller may give: arrays of JAX or NumPy.
@@ -106,7 +106,10 @@ class _Layer(nn.Module):
   def weights_of(self, experts: nn.Module, width: int, train: bool) -> Any:
     """Returns experts' weights, without what their dropout leaves out."""
     weights = experts(width)
-    if train and getattr(experts, "dropout", 0):
+    if not getattr(experts, "dropout", 0):
+      return weights
+    check_train(train)
+    if train:
       weights = experts.drop_out(weights, self.make_rng("dropout"))
     return weights
 

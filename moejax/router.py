@@ -5,7 +5,7 @@ activations are: a bfloat16 logit moves tokens between experts.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,17 @@ _ZEROS = nn.initializers.zeros
 _RANDOM = nn.initializers.lecun_normal()
 # Parameters that follow quantiles of the batch, by `losses.quantile`.
 AVERAGES = frozenset({"average_thresholds", "average_bias"})
+
+
+def check_train(train: Any) -> None:
+  """Raises ValueError where it is no bool, as it decides what is compiled."""
+  if not isinstance(train, bool | np.bool_):
+    raise ValueError(
+      f"train is of type {type(train).__name__}, but it decides what is"
+      " compiled; give True or False itself: with"
+      " static_argnames='train' under jax.jit, and as"
+      " nn.remat(MoE, static_argnums=(2,))(...)(x, True) under nn.remat."
+    )
 
 
 class SortedRows(NamedTuple):
@@ -108,13 +119,7 @@ class Router(nn.Module):
     Raises:
       ValueError: sizes that do not go together, or `train` is no bool.
     """
-    if not isinstance(train, bool | np.bool_):
-      raise ValueError(
-        f"train is of type {type(train).__name__}, but it decides what is"
-        " compiled; give True or False itself: with"
-        " static_argnames='train' under jax.jit, and as"
-        " nn.remat(MoE, static_argnums=(2,))(...)(x, True) under nn.remat."
-      )
+    check_train(train)
     return self.decide(x, train, mask, ids)
 
   def decide(self, x, train: bool, mask, ids) -> Routing:

@@ -242,6 +242,11 @@ def test_train_decides_what_is_compiled(make):
     shapes_of(make(nn.remat(type(layer))), variables, train=True)
   with pytest.raises(ValueError, match=match):
     layer.apply(variables, X, jnp.ones((B, L), bool))
+  dropping = experts.FeedForward(8, 4, dropout=0.5)
+  alone = moe.MoE(router.Single(), dropping.clone(num_experts=1))
+  for each in (moe.MoE(router.TopK(8, 2), dropping), alone):
+    with pytest.raises(ValueError, match=match):
+      shapes_of(each, {"params": start(each)}, True)
   shapes = jax.eval_shape(
     jax.jit(layer.apply, static_argnames="train"), variables, X, train=False
   )
