@@ -196,6 +196,29 @@ def point(axes: Axes, name: str, x: float, y: float, sparse: bool) -> None:
   label(axes, name, (x, y), color)
 
 
+def spans(
+  axes: Axes, table: Sequence[Row], about: Sequence[tuple[str, str, bool]]
+) -> None:
+  """Draws the mean test of each row and its span over seeds, one below another.
+
+  Args:
+    axes: where; perplexity is to the right.
+    table: rows with `test`, `test_least` and `test_most`.
+    about: of each row its name, its label, and whether its model is dense.
+  """
+  for place, (row, (_, text, dense)) in enumerate(
+    zip(table, about, strict=True)
+  ):
+    color = DENSE if dense else SPARSE
+    axes.plot([row["test_least"], row["test_most"]], [place] * 2, color=color)
+    axes.plot(row["test"], place, "o", color=color)
+    label(axes, text, (row["test_most"], place), color, beside=True)
+  axes.set_yticks(range(len(table)), [name for name, _, _ in about])
+  axes.set_ylim(len(table) - 0.5, -0.5)
+  axes.margins(x=0.1)
+  scales(axes, "test perplexity per word, mean and span of seeds")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Draws the figures of results/ anew."""
   parser = argparse.ArgumentParser(prog="python -m experiments.figures")

@@ -78,19 +78,15 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   axes = figure.subplots()
   honest = [row for row in table if row["gate"] != "expert_choice"]
   honest.sort(key=lambda row: row["test"])
-  for place, row in enumerate(honest):
-    color = figures.DENSE if row["gate"] == "dense" else figures.SPARSE
-    span = [row["test_least"], row["test_most"]]
-    axes.plot(span, [place] * 2, color=color)
-    axes.plot(row["test"], place, "o", color=color)
-    at = (row["test_most"], place)
-    figures.label(axes, figures.number(row["test"]), at, color, beside=True)
-  axes.set_yticks(
-    range(len(honest)), [row["gate"].replace("_", " ") for row in honest]
-  )
-  axes.set_ylim(len(honest) - 0.5, -0.5)
-  axes.margins(x=0.1)
-  figures.scales(axes, "test perplexity per word, mean and span of seeds")
+  about = [
+    (
+      row["gate"].replace("_", " "),
+      figures.number(row["test"]),
+      row["gate"] == "dense",
+    )
+    for row in honest
+  ]
+  figures.spans(axes, honest, about)
   best = honest[0]
   other = next((row for row in honest if row["gate"] == "dense"), honest[-1])
   names = [row["gate"].replace("_", " ") for row in (best, other)]

@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from experiments import figures, harness, training
+from moejax import config as config_lib
+from moejax.training import cost
 
-OPS, MINUTES = 200_000, 10
+OPS = 200_000
 
 
 class Recipe(NamedTuple):
@@ -72,17 +74,18 @@ def rows(quick: bool, models: str = "") -> figures.Rows:
       configs[name] = training.load(config, changes)
       if quick:
         training.shrink(configs[name], runs)
+      ops = cost.count(config_lib.parse(configs[name]), 1).ops
+      if ops > OPS:
+        raise ValueError(
+          f"the recipe {name} takes {ops:,} ops/timestep; the rules allow"
+          f" {OPS:,}."
+        )
     with training.roughly_compiled(quick):
       steps = {n: training.random_step(c) for n, c in configs.items()}
     times = harness.interleaved(steps, 2 if quick else 9)
     del steps
     for name, config in configs.items():
       found = training.over_seeds(config, runs / name, quick)
-      if found["ops"] > OPS:
-        raise ValueError(
-          f"the recipe {name} takes {found['ops']:,} ops/timestep; the rules"
-          f" allow {OPS:,}."
-        )
       # The cores' time of all seeds is no time of one.
       del found["minutes"]
       minutes = times[name].median * config.train.steps / 60_000
@@ -104,20 +107,15 @@ def flags(name: str) -> str:
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   axes = figure.subplots()
   table = sorted(table, key=lambda row: row["test"])
-  for place, row in enumerate(table):
-    dense = "dense" in row["recipe"]
-    color = figures.DENSE if dense else figures.SPARSE
-    axes.plot([row["test_least"], row["test_most"]], [place] * 2, color=color)
-    axes.plot(row["test"], place, "o", color=color)
-    at = (row["test_most"], place)
-    text = f"  {row['test']:.1f}, {row['minutes']:.1f} min"
-    axes.annotate(text, at, va="center", color=color)
-  axes.set_yticks(
-    range(len(table)), [RECIPES[row["recipe"]].line for row in table]
-  )
-  axes.set_ylim(len(table) - 0.5, -0.5)
-  axes.margins(x=0.2)
-  figures.scales(axes, "test perplexity per word, mean and span of seeds")
+  about = [
+    (
+      RECIPES[row["recipe"]].line,
+      f"{row['test']:.1f}, {row['minutes']:.1f} min",
+      "dense" in row["recipe"],
+    )
+    for row in table
+  ]
+  figures.spans(axes, table, about)
   best = table[0]
   return (
     f"The best recipe, {RECIPES[best['recipe']].line}, reaches a test"

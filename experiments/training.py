@@ -173,7 +173,8 @@ def train_all(
   known = getattr(os, "sched_getaffinity", lambda _: {0})
   cores, running = sorted(known(0)), {}
   left = [d for d in wanted if not (d / workdir_lib.RESULT_FILE).exists()]
-  alone = quick or len(cores) == 1
+  if quick or len(cores) == 1:
+    left = []
 
   def leave(number, _):
     sys.exit(128 + number)
@@ -181,7 +182,7 @@ def train_all(
   # Else SIGTERM would leave them running.
   before = signal.signal(signal.SIGTERM, leave)
   try:
-    while not alone and (left or running):
+    while left or running:
       while left and (free := [c for c in cores if c not in running]):
         workdir, core = left.pop(0), free[0]
         workdir.parent.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,7 @@ class _Run:
     _say(f"vocabulary of {len(data.vocabulary):,}; {unit}s: {sizes}")
     _say("compiling the training step")
     # The last phase's is needed in any case, and refused here if it must be.
-    self.phases = [self._phase(self.options.steps, self.experiment)]
+    self.phases = [self._phase(self.options.steps, self.experiment, count)]
     # What could not be measured is refused now.
     _ = context.losses
 
@@ -171,7 +171,8 @@ class _Run:
     for until, phase in reversed(self.experiment.phases):
       if until > self.done:
         _say(f"compiling the step before step {until}")
-        self.phases.append(self._phase(until, phase))
+        count = cost.count(phase, len(data.vocabulary))
+        self.phases.append(self._phase(until, phase, count))
     self.begun = time.monotonic() - self.seconds
     self.writer = self.progress = metrics.Silent()
     if processes.first():
@@ -192,12 +193,14 @@ class _Run:
       )
     )
 
-  def _phase(self, until: int, experiment: config_lib.Experiment) -> _Phase:
+  def _phase(
+    self, until: int, experiment: config_lib.Experiment, count: cost.Count
+  ) -> _Phase:
     """Compiles the step of a phase of training."""
     size = len(self.context.data.vocabulary)
     model = experiment.model(size)
     built = self.built._replace(experiment=experiment, model=model)
-    flops = cost.flops_per_word(experiment, size, cost.count(experiment, size))
+    flops = cost.flops_per_word(experiment, size, count)
     return _Phase(until, session.compiled(built), flops)
 
   def _last_state(self) -> tuple[state_lib.TrainState, float]:
