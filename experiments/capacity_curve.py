@@ -19,6 +19,7 @@ experts, 48.9 with 256: 8 % lower, 11 % after 4800 steps; in the paper 21 %, at
 100 times the words. More in docs/results.md (results/capacity_curve*.csv).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiments import figures, harness, kneser_ney, paper_tables, training
@@ -75,8 +76,9 @@ def rows(
   if recipe not in ("", "today"):
     raise ValueError(f"there is no recipe {recipe!r}; take 'today', or none.")
   how = (int(batch_size or BATCH_SIZE), int(steps or STEPS), recipe)
-  for name in harness.chosen(models, NAMES, QUICK if quick else ()):
-    yield row(name, 8, text, quick, *how) | {"paper": paper(name)}
+  names = harness.chosen(models, NAMES, QUICK if quick else ())
+  for row in trained([(name, 8) for name in names], text, quick, *how):
+    yield row | {"paper": paper(row["model"])}
   with training.folder("curves", quick, text) as runs:
     # Of a config it reads the text alone, and that is the same in all.
     config = scaled("lm1b/moe_32", 8, text)
@@ -93,27 +95,35 @@ def paper(name: str) -> float:
   return float(after_10_epochs or final)
 
 
-def row(
-  name: str,
-  smaller: int,
+def trained(
+  sized: Sequence[tuple[str, int]],
   text: str,
   quick: bool,
   batch_size: int = BATCH_SIZE,
   steps: int = STEPS,
   recipe: str = "",
-) -> figures.Row:
-  """Trains a row of configs/lm1b; returns what it costs and how good it is.
+) -> figures.Rows:
+  """Trains rows of configs/lm1b; yields what each costs and how good it is.
 
-  Its widths are divided by `smaller`. `text` are comma-separated files to read;
-  "" is the presidents' messages.
+  Args:
+    sized: names, and by what the widths are divided.
+    text: comma-separated files to read; "" is the presidents' messages.
+    quick: whether to make them as small as can be.
+    batch_size: of 64 words, of a batch.
+    steps: of training.
+    recipe: "today", or "" for the paper's.
   """
-  config = scaled(f"lm1b/{name}", smaller, text, batch_size, steps, recipe)
   with training.folder("curves", quick, text) as runs:
-    if quick:
-      training.shrink(config, runs)
-    about = (name, smaller, batch_size, steps, *filter(None, [recipe]))
-    workdir = runs / "_".join(map(str, about))
-    return {"model": name, **training.report(training.train(config, workdir))}
+    wanted = {}
+    for name, smaller in sized:
+      config = scaled(f"lm1b/{name}", smaller, text, batch_size, steps, recipe)
+      if quick:
+        training.shrink(config, runs)
+      about = (name, smaller, batch_size, steps, *filter(None, [recipe]))
+      wanted["_".join(map(str, about))] = config
+    found = training.train_all(runs, wanted, quick).values()
+    for (name, _), run in zip(sized, found, strict=True):
+      yield {"model": name, **training.report(run)}
 
 
 def scaled(
@@ -124,7 +134,7 @@ def scaled(
   steps: int = STEPS,
   recipe: str = "",
 ) -> config_lib.Config:
-  """Returns a config such as lm1b/moe_32 for a laptop; the rest as of `row`."""
+  """Returns a config such as lm1b/moe_32 for a laptop; else as `trained`."""
   config = training.load("sotu/moe_32", {"seed": SEED})
 
   def shrunk(key: str, value: Any) -> Any:

@@ -20,9 +20,9 @@ MODELS = {"moe_1_wide": "dense", "moe_256_h": "4 of 256 experts"}
 
 def rows(quick: bool, text: str = "") -> figures.Rows:
   """Yields a row per width and model."""
-  for smaller in (8,) if quick else (16, 8, 4):
-    for name in MODELS:
-      yield capacity_curve.row(name, smaller, text, quick)
+  sizes = (8,) if quick else (16, 8, 4)
+  sized = [(name, smaller) for smaller in sizes for name in MODELS]
+  yield from capacity_curve.trained(sized, text, quick)
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:

@@ -37,9 +37,11 @@ def rows(quick: bool, pairs: str = "") -> figures.Rows:
     found = translating.pair_files(pairs, LANGUAGES, runs, quick)
     splits = carve(found, runs / "pairs")
     splits |= {"both_directions": True, "temperature": 2.0}
-    for name in list(MODELS)[:1] if quick else MODELS:
-      config = translating.config(*MODELS[name], STEPS, runs, quick, **splits)
-      run = training.train(config, runs / name)
+    configs = {
+      name: translating.config(*MODELS[name], STEPS, runs, quick, **splits)
+      for name in list(MODELS)[: 1 if quick else None]
+    }
+    for name, run in training.train_all(runs, configs, quick).items():
       about = {"model": name} | training.report(run)
       for direction in map(str, corpora.directions(found, True)):
         scores = {n: run.result["test"][f"{n}_{direction}"] for n in SCORES}

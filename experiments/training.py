@@ -160,19 +160,20 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Run:
 
 
 def train_all(
-  wanted: Mapping[pathlib.Path, ConfigDict], quick: bool
-) -> list[Run]:
+  folder: pathlib.Path, wanted: Mapping[str, ConfigDict], quick: bool
+) -> dict[str, Run]:
   """Trains runs side by side, one on each core that this process may use.
 
-  They are given by their workdirs; beside each lie its config and what it says.
-  With a single core, or quick, they follow each other here. Ended by a signal,
-  the same command goes on.
+  The workdirs are named as the configs are; beside each lie its config and what
+  it says. With a single core, or quick, they follow each other here. Ended by a
+  signal, the same command goes on.
 
   Raises SystemExit where one fails, with what it said last.
   """
   known = getattr(os, "sched_getaffinity", lambda _: {0})
   cores, running = sorted(known(0)), {}
-  left = [d for d in wanted if not (d / workdir_lib.RESULT_FILE).exists()]
+  done = workdir_lib.RESULT_FILE
+  left = [name for name in wanted if not (folder / name / done).exists()]
   if quick or len(cores) == 1:
     left = []
 
@@ -184,12 +185,11 @@ def train_all(
   try:
     while left or running:
       while left and (free := [c for c in cores if c not in running]):
-        workdir, core = left.pop(0), free[0]
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        path, log = (
-          workdir.with_name(f"{workdir.name}.{end}") for end in ("json", "log")
-        )
-        path.write_text(json.dumps(wanted[workdir].to_dict()))
+        name, core = left.pop(0), free[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        workdir = folder / name
+        path, log = (folder / f"{name}.{end}" for end in ("json", "log"))
+        path.write_text(json.dumps(wanted[name].to_dict()))
         command = [sys.executable, "-m", "moejax", "train", f"--config={path}"]
         terminal.say(f"on core {core}: {workdir}, which writes to {log}")
         # A process begins on the cores of the thread that starts it.
@@ -216,7 +216,7 @@ def train_all(
     for _, process in running.values():
       process.wait()
     signal.signal(signal.SIGTERM, before)
-  return [train(config, workdir) for workdir, config in wanted.items()]
+  return {name: train(config, folder / name) for name, config in wanted.items()}
 
 
 class Step:
@@ -319,10 +319,10 @@ def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
   """Trains with several seeds; returns means, and the span of perplexities."""
   seeds, found, wanted = 1 if quick else SEEDS, [], {}
   for seed in range(seeds):
-    workdir = folder.with_name(f"{folder.name}_{seed}")
-    wanted[workdir] = config.copy_and_resolve_references()
-    wanted[workdir].seed = seed
-  for run in train_all(wanted, quick):
+    name = f"{folder.name}_{seed}"
+    wanted[name] = config.copy_and_resolve_references()
+    wanted[name].seed = seed
+  for run in train_all(folder.parent, wanted, quick).values():
     busiest = "max_over_mean_count"
     more = run.last(busiest) if busiest in run.lines[0] else None
     found.append(report(run) | {"max_over_mean": more})

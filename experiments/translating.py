@@ -162,9 +162,10 @@ def trained(
 ) -> Iterator[tuple[str, str, training.Run]]:
   """Trains some of MODELS on each pair of languages by itself.
 
-  Yields the pair, the name and the run, whose folder is there until the next.
+  Yields the pair, the name and the run, whose folder is there meanwhile.
   """
   with training.folder("translation_capacity", quick, pairs) as runs:
+    wanted = {}
     for pair, files in pair_files(pairs, ["fr"], runs, quick).items():
       for name in names:
         train = named({pair: files})
@@ -172,4 +173,7 @@ def trained(
         if name == "moe_32_balanced":
           # Thresholds learn by a loss of their own.
           own.aux = {"importance": 0.01, "threshold": 1e-4}
-        yield str(pair), name, training.train(own, runs / f"{pair}_{name}")
+        wanted[f"{pair}_{name}"] = own
+    for both, run in training.train_all(runs, wanted, quick).items():
+      pair, _, name = both.partition("_")
+      yield pair, name, run

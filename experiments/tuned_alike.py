@@ -80,9 +80,8 @@ def rows(quick: bool) -> figures.Rows:
       for trial in trials:
         config = config_of(model, trial)
         config.train.steps //= 2
-        workdir = runs / f"{model} {trial}".replace(" ", "_")
-        wanted[workdir] = config
-    found = iter(training.train_all(wanted, quick))
+        wanted[f"{model} {trial}".replace(" ", "_")] = config
+    found = iter(training.train_all(runs, wanted, quick).values())
     best = {}
     for model in MODELS:
       of_trials = {}

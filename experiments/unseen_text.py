@@ -42,15 +42,21 @@ def rows(quick: bool, text: str = "", models: str = "") -> figures.Rows:
   """Yields a row per model."""
   names = harness.chosen(models, NAMES, QUICK if quick else ())
   with training.folder("unseen_text", quick, text) as runs:
+    wanted = {}
+    for name in names:
+      for part in PARTS.values():
+        config = scaled(name, text, part, quick, runs)
+        wanted[f"{name}_{config.train.steps}"] = config
+    found = iter(training.train_all(runs, wanted, quick).values())
     for name in names:
       row = {"model": name}
-      for column, part in PARTS.items():
-        config = scaled(name, text, part, quick, runs)
-        run = training.train(config, runs / f"{name}_{config.train.steps}")
+      for column in PARTS:
+        run = next(found)
         row[column] = round(run.result["test"]["perplexity"], 2)
       # The last is that of all the text.
-      words = config.data.batch_size * config.data.row_length
-      yield row | training.report(run) | {"words": config.train.steps * words}
+      data, steps = run.config.data, run.config.train.steps
+      words = steps * data.batch_size * data.row_length
+      yield row | training.report(run) | {"words": words}
     # The 5-gram of each part of the text.
     vocabulary, tokens = kneser_ney.read(scaled(QUICK[0], text, 1, quick, runs))
     rng, found, own = np.random.default_rng(SEED), {}, tokens["train"]

@@ -244,16 +244,17 @@ def test_runs_side_by_side_have_a_core_each(tmp_path, environment, monkeypatch):
   for seed in range(2):
     config = training.load("sotu/moe_32", {"seed": seed})
     training.shrink(config, tmp_path)
-    wanted[tmp_path / "beside" / str(seed)] = config
-  beside = training.train_all(wanted, quick=False)
+    wanted[str(seed)] = config
+  folder = tmp_path / "beside"
+  beside = training.train_all(folder, wanted, quick=False)
   assert [{0}, {0, 1}, {1}, {0, 1}] == [set(cores) for cores in pinned]
   here = training.train(config, tmp_path / "here")
-  assert beside[1].last("sampled_loss") == pytest.approx(
+  assert beside["1"].last("sampled_loss") == pytest.approx(
     here.last("sampled_loss"), rel=1e-4
   )
-  assert beside[0].last("sampled_loss") != beside[1].last("sampled_loss")
-  written = json.loads((tmp_path / "beside" / "1.json").read_text())
+  assert beside["0"].last("sampled_loss") != here.last("sampled_loss")
+  written = json.loads((folder / "1.json").read_text())
   assert written == json.loads(json.dumps(config.to_dict()))
   config.model.moe.router.k = 64
   with pytest.raises(SystemExit, match="0 ended: moejax: k = 64 experts"):
-    training.train_all({tmp_path / "failing" / "0": config}, quick=False)
+    training.train_all(tmp_path / "failing", {"0": config}, quick=False)
