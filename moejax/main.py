@@ -50,9 +50,10 @@ USAGE = """usage: moejax COMMAND [FLAGS]
   watch  --workdir=DIR [--every=SECONDS]
          follows a run: loss, speed, time left, the load of every expert
   plan   --config=NAME [--topology=v5p:4x4x8,...] [--layout=NAME,...]
-         [--suggest] [--config.FIELD=VALUE ...]
+         [--suggest | --quality [--tokens=N]] [--config.FIELD=VALUE ...]
          what layouts cost on devices that need not be there: memory, exchanges,
-         an estimate of the time; --suggest looks for the fastest that fits
+         an estimate of the time; --suggest looks for the fastest that fits,
+         --quality tells what experts are worth by scaling laws
   import --from=DIR --workdir=DIR [--config.FIELD=VALUE ...]
          makes a run of a model that transformers wrote, or of one of the hub
   export --workdir=DIR --to=DIR [--dtype=float32|bfloat16|float16]
@@ -492,6 +493,8 @@ def _plan(
   layout: Sequence[str] = (),
   suggest: bool = False,
   trace: str = "",
+  quality: bool = False,
+  tokens: Annotated[float, Range(1)] | None = None,
   out: str = "",
   changes=(),
 ) -> None:
@@ -506,12 +509,25 @@ def _plan(
       recompute.
     trace: a run, or a routing trace of one, whose experts' load is taken in
       place of an equal one.
+    quality: say what the experts are worth and from how many tokens on, by
+      scaling laws, in place of all else.
+    tokens: that the model reads; by default those of the config's steps.
     out: a folder for plan.json and plan.png.
   """
   from moejax import config as config_lib
   from moejax.planning import load, search
 
   experiment = config_lib.parse(config_lib.load(config, changes))
+  if quality or tokens:
+    from moejax.planning import quality as quality_lib
+
+    if topology or layout or suggest or trace or out:
+      raise ValueError(
+        "--quality stands in place of a plan; give it without --topology,"
+        " --layout, --suggest, --trace and --out."
+      )
+    terminal.say(quality_lib.text(experiment, tokens))
+    return
   busy = load.read(files.local(trace), experiment) if trace else None
   folder = files.local(out) if out else None
   search.run(experiment, topology, layout, suggest, folder, busy)

@@ -56,7 +56,7 @@ def text(outcomes: Sequence[Outcome]) -> str:
     for found in each.collectives
   ):
     sent = [row[:-1] for row in sent]
-  tables = [_aligned(each) for each in (lines, sent) if len(each) > 1]
+  tables = [aligned(each) for each in (lines, sent) if len(each) > 1]
   return "\n\n".join([*tables, *trouble])
 
 
@@ -67,7 +67,7 @@ def tries(outcomes: Sequence[Outcome]) -> str:
     [_name(each, outcomes), *(_cells(each).get(name, "-") for name in columns)]
     for each in outcomes
   ]
-  return _aligned([["tried", *columns], *lines])
+  return aligned([["tried", *columns], *lines])
 
 
 def write(
@@ -213,7 +213,8 @@ def _collectives(plan: Plan) -> list[list[str]]:
   return rows
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Returns a table of cells, the first column to the left, others right."""
   widths = [max(map(len, each)) for each in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])

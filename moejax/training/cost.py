@@ -47,6 +47,7 @@ class Count(NamedTuple):
   attention: int  # The part of `ops` in attention.
   source: int  # The part of `ops` that a word of a translation's source costs.
   experts: int  # The part of `ops` in experts.
+  expert_parameters: int  # The part of `parameters` in experts.
   expert_io: int  # Numbers that a timestep's experts read and return.
   # Multiply-adds with the positions that a word attends to, every one of its
   # row or of its row's source, whatever sentence that is of; not among `ops`.
@@ -150,7 +151,9 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     sums["gates"] += ops * bool({"router", "primary"} & {*path})
     sums["attention"] += ops * bool({"attention", "source_attention"} & {*path})
     sums["source"] += ops * is_source
-    sums["experts"] += ops * bool({"experts", "shared"} & {*path})
+    of_experts = bool({"experts", "shared"} & {*path})
+    sums["experts"] += ops * of_experts
+    sums["expert_parameters"] += size * of_experts
   for path, (width, shared) in widths.items():
     # A mixture that is an expert reads what that one does.
     if "experts" not in path:
