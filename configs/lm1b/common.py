@@ -1,6 +1,6 @@
 """What the rows of Table 7 share: the One Billion Word benchmark (app. C).
 
-moejax train --config=configs/lm1b/moe_32.py --workdir=runs/moe_32 \
+moejax train --config=configs/lm1b/moe_32.py --workdir=runs/lm1b \
   --config.data.data_dir=... --config.data.vocab_file=...
 
 Each row is a file here that calls one of these functions, and runs this file by

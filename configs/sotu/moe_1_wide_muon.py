@@ -1,7 +1,7 @@
 """MoE-1-Wide by Muon: the dense twin of moe_32_muon.py.
 
-The same ops/timestep but for the router's 4,096; see moe_1_wide.py. Tuned with
-as many trials; the same rates were best.
+The same ops/timestep but for the router's 2,048, half of what it has with
+noise; see moe_1_wide.py. Tuned with as many trials; the same rates were best.
 """
 
 import pathlib

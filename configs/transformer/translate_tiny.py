@@ -1,13 +1,14 @@
 """Minutes on two cores: English to French by a Transformer with mixtures.
 
 python -m experiments.package_pairs
-moejax train --config=transformer/translate_tiny --workdir=runs/translate
-echo "Unable to retrieve the user." | moejax translate --workdir=runs/translate
+moejax train --config=transformer/translate_tiny --workdir=runs/translate_moe
+echo "Unable to retrieve the user." |
+  moejax translate --workdir=runs/translate_moe
 
 In the second block of each side 2 of 16 experts, together as wide as the dense
 layer of the first. The dense twin has that in both:
 
-moejax train --config=transformer/translate_tiny --workdir=runs/dense \\
+moejax train --config=transformer/translate_tiny --workdir=runs/translate_dense \\
   --config.model.encoder.pattern=dense, --config.model.decoder.pattern=dense,
 """
 
