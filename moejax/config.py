@@ -271,35 +271,44 @@ def _phases(
       " config.train.steps."
     )
 
-  def set_k(k, section, where):
-    """Sets it in routers of mixtures of one level; says in how many."""
-    count = 0
-    for name, part in section.items():
-      there = f"{where}.{name}"
-      if not isinstance(part, dict):
-        continue
-      if "num_experts" not in part or "k" not in part.get("router", {}):
-        count += set_k(k, part, there)
-        continue
-      if k > part["num_experts"]:
-        raise ValueError(
-          f"config.train.annealing has k = {k} experts a token, but {there} has"
-          f" {part['num_experts']}; give at most so many."
-        )
-      part["router"]["k"], count = k, count + 1
-    return count
-
   found = []
   for each, end in zip(k, until, strict=True):
     phase = copy.deepcopy(values)
     del phase["train"]["annealing"]
-    if not set_k(each, phase["model"], "config.model"):
+    routers = 0
+    for name, mixture in mixtures(phase):
+      if "k" not in mixture.get("router", {}):
+        continue
+      if each > mixture["num_experts"]:
+        raise ValueError(
+          f"config.train.annealing has k = {each} experts a token, but {name}"
+          f" has {mixture['num_experts']}; give at most so many."
+        )
+      mixture["router"]["k"], routers = each, routers + 1
+    if not routers:
       raise ValueError(
         f"config.train.annealing has k = {k}, but no mixture of one level has a"
         " router with a k; leave it out, or choose such a router."
       )
     found.append((end, parse(phase)))
   return tuple(found)
+
+
+def mixtures(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields the names and sections of mixtures, of a config's plain values.
+
+  Those within experts of others, too.
+  """
+
+  def within(section, where):
+    for name, part in section.items():
+      if isinstance(part, Mapping):
+        there = f"{where}.{name}"
+        if "num_experts" in part and {"router", "primary"} & part.keys():
+          yield there, part
+        yield from within(part, there)
+
+  yield from within(values["model"], "config.model")
 
 
 # Kinds of data that are to be translated.

@@ -302,10 +302,8 @@ class MoE(_Layer):
     if isinstance(experts, Mixed):
       num_experts = tuple(kind.num_experts for kind in experts.kinds)
     run, fn = dispatch_lib.DISPATCH[name], self.expert_fn(experts, train)
-    sent, parts = (
-      (x, self._masked(routing.assignment, train)),
-      self.exchange_parts,
-    )
+    sent = x, self._masked(routing.assignment, train)
+    parts = self.exchange_parts
     if parts > 1 and (sharding.in_expert() or not sharding.splits("expert")):
       parts = 1
     here = x.shape[0] // sharding.num_devices("group")

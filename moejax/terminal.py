@@ -148,17 +148,22 @@ class Live:
     """Does nothing: what is written is flushed."""
 
 
-def bar(total: int | None, unit: str, what: str = "") -> Any:
+def bar(total: int | None, unit: str, what: str = "", **options: Any) -> Any:
   """Returns a bar that a terminal shows, and nothing else; none of 0.
 
-  Of a total that is not known it counts.
+  Of a total that is not known it counts. Options are those of tqdm.
   """
   import tqdm
 
   live = Live()
   shown = live.isatty() and total != 0
   return tqdm.tqdm(
-    total=total, unit=unit, desc=what or None, file=live, disable=not shown
+    total=total,
+    unit=unit,
+    desc=what or None,
+    file=live,
+    disable=not shown,
+    **options,
   )
 
 

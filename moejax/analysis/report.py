@@ -150,11 +150,12 @@ class _Text:
   """Tokens as a reader sees them, and what is known of their sentences.
 
   Attributes:
+    vocabulary: of the run.
     shown: of each side, the sentences that the page shows, token by token.
   """
 
   def __init__(self, data, rows, split, sentences):
-    self._vocabulary, self._rows = data.vocabulary, rows
+    self.vocabulary, self._rows = data.vocabulary, rows
     self._number, self.shown = sentences, {}
     origins = [
       (str(pairs.direction or ""), file, count)
@@ -165,13 +166,9 @@ class _Text:
     self._origin = np.repeat(np.arange(len(counts)), counts)
     self._names = {"language": directions, "file": names}
 
-  def spelt(self, token: int) -> str:
-    """Returns what a token looks like."""
-    return self._vocabulary.spelt(token)
-
   def decode(self, ids: list[int]) -> str:
     """Returns tokens as text."""
-    found = self._vocabulary.decode(ids)
+    found = self.vocabulary.decode(ids)
     return found if isinstance(found, str) else " ".join(found)
 
   def labels(self, side: str) -> Iterator[tuple[str, np.ndarray, list[str]]]:
@@ -190,7 +187,7 @@ class _Text:
     some = np.unique(some.astype(int))
     tokens = [np.arange(starts[i], ends[i]) for i in some]
     self.shown[side] = [
-      [self.spelt(token) for token in decisions.ids[own].tolist()]
+      [self.vocabulary.spelt(token) for token in decisions.ids[own].tolist()]
       for own in tokens
     ]
     return tokens
@@ -208,6 +205,9 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
   count, left = decisions.per_expert(), decisions.per_expert(kept)
   importance = decisions.per_expert(decisions.gate)
   few = E <= _FEW
+  of_groups = []
+  if groups := about["two_levels"].get(name):
+    of_groups = count.reshape(groups["groups"], -1).sum(axis=1)
   facts, knowledge = _knowledge(decisions, text, side)
   loads = {"load": count, "after_capacity": left, "importance": importance}
   if more["smooth_load"] is not None:
@@ -226,7 +226,7 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
     "side": side,
     "experts": E,
     "levels": layout.levels,
-    "groups_of_experts": _groups(about, name, count),
+    "groups_of_experts": [_short(load) for load in of_groups],
     "tokens": N,
     "edges": int(decisions.expert.size),
     "choices": _short(decisions.expert.size / N),
@@ -234,7 +234,7 @@ def _of_layer(name, trace, about, text, more) -> dict[str, Any]:
       key: {n: _short(v) for n, v in measures.balance(each).items()}
       for key, each in loads.items()
     },
-    "drops": list(_drops(decisions, layout, about["two_levels"].get(name))),
+    "drops": list(_drops(decisions, layout, groups)),
     "unchosen_tokens": int((of_token == 0).sum()),
     "lost_tokens": int(((of_token > 0) & (read == 0)).sum()),
     "largest_gate": _short(best.mean()),
@@ -301,7 +301,7 @@ def _experts(decisions, text, loads, knowledge, more) -> list[dict[str, Any]]:
     if more["without"] and e in more["without"]:
       row["loss_without"] = _short(more["without"][e])
     row["tokens"] = [
-      [text.spelt(token), edges, _short(lift)]
+      [text.vocabulary.spelt(token), edges, _short(lift)]
       for token, edges, lift in liked[e]
     ]
     row["contexts"] = [[_short(gate), *around] for gate, *around in seen[e]]
@@ -328,14 +328,6 @@ def _of_kinds(kinds, loads):
     }
     for kind in dict.fromkeys(kinds)
   ]
-
-
-def _groups(about, name, count):
-  """Returns the load of each group of experts, of two levels."""
-  if name not in about["two_levels"]:
-    return []
-  groups = about["two_levels"][name]["groups"]
-  return [_short(load) for load in count.reshape(groups, -1).sum(axis=1)]
 
 
 def _drops(decisions, layout, groups):

@@ -699,8 +699,9 @@ def _look(name: str, reports: Any) -> tuple[dict[str, jax.Array], Layout]:
   found = routing_lib.edges(routing)
   tokens = routing.primary or routing
   (G, S), E = tokens.logits.shape[:2], routing.count.shape[1]
-  token, margin = found.tokens(S), jnp.full((G, S), jnp.nan)
+  token = found.tokens(S)
   if routing.primary is None:
+    levels, sums = 1, {}
     logits = routing.logits.astype(jnp.float32)
     chosen = jnp.zeros((G, S, E + 1), bool)
     chosen = jax.vmap(lambda c, t, e: c.at[t, e].set(True))(
@@ -708,8 +709,8 @@ def _look(name: str, reports: Any) -> tuple[dict[str, jax.Array], Layout]:
     )[..., :E]
     least = jnp.where(chosen, logits, jnp.inf).min(axis=-1)
     margin = least - jnp.where(chosen, -jnp.inf, logits).max(axis=-1)
-  sums = {}
-  if routing.primary is not None:
+  else:
+    levels, margin = 2, jnp.full((G, S), jnp.nan)
     # Of every group of experts.
     sent, full = routing.primary.count, routing.primary.dropped
     sums = {"sent": sent.sum(axis=0), "full": full.sum(axis=0)}
@@ -721,6 +722,5 @@ def _look(name: str, reports: Any) -> tuple[dict[str, jax.Array], Layout]:
     "dropped": routing.dropped,
     "margin": margin,
   }
-  levels = 1 if routing.primary is None else 2
   A, by_token = found.expert.shape[1], found.token is None
   return looked, Layout(G, S, A, E, by_token, levels)

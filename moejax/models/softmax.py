@@ -91,10 +91,6 @@ def _scores(
   return product("BLD,VD->BLV", h, rows, h.dtype)
 
 
-def _scores_forward(h, rows):
-  return _scores(h, rows), (h, rows)
-
-
 def _scores_backward(saved, slope):
   h, rows = saved
   to_h = product("BLV,VD->BLD", slope, rows, h.dtype)
@@ -105,7 +101,7 @@ def _scores_backward(saved, slope):
   return to_h.astype(h.dtype), to_rows.astype(rows.dtype)
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(lambda h, rows: (_scores(h, rows), (h, rows)), _scores_backward)
 
 
 class Softmax(nn.Module):

@@ -1,8 +1,8 @@
 """How busy experts were in a real run, for a plan of what the busiest do."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -10,8 +10,6 @@ from jaxtyping import Int
 from moejax import config as config_lib
 from moejax.analysis import trace
 from moejax.training import metrics
-
-_MIXTURES = ("moe", "hierarchical_moe", "recurrent_moe")
 
 
 class Load(NamedTuple):
@@ -60,7 +58,8 @@ def read(folder: pathlib.Path, experiment: config_lib.Experiment) -> Load:
       f"{folder} is neither a run that logged the load of its experts nor a"
       " routing trace; give one of these (moejax eval --record=DIR)."
     )
-  planned = sorted(set(_numbers_of_experts(experiment.values["model"])))
+  mixtures = dict(config_lib.mixtures(experiment.values))
+  planned = sorted({each["num_experts"] for each in mixtures.values()})
   for name, counts in edges.items():
     if counts.shape[1] not in planned:
       raise ValueError(
@@ -69,11 +68,3 @@ def read(folder: pathlib.Path, experiment: config_lib.Experiment) -> Load:
         " load of a run with as many."
       )
   return Load(str(folder), edges)
-
-
-def _numbers_of_experts(section: Mapping[str, Any]) -> Iterator[int]:
-  for name, value in section.items():
-    if isinstance(value, Mapping):
-      if name in _MIXTURES and "num_experts" in value:
-        yield value["num_experts"]
-      yield from _numbers_of_experts(value)

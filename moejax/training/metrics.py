@@ -243,16 +243,8 @@ class Progress:
 
   def __init__(self, step: int, steps: int, unit: str = "word"):
     self._steps, self._unit = steps, unit
-    live = terminal.Live()
-    self._live = live.isatty()
-    self._bar = tqdm.tqdm(
-      file=live,
-      initial=step,
-      total=steps,
-      unit="step",
-      disable=not self._live,
-      dynamic_ncols=True,
-    )
+    self._bar = terminal.bar(steps, "step", initial=step, dynamic_ncols=True)
+    self._live = not self._bar.disable
     self._begin: tuple[float, int] | None = None
     self._validation = ""
 

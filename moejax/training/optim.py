@@ -176,8 +176,9 @@ def muon(
   so that its entries have the root mean square `scale`, with 0.2 about that of
   Adam's, and both follow one schedule (2502.16982, eq. 4). Each expert's matrix
   is one by itself: whatever part of the text an expert sees, its step is as
-  large as the others'. Tables of words, routers, and what is no matrix have
-  Adam.
+  large as the others'. One that no token visits has no gradient and stays as it
+  is: of its fading momentum would come a step as large as any. Tables of words,
+  routers, and what is no matrix have Adam.
 
   Args:
     schedule: the learning rate.
@@ -209,20 +210,22 @@ def muon(
       updates,
     )
 
-  def as_large_as_adams(updates, params):
-    del params
-    return jax.tree.map(
-      lambda u: scale * math.sqrt(max(u.shape[-2:])) * u, updates
-    )
+  orthogonal = optax.contrib.scale_by_muon(
+    beta=momentum, weight_dimension_numbers=last_two
+  )
+
+  def update(gradients, state, params=None):
+    updates, state = orthogonal.update(gradients, state, params)
+
+    def as_large_as_adams(u, g):
+      is_visited = jnp.any(g != 0, (-2, -1), keepdims=True)
+      return scale * math.sqrt(max(u.shape[-2:])) * is_visited.astype(u.dtype) * u
+
+    return jax.tree.map(as_large_as_adams, updates, gradients), state
 
   both = _by_rule(
     rule,
-    muon=optax.chain(
-      optax.contrib.scale_by_muon(
-        beta=momentum, weight_dimension_numbers=last_two
-      ),
-      optax.stateless(as_large_as_adams),
-    ),
+    muon=optax.GradientTransformation(orthogonal.init, update),
     adam=optax.scale_by_adam(b1, b2, eps),
   )
   return _finish(both, schedule, b1, b2, eps, clip_norm, groups)
@@ -272,9 +275,12 @@ def _scale_by_rms(b2: float, eps: float) -> Update:
 
 
 def _is_matrix(path: Sequence[Any], w: Any) -> bool:
-  """Tells matrices: experts, and groups of them, have an axis each in front."""
-  in_front = sum(name in ("experts", "secondary") for name in _names(path))
-  return w.ndim - in_front >= 2
+  """Tells matrices: what is stacked has an axis in front for each stack.
+
+  Experts are, groups of them, and the layers of `nn.scan`.
+  """
+  stacks = ("experts", "secondary", "layers")
+  return w.ndim - sum(name in stacks for name in _names(path)) >= 2
 
 
 def _names(path: Sequence[Any]) -> list[str]:

@@ -92,7 +92,6 @@ def evaluate_run(
   split: str,
   files: Sequence[str] = (),
   layout: str = "",
-  say: evaluators.Say = terminal.say,
 ) -> dict[str, Any]:
   """Evaluates the best checkpoint on a split, or on files in its place.
 
@@ -108,7 +107,7 @@ def evaluate_run(
     workdir_lib.check_text({split: rows.digest}, workdir)
   state = best(workdir, context.session)
   values = evaluators.measure(
-    evaluators.AT_TEST, context, state.params, split, say
+    evaluators.AT_TEST, context, state.params, split, terminal.say
   )
   said = metrics.describe(values, context.session.experiment.unit)
   values["step"] = int(state.step)
@@ -117,7 +116,7 @@ def evaluate_run(
     if rows.unknown:
       unit = context.data.vocabulary.UNIT
       said += f", {rows.unknown:.1%} of the {unit}s unknown to the vocabulary"
-  say(f"{said} (checkpoint of step {values['step']})")
+  terminal.say(f"{said} (checkpoint of step {values['step']})")
   return values
 
 

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -95,7 +95,6 @@ def upcycle(
   noise: float = 0.0,
   drop: float = 0.0,
   optimizer: str = "reset",
-  say: evaluators.Say = terminal.say,
 ) -> dict[str, Any]:
   """Makes a run with mixtures out of a trained dense one (2212.05055).
 
@@ -117,7 +116,6 @@ def upcycle(
     optimizer: "reset" begins at step 0 with moments of zero; "carry" goes on at
       the step of the checkpoint, and copies have the moments of what they are
       copies of. The moments of routers, and of what is drawn anew, are zero.
-    say: is told what was measured.
 
   Returns:
     What `made_from.json` in the new workdir holds.
@@ -175,14 +173,13 @@ def upcycle(
       if moments:
         moments.forget(path, axis, units)
   how = {"how": "upcycle", "noise": noise, "drop": drop, "optimizer": optimizer}
-  return _finish(before, after, values, plan, workdir, how, why, say, moments)
+  return _finish(before, after, values, plan, workdir, how, why, moments)
 
 
 def split(
   source: files_lib.Path,
   workdir: files_lib.Path,
   parts: int,
-  say: evaluators.Say = terminal.say,
 ) -> dict[str, Any]:
   """Makes a run whose experts are each cut in parts, of which k times as many.
 
@@ -225,14 +222,13 @@ def split(
   }
   values = _converted(before.arrays, after, plan)
   how = {"how": "split", "parts": parts}
-  return _finish(before, after, values, plan, workdir, how, [], say)
+  return _finish(before, after, values, plan, workdir, how, [])
 
 
 def merge(
   source: files_lib.Path,
   workdir: files_lib.Path,
   experts: int,
-  say: evaluators.Say = terminal.say,
 ) -> dict[str, Any]:
   """Makes a run with fewer experts: means of those whose routers are alike.
 
@@ -269,7 +265,7 @@ def merge(
     ]
   values = _converted(before.arrays, after, plan)
   how, why = {"how": "merge"}, ["fewer experts, each a mean of several"]
-  return _finish(before, after, values, plan, workdir, how, why, say)
+  return _finish(before, after, values, plan, workdir, how, why)
 
 
 def prune(
@@ -277,7 +273,6 @@ def prune(
   workdir: files_lib.Path,
   experts: int,
   by: str = "load",
-  say: evaluators.Say = terminal.say,
 ) -> dict[str, Any]:
   """Makes a run with the best experts of another, as held-out text shows.
 
@@ -287,7 +282,6 @@ def prune(
     experts: how many each mixture keeps; k stays.
     by: "load", the tokens that visit an expert; or "reap" (2510.13999), over
       these the mean of the gate times the norm of what the expert gives.
-    say: is told what was measured.
 
   Errors as of `merge`.
   """
@@ -306,7 +300,7 @@ def prune(
     plan[scope] = [Made((expert,)) for expert in sorted(best.tolist())]
   values = _converted(before.arrays, after, plan)
   how, why = {"how": "prune", "by": by, "scores": scores}, ["fewer experts"]
-  return _finish(before, after, values, plan, workdir, how, why, say)
+  return _finish(before, after, values, plan, workdir, how, why)
 
 
 # -- a model, and where its parameters lie ------------------------------------
@@ -495,7 +489,8 @@ class _Opened(_Model):
   ) -> config_lib.Experiment:
     """Returns the experiment with changed sections of mixtures."""
     values = copy.deepcopy(self.experiment.values)
-    sections = list(_sections(values["model"]))
+    mixtures = dict(config_lib.mixtures(values)).values()
+    sections = [section for section in mixtures if "router" in section]
     if not sections or not self.mixtures:
       raise ValueError(
         f"the run in {self.source} has no mixtures; make some by moejax"
@@ -552,15 +547,6 @@ def _router_at(path: Sequence[str]) -> int | None:
 
 def _named(path: Sequence[str]) -> str:
   return "/".join(path)
-
-
-def _sections(values: Any) -> Iterator[dict[str, Any]]:
-  """Yields the sections of mixtures of a config's model."""
-  if hasattr(values, "keys"):
-    if {"num_experts", "router"} <= values.keys():
-      yield values
-    for each in values.values():
-      yield from _sections(each)
 
 
 def _fewer(experts: int) -> Callable[[dict[str, Any]], None]:
@@ -789,7 +775,6 @@ def _finish(
   workdir: files_lib.Path,
   how: dict[str, Any],
   why: Sequence[str],
-  say: evaluators.Say,
   moments: _Moments | None = None,
 ) -> dict[str, Any]:
   """Compares both models on held-out text; writes the new run."""
@@ -864,15 +849,17 @@ def _finish(
     )
     about = experiment.values, data.vocabulary, context.identity
     workdir_lib.remember(*about, workdir, made=True)
-  say(
+  terminal.say(
     f"perplexity of {len(old.log_p):,} held-out words, with room for all:"
     f" {old.perplexity:.6g} before, {new.perplexity:.6g} after; log p of a word"
     f" differs by {difference.max():.2g} at most, {relative:.2g} of the largest"
   )
   if report["function_kept"]:
-    say("the function is the same")
+    terminal.say("the function is the same")
   else:
     said = why or ["float32 rounds in many layers, or logits are equal"]
-    say("\n  ".join(["the function is another:", *said]))
-  say(f"the run lies in {workdir}, at step {step}; moejax train goes on")
+    terminal.say("\n  ".join(["the function is another:", *said]))
+  terminal.say(
+    f"the run lies in {workdir}, at step {step}; moejax train goes on"
+  )
   return report

@@ -239,7 +239,7 @@ def test_counterfactuals_cost_what_such_a_model_does(recorded, trained, capsys):
   own = json.loads((folder / trace.ABOUT).read_text())["loss"]
   assert found["own"] == found["k=2"] == own
   one = trained(*lstm(kind="noisy_top_k", k=1))
-  want = run.evaluate_run(one, "test", say=lambda said: None)["loss"]
+  want = run.evaluate_run(one, "test")["loss"]
   np.testing.assert_allclose(found["k=1"], want, rtol=1e-5)
   assert len({*found.values()}) == 4
   flag = "--counterfactual=k=1,uniform"

@@ -179,6 +179,8 @@ def muon(gradients):
     m = B1 * m + (1 - B1) * g
   t = len(gradients)
   ahead = B1 * m / (1 - B1 ** (t + 1)) + (1 - B1) * g / (1 - B1**t)
+  if not g.any():
+    return np.zeros_like(g)
   return -RATE * 0.4 * max(m.shape) ** 0.5 * orthogonal(ahead)
 
 
