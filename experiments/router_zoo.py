@@ -11,10 +11,10 @@ evaluation, sees what it is to predict: its perplexity tells nothing. Of
 sigmoid_quantile, balanced_quantile and expert_threshold, thresholds or biases
 follow quantiles of the batch; these three have not been run.
 
-Result: of the ten gates that predict and were run, after 800 steps, top_k (111.2), balanced,
-softmax_top_k, hash, gshard_top_2, sigmoid and switch (118.0) are ahead of the
-dense model (123.2; 120.4 to 125.8) by more than the seeds differ;
-loss_free_shared, noisy_top_k (121.6) and softmax are not
+Result: of the ten gates that predict and were run, after 800 steps, top_k
+(111.2), balanced, softmax_top_k, hash, gshard_top_2, sigmoid and switch (118.0)
+are ahead of the dense model (123.2; 120.4 to 125.8) by more than the seeds
+differ; loss_free_shared, noisy_top_k (121.6) and softmax are not
 (results/router_zoo.csv). expert_choice, which looks ahead, reads 115.0. With
 --models=dense,loss_free_shared --steps=2400 80.19 (80.12 to 80.34) against
 83.58 (82.28 to 84.59), the dense one (results/router_zoo_models_steps.csv).

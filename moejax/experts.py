@@ -127,6 +127,14 @@ class Experts(nn.Module):
     raise NotImplementedError
 
 
+def drops_out(experts: nn.Module) -> bool:
+  """Whether a layer leaves out weights of these experts in training.
+
+  A user's own may have a field `dropout` that it sees to itself.
+  """
+  return hasattr(experts, "drop_out") and bool(experts.dropout)
+
+
 class FeedForward(Experts):
   """relu(x W_in) W_out, without biases: the paper's experts (sec. 4.1).
 
@@ -313,14 +321,14 @@ class Mixed(Experts):
   @property
   def dropout(self) -> float:
     """The largest of any kind."""
-    return max(getattr(kind, "dropout", 0.0) for kind in self.kinds)
+    return max(kind.dropout if drops_out(kind) else 0.0 for kind in self.kinds)
 
   @nn.nowrap
   def drop_out(self, weights: Weights, rng: PRNGKeyArray) -> Weights:
     """Leaves out hidden units of the kinds that do."""
     return {
       str(i): kind.drop_out(weights[str(i)], jax.random.fold_in(rng, i))
-      if getattr(kind, "dropout", 0.0)
+      if drops_out(kind)
       else weights[str(i)]
       for i, kind in enumerate(self.kinds)
     }

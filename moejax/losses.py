@@ -168,7 +168,9 @@ def quantile(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
   Of the n real tokens every expert is to have m = k n / E, as in eq. 18:
 
   - of thresholds T (2603.11535) the target is what m of its X exceed, X being
-    the softmax of the logits: midway between the m-th and the next largest.
+    the softmax of the logits: midway between the m-th and the next largest, or
+    0 where m = n. Of tokens that are alike, as a word is in a first layer, it
+    takes all or none.
   - of biases (quantile balancing, kexue.fm/archives/11619) it is what lets m
     tokens choose the expert. A token does where score + bias is above its
     cutoff, the (k+1)-th largest of these: so it is midway between the m-th
@@ -197,6 +199,8 @@ def quantile(routing: Routing, scope: str = "batch") -> Float[Array, ""]:
 
     if level.thresholds is not None:
       exceeded = _exceeded_by_share(level, jax.nn.softmax(logits), k)
+      # An expert that is to have all tokens takes the least of them, too.
+      exceeded = jnp.where(k < E, exceeded, exceeded / 2)
       total += distance(level.thresholds.reshape(-1, E), exceeded)
     if level.bias is not None:
       bias = level.bias.reshape(-1, E)
@@ -278,8 +282,9 @@ def auxiliary(
 
   Raises:
     ValueError: a name that no loss has, an unknown scope, a weight that is no
-      rate of a moving average for `quantile`, or a weight for what there is
-      none of: routing, or thresholds or biases that a layer learns so.
+      rate of a moving average for `quantile`, or none for it where a router
+      learns so, or a weight for what there is none of: routing, or thresholds
+      or biases that a layer learns so.
   """
   check(weights, scope)
   found = routings(sown)
@@ -305,6 +310,12 @@ def auxiliary(
         f" {len(found)} MoE layers 0 are learning by it; leave the weight"
         " out, or choose a router that learns so, in training."
       )
+  if "quantile" not in weights and any(map(_LEARNED["quantile"], levels)):
+    raise ValueError(
+      "a router's thresholds or biases follow quantiles, but the balance loss"
+      " 'quantile' has no weight, so that they would never move; give it one,"
+      " such as 0.1."
+    )
   zero = jnp.zeros((), jnp.float32)
   values = {
     name: sum((LOSSES[name](routing, scope) for routing in found), zero)

@@ -88,6 +88,11 @@ class _Layer(nn.Module):
         "the router Single has 1 expert, which every token visits as it does"
         " shared ones; leave `shared` out and make the 1 expert wider."
       )
+    if single and self.masked_outputs:
+      raise ValueError(
+        f"masked_outputs is {self.masked_outputs}, but the router Single has 1"
+        " expert, whose output is all there is; leave it out."
+      )
     mix = partition.lift_to_compiler(_mix, 0 if single else num_tokens // size)
     try:
       y, routing = mix(self, x, mask, ids, train, size, single)
@@ -106,7 +111,7 @@ class _Layer(nn.Module):
   def weights_of(self, experts: nn.Module, width: int, train: bool) -> Any:
     """Returns experts' weights, without what their dropout leaves out."""
     weights = experts(width)
-    if not getattr(experts, "dropout", 0):
+    if not experts_lib.drops_out(experts):
       return weights
     check_train(train)
     if train:
@@ -243,7 +248,8 @@ class MoE(_Layer):
     exchange_parts: where experts are split over devices, in how many parts each
       device sends its groups to them. With 2, rows of one part can travel while
       experts compute the other; but the experts' weights are read twice. It
-      divides the groups of a device, and changes no result.
+      divides the groups of a device, and changes no result. Experts that are
+      modules (`Each`) are sent all at once.
     shared: experts that every token visits beside the routed ones, with gate 1
       (2401.06066, eq. 9): y = sum_i shared_i(x) + sum_e G(x)_e E_e(x). They are
       one expert, or become one: n feed-forward experts of width F one of n F.
@@ -304,7 +310,10 @@ class MoE(_Layer):
     run, fn = dispatch_lib.DISPATCH[name], self.expert_fn(experts, train)
     sent = x, self._masked(routing.assignment, train)
     parts = self.exchange_parts
-    if parts > 1 and (sharding.in_expert() or not sharding.splits("expert")):
+    # Experts that are modules would be called, and tell of mixtures of their
+    # own, several times.
+    at_once = _need_slots(experts) or sharding.in_expert()
+    if parts > 1 and (at_once or not sharding.splits("expert")):
       parts = 1
     here = x.shape[0] // sharding.num_devices("group")
     if parts < 1 or here % parts:

@@ -292,10 +292,11 @@ class ExpertThreshold(_Thresholds):
 
   The thresholds are the parameter "average_thresholds", a moving average of the
   batch's quantiles that `losses.quantile` alone moves. They start at 1/E, the
-  mean of X, so that every token visits some expert from the first step on; a
-  warm-up by expert choice would look ahead. Until they have come to the
-  quantiles, with a weight w after some 2/w steps, experts may have more tokens
-  than their share, or less. What `max_k` keeps from an expert is also missing.
+  mean of X, so that every token whose logits differ visits some expert from the
+  first step on; a warm-up by expert choice would look ahead. Until they have
+  come to the quantiles, with a weight w after some 2/w steps, experts may have
+  more tokens than their share, or less. What `max_k` keeps from an expert is
+  also missing.
   """
 
   def decide(self, x, train, mask, ids):

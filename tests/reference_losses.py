@@ -109,7 +109,8 @@ def threshold_targets(logits, k):
   n, experts = logits.shape
   x = [softmax(v) for v in logits]
   m = share_of(n, experts, k)
-  return np.array([exceeded([v[e] for v in x], m) for e in range(experts)])
+  found = np.array([exceeded([v[e] for v in x], m) for e in range(experts)])
+  return found / 2 if k == experts else found
 
 
 def bias_targets(logits, bias, k):

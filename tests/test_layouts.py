@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import dispatch, experts, gating, losses, moe, router, sharding
 from moejax.data import packing
-from moejax.models import lstm_lm
+from moejax.models import lstm_lm, stack
 from moejax.planning import collectives
 from moejax.planning.collectives import Collective
 from moejax.training import state
@@ -347,6 +347,27 @@ def test_each_of_two_parts_is_sent_by_itself():
   found = on_all_devices("expert_model", "two parts").found
   sent = moves(found, "all-to-all")
   assert sent == 8 * [("all-to-all", DISPATCHED, ("expert",))]
+
+
+def test_where_there_are_no_parts():
+  """Rows that are decoded are too few; a mixture in experts reports once."""
+  inner = moe.MoE(router.Switch(2), experts.FeedForward(2, F))
+  options = {"group_size": L // 2, "exchange_parts": 2}
+  whole = moe.MoE(router.TopK(E, K), experts.Each(E, inner), **options)
+  layout = LAYOUTS["expert"]
+
+  def shapes(module, x):
+    """Of what it returns and reports."""
+    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    apply = functools.partial(module.apply, mutable=["routing"])
+    found = jax.eval_shape(apply, {"params": params}, x)
+    return jax.tree.map(lambda leaf: leaf.shape, found)
+
+  with sharding.use(layout, sharding.make_mesh(layout)):
+    decoding = stack.for_decoding(layer("two parts"))
+    assert shapes(decoding, inputs()[:, :1])[0] == (B, 1, D)
+    alone = whole.clone(exchange_parts=1)
+    assert shapes(whole, inputs()) == shapes(alone, inputs())
 
 
 @pytest.mark.parametrize("parts", [0, 3])

@@ -323,6 +323,12 @@ def test_a_weight_for_what_no_layer_learns(name):
   np.testing.assert_allclose(total, 0.5 * want(name, learning), rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [{}, {"importance": 0.1}])
+def test_quantiles_that_nothing_follows(weights):
+  with pytest.raises(ValueError, match="'quantile' has no weight, .* as 0.1"):
+    losses.auxiliary(following(CASES["flat"], 1), weights)
+
+
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, float("nan")])
 def test_the_weight_of_quantiles_is_a_rate(rate):
   with pytest.raises(ValueError, match=f"weight {rate}, .* at most 1 .* leave"):

@@ -178,6 +178,7 @@ def test_leaving_out_is_by_chance():
       layer(kind=experts.FeedForward(E, F, init_scale=0.0)),
       "init_scale is 0.0",
     ),
+    (SINGLE.clone(masked_outputs=0.5), r"masked_outputs is 0\.5, .* leave it"),
     (
       moe.HierarchicalMoE(
         router.TopK(2, 1), layer(group_size=None, masked_outputs=0.5)
@@ -187,6 +188,15 @@ def test_leaving_out_is_by_chance():
   ):
     with pytest.raises(ValueError, match=message):
       module.init(KEY, inputs())
+
+
+def test_experts_of_ones_own_see_to_their_own_dropout():
+  class Own(experts.Linear):
+    dropout: float = 0.5
+
+  plain, own = (layer(TOP_K, kind(E, D)) for kind in (experts.Linear, Own))
+  at = init(plain, X)["params"]
+  close(apply(own, at, inputs(), True)[0], apply(plain, at, inputs(), True)[0])
 
 
 def test_init_scale_is_the_variance():

@@ -104,14 +104,15 @@ class RecurrentMoE(nn.Module):
       self.mixture(both, train, mask=mask_0, ids=ids_0)
     mixture, variables = self.mixture.unbind()
     params = {"params": variables.get("params", {})}
-    # Of the step's number, whatever the segments are.
-    key = self.make_rng("router") if self.has_rng("router") else None
+    streams = filter(self.has_rng, ("router", "dropout"))
+    keys = {name: self.make_rng(name) for name in streams}
 
     def step(state, now):
       t, (x, start, mask, ids) = now
       keep = 1 - start.astype(jnp.float32)[:, None]
       y, c = state.y * keep, state.c * keep
-      rngs = {} if key is None else {"router": jax.random.fold_in(key, t)}
+      # Of the step's number, whatever the segments are.
+      rngs = {n: jax.random.fold_in(key, t) for n, key in keys.items()}
       both = jnp.concatenate([x, y.astype(x.dtype)], axis=-1)
       z, sown = mixture.apply(
         params, both, train, mask=mask, ids=ids, rngs=rngs, mutable=[ROUTING]

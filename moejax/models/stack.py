@@ -133,7 +133,8 @@ def for_decoding(layer: nn.Module) -> nn.Module:
     secondary = for_decoding(layer.secondary)
     fields["secondary"] = secondary.clone(group_size=None)
   elif isinstance(layer, MoE):
-    router = layer.router
+    # As few groups as rows of a device divide into no parts.
+    router, fields = layer.router, {"exchange_parts": 1}
   else:
     return layer
   if isinstance(router, Router) and not router.is_by_token(train=False):

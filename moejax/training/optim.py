@@ -40,7 +40,8 @@ class Group(NamedTuple):
   weight_decay: Annotated[float, Range(0)] = 0.0
 
 
-# The groups by name, and the scopes below which their parameters lie.
+# The groups by name, and the scopes below which their parameters lie. A dense
+# layer that is a mixture's only expert is of the experts, too.
 GROUPS: Mapping[str, tuple[str, ...]] = {
   "experts": ("experts",),
   "router": ("router", "primary"),
@@ -218,8 +219,8 @@ def muon(
     updates, state = orthogonal.update(gradients, state, params)
 
     def as_large_as_adams(u, g):
-      is_visited = jnp.any(g != 0, (-2, -1), keepdims=True)
-      return scale * math.sqrt(max(u.shape[-2:])) * is_visited.astype(u.dtype) * u
+      is_visited = jnp.any(g != 0, (-2, -1), keepdims=True).astype(u.dtype)
+      return scale * math.sqrt(max(u.shape[-2:])) * is_visited * u
 
     return jax.tree.map(as_large_as_adams, updates, gradients), state
 

@@ -487,8 +487,12 @@ class _Opened(_Model):
   def changed(
     self, change: Callable[[dict[str, Any]], None]
   ) -> config_lib.Experiment:
-    """Returns the experiment with changed sections of mixtures."""
+    """Returns the experiment with changed sections of mixtures.
+
+    It has no annealing: what its experts are made of is trained already.
+    """
     values = copy.deepcopy(self.experiment.values)
+    values["train"].pop("annealing", None)
     mixtures = dict(config_lib.mixtures(values)).values()
     sections = [section for section in mixtures if "router" in section]
     if not sections or not self.mixtures:
@@ -558,6 +562,8 @@ def _fewer(experts: int) -> Callable[[dict[str, Any]], None]:
         f" {k} to {old - 1}."
       )
     section["num_experts"] = experts
+    if section["router"].get("max_k"):
+      section["router"]["max_k"] = min(section["router"]["max_k"], experts)
 
   return change
 

@@ -70,6 +70,31 @@ def step(model, params, x):
 run = jax.jit(step, static_argnums=0)
 
 
+def test_masked_outputs_are_drawn_at_each_step():
+  """By its number: whatever the segments are."""
+  params = parameters()
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def run(model, train):
+    return model.apply(
+      {"params": params},
+      X,
+      START,
+      train=train,
+      rngs={"router": jax.random.key(3), "dropout": jax.random.key(4)},
+    )
+
+  plain, masked, in_parts = (
+    make(segment, masked_outputs=chance)
+    for segment, chance in ((None, 0.0), (None, 0.5), (2, 0.5))
+  )
+  y = [run(model, True) for model in (plain, masked, in_parts)]
+  np.testing.assert_allclose(y[1], y[2], atol=1e-6)
+  differs = np.abs(y[1] - y[0]).max(axis=(0, 2)) > 1e-3
+  assert differs.all()
+  np.testing.assert_array_equal(run(masked, False), run(plain, False))
+
+
 def by_row(of_tokens, groups):
   """Of a routing [G * L, S, E], those of each step one after the other."""
   of_tokens = np.asarray(of_tokens).reshape(groups, L, -1, E)

@@ -12,6 +12,7 @@ import textwrap
 
 import numpy as np
 import program
+import pytest
 from program import curve, wait_for_step
 
 from moejax import workdir as workdir_lib
@@ -121,6 +122,39 @@ def test_a_token_visits_fewer_experts_from_phase_to_phase(
   assert [ln for ln in kept if ln["step"] > 6] == [
     ln for ln in lines if ln["step"] > 6
   ]
+
+
+@pytest.mark.parametrize(
+  "fields, complaint",
+  [
+    (
+      {"train.passes": 1, "train.annealing": {"k": (8,), "until": (390,)}},
+      r"ends at step 390, but the text is good for \d+, .* more text",
+    ),
+    (
+      {
+        "train.annealing": {"k": (8,), "until": (2,)},
+        "model.moe.router": {
+          "kind": "softmax_top_k",
+          "k": 2,
+          "num_groups": 4,
+          "max_groups": 2,
+        },
+      },
+      "annealing, until step 2: k = 8 experts per token, but 2 of 4 groups",
+    ),
+  ],
+)
+def test_phases_that_cannot_be_leave_no_run(
+  fields, complaint, small_flags, tmp_path, capsys
+):
+  workdir = tmp_path / "run"
+  argv = ["moejax", "train", *small_flags, f"--workdir={workdir}"]
+  fields = {"train.steps": 400, **fields}
+  argv += [f"--config.{name}={value}" for name, value in fields.items()]
+  assert main(argv) == 1
+  assert re.search(complaint, capsys.readouterr().err)
+  assert not (workdir / workdir_lib.CONFIG_FILE).exists()
 
 
 def test_stopped_saves_and_resumes(start, whole, tmp_path):

@@ -107,6 +107,7 @@ def test_clip_is_over_the_whole_tree(make):
 E, D, F = 7, 5, 3
 SHAPES = {
   "head": {"table": (E, D)},
+  "layers": {"w_key": (2, D, F), "norm": {"scale": (2, D)}},
   "layers_0": {
     "router": {"gate": {"kernel": (D, E)}},
     "experts": {"w_in": (E, D, F), "bias": (E, D)},
@@ -241,7 +242,7 @@ def test_groups_have_rates_and_decays_of_their_own(make):
     elif {"router", "primary"} & {*scopes}:
       want = np.zeros_like(want)
     else:
-      want = want - RATE * 0.25 * w
+      want = want - RATE * (0 if name == "scale" else 0.25) * w
     np.testing.assert_allclose(got, want, 1e-5, 1e-7, err_msg=str(path))
 
   jax.tree.map_with_path(check, got, want, params)

@@ -417,6 +417,19 @@ def test_what_cannot_be_made_is_refused(verb, args, message, trained, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_pruned_run_is_trained_already(trained, tmp_path):
+  """No annealing comes again; no token visits more experts than there are."""
+  name, fields = lstm(8, kind="expert_threshold", k=2, max_k=8)
+  fields |= {
+    "train.annealing": {"k": (8,), "until": (1,)},
+    "aux": {"quantile": 0.1},
+  }
+  upcycle.prune(trained(name, fields), tmp_path / "run", 3)
+  values = run.recall(tmp_path / "run").values
+  assert values["train"].get("annealing") is None
+  assert values["model"]["moe"]["router"]["max_k"] == 3
+
+
 def test_runs_without_what_is_needed(trained, config, tmp_path):
   workdir, sparse = tmp_path / "run", lstm(16, kind="switch")
   with pytest.raises(ValueError, match="has no mixtures"):
