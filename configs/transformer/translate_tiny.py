@@ -8,7 +8,8 @@ echo "Unable to retrieve the user." |
 In the second block of each side 2 of 16 experts, together as wide as the dense
 layer of the first. The dense twin has that in both:
 
-moejax train --config=transformer/translate_tiny --workdir=runs/translate_dense \\
+moejax train --config=transformer/translate_tiny \\
+  --workdir=runs/translate_dense \\
   --config.model.encoder.pattern=dense, --config.model.decoder.pattern=dense,
 """
 
