@@ -316,7 +316,7 @@ def report(run: Run) -> Row:
 
 
 def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
-  """Trains with several seeds; returns means, and the span of perplexities."""
+  """Trains with several seeds; returns means, and spans of test scores."""
   seeds, found, wanted = 1 if quick else SEEDS, [], {}
   for seed in range(seeds):
     name = f"{folder.name}_{seed}"
@@ -326,7 +326,11 @@ def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
     busiest = "max_over_mean_count"
     more = run.last(busiest) if busiest in run.lines[0] else None
     found.append(report(run) | {"max_over_mean": more})
-  tests = [row["test"] for row in found]
+  spans = {}
+  for name in ("test", "bleu"):
+    if values := [row[name] for row in found if name in row]:
+      spans[name] = round(statistics.mean(values), 2)
+      spans[f"{name}_least"], spans[f"{name}_most"] = min(values), max(values)
   means = {
     name: round(statistics.mean(row[name] for row in found), 3)
     for name in ("cv_load", "max_over_mean", "dropped")
@@ -336,9 +340,7 @@ def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
     "seeds": seeds,
     "ops": found[0]["ops"],
     "parameters": found[0]["parameters"],
-    "test": round(statistics.mean(tests), 2),
-    "test_least": min(tests),
-    "test_most": max(tests),
+    **spans,
     **means,
     "minutes": round(sum(row["minutes"] for row in found), 1),
   }

@@ -5,7 +5,9 @@ top_k and without the sigmoid on the mixture) and the dense twin of the same
 ops/timestep (moe_1_wide.py, without it too). Both get the same trials of
 optimizers and rates, half the steps each, seed 0; the one of lowest validation
 perplexity is trained with three seeds. `test` is the mean test perplexity of
-these, `test_least` and `test_most` their span.
+these, `test_least` and `test_most` their span; of BLEU alike. With --pairs it
+is that of translating each of these pairs of languages, by the models of
+experiments/translating.py, changed in the same way.
 
 Result: the mixture's test perplexity is 75.58 (75.37 to 75.85), the twin's
 80.51 (80.19 to 80.75): 6.1 % lower. The same trial is the best for both, Muon
@@ -14,27 +16,27 @@ half the steps, by Muon by 6.7 %: Adam's steps make experts, each of which sees
 an eighth of the text, learn late (results/tuned_alike.csv).
 """
 
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments import figures, harness, training
+from experiments import figures, harness, training, translating
+from moejax import config as config_lib
 
-# Of a model: its config, what is changed in it, and its colors.
-MODELS: Mapping[str, tuple[str, dict[str, Any], str]] = {
-  "4 of 32 experts": (
+SPARSE, DENSE = "4 of 32 experts", "dense twin"
+COLORS = {SPARSE: figures.SPARSE, DENSE: figures.DENSE}
+_TOP_K = {"kind": "top_k", "k": 4}
+# Of a language model: its config, and what is changed in it.
+MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+  SPARSE: (
     "sotu/moe_32",
     {
       "model.sigmoid": False,
-      "model.moe.router": {"kind": "top_k", "k": 4},
+      "model.moe.router": _TOP_K,
       "aux": {"importance": 0.1},
     },
-    figures.SPARSE,
   ),
-  "dense twin": (
-    "sotu/moe_1_wide",
-    {"model.sigmoid": False},
-    figures.DENSE,
-  ),
+  DENSE: ("sotu/moe_1_wide", {"model.sigmoid": False}),
 }
 
 
@@ -61,77 +63,121 @@ TRIALS: Mapping[str, dict[str, Any]] = {
   "muon 0.02 x 0.1": _muon(2e-2, 0.1),
   "muon 0.02 x 0.2": _muon(2e-2, 0.2),
 }
+# Of translation: twice as wide, and word vectors of both languages.
+TRANSLATION: Mapping[str, dict[str, Any]] = {
+  "adam 0.003": _adam(3e-3),
+  "muon 0.003 x 0.2": _muon(3e-3, 0.2),
+  "muon 0.006 x 0.1": _muon(6e-3, 0.1),
+  "muon 0.006 x 0.2": _muon(6e-3, 0.2),
+}
 
 
-def rows(quick: bool) -> figures.Rows:
+def rows(quick: bool, pairs: str = "") -> figures.Rows:
   """Yields a row per trial, and one per model of the best one's seeds."""
-  with training.folder("tuned_alike", quick) as runs:
+  trials = TRANSLATION if pairs else TRIALS
+  if quick:
+    trials = dict(list(trials.items())[-2:])
+  with training.folder("tuned_alike", quick, pairs) as runs:
+    for about, configs in tasks(quick, pairs, runs):
+      # Named as the runs are.
+      start = "".join(f"{value} " for value in about.values())
 
-    def config_of(model: str, trial: str) -> Any:
-      name, changes, _ = MODELS[model]
-      changed = training.load(name, changes | TRIALS[trial])
-      if quick:
-        training.shrink(changed, runs)
-      return changed
+      def config_of(model, trial, configs=configs):
+        config = configs[model].copy_and_resolve_references()
+        config.update_from_flattened_dict(trials[trial])
+        return config
 
-    trials = list(TRIALS)[-2:] if quick else list(TRIALS)
-    wanted = {}
-    for model in MODELS:
-      for trial in trials:
-        config = config_of(model, trial)
-        config.train.steps //= 2
-        wanted[f"{model} {trial}".replace(" ", "_")] = config
-    found = iter(training.train_all(runs, wanted, quick).values())
-    best = {}
-    for model in MODELS:
-      of_trials = {}
-      for trial in trials:
-        row = training.report(next(found))
-        of_trials[trial] = row["validation"]
-        names = "ops", "parameters", "validation", "cv_load", "dropped"
-        row = {name: row[name] for name in names}
-        yield {"model": model, "trial": trial, "stage": "search", **row}
-      best[model] = min(of_trials, key=of_trials.get)
-    for model, trial in best.items():
-      folder = runs / f"{model} best".replace(" ", "_")
-      row = training.over_seeds(config_of(model, trial), folder, quick)
-      yield {"model": model, "trial": trial, "stage": "seeds", **row}
+      wanted = {}
+      for model in configs:
+        for trial in trials:
+          config = config_of(model, trial)
+          config.train.steps //= 2
+          wanted[f"{start}{model} {trial}".replace(" ", "_")] = config
+      found = iter(training.train_all(runs, wanted, quick).values())
+      best = {}
+      for model in configs:
+        of_trials = {}
+        for trial in trials:
+          row = training.report(next(found))
+          of_trials[trial] = row["validation"]
+          names = "ops", "parameters", "validation", "cv_load", "dropped"
+          row = {name: row[name] for name in names}
+          yield (
+            about | {"model": model, "trial": trial, "stage": "search"} | row
+          )
+        best[model] = min(of_trials, key=of_trials.get)
+      for model, trial in best.items():
+        folder = runs / f"{start}{model} best".replace(" ", "_")
+        row = training.over_seeds(config_of(model, trial), folder, quick)
+        yield about | {"model": model, "trial": trial, "stage": "seeds"} | row
+
+
+def tasks(
+  quick: bool, pairs: str, runs: pathlib.Path
+) -> Iterator[tuple[figures.Row, dict[str, config_lib.Config]]]:
+  """Yields what each task is called, and the config of each model."""
+  if not pairs:
+    configs = {n: training.load(*about) for n, about in MODELS.items()}
+    for config in configs.values() if quick else ():
+      training.shrink(config, runs)
+    yield {}, configs
+    return
+  layers = {
+    SPARSE: translating.flat(32, 4, "top_k"),
+    DENSE: translating.one_expert(4),
+  }
+  for pair, files in translating.pair_files(pairs, ["fr"], runs, quick).items():
+    about = translating.STEPS, runs, quick
+    train = translating.named({pair: files})
+    configs = {
+      name: translating.config(*layer, *about, train=train)
+      for name, layer in layers.items()
+    }
+    for config in configs.values():
+      config.model.sigmoid = False
+    configs[SPARSE].aux = {"importance": 0.01, "switch_balance": 0.01}
+    yield {"pair": str(pair)}, configs
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
-  search, seeds = figure.subplots(1, 2, width_ratios=(3, 2))
-  trials = list(dict.fromkeys(row["trial"] for row in table))
-  for model, (_, _, color) in MODELS.items():
-    mine = [row for row in table if row["model"] == model]
-    tried = [row for row in mine if row["stage"] == "search"]
-    places = [trials.index(row["trial"]) for row in tried]
-    search.plot([row["validation"] for row in tried], places, "o", color=color)
-    (best,) = [row for row in mine if row["stage"] == "seeds"]
-    place = list(MODELS).index(model)
-    seeds.plot(
-      [best["test_least"], best["test_most"]], [place] * 2, color=color
-    )
-    seeds.plot(best["test"], place, "o", color=color)
-    at = (best["test"], place - 0.12)
-    text = f"{model}: {best['test']:.1f}"
-    seeds.annotate(text, at, ha="center", va="bottom", color=color)
-  search.set_yticks(range(len(trials)), trials)
-  search.set_ylim(len(trials) - 0.5, -0.5)
-  seeds.set_yticks([])
-  seeds.set_ylim(len(MODELS) - 0.5, -0.5)
-  seeds.margins(x=0.7)
-  about = "optimizer, peak rate, scale of Muon"
-  figures.scales(search, "validation perplexity, half the steps", about)
-  figures.scales(seeds, "test perplexity, span of seeds")
-  sparse, dense = (
-    next(r for r in table if r["model"] == model and r["stage"] == "seeds")
-    for model in MODELS
-  )
+  pairs = list(dict.fromkeys(row.get("pair") for row in table))
+  figure.set_size_inches(8, 4 * len(pairs))
+  every = figure.subplots(len(pairs), 2, width_ratios=(3, 2), squeeze=False)
+  found = []
+  for (search, seeds), pair in zip(every, pairs, strict=True):
+    mine = [row for row in table if row.get("pair") == pair]
+    trials = list(dict.fromkeys(row["trial"] for row in mine))
+    tests = []
+    for place, (model, color) in enumerate(COLORS.items()):
+      of_model = [row for row in mine if row["model"] == model]
+      tried = [row for row in of_model if row["stage"] == "search"]
+      at = [trials.index(row["trial"]) for row in tried]
+      search.plot([row["validation"] for row in tried], at, "o", color=color)
+      (best,) = [row for row in of_model if row["stage"] == "seeds"]
+      span = [best["test_least"], best["test_most"]]
+      seeds.plot(span, [place] * 2, color=color)
+      seeds.plot(best["test"], place, "o", color=color)
+      text = f"{model}: {best['test']:.1f}"
+      if best.get("bleu") is not None:
+        text += f", BLEU {best['bleu']:.1f}"
+      at = (best["test"], place - 0.12)
+      seeds.annotate(text, at, ha="center", va="bottom", color=color)
+      tests.append(best["test"])
+    search.set_yticks(range(len(trials)), trials)
+    search.set_ylim(len(trials) - 0.5, -0.5)
+    seeds.set_yticks([])
+    seeds.set_ylim(len(COLORS) - 0.5, -0.5)
+    seeds.margins(x=0.7)
+    of_pair = f"{pair}: " if pair else ""
+    name = f"{of_pair}validation perplexity, half the steps"
+    figures.scales(search, name, "optimizer, peak rate, scale of Muon")
+    figures.scales(seeds, f"{of_pair}test perplexity, span of seeds")
+    found.append(figures.than(*tests) + (f" ({pair})" if pair else ""))
   return (
-    f"Tuned alike, 32 experts have a test perplexity"
-    f" {figures.than(sparse['test'], dense['test'])} than their dense twin"
+    "Tuned alike, 32 experts have a test perplexity"
+    f" {' and '.join(found)} than their dense twin"
   )
 
 
 if __name__ == "__main__":
-  harness.main("tuned_alike", rows, draw)
+  harness.main("tuned_alike", rows, draw, pairs=translating.PAIRS)
