@@ -2,7 +2,7 @@
 
 Method: language models of configs/sotu/moe_32_muon.py, widths 32, 64 and 128,
 with 4 of 16, 64, 256 and 1,024 experts and the dense twin (moe_1_wide_muon.py):
-4, 16, 64 and 256 parameters of experts for each that a token meets. Nothing is
+of 4, 16, 64 and 256 experts a token meets one. Nothing is
 dropped, there is no dropout, and the peak of the rate falls as the width grows.
 The rate falls with the square root of the steps, as in the paper: it knows no
 end, so that each validation of a run is the end of a shorter one. `loss` is
@@ -30,6 +30,7 @@ import scipy.optimize
 from experiments import capacity_curve, figures, harness, training
 from moejax import config as config_lib
 from moejax.data import text_files
+from moejax.planning import quality
 from moejax.planning.quality import TRANSFORMERS, Law
 from moejax.training import cost
 
@@ -80,9 +81,8 @@ def points(
   found = training.train_all(runs, wanted, quick)
   for (width, ratio), run in zip(grid, found.values(), strict=True):
     data, losses = run.config.data, {}
-    counted = cost.count(config_lib.parse(run.config), 1)
-    # That of a thousand experts is larger than all the rest.
-    ops = counted.ops - counted.gates
+    experiment = config_lib.parse(run.config)
+    counted = cost.count(experiment, config_lib.vocab_size(experiment))
     for line in run.lines:
       if line["split"] == "validation":
         losses[line["step"]] = math.log(line["perplexity"])
@@ -92,13 +92,13 @@ def points(
         "ratio": ratio,
         "step": step,
         "tokens": step * data.batch_size * data.row_length,
-        "ops": ops,
+        "parameters": quality.active(counted),
         "loss": round(losses[step], 4),
       }
 
 
 def config_of(width: int, ratio: int) -> Any:
-  """Returns a model with so many parameters of experts for each that counts."""
+  """Returns a model of so many experts for each that a token meets."""
   name = "moe_1_wide_muon" if ratio == 1 else "moe_32_muon"
   config = training.load(f"sotu/{name}", {"model.dropout": 0.0})
   if ratio == 1:
@@ -143,14 +143,14 @@ def named(row: figures.Row) -> tuple[int, int]:
 
 def about(row: figures.Row) -> tuple[float, float, float]:
   """Returns what `Law.loss` takes."""
-  return row["ops"], row["tokens"], row["ratio"]
+  return row["parameters"], row["tokens"], row["ratio"]
 
 
 def fit(table: Sequence[figures.Row], starts: int = 8) -> Law:
   """Fits the law to rows, from several starts; returns the best."""
-  ops, tokens, ratios = np.array([about(row) for row in table], float).T
+  sizes, tokens, ratios = np.array([about(row) for row in table], float).T
   losses = np.array([row["loss"] for row in table])
-  n, d, r = np.log(ops), np.log(tokens), np.log(ratios)
+  n, d, r = np.log(sizes), np.log(tokens), np.log(ratios)
 
   def missed(x):
     log_a, delta, alpha, gamma, log_b, omega, beta, zeta, c = x
@@ -173,7 +173,7 @@ def fit(table: Sequence[figures.Row], starts: int = 8) -> Law:
       best = found
   coefficients = best.x.copy()
   coefficients[[0, 4]] = np.exp(coefficients[[0, 4]])
-  spans = [(float(min(x)), float(max(x))) for x in (ops, tokens, ratios)]
+  spans = [(float(min(x)), float(max(x))) for x in (sizes, tokens, ratios)]
   return Law("experiments.scaling", *map(float, coefficients), *spans)
 
 
@@ -192,7 +192,9 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
       more = [row["loss"] - loss[middle, 1, row["step"]] for row in mine]
       lead.plot(x, [-100 * math.expm1(each) for each in more], "o", color=color)
       along = np.geomspace(x[0], x[-1], 50)
-      of_law = [law.lead(mine[0]["ops"], 1e6 * each, ratio) for each in along]
+      of_law = [
+        law.lead(mine[0]["parameters"], 1e6 * each, ratio) for each in along
+      ]
       y = [-100 * math.expm1(-each) for each in of_law]
       lead.plot(along, y, color=color)
       name = f"{K} of {K * ratio:,}"
@@ -204,16 +206,16 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   )
   least = {}
   for width, color in zip(widths, figures.OTHERS, strict=False):
-    (ops,) = {row["ops"] for row in sparse if row["width"] == width}
+    size = next(r["parameters"] for r in sparse if r["width"] == width)
     along = np.geomspace(ratios[0], ratios[-1], 50)
-    y = [(law.break_even(ops, each) or np.nan) / 1e6 for each in along]
+    y = [(law.break_even(size, each) or np.nan) / 1e6 for each in along]
     even.plot(along, y, color=color)
     name = f"width {width}"
     figures.label(even, name, (along[-1], y[-1]), color, beside=True)
     least[width] = y[0]
   even.set_title("where experts lead from, by the law")
   figures.scales(
-    even, "parameters of experts for each in use", "million words", ratios
+    even, "experts of which a token meets one", "million words", ratios
   )
   figures.plain(even.yaxis)
   return (

@@ -46,9 +46,11 @@ class Count(NamedTuple):
   gates: int  # The part of `ops` in routers.
   attention: int  # The part of `ops` in attention.
   source: int  # The part of `ops` that a word of a translation's source costs.
-  experts: int  # The part of `ops` in experts.
-  expert_parameters: int  # The part of `parameters` in experts.
-  expert_io: int  # Numbers that a timestep's experts read and return.
+  # The part of `ops` in experts of mixtures; a dense layer is none.
+  experts: int
+  routed: int  # The part of `experts` that routers send tokens to.
+  routed_parameters: int  # The part of `parameters` in these.
+  expert_io: int  # Numbers that these read and return in a timestep.
   # Multiply-adds with the positions that a word attends to, every one of its
   # row or of its row's source, whatever sentence that is of; not among `ops`.
   positions: int
@@ -67,7 +69,7 @@ class Count(NamedTuple):
     compute to what they exchange. With one hidden layer it is that layer's
     size. None without experts.
     """
-    return self.experts / self.expert_io if self.expert_io else None
+    return self.routed / self.expert_io if self.expert_io else None
 
 
 def count(experiment: config_lib.Experiment, vocab_size: int) -> Count:
@@ -94,8 +96,7 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     result, module = call(*args, **kwargs), context.module
     is_mixture = isinstance(module, MoE | HierarchicalMoE)
     if is_mixture and context.method_name == "__call__":
-      width = args[0].shape[-1] + result.shape[-1]
-      widths[module.path] = width, module.shared is not None
+      widths[module.path] = args[0].shape[-1] + result.shape[-1]
     # Of a score and of a mean, an entry each for every position.
     if isinstance(module, MultiHeadAttention | LatentAttention):
       if context.method_name == "__call__":
@@ -151,16 +152,20 @@ def count_model(model: nn.Module, *inputs: object, method: str) -> Count:
     sums["gates"] += ops * bool({"router", "primary"} & {*path})
     sums["attention"] += ops * bool({"attention", "source_attention"} & {*path})
     sums["source"] += ops * is_source
-    of_experts = bool({"experts", "shared"} & {*path})
-    sums["experts"] += ops * of_experts
-    sums["expert_parameters"] += size * of_experts
-  for path, (width, shared) in widths.items():
+    routed = any(
+      name == "experts" and (*path[:depth], "router") in shares
+      for depth, name in enumerate(path)
+    )
+    sums["routed"] += ops * routed
+    sums["routed_parameters"] += size * routed
+    sums["experts"] += ops * (routed or "shared" in path)
+  for path, width in widths.items():
+    levels = ("router",), ("primary",), ("secondary", "router")
+    routers = [(*path, *level) for level in levels if (*path, *level) in active]
     # A mixture that is an expert reads what that one does.
-    if "experts" not in path:
-      levels = ("router",), ("primary",), ("secondary", "router")
-      of_token = (active.get((*path, *level), 1) for level in levels)
-      width *= repeats.get(path, 1)
-      sums["expert_io"] += width * (shared + math.prod(of_token))
+    if routers and "experts" not in path:
+      of_token = math.prod(active[each] for each in routers)
+      sums["expert_io"] += width * repeats.get(path, 1) * of_token
   for path, ops in positions.items():
     side = "source_" if path[0].startswith("encoder") else ""
     sums[f"{side}positions"] += ops * repeats.get(path, 1)

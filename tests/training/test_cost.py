@@ -183,7 +183,7 @@ def test_one_printed_cell_is_not_ours():
   assert (min(shares), max(shares)) == (37.2, 45.5)
   ratios = {
     "lm1b/four_lstm_512": None,
-    "lm1b/moe_1_deep": 4096,
+    "lm1b/moe_1_deep": None,
     "lm1b/moe_4096_h": 1024,
     "lm1b/moe_143m": 8192,
     "wmt14/en_de_moe_2048_h": 2048,
@@ -287,11 +287,13 @@ def test_shared_experts_are_always_on():
   got = count(moe.MoE(router.TopK(E, 2), routed, shared=shared))
   assert got.ops == GATE + (2 + 3) * EXPERT
   assert got.parameters == GATE + (E + 3) * EXPERT
-  # They read a token once.
-  assert (got.experts, got.expert_io) == (5 * EXPERT, (2 + 1) * 2 * D)
+  # No token is sent to them.
+  assert (got.experts, got.routed) == (5 * EXPERT, 2 * EXPERT)
+  assert (got.routed_parameters, got.expert_io) == (E * EXPERT, 2 * 2 * D)
   within = moe.MoE(router.TopK(3, 1), experts.FeedForward(3, F))
   got = count(moe.HierarchicalMoE(router.TopK(4, 3), within, shared=shared))
-  assert (got.experts, got.expert_io) == (6 * EXPERT, (3 + 1) * 2 * D)
+  assert (got.experts, got.routed) == (6 * EXPERT, 3 * EXPERT)
+  assert (got.routed_parameters, got.expert_io) == (12 * EXPERT, 3 * 2 * D)
   assert got.parameters == D * (4 + 12) + (12 + 3) * EXPERT
 
 
@@ -393,16 +395,16 @@ def test_blocks_cost_the_same_one_by_one_and_scanned(scan):
   }
   model = {"kind": "transformer", "blocks": blocks}
   got, of_word = counted("tiny", 50, {}, model)
-  gates, active = 3 * GATE, 3 * 2 * EXPERT + 4 * 3 * D * F
-  assert (got.gates, got.experts) == (gates, active)
-  assert (got.attention, got.ops) == (
-    7 * ATTENTION,
-    7 * ATTENTION + gates + active,
-  )
+  gates, active = 3 * GATE, 3 * 2 * EXPERT
+  # Dense blocks have no experts.
+  assert (got.gates, got.experts, got.routed) == (gates, active, active)
+  assert got.routed_parameters == 3 * E * EXPERT and got.ops_per_io == F
+  assert got.attention == 7 * ATTENTION
+  assert got.ops == 7 * ATTENTION + gates + active + 4 * 3 * D * F
   assert got.parameters == got.ops + 3 * (E - 2) * EXPERT
   # Two norms a block and one after the last; T5's table.
   assert got.biases == 15 * D + 32 * HEADS
-  assert got.expert_io == (3 * 2 + 4) * 2 * D
+  assert got.expert_io == 3 * 2 * 2 * D
   assert of_word == (6 * (got.ops + 7 * 2 * D * L + 50 * D), 0)
 
 
