@@ -252,10 +252,13 @@ _DEFAULTS = {
   "decoder_sparse_step": 1,
 }
 _FOLLOW = "head_dim", "num_key_value_heads"
+# What any family has, and a run of ours does not know.
+_GENERAL = "max_position_embeddings", "bos_token_id", "eos_token_id"
 # Fields that change nothing in evaluation, where no expert is full.
 _FREE = re.compile(
   r".*\b(scan|recompute|dropout|dispatch|group_size|dtype|vocab_multiple"
-  r"|num_samples|looks_ahead|noise_epsilon|(eval_)?capacity_factor)"
+  r"|num_samples|looks_ahead|noise_epsilon|(eval_)?capacity_factor|init_scale"
+  r"|masked_outputs|exchange_parts)"
 )
 
 
@@ -705,8 +708,11 @@ def export_model(
   hf = {"max_position_embeddings": values["data"]["row_length"]}
   if before.get("model_type") == kind:
     hf = before
-  elif tokenizer:
-    hf |= {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end}
+  else:
+    if tokenizer:
+      hf |= {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end}
+    # Of the model that this one was made from.
+    hf |= {name: before[name] for name in _GENERAL if name in before}
   size, final = model.vocab_size, jnp.dtype(dtype)
   hf |= own | {"vocab_size": size, "dtype": dtype, "torch_dtype": dtype}
   leaves = flatten_dict(params, sep="/")

@@ -332,7 +332,7 @@ def _sample(
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
-  seed: int = 0,
+  seed: Annotated[int, Range(0, 2**32)] = 0,
   show_experts: bool = False,
   layout: str = "",
 ) -> None:

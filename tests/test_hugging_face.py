@@ -303,6 +303,10 @@ def test_files_that_are_cut_or_gone_or_in_the_way(tmp_path, capsys):
     ({"blocks.moe.router": {"kind": "noisy_top_k", "k": 2}}, "mixtral"),
     ({"blocks.attention.qk_norm": "head"}, "qwen3_moe"),
     ({"blocks.scan": True, "blocks.moe.experts.hidden": [48]}, "mixtral"),
+    # What concerns training alone, or how rows move.
+    ({"blocks.moe.masked_outputs": 0.2}, "mixtral"),
+    ({"blocks.moe.exchange_parts": 2}, "mixtral"),
+    ({"blocks.moe.experts.init_scale": 0.1}, "mixtral"),
   ],
 )
 def test_families_have_their_models_and_no_others(changes, complaint):
@@ -418,6 +422,19 @@ def test_an_imported_model_is_trained_on(trained, capsys):
   assert "has changed since the run" in capsys.readouterr().err
   assert call("sample", workdir=run, prompt="one", length=9) == 0
   assert capsys.readouterr().out.startswith("one")
+
+
+def test_a_pruned_import_keeps_what_its_family_has(trained):
+  pruned, to = trained / "pruned", trained / "pruned_to"
+  assert call("prune", from_=trained / "run", workdir=pruned, experts=4) == 0
+  assert call("export", workdir=pruned, to=to) == 0
+  before, after = (
+    json.loads((trained / name / "config.json").read_text())
+    for name in ("to", "pruned_to")
+  )
+  assert after == before | {"num_experts": 4}
+  files = {path.name for path in to.iterdir()}
+  assert files == {path.name for path in (trained / "to").iterdir()}
 
 
 # -- beside transformers ------------------------------------------------------

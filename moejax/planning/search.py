@@ -106,34 +106,46 @@ def attempt(
   also = "".join(f", {n.rpartition('.')[2]} {v}" for n, v in shown.items())
   terminal.say(f"compiling {layout} for {topology.name}{also}")
   try:
-    path, layer = _mixture(changed)
-    together = layer.get("groups_together", 1)
-    if together != 1:
-      # At the second level, no more than a data replica has in a microbatch.
-      mesh = sharding.make_mesh(changed.layout, topology.devices)
-      fit = math.gcd(together, groups(changed) // mesh.shape["data"])
-      if fit != together:
-        shown |= {f"{path}.groups_together": fit}
-        changed = config_lib.changed(changed, shown)
+    for path, layer in _mixtures(changed).items():
+      together = layer.get("groups_together", 1)
+      if together != 1:
+        # At the second level, no more than a data replica has in a microbatch.
+        mesh = sharding.make_mesh(changed.layout, topology.devices)
+        fit = math.gcd(together, groups(changed) // mesh.shape["data"])
+        if fit != together:
+          shown |= {f"{path}.groups_together": fit}
+    changed = config_lib.changed(changed, shown)
     return plan_lib.make(changed, vocab_size, topology, shown, load)
   except ValueError as error:
     return Refusal(topology.name, layout, shown, str(error))
 
 
-def _mixture(experiment: config_lib.Experiment) -> tuple[str, Any]:
-  """Returns the name and the section of the model's mixture; or none."""
-  model = experiment.values["model"]
-  stacks = (model.get(n, ()) for n in ("layers", "encoder", "decoder"))
-  used = {name for stack in stacks for name in stack}
-  for name in ("moe", "hierarchical_moe"):
-    if name in used:
-      return f"config.model.{name}", model.get(name) or {}
-  return "", {}
+def _mixtures(experiment: config_lib.Experiment) -> dict[str, Any]:
+  """Returns the sections of the mixtures that a model has, by their names.
+
+  The sides of a Transformer that translates have one each; what is changed is
+  changed in all, from what the first has.
+  """
+  model, found = experiment.values["model"], {}
+  for name, section in config_lib.mixtures(experiment.values):
+    *_, within, kind = name.split(".")
+    if within == "model":
+      stacks = [model.get(n, ()) for n in ("layers", "encoder", "decoder")]
+    else:
+      blocks = model.get(within, {})
+      stacks = [blocks.get("first", ()), blocks.get("pattern", ())]
+    if kind in ("moe", "hierarchical_moe") and any(kind in s for s in stacks):
+      found[name] = section
+  return found
+
+
+def _first(experiment: config_lib.Experiment) -> Any:
+  return next(iter(_mixtures(experiment).values()), {})
 
 
 def groups(experiment: config_lib.Experiment) -> int:
   """Counts the groups of tokens of a microbatch."""
-  _, layer = _mixture(experiment)
+  layer = _first(experiment)
   if not layer.get("group_size"):
     return 1
   tokens = math.prod(experiment.shapes["mask"].shape)
@@ -192,23 +204,27 @@ def _steps(
   now: config_lib.Experiment, topology: chips.Topology
 ) -> Iterator[dict[str, Any]]:
   """Yields the changes to try next to a config."""
-  path, layer = _mixture(now)
-  size, section = layer.get("group_size"), path
+  layer = _first(now)
+  size, within = layer.get("group_size"), ""
   if layer and layer.get("secondary") is not None:
-    layer, section = layer["secondary"], f"{path}.secondary"
+    layer, within = layer["secondary"], "secondary."
+
+  def all_have(field, value):
+    return {f"{path}.{field}": value for path in _mixtures(now)}
+
   microbatches = now.train.microbatches
   if microbatches % 2 == 0:
     yield {"config.train.microbatches": microbatches // 2}
   if layer:
-    yield {f"{section}.recompute": not layer.get("recompute", False)}
+    yield all_have(f"{within}recompute", not layer.get("recompute", False))
     factor = layer.get("capacity_factor", 1.25)
     # Two levels that drop nothing have no slots to save.
-    if factor != 1.0 and (factor is not None or section == path):
-      yield {f"{section}.capacity_factor": 1.0}
+    if factor != 1.0 and (factor is not None or not within):
+      yield all_have(f"{within}capacity_factor", 1.0)
   if size:
-    yield {f"{path}.group_size": 2 * size}
+    yield all_have("group_size", 2 * size)
     if size % 2 == 0:
-      yield {f"{path}.group_size": size // 2}
+      yield all_have("group_size", size // 2)
   yield _more_microbatches(now, topology)
 
 
@@ -217,11 +233,11 @@ def _more_microbatches(
 ) -> dict[str, Any]:
   """Doubles the microbatches; of groups half the size, if those get too few."""
   step = {"config.train.microbatches": 2 * now.train.microbatches}
-  path, layer = _mixture(now)
-  if size := layer.get("group_size"):
+  # Groups of one token have no half.
+  if (size := _first(now).get("group_size") or 1) > 1:
     left = groups(config_lib.changed(now, step))
     if left < 1 or left % len(topology.devices):
-      step[f"{path}.group_size"] = size // 2
+      step |= {f"{path}.group_size": size // 2 for path in _mixtures(now)}
   return step
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -92,8 +93,10 @@ class Sampler:
     Raises:
       ValueError: an option is out of its range.
     """
-    if not temperature >= 0:
-      raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if not 0 <= temperature < math.inf:
+      raise ValueError(
+        f"temperature must be 0 or more, and finite, got {temperature}"
+      )
     if top_k < 0:
       raise ValueError(f"top_k must be 0 (all tokens) or more, got {top_k}")
     if not 0 < top_p <= 1:

@@ -207,6 +207,11 @@ def split(
         f"the router {kind!r} cannot send a token to all {parts} parts of an"
         " expert; split one that has a k of its logits, as noisy_top_k."
       )
+    if section["router"].get("num_groups", 1) > 1 and kind == "sigmoid":
+      raise ValueError(
+        "the router 'sigmoid' scores a group of experts by its two best, which"
+        " after a split would be parts of one; split experts in one group."
+      )
     section["num_experts"] *= parts
     section["experts"]["hidden"] //= parts
     for name in ("k", "max_k"):
@@ -854,6 +859,13 @@ def _finish(
       workdir / MADE_FROM_FILE, metrics.as_json(report, indent=2) + "\n"
     )
     about = experiment.values, data.vocabulary, context.identity
+    # Of an imported model: what its export needs.
+    foreign = before.source / workdir_lib.FOREIGN
+    if files_lib.exists(foreign):
+      kept = workdir / workdir_lib.FOREIGN
+      kept.mkdir(exist_ok=True)
+      for path in foreign.iterdir():
+        files_lib.write_whole(kept / path.name, files_lib.read(path))
     workdir_lib.remember(*about, workdir, made=True)
   terminal.say(
     f"perplexity of {len(old.log_p):,} held-out words, with room for all:"

@@ -23,7 +23,8 @@ def made_up(config, vocab_size, topology, changes, load=None):
   if layout == "data_expert":
     raise ValueError("16 devices do not divide.")
   count = config.train.microbatches
-  moe = types.SimpleNamespace(**config.values["model"]["moe"])
+  sections = dict(config_lib.mixtures(config.values)).values()
+  moe = types.SimpleNamespace(**{"recompute": False} | [*sections][-1])
   needs = 40e9 / count if layout == "expert" else 30e9 + 1e9 / count
   if layout == "fsdp":
     needs = 30e9 - 6e9 * math.log2(count)
@@ -63,6 +64,17 @@ def test_it_goes_on_from_the_best_until_nothing_helps(suggested):
   assert not best.changes.get("config.model.moe.recompute", False)
   seen = [(each.layout, tuple(each.changes.items())) for each in suggested]
   assert len(set(seen)) == len(seen)
+
+
+def test_both_sides_of_a_transformer_are_changed(monkeypatch):
+  monkeypatch.setattr(plan, "make", made_up)
+  config = config_shapes.experiment("transformer/translate_tiny")
+  tried = search.suggest(config, 100, CHIP)
+  best = min(tried, key=search.rank)
+  sides = [f"config.model.{side}.moe" for side in ("encoder", "decoder")]
+  for field in ("capacity_factor", "group_size"):
+    first, second = (best.changes[f"{side}.{field}"] for side in sides)
+    assert first == second
 
 
 def test_what_more_microbatches_cannot_help_is_left(suggested):

@@ -154,6 +154,7 @@ def test_never_and_prompt():
   "options, message",
   [
     ({"temperature": -1.0}, "temperature must be 0 or more"),
+    ({"temperature": float("inf")}, "and finite, got inf"),
     ({"top_k": -1}, "top_k must be 0"),
     ({"top_p": 0.0}, "top_p must be above 0"),
     ({"top_p": 1.1}, "top_p must be above 0"),

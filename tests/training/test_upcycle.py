@@ -436,6 +436,9 @@ def test_runs_without_what_is_needed(trained, config, tmp_path):
     upcycle.split(trained(*ONE), workdir, 2)
   with pytest.raises(ValueError, match="'switch' cannot send a token"):
     upcycle.split(trained(*sparse), workdir, 2)
+  in_groups = lstm(16, kind="sigmoid", k=2, num_groups=2)
+  with pytest.raises(ValueError, match="'sigmoid' scores a group"):
+    upcycle.split(trained(*in_groups), workdir, 2)
   experiment = random_runs.experiment_of(config(*sparse))
   with pytest.raises(FileNotFoundError, match="no run was made there"):
     upcycle.upcycle(tmp_path / "none", experiment, workdir)
