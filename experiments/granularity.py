@@ -20,6 +20,7 @@ SHARED = {False: "without a shared expert", True: "with a shared expert"}
 def rows(quick: bool, grains: str = "") -> figures.Rows:
   """Yields a row per number of experts, without and with a shared one."""
   with training.folder("granularity", quick) as runs:
+    configs, abouts = {}, []
     for name in harness.chosen(grains, GRAINS, ("32",) if quick else ()):
       num_experts, k, hidden = GRAINS[name]
       for shared in SHARED:
@@ -36,10 +37,12 @@ def rows(quick: bool, grains: str = "") -> figures.Rows:
           moe.shared = {"num_experts": 1, **experts}
         if quick:
           training.shrink(config, runs)
-        folder = runs / f"{num_experts}_{shared}"
-        found = training.over_seeds(config, folder, quick)
+        configs[f"{num_experts}_{shared}"] = config
         about = {"experts": num_experts, "k": k, "hidden": hidden}
-        yield about | {"shared": shared} | found
+        abouts.append(about | {"shared": shared})
+    found = training.over_seeds(runs, configs, quick)
+    for about, row in zip(abouts, found, strict=True):
+      yield about | row
 
 
 def draw(figure: figures.Figure, table: list[figures.Row]) -> str:

@@ -84,8 +84,8 @@ def rows(quick: bool, models: str = "") -> figures.Rows:
       steps = {n: training.random_step(c) for n, c in configs.items()}
     times = harness.interleaved(steps, 2 if quick else 9)
     del steps
-    for name, config in configs.items():
-      found = training.over_seeds(config, runs / name, quick)
+    seeds = training.over_seeds(runs, configs, quick)
+    for (name, config), found in zip(configs.items(), seeds, strict=True):
       # The cores' time of all seeds is no time of one.
       del found["minutes"]
       minutes = times[name].median * config.train.steps / 60_000

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -315,35 +316,43 @@ def report(run: Run) -> Row:
   }
 
 
-def over_seeds(config: ConfigDict, folder: pathlib.Path, quick: bool) -> Row:
-  """Trains with several seeds; returns means, and spans of test scores."""
-  seeds, found, wanted = 1 if quick else SEEDS, [], {}
-  for seed in range(seeds):
-    name = f"{folder.name}_{seed}"
-    wanted[name] = config.copy_and_resolve_references()
-    wanted[name].seed = seed
-  for run in train_all(folder.parent, wanted, quick).values():
-    busiest = "max_over_mean_count"
-    more = run.last(busiest) if busiest in run.lines[0] else None
-    found.append(report(run) | {"max_over_mean": more})
-  spans = {}
-  for name in ("test", "bleu"):
-    if values := [row[name] for row in found if name in row]:
-      spans[name] = round(statistics.mean(values), 2)
-      spans[f"{name}_least"], spans[f"{name}_most"] = min(values), max(values)
-  means = {
-    name: round(statistics.mean(row[name] for row in found), 3)
-    for name in ("cv_load", "max_over_mean", "dropped")
-    if found[0][name] is not None
-  }
-  return {
-    "seeds": seeds,
-    "ops": found[0]["ops"],
-    "parameters": found[0]["parameters"],
-    **spans,
-    **means,
-    "minutes": round(sum(row["minutes"] for row in found), 1),
-  }
+def over_seeds(
+  folder: pathlib.Path, configs: Mapping[str, ConfigDict], quick: bool
+) -> Iterator[Row]:
+  """Trains each with several seeds, all side by side.
+
+  Yields for each config the means, and the spans of test scores.
+  """
+  seeds, wanted = range(1 if quick else SEEDS), {}
+  for name, config in configs.items():
+    for seed in seeds:
+      own = wanted[f"{name}_{seed}"] = config.copy_and_resolve_references()
+      own.seed = seed
+  runs = iter(train_all(folder, wanted, quick).values())
+  for _ in configs:
+    found = []
+    for run in itertools.islice(runs, len(seeds)):
+      busiest = "max_over_mean_count"
+      more = run.last(busiest) if busiest in run.lines[0] else None
+      found.append(report(run) | {"max_over_mean": more})
+    spans = {}
+    for name in ("test", "bleu"):
+      if values := [row[name] for row in found if name in row]:
+        spans[name] = round(statistics.mean(values), 2)
+        spans[f"{name}_least"], spans[f"{name}_most"] = min(values), max(values)
+    means = {
+      name: round(statistics.mean(row[name] for row in found), 3)
+      for name in ("cv_load", "max_over_mean", "dropped")
+      if found[0][name] is not None
+    }
+    yield {
+      "seeds": len(seeds),
+      "ops": found[0]["ops"],
+      "parameters": found[0]["parameters"],
+      **spans,
+      **means,
+      "minutes": round(sum(row["minutes"] for row in found), 1),
+    }
 
 
 def beside_dense(
@@ -369,8 +378,8 @@ def beside_dense(
       steps = {each: random_step(config) for each, config in timed.items()}
     times = harness.interleaved(steps, 2 if quick else 15)
     del steps
-    for each, config in configs.items():
-      found = over_seeds(config, runs / each, quick)
+    rows = over_seeds(runs, configs, quick)
+    for each, found in zip(configs, rows, strict=True):
       ratio = times[each].median / times["dense"].median
       yield {column: each, **found, "of_dense": round(ratio, 2)}
 

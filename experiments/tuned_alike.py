@@ -106,9 +106,12 @@ def rows(quick: bool, pairs: str = "") -> figures.Rows:
             about | {"model": model, "trial": trial, "stage": "search"} | row
           )
         best[model] = min(of_trials, key=of_trials.get)
-      for model, trial in best.items():
-        folder = runs / f"{start}{model} best".replace(" ", "_")
-        row = training.over_seeds(config_of(model, trial), folder, quick)
+      final = {
+        f"{start}{model} best".replace(" ", "_"): config_of(model, trial)
+        for model, trial in best.items()
+      }
+      seeds = training.over_seeds(runs, final, quick)
+      for (model, trial), row in zip(best.items(), seeds, strict=True):
         yield about | {"model": model, "trial": trial, "stage": "seeds"} | row
 
 
