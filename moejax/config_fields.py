@@ -423,7 +423,10 @@ def _meanings(text, about):
   # A list has a comma or brackets where it could be a word.
   if not re.search(r"[,(\[]", text):
     yield text
-  yield tuple(re.findall(r"[^\s,()\[\]]+", text))
+  inner = text.strip()
+  if inner[:1] in ("(", "[") and inner[-1:] in (")", "]"):
+    inner = inner[1:-1]
+  yield tuple(filter(None, map(str.strip, inner.split(","))))
   # No word begins like a section.
   if not (about and text.startswith("{")):
     yield text

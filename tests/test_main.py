@@ -206,6 +206,12 @@ def test_flags_are_written_with_an_equals_sign_or_a_space(config_of):
   assert config["data"]["train"] == "a.txt,b.txt"
 
 
+@pytest.mark.parametrize("name", ["my run", "lr[1]"])
+def test_paths_are_parted_by_commas_alone(name, tmp_path, capsys):
+  assert main(["moejax", "plot", f"--workdir={tmp_path}/{name},x"]) == 1
+  assert f"{tmp_path}/{name} holds no" in capsys.readouterr().err
+
+
 def test_the_order_of_flags_does_not_matter(config_of):
   flags = [
     option("model.moe.experts[1].hidden", 16),

@@ -68,6 +68,14 @@ def run(
       best = {e.layout: e for e in reversed(sorted(tried, key=rank))}
       shown += [best[name] for name in dict.fromkeys(e.layout for e in tried)]
   terminal.say(f"\n{report.text(shown)}\n")
+  if load is not None and any(
+    isinstance(each, Plan) and each.filled is None for each in shown
+  ):
+    terminal.warn(
+      "where experts have slots every device does the same, and --trace changes"
+      " nothing; sorted rows follow the load (config.model.moe.dispatch"
+      " 'ragged')."
+    )
   if out is not None:
     report.write(outcomes, shown, out)
     terminal.say(

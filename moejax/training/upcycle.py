@@ -485,6 +485,12 @@ class _Opened(_Model):
       )
     self.source = source
     self.experiment = run_lib.recall(source)
+    data = self.experiment.values["data"]
+    if data["kind"] == "text" and not data.get("train"):
+      raise ValueError(
+        f"the run in {source} was imported without a text, by which both models"
+        " are compared; import it again with --config.data.train=FILE."
+      )
     vocabulary = self.experiment.own_tokenizer(source)
     built = session.build(self.experiment, len(vocabulary))
     super().__init__(built, run_lib.best(source, built))
