@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from moejax import sharding
@@ -85,7 +86,7 @@ def dispatch(
   Raises:
     ValueError: a capacity below 1, or rows of whole numbers.
   """
-  kinds = (num_experts,) if isinstance(num_experts, int) else num_experts
+  kinds = np.atleast_1d(num_experts).tolist()
   *ends, total = itertools.accumulate(kinds)
   slots_lib.check(x, total, capacity)
   G, S, _ = x.shape
@@ -133,7 +134,7 @@ def _by_slots(
   sent = dispatch(name, x, assignment, num_experts, capacity)
   rows = tuple(a.reshape(a.shape[0], -1, a.shape[3]) for a in sent.rows)
   mask = tuple(a.reshape(a.shape[0], -1) for a in sent.mask)
-  if isinstance(num_experts, int):
+  if np.ndim(num_experts) == 0:
     back = (expert_fn(weights, rows[0], mask[0]),)
   else:
     back = expert_fn(weights, rows, mask)

@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moejax import sharding
@@ -165,7 +166,7 @@ class FeedForward(Experts):
   def widths(self) -> tuple[int, ...]:
     """Of the hidden layers in turn."""
     hidden = self.hidden
-    return (hidden,) if isinstance(hidden, int) else tuple(hidden)
+    return tuple(np.atleast_1d(hidden).tolist())
 
   @nn.compact
   def __call__(self, width):
@@ -287,8 +288,16 @@ class Each(Experts):
     accepts = inspect.signature(type(self.expert).__call__).parameters
 
     def one(expert, rows, taken):
-      given = {"train": train} | ({} if mask is None else {"mask": taken})
-      return expert(rows, **{n: v for n, v in given.items() if n in accepts})
+      given = {"train": train}
+      # What Flax calls it, unless the module has it as a field.
+      if getattr(expert, "deterministic", None) is None:
+        given["deterministic"] = not train
+      if mask is not None:
+        given["mask"] = taken
+      given = {name: v for name, v in given.items() if name in accepts}
+      # Behind self and the rows; `nn.remat` and `nn.jit` know it by its place.
+      first = [given.pop(n) for n in [*accepts][2:3] if n in given]
+      return expert(rows, *first, **given)
 
     taken = jnp.ones(rows.shape[:2], bool) if mask is None else mask
     over = sharding.over_experts(one, self.num_experts)

@@ -478,7 +478,7 @@ def _shares_of_groups(x, m):
   """
   G, _, E = x.shape
   bits = quantiles.to_bits(jax.lax.stop_gradient(x))
-  zeros = partition.vary_as(x, jnp.zeros(E, jnp.uint32))
+  _, zeros = sharding.vary_alike(x, jnp.zeros(E, jnp.uint32))
 
   def count(chosen, axis):
     return chosen.sum(axis, dtype=jnp.int32)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax import kernels, partition, sharding
+from moejax import kernels, sharding
 from moejax.kernels import Backend, Sizes
 from moejax.slots import num_below
 
@@ -124,10 +124,11 @@ def grouped(
     precision: of the products; None is the device's own.
     backend: as of `grouped_dot`.
   """
-  # Within `jax.shard_map` weights are the same on all devices and rows are not.
-  # The sum over devices of the weights' gradient then comes after the loops.
-  weights, group_sizes = partition.vary_as(
-    rows, (jax.tree.map(lambda w: w.astype(rows.dtype), weights), group_sizes)
+  # Within `jax.shard_map` devices may have the same weights and other rows, or
+  # the same rows and other hidden units. The sums over devices of the gradients
+  # of what they share then come after the loops.
+  weights, rows, group_sizes = sharding.vary_alike(
+    jax.tree.map(lambda w: w.astype(rows.dtype), weights), rows, group_sizes
   )
   if rows.shape[0] == 0:
     return fn(_index(weights, 0), rows, jnp.matmul)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax import partition, quantiles
+from moejax import quantiles, sharding
 from moejax.routing import SCOPES, Routing, per_expert
 
 
@@ -304,7 +304,7 @@ def auxiliary(
     )
   levels = [level for routing in found for level in _levels(routing)]
   for name, learns in _LEARNED.items():
-    if name in weights and found and not any(map(learns, levels)):
+    if name in weighed and found and not any(map(learns, levels)):
       raise ValueError(
         f"the balance loss {name!r} has weight {weights[name]}, but of"
         f" {len(found)} MoE layers 0 are learning by it; leave the weight"
@@ -508,10 +508,8 @@ def _exceeded_by_share(level, x, k):
     at_least = [count(bits >= _of_tokens(level, each)) for each in least]
     return jnp.stack(at_least) >= many
 
-  zeros = jnp.zeros((2, len(n), E), jnp.uint32)
-  found = quantiles.largest(
-    holds, quantiles.NUM_BITS, partition.vary_as(x, zeros)
-  )
+  _, zeros = sharding.vary_alike(x, jnp.zeros((2, len(n), E), jnp.uint32))
+  found = quantiles.largest(holds, quantiles.NUM_BITS, zeros)
   mth, next_largest = quantiles.from_bits(found)
   return jnp.where(n > 0, (mth + next_largest) / 2, jnp.nan)
 

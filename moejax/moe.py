@@ -40,7 +40,6 @@ class _Layer(nn.Module):
     self,
     x: Shaped[ArrayLike, "*batch D"],
     train: bool = False,
-    *,
     mask: Shaped[ArrayLike, "..."] | None = None,
     ids: Int[ArrayLike, "..."] | None = None,
   ) -> Float[Array, "*batch O"]:
@@ -101,7 +100,8 @@ class _Layer(nn.Module):
         raise
       raise TypeError(
         f"dispatch {self.dispatch!r} has no derivative forward (jax.jvp,"
-        " jax.linearize, jax.hessian); choose dispatch='einsum' for it."
+        " jax.linearize, jax.hessian); choose dispatch='einsum' for it, at both"
+        " levels and in mixtures that are experts."
       ) from error
     if not single:
       self.report(routing)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from moejax import sharding
 
@@ -69,20 +68,6 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
     )(*args)
 
   return run
-
-
-def vary_as(x: Array, tree: Any) -> Any:
-  """Lets the types of arrays say that they vary over devices as `x` does.
-
-  A no-op but within `jax.shard_map`, whose loops take one type alone.
-  """
-  varying = jax.typeof(x).manual_axis_type.varying
-
-  def cast(leaf):
-    missing = tuple(varying - jax.typeof(leaf).manual_axis_type.varying)
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-  return jax.tree.map(cast, tree)
 
 
 def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
@@ -144,8 +129,18 @@ def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
         return leaf
       return jax.sharding.reshard(leaf, PartitionSpec())
 
+    def onto_mesh(leaf):
+      """Puts what lies on no mesh on this one: its gradient will be there."""
+      is_array = isinstance(leaf, jax.Array)
+      if not (is_array and jax.typeof(leaf).sharding.mesh.empty):
+        return leaf
+      # Compiled, it is moved from where it is.
+      traced = isinstance(leaf, jax.core.Tracer)
+      return (reshard if traced else jax.jit(reshard))(leaf)
+
     def transform(core):
       def inner(scope_fn, repack_fn, variables, rngs, *args):
+        variables, args = jax.tree.map(onto_mesh, (variables, args))
         with sharding.known_axes(known), jax.sharding.use_abstract_mesh(auto):
           variables, rngs, args = jax.tree.map(to_auto, (variables, rngs, args))
           scope = scope_fn(variables, rngs)

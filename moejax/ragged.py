@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from moejax import exchange, partition, sharding
@@ -52,7 +53,7 @@ def ragged(
   Raises:
     ValueError: a capacity below 1, or rows of whole numbers.
   """
-  total = num_experts if isinstance(num_experts, int) else sum(num_experts)
+  total = int(np.sum(num_experts))
   slots_lib.check(x, total, capacity)
 
   def run(weights, rows, group_sizes, **_):
@@ -125,7 +126,7 @@ def two_levels(
       experts_here,
       mine.size,
     )
-    of_origin = jax.nn.one_hot(origin, num_origins)
+    of_origin = jax.nn.one_hot(origin, num_origins, dtype=jnp.float32)
     load = grouped_sum(of_origin, routing.load, group_sizes)
     return y[:, 0], (expert, gate, routing.logits[:, 0]), (load,)
 
@@ -155,7 +156,7 @@ def _over_devices(
     y; the notes [G, A, ...], zero for edges that were dropped or unused; the
     sums [G, ...] of all experts.
   """
-  total = num_experts if isinstance(num_experts, int) else sum(num_experts)
+  total = int(np.sum(num_experts))
   axis = None
   # Kinds of experts, and those without weights, have no axis E to split.
   one_axis = {w.shape[0] for w in jax.tree.leaves(weights)} == {num_experts}

@@ -274,6 +274,25 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def vary_alike(*trees: Any) -> tuple[Any, ...]:
+  """Lets types of arrays say that they vary over devices as any of them does.
+
+  A no-op but within `jax.shard_map`, whose loops take one type alone, and which
+  wants of a backward pass the types of the forward pass.
+  """
+
+  def varying(leaf):
+    return jax.typeof(leaf).manual_axis_type.varying
+
+  every = frozenset().union(*map(varying, jax.tree.leaves(trees)))
+
+  def cast(leaf):
+    missing = tuple(every - varying(leaf))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(cast, trees)
+
+
 def is_local(x: Any) -> bool:
   """Says whether no compiler splits `x`: a device has all that there is.
 

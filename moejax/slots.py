@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from moejax import sharding
 from moejax.routing import Assignment
 
 # (weights, rows, mask) or (weights, rows, group_sizes=...) -> rows, see
@@ -241,7 +242,7 @@ def combine_gather(
   if assignment.token is None:
     token = _token_of_slot(slots, assignment, num_tokens)
     by_choice = (a.reshape(-1, num_tokens) for a in (gate, slots.slot))
-    return _sum(rows, *by_choice, token, slots.edge)
+    return _sum(*sharding.vary_alike(rows, *by_choice, token, slots.edge))
   of_edge = take(rows, slots.slot) * gate[:, None]
   y = jnp.zeros((num_tokens, rows.shape[1]), rows.dtype)
   return y.at[assignment.token].add(of_edge, mode="drop")

@@ -189,7 +189,8 @@ def rows_by_rows(
       right = _load(gradient_ref, (depth, width), (at, column), masks)
       return total + _dot(left.T, right, precision)
 
-    steps = pl.cdiv(end - first, depth)
+    # Of whatever type of whole numbers, with 64 bits too.
+    steps = (end - first + depth - 1) // depth
     zeros = jnp.zeros((high, width), jnp.float32)
     total = jax.lax.fori_loop(0, steps, step, zeros)
     plt.store(

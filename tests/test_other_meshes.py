@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -281,6 +282,69 @@ def test_arrays_that_lie_on_no_mesh_yet(name, kind):
   with jax.set_mesh(mesh(kind, data=8)):
     (found, _) = jax.jit(run(name))(*args)
   close(found[1], wanted[1])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_step_of_arrays_that_lie_on_no_mesh_yet():
+  """Gradients are of the parameters' type, so that an optimizer takes both."""
+  layer, x = LAYERS["gather"], inputs()
+  params = alone("gather")[0][0]["layer"]
+  tx = optax.adam(1e-2)
+
+  def step(params, state, x):
+    loss = lambda params: (layer.apply({"params": params}, x) ** 2).mean()  # noqa: E731
+    slopes = jax.grad(loss)(params)
+    return optax.apply_updates(params, tx.update(slopes, state)[0]), slopes
+
+  state = tx.init(params)
+  wanted = jax.jit(step)(params, state, x)
+  over = mesh(EXPLICIT, data=8)
+  with jax.set_mesh(over):
+    split = jax.device_put(x, NamedSharding(over, SPLIT))
+    for each in (x, split):
+      found = jax.jit(step)(params, state, each)
+      jax.tree.map(close, jax.device_get(found), wanted)
+    # Not compiled as a whole either.
+    y = layer.apply({"params": params}, x)
+    assert layer.init(jax.random.key(0), x)["params"].keys() == params.keys()
+  close(jax.device_get(y), layer.apply({"params": params}, x))
+
+
+@pytest.mark.parametrize("name", ["einsum", "gather", "ragged"])
+def test_hidden_units_may_be_split_within_shard_map(name):
+  """Over devices on which the tokens are the same; sums come by the types."""
+  over, x = mesh(AUTO, data=4, model=2), inputs()
+  whole, part = (
+    moe.MoE(
+      router.TopK(E, 2),
+      experts.FeedForward(E, hidden),
+      dispatch=name,
+      eval_capacity_factor=None,
+    )
+    for hidden in (F, F // 2)
+  )
+  params = alone("gather")[0][0]["layer"]
+  params = params | {"router": {"gate": params["router"]["gate"]}}
+  specs = {
+    "router": {"gate": {"kernel": WHOLE}},
+    "experts": {
+      "w_in": PartitionSpec(None, None, "model"),
+      "w_out": PartitionSpec(None, "model"),
+    },
+  }
+
+  def parts(params, x):
+    return jax.lax.psum(part.apply({"params": params}, x), "model")
+
+  split = jax.shard_map(
+    parts, mesh=over, in_specs=(specs, SPLIT), out_specs=SPLIT
+  )
+
+  def slopes(fn):
+    return jax.jit(jax.grad(lambda p, x: (fn(p, x) ** 2).sum(), (0, 1)))
+
+  wanted = slopes(lambda p, x: whole.apply({"params": p}, x))(params, x)
+  jax.tree.map(close, jax.device_get(slopes(split)(params, x)), wanted)
 
 
 def test_several_batches_share_a_layer():

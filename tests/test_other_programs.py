@@ -17,6 +17,7 @@ from moejax import experts, losses, moe, router, sharding
 B, L, D, E, F, K, LAYERS = 2, 8, 4, 4, 8, 2, 2
 WEIGHTS = {"importance": 0.1, "load": 0.1}
 KEY = jax.random.key(3)
+R = "routing"
 X, TARGET = jax.random.normal(jax.random.key(1), (2, B, L, D))
 # Every layer's own key of this stream is folded from KEY.
 APPLY = {"train": True, "rngs": {"router": KEY}, "mutable": ["routing"]}
@@ -228,6 +229,96 @@ def test_remat_takes_train_by_its_place():
 
   run = jax.jit(jax.value_and_grad(loss, 1), static_argnums=0)
   close(run(again, params), run(plain, params))
+
+
+def test_vmap_takes_train_and_mask_by_their_place():
+  """Flax gives no keywords to what it maps."""
+  several = nn.vmap(
+    moe.MoE,
+    in_axes=(0, None, 0),
+    variable_axes={"params": None, "routing": 0},
+    split_rngs={"params": False, "router": True},
+  )
+  model = flat(several)
+  params = start(flat())
+  x, mask = jnp.stack([X, TARGET]), jnp.zeros((2, B, L), bool).at[0].set(True)
+  apply = jax.jit(model.apply, static_argnums=(2,), static_argnames="mutable")
+  (y, sown), (same, _) = (
+    apply({"params": params}, x, True, mask, rngs={"router": key}, mutable=(R,))
+    for key in (KEY, jax.random.key(4))
+  )
+  assert not y[1].any() and y[0].any()
+  assert np.abs(y[0] - same[0]).max() > 1e-3
+  count = sum(routing.count.sum() for routing in losses.routings(sown))
+  assert count == K * B * L
+
+
+class Dropping(nn.Module):
+  """An expert as users of Flax write them."""
+
+  @nn.compact
+  def __call__(self, x, deterministic=True):
+    return nn.Dropout(0.5)(nn.Dense(D)(x), deterministic=deterministic)
+
+
+def test_experts_learn_what_train_is():
+  """As `deterministic`; by its place, too, as `nn.remat` wants it."""
+  again = nn.remat(moe.MoE, static_argnums=(2,))
+  inner = [
+    cls(router.TopK(2, 1), experts.FeedForward(2, F))
+    for cls in (moe.MoE, again)
+  ]
+  plain, lifted = (
+    moe.MoE(router.TopK(E, K), experts.Each(E, each)) for each in inner
+  )
+  params = start(plain)
+
+  @functools.partial(jax.jit, static_argnums=(0, 3))
+  def run(model, params, key, train=True):
+    rngs = {"dropout": key, "router": key}
+    return model.apply({"params": params}, X, train, rngs=rngs)
+
+  close(run(lifted, params, KEY), run(plain, params, KEY))
+  dropping = moe.MoE(router.TopK(E, K), experts.Each(E, Dropping()))
+  params, other = start(dropping), jax.random.key(4)
+  first, second = (run(dropping, params, key) for key in (KEY, other))
+  assert np.abs(first - second).max() > 1e-3
+  still = (run(dropping, params, key, False) for key in (KEY, other))
+  np.testing.assert_array_equal(*still)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_sizes_may_be_numpys():
+  four, eight = np.array([E, F])
+  layer = moe.MoE(router.TopK(four, K), experts.FeedForward(four, eight))
+  plain = moe.MoE(router.TopK(E, K), experts.FeedForward(E, F))
+  params = start(plain)
+  close(layer.apply({"params": params}, X), plain.apply({"params": params}, X))
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_programs_with_64_bits(dtype):
+  """Rows keep their type, sorted ones too, at two levels too."""
+  free = {"capacity_factor": None}
+  within = moe.MoE(router.TopK(2, 1), experts.FeedForward(2, F), **free)
+  layers = (
+    moe.MoE(router.TopK(E, K), experts.FeedForward(E, F), L, **free),
+    moe.HierarchicalMoE(router.TopK(2, 1), within, L, **free),
+  )
+  with jax.enable_x64(True):
+    x = jnp.ones((B, L, D), dtype)
+    for layer in layers:
+      params = nn.unbox(jax.eval_shape(layer.init, KEY, x))["params"]
+
+      def loss(params, x, layer=layer):
+        return layer.apply({"params": params}, x, train=True).sum()
+
+      slopes = jax.eval_shape(jax.grad(loss, (0, 1)), params, x)
+      assert slopes[1].dtype == dtype
+      assert {leaf.dtype.name for leaf in jax.tree.leaves(slopes[0])} == {
+        "float32"
+      }
 
 
 @pytest.mark.usefixtures("without_shape_checks")

@@ -250,7 +250,8 @@ def with_averages(tx: Update) -> optax.GradientTransformationExtraArgs:
   them, and they count in no norm that is clipped. The optimizers of this
   module are wrapped so. The state is that of `tx`.
 
-  Put `optax.MultiSteps` around it, not within, or averages move every time.
+  Put it around all else, clipping too, which would shorten the averages' steps;
+  but `optax.MultiSteps` around it, or averages move every time.
   """
   tx = optax.with_extra_args_support(tx)
 
