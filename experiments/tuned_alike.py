@@ -9,10 +9,10 @@ these, `test_least` and `test_most` their span; of BLEU alike. With --pairs it
 is that of translating each of these pairs of languages, by the models of
 experiments/translating.py, changed in the same way.
 
-Result: the mixture's test perplexity is 75.58 (75.37 to 75.85), the twin's
-80.51 (80.19 to 80.75): 6.1 % lower. The same trial is the best for both, Muon
+Result: the mixture's test perplexity is 75.52 (75.10 to 75.91), the twin's
+80.51 (80.19 to 80.75): 6.2 % lower. The same trial is the best for both, Muon
 at half its usual scale. By Adam, tuned too, the mixture leads by 3.5 % after
-half the steps, by Muon by 6.7 %: Adam's steps make experts, each of which sees
+half the steps, by Muon by 6.6 %: Adam's steps make experts, each of which sees
 an eighth of the text, learn late (results/tuned_alike.csv).
 """
 
