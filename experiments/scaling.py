@@ -208,19 +208,20 @@ def draw(figure: figures.Figure, table: list[figures.Row]) -> str:
   for width, color in zip(widths, figures.OTHERS, strict=False):
     size = next(r["parameters"] for r in sparse if r["width"] == width)
     along = np.geomspace(ratios[0], ratios[-1], 50)
-    y = [(law.break_even(size, each) or np.nan) / 1e6 for each in along]
-    even.plot(along, y, color=color)
-    name = f"width {width}"
-    figures.label(even, name, (along[-1], y[-1]), color, beside=True)
-    least[width] = y[0]
+    found = [(each, law.break_even(size, each)) for each in along]
+    # Where experts never lead there is nothing to draw.
+    if there := [(each, tokens / 1e6) for each, tokens in found if tokens]:
+      even.plot(*zip(*there, strict=True), color=color)
+      figures.label(even, f"width {width}", there[-1], color, beside=True)
+      least[width] = there[0][1]
   even.set_title("where experts lead from, by the law")
   figures.scales(
     even, "experts of which a token meets one", "million words", ratios
   )
   figures.plain(even.yaxis)
-  return (
-    f"At width {middle} {K} of {K * ratios[0]} experts lead from"
-    f" {figures.number(least[middle])} million words on"
+  begin = figures.number(least.get(middle))
+  return f"At width {middle} {K} of {K * ratios[0]} experts " + (
+    f"lead from {begin} million words on" if begin else "never lead"
   )
 
 

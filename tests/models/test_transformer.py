@@ -92,6 +92,8 @@ def loss_of(model, train=False):
     )
     weights = {"importance": 0.3, "switch_balance": 0.2}
     routings = losses.routings(sown)
+    if train and any(each.k is not None for each in routings):
+      weights["quantile"] = 0.1
     return value, losses.auxiliary(routings, weights)[0], len(routings)
 
   return loss
