@@ -2,12 +2,12 @@
 
 Method: language models of configs/sotu/moe_32_muon.py, widths 32, 64 and 128,
 with 4 of 16, 64, 256 and 1,024 experts and the dense twin (moe_1_wide_muon.py):
-of 4, 16, 64 and 256 experts a token meets one. Nothing is
-dropped, there is no dropout, and the peak of the rate falls as the width grows.
-The rate falls with the square root of the steps, as in the paper: it knows no
-end, so that each validation of a run is the end of a shorter one. `loss` is
-that of 1 in 200 sentences, held out, in nats a word. The text is the
-presidents' messages, which is read many times, or better that of --text.
+of 4, 16, 64 and 256 experts a token meets one. Nothing is dropped, there is no
+dropout, and the peak of the rate falls as the width grows. The rate falls with
+the square root of the steps, as in the paper: it knows no end, so that each
+validation of a run is the end of a shorter one. `loss` is that of 1 in 200
+sentences, held out, in nats a word. The text is the presidents' messages, which
+is read many times, or better that of --text.
 
 The law of `moejax plan --quality` (moejax/planning/quality.py) is fitted to all
 points: least squares of the logarithm of the loss, where what is far off counts

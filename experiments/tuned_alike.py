@@ -25,14 +25,13 @@ from moejax import config as config_lib
 
 SPARSE, DENSE = "4 of 32 experts", "dense twin"
 COLORS = {SPARSE: figures.SPARSE, DENSE: figures.DENSE}
-_TOP_K = {"kind": "top_k", "k": 4}
 # Of a language model: its config, and what is changed in it.
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
   SPARSE: (
     "sotu/moe_32",
     {
       "model.sigmoid": False,
-      "model.moe.router": _TOP_K,
+      "model.moe.router": {"kind": "top_k", "k": 4},
       "aux": {"importance": 0.1},
     },
   ),

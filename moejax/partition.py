@@ -70,6 +70,10 @@ def manual(fn: _Fn, in_axes: Any, out_axes: Any) -> _Fn:
   return run
 
 
+# Compiled, once for each type, it takes also what lies on no mesh.
+_reshard = jax.jit(jax.sharding.reshard, static_argnums=1)
+
+
 def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
   """Lifts fn(module, x, *args) to see Auto axes where a mesh has Explicit ones.
 
@@ -134,9 +138,7 @@ def lift_to_compiler(fn: _Fn, num_groups: int = 0) -> _Fn:
       is_array = isinstance(leaf, jax.Array)
       if not (is_array and jax.typeof(leaf).sharding.mesh.empty):
         return leaf
-      # Compiled, it is moved from where it is.
-      traced = isinstance(leaf, jax.core.Tracer)
-      return (reshard if traced else jax.jit(reshard))(leaf)
+      return _reshard(leaf, NamedSharding(explicit, PartitionSpec()))
 
     def transform(core):
       def inner(scope_fn, repack_fn, variables, rngs, *args):

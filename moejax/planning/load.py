@@ -58,8 +58,8 @@ def read(folder: pathlib.Path, experiment: config_lib.Experiment) -> Load:
       f"{folder} is neither a run that logged the load of its experts nor a"
       " routing trace; give one of these (moejax eval --record=DIR)."
     )
-  mixtures = dict(config_lib.mixtures(experiment.values))
-  planned = sorted({each["num_experts"] for each in mixtures.values()})
+  mixtures = config_lib.mixtures(experiment.values)
+  planned = sorted({section["num_experts"] for _, section in mixtures})
   for name, counts in edges.items():
     if counts.shape[1] not in planned:
       raise ValueError(

@@ -114,6 +114,7 @@ def attempt(
   also = "".join(f", {n.rpartition('.')[2]} {v}" for n, v in shown.items())
   terminal.say(f"compiling {layout} for {topology.name}{also}")
   try:
+    fits = {}
     for path, layer in _mixtures(changed).items():
       together = layer.get("groups_together", 1)
       if together != 1:
@@ -121,8 +122,10 @@ def attempt(
         mesh = sharding.make_mesh(changed.layout, topology.devices)
         fit = math.gcd(together, groups(changed) // mesh.shape["data"])
         if fit != together:
-          shown |= {f"{path}.groups_together": fit}
-    changed = config_lib.changed(changed, shown)
+          fits[f"{path}.groups_together"] = fit
+    if fits:
+      shown |= fits
+      changed = config_lib.changed(changed, fits)
     return plan_lib.make(changed, vocab_size, topology, shown, load)
   except ValueError as error:
     return Refusal(topology.name, layout, shown, str(error))

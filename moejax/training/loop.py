@@ -144,12 +144,7 @@ class _Run:
           f" is good for {enough:,} of the {self.options.steps:,} steps of"
           " config.train.steps: training ends there; give more text for more."
         )
-    if (phases := self.experiment.phases) and phases[-1][0] >= self.last:
-      raise ValueError(
-        f"config.train.annealing ends at step {phases[-1][0]:,}, but the text"
-        f" is good for {self.last:,}, so that the number of experts that is"
-        " tested would never be trained; let it end before, or give more text."
-      )
+    self._check_phases()
     sizes = ", ".join(
       f"{split} {rows.num_words:,}"
       + (f" ({rows.unknown:.1%} unknown)" if rows.unknown else "")
@@ -160,15 +155,8 @@ class _Run:
     _say("compiling the training step")
     # The last phase's is needed in any case, and refused here if it must be.
     self.phases = [self._phase(self.options.steps, self.experiment, count)]
-    # What could not be measured is refused now, or trained in a phase before.
+    # What could not be measured is refused now.
     _ = context.losses
-    for until, phase in self.experiment.phases:
-      try:
-        session.build(phase, len(data.vocabulary))
-      except ValueError as error:
-        raise ValueError(
-          f"config.train.annealing, until step {until:,}: {error}"
-        ) from error
 
     # From here on there is a run; what is wrong with it has shown above.
     processes.first_does(
@@ -205,6 +193,27 @@ class _Run:
         lambda: f"checkpoint {self.saved}, in {self.workdir}"
       )
     )
+
+  def _check_phases(self) -> None:
+    """Refuses an annealing that cannot be, before there is a run.
+
+    Raises:
+      ValueError: the text ends before it, or a model of it cannot be built.
+    """
+    phases = self.experiment.phases
+    if phases and phases[-1][0] >= self.last:
+      raise ValueError(
+        f"config.train.annealing ends at step {phases[-1][0]:,}, but the text"
+        f" is good for {self.last:,}, so that the number of experts that is"
+        " tested would never be trained; let it end before, or give more text."
+      )
+    for until, phase in phases:
+      try:
+        session.build(phase, len(self.context.data.vocabulary))
+      except ValueError as error:
+        raise ValueError(
+          f"config.train.annealing, until step {until:,}: {error}"
+        ) from error
 
   def _phase(
     self, until: int, experiment: config_lib.Experiment, count: cost.Count

@@ -504,8 +504,8 @@ class _Opened(_Model):
     """
     values = copy.deepcopy(self.experiment.values)
     values["train"].pop("annealing", None)
-    mixtures = dict(config_lib.mixtures(values)).values()
-    sections = [section for section in mixtures if "router" in section]
+    mixtures = config_lib.mixtures(values)
+    sections = [section for _, section in mixtures if "router" in section]
     if not sections or not self.mixtures:
       raise ValueError(
         f"the run in {self.source} has no mixtures; make some by moejax"
@@ -794,7 +794,7 @@ def _finish(
   why: Sequence[str],
   moments: _Moments | None = None,
 ) -> dict[str, Any]:
-  """Compares both models on held-out text; writes the new run."""
+  """Compares both models on held-out text; has the new run written."""
   old, new = (
     before.read(after.batches),
     after.read(after.batches, arrays=values),
@@ -837,6 +837,32 @@ def _finish(
       for scope, experts in plan.items()
     },
   }
+  step = _write(before, after, values, workdir, report, moments)
+  terminal.say(
+    f"perplexity of {len(old.log_p):,} held-out words, with room for all:"
+    f" {old.perplexity:.6g} before, {new.perplexity:.6g} after; log p of a word"
+    f" differs by {difference.max():.2g} at most, {relative:.2g} of the largest"
+  )
+  if report["function_kept"]:
+    terminal.say("the function is the same")
+  else:
+    said = why or ["float32 rounds in many layers, or logits are equal"]
+    terminal.say("\n  ".join(["the function is another:", *said]))
+  terminal.say(
+    f"the run lies in {workdir}, at step {step}; moejax train goes on"
+  )
+  return report
+
+
+def _write(
+  before: _Opened,
+  after: _Target,
+  values: Arrays,
+  workdir: files_lib.Path,
+  report: Mapping[str, Any],
+  moments: _Moments | None,
+) -> int:
+  """Writes the new run; returns the step at which it goes on."""
   step = before.step if moments else 0
   layout = after.built.abstract_state
   params = unflatten_dict(after.together(values))
@@ -873,17 +899,4 @@ def _finish(
       for path in foreign.iterdir():
         files_lib.write_whole(kept / path.name, files_lib.read(path))
     workdir_lib.remember(*about, workdir, made=True)
-  terminal.say(
-    f"perplexity of {len(old.log_p):,} held-out words, with room for all:"
-    f" {old.perplexity:.6g} before, {new.perplexity:.6g} after; log p of a word"
-    f" differs by {difference.max():.2g} at most, {relative:.2g} of the largest"
-  )
-  if report["function_kept"]:
-    terminal.say("the function is the same")
-  else:
-    said = why or ["float32 rounds in many layers, or logits are equal"]
-    terminal.say("\n  ".join(["the function is another:", *said]))
-  terminal.say(
-    f"the run lies in {workdir}, at step {step}; moejax train goes on"
-  )
-  return report
+  return step
